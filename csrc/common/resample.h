@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Resampling along one axis, forward (which source a pixel reads) and inverse (which pixels read a source).
+//
+// Note [Axis resampling]
+// Both modes have a source index that never decreases with the destination, so the pixels that read one source are a
+// range, and a gradient can be gathered instead of scattered. The range's ends come from an estimate that is then
+// corrected with `source_floor` itself: forward and inverse agree exactly whatever float rounding does.
+// `nearest` is PyTorch's float32 formula min(floor(dst * float32(in / out)), in - 1), whatever the data's type; integer
+// arithmetic gives other indices for pairs such as 26 -> 44. `bilinear` is PyTorch's too: source coordinate
+// max(scale * (dst + offset) - offset, 0), with offset 1/2 (align_corners=False) or 0 (align_corners=True).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "host_device.h"
+
+namespace fpn_fast {
+
+enum class Resample : int { kNearest = 0, kBilinear = 1, kBilinearAlignCorners = 2 };
+
+template <class acc_t>
+struct Axis {
+  int in, out;
+  acc_t scale;     // sources per destination
+  acc_t inverse;   // destinations per source; 0 where scale is
+  acc_t offset;    // of a pixel's centre from its index
+};
+
+struct Range {
+  int begin, end;
+};
+
+template <class acc_t>
+struct Taps {
+  int lo, hi;
+  acc_t weight_lo, weight_hi;
+};
+
+template <class acc_t>
+Axis<acc_t> make_axis(int in, int out, Resample mode) {
+  Axis<acc_t> axis{in, out, 0, 0, 0};
+  if (mode == Resample::kNearest) {
+    axis.scale = static_cast<float>(in) / static_cast<float>(out);
+  } else if (mode == Resample::kBilinear) {
+    axis.scale = static_cast<acc_t>(in) / out;
+    axis.offset = static_cast<acc_t>(0.5);
+  } else if (out > 1) {
+    axis.scale = static_cast<acc_t>(in - 1) / (out - 1);
+  }
+  if (axis.scale > 0) axis.inverse = 1 / axis.scale;
+  return axis;
+}
+
+template <class acc_t>
+HOST_DEVICE int nearest_source(const Axis<acc_t>& axis, int dst) {
+  const int src = static_cast<int>(floorf(static_cast<float>(dst) * static_cast<float>(axis.scale)));
+  return src < axis.in - 1 ? src : axis.in - 1;
+}
+
+template <class acc_t>
+HOST_DEVICE Taps<acc_t> bilinear_source(const Axis<acc_t>& axis, int dst) {
+  acc_t coordinate = axis.scale * (dst + axis.offset) - axis.offset;
+  coordinate = coordinate > 0 ? coordinate : 0;
+  const int floor = static_cast<int>(coordinate);
+  const int lo = floor < axis.in - 1 ? floor : axis.in - 1;
+  acc_t weight_hi = coordinate - lo;
+  weight_hi = weight_hi < 1 ? weight_hi : 1;
+  return {lo, lo < axis.in - 1 ? lo + 1 : lo, 1 - weight_hi, weight_hi};
+}
+
+template <bool kBilinear, class acc_t>
+HOST_DEVICE int source_floor(const Axis<acc_t>& axis, int dst) {
+  if constexpr (kBilinear) return bilinear_source(axis, dst).lo;
+  return nearest_source(axis, dst);
+}
+
+// The first destination whose source is at least `src`; `axis.out` where there is none.
+template <bool kBilinear, class acc_t>
+HOST_DEVICE int first_target(const Axis<acc_t>& axis, int src) {
+  if (src <= 0) return 0;
+  if (src >= axis.in || axis.inverse == 0) return axis.out;
+  const acc_t estimate = (src + axis.offset) * axis.inverse - axis.offset;
+  int dst = estimate < axis.out ? static_cast<int>(estimate) : axis.out;
+  dst = dst > 0 ? dst : 0;
+  while (dst > 0 && source_floor<kBilinear>(axis, dst - 1) >= src) --dst;
+  while (dst < axis.out && source_floor<kBilinear>(axis, dst) < src) ++dst;
+  return dst;
+}
+
+// The destinations that read source `src`.
+template <bool kBilinear, class acc_t>
+HOST_DEVICE Range targets(const Axis<acc_t>& axis, int src) {
+  const int first = kBilinear ? src - 1 : src;
+  return {first_target<kBilinear>(axis, first), first_target<kBilinear>(axis, src + 1)};
+}
+
+// The weight with which `dst` reads `src`; at the border both taps are the same pixel and their weights add.
+template <class acc_t>
+HOST_DEVICE acc_t bilinear_weight(const Axis<acc_t>& axis, int dst, int src) {
+  const Taps<acc_t> taps = bilinear_source(axis, dst);
+  return (taps.lo == src ? taps.weight_lo : 0) + (taps.hi == src ? taps.weight_hi : 0);
+}
+
+}  // namespace fpn_fast

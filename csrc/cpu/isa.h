@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// Run-time choice of instruction set: one build serves every x86-64, and uses AVX2 where the machine has it.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FPN_FAST_X86_DISPATCH 1
+#endif
+
+namespace fpn_fast {
+
+#ifdef FPN_FAST_X86_DISPATCH
+// `flatten` inlines all of `body` here, so that it is compiled again for this target.
+template <class Body>
+__attribute__((target("avx2"), flatten, noinline)) void run_avx2(const Body& body) {
+  body();
+}
+
+// Runs `body`, compiled for the best instruction set that this machine has. Results do not depend on the choice: the
+// build sets -ffp-contract=off, so no target contracts a product and a sum.
+template <class Body>
+void run_with_best_isa(const Body& body) {
+  static const bool has_avx2 = __builtin_cpu_supports("avx2");
+  has_avx2 ? run_avx2(body) : body();
+}
+#else
+template <class Body>
+void run_with_best_isa(const Body& body) {
+  body();
+}
+#endif
+
+}  // namespace fpn_fast

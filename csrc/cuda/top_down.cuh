@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+// The top-down merge, forward: one launch for the whole pathway, bound by bytes (each lateral read once, each merged map
+// written once).
+//
+// Note [Recomputed chain]
+// Level l's merged map needs level l + 1's, which other blocks write. Instead of waiting for them, a thread recomputes
+// the coarser values it needs from the coarser laterals, rounding at every level as a sequence of launches would: the
+// result is the same bit for bit, and the extra reads are of small maps, from cache. A thread owns two rows by two
+// pixels (channels_last) or two rows by 16 bytes (channels_first), so that at a ratio of two it computes each coarser
+// value once. Bilinear has no such chain (its tree of taps grows fourfold per level) and takes one launch per level.
+#pragma once
+
+#include "../common/resample.h"
+#include "launch.h"
+#include "vector.cuh"
+
+namespace fpn_fast {
+
+constexpr int kMaxLevels = 8;
+
+// How the blocks of one level divide its merged map among them; 32 bits, because 64-bit divisions are slow.
+struct TopDownTiling {
+  unsigned first_block;   // blocks of finer levels come before
+  unsigned per_row;       // channels_last: blocks along a pair of rows; channels_first: blocks per plane
+  unsigned row_pairs;
+  unsigned inner_chunks;  // 16-byte vectors along the inner axis
+  unsigned lane_bits;     // channels_last: log2 of the threads along the channels
+};
+
+// Maps of one pathway, finest first. Passed by value: 8 levels fill a third of the parameter space.
+template <class T>
+struct Pathway {
+  int levels;
+  bool average;
+  FeatureMap<const T> lateral[kMaxLevels];
+  FeatureMap<T> merged[kMaxLevels - 1];
+  Axis<acc_type<T>> rows[kMaxLevels - 1], cols[kMaxLevels - 1];
+  TopDownTiling tiling[kMaxLevels - 1];
+};
+
+// 8 warps: enough for four 16-byte loads per thread to cover the latency of HBM at full occupancy.
+constexpr int kTopDownThreads = 256;
+
+// Fills the tilings and gives the launch.
+template <class T, bool kChannelsLast>
+LaunchConfig top_down_launch(Pathway<T>& pathway) {
+  int64_t blocks = 0;
+  for (int level = 0; level + 1 < pathway.levels; ++level) {
+    const FeatureMap<T>& map = pathway.merged[level];
+    const int64_t inner = kChannelsLast ? map.channels : map.width;
+    const int64_t chunks = (inner + kVec<T> - 1) / kVec<T>;
+    const int64_t row_pairs = (map.height + 1) / 2;
+    unsigned lane_bits = 0;
+    int64_t per_row = (row_pairs * chunks + kTopDownThreads - 1) / kTopDownThreads;
+    if (kChannelsLast) {
+      while ((1 << lane_bits) < chunks && (1 << lane_bits) < kTopDownThreads) ++lane_bits;
+      const int pairs_per_block = kTopDownThreads >> lane_bits;
+      per_row = ((map.width + 1) / 2 + pairs_per_block - 1) / pairs_per_block;
+    }
+    pathway.tiling[level] = {static_cast<unsigned>(blocks), static_cast<unsigned>(per_row),
+                             static_cast<unsigned>(row_pairs), static_cast<unsigned>(chunks), lane_bits};
+    blocks += per_row * (kChannelsLast ? map.batch * row_pairs : map.batch * map.channels);
+  }
+  return {blocks, kTopDownThreads};
+}
+
+template <class T>
+__device__ __forceinline__ acc_type<T> fuse(acc_type<T> lateral, acc_type<T> top, bool average) {
+  const acc_type<T> sum = round_to<T>(lateral + top);
+  return average ? round_to<T>(sum * acc_type<T>(0.5)) : sum;
+}
+
+// Pixel (y, x) of level `from` followed down the nearest sources to level `to`.
+template <class T>
+__device__ __forceinline__ void project(const Pathway<T>& pathway, int from, int to, int& y, int& x) {
+  for (int level = from; level < to; ++level) {
+    y = nearest_source(pathway.rows[level], y);
+    x = nearest_source(pathway.cols[level], x);
+  }
+}
+
+// merged[level](n, c.., y, x) along the channels. See Note [Recomputed chain].
+template <class T>
+__device__ __forceinline__ void merged_channels(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int count,
+                                                int y, int x, acc_type<T> (&value)[kVec<T>]) {
+  const int last = pathway.levels - 1;
+  for (int k = last; k >= level; --k) {
+    int yk = y, xk = x;
+    project(pathway, level, k, yk, xk);
+    const FeatureMap<const T>& map = pathway.lateral[k];
+    acc_type<T> lateral[kVec<T>];
+    load(map.at(n, c, yk, xk), map.stride_c, count, map.vectorised, lateral);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) {
+      value[i] = k == last ? lateral[i] : fuse<T>(lateral[i], value[i], pathway.average);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ acc_type<T> merged_pixel(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int y,
+                                                    int x) {
+  const int last = pathway.levels - 1;
+  acc_type<T> value = 0;
+  for (int k = last; k >= level; --k) {
+    int yk = y, xk = x;
+    project(pathway, level, k, yk, xk);
+    const acc_type<T> lateral = to_acc(*pathway.lateral[k].at(n, c, yk, xk));
+    value = k == last ? lateral : fuse<T>(lateral, value, pathway.average);
+  }
+  return value;
+}
+
+// Two rows by two pixels by 16 bytes of channels.
+template <class T>
+__device__ __forceinline__ void merge_pixels(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int y0,
+                                             int x0) {
+  const FeatureMap<const T>& lateral = pathway.lateral[level];
+  const FeatureMap<T>& merged = pathway.merged[level];
+  const int64_t left = merged.channels - c;
+  const int count = left < kVec<T> ? static_cast<int>(left) : kVec<T>;
+  acc_type<T> values[4][kVec<T>];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int y = y0 + i / 2, x = x0 + i % 2;
+    if (y < merged.height && x < merged.width) {
+      load(lateral.at(n, c, y, x), lateral.stride_c, count, lateral.vectorised, values[i]);
+    }
+  }
+  acc_type<T> top[kVec<T>];
+  int top_y = -1, top_x = -1;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int y = y0 + i / 2, x = x0 + i % 2;
+    if (y >= merged.height || x >= merged.width) continue;
+    const int source_y = nearest_source(pathway.rows[level], y), source_x = nearest_source(pathway.cols[level], x);
+    if (source_y != top_y || source_x != top_x) {
+      merged_channels(pathway, level + 1, n, c, count, source_y, source_x, top);
+      top_y = source_y, top_x = source_x;
+    }
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) values[i][j] = fuse<T>(values[i][j], top[j], pathway.average);
+    store(merged.at(n, c, y, x), merged.stride_c, count, merged.vectorised, values[i]);
+  }
+}
+
+// The same with four taps a pixel. One pixel after the other: all at once would take four times the registers.
+template <class T>
+__device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0, int x0) {
+  const FeatureMap<const T>&lateral = pathway.lateral[0], &top = pathway.lateral[1];
+  const FeatureMap<T>& merged = pathway.merged[0];
+  const int64_t left = merged.channels - c;
+  const int count = left < kVec<T> ? static_cast<int>(left) : kVec<T>;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const int y = y0 + i / 2, x = x0 + i % 2;
+    if (y >= merged.height || x >= merged.width) continue;
+    const auto rows = bilinear_source(pathway.rows[0], y);
+    const auto cols = bilinear_source(pathway.cols[0], x);
+    acc_type<T> taps[4][kVec<T>], values[kVec<T>];
+    load(lateral.at(n, c, y, x), lateral.stride_c, count, lateral.vectorised, values);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int tap_y = j / 2 ? rows.hi : rows.lo, tap_x = j % 2 ? cols.hi : cols.lo;
+      load(top.at(n, c, tap_y, tap_x), top.stride_c, count, top.vectorised, taps[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) {
+      const acc_type<T> upper = cols.weight_lo * taps[0][j] + cols.weight_hi * taps[1][j];
+      const acc_type<T> lower = cols.weight_lo * taps[2][j] + cols.weight_hi * taps[3][j];
+      values[j] = fuse<T>(values[j], rows.weight_lo * upper + rows.weight_hi * lower, pathway.average);
+    }
+    store(merged.at(n, c, y, x), merged.stride_c, count, merged.vectorised, values);
+  }
+}
+
+// Two rows by 16 bytes of columns.
+template <class T>
+__device__ __forceinline__ void merge_columns(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int y0,
+                                              int x0) {
+  const FeatureMap<const T>& lateral = pathway.lateral[level];
+  const FeatureMap<T>& merged = pathway.merged[level];
+  const int left = merged.width - x0;
+  const int count = left < kVec<T> ? left : kVec<T>;
+  acc_type<T> values[2][kVec<T>];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (y0 + i < merged.height) {
+      load(lateral.at(n, c, y0 + i, x0), lateral.stride_w, count, lateral.vectorised, values[i]);
+    }
+  }
+  // Whichever columns and row of the coarser map come next, the same ones are not computed again.
+  acc_type<T> top[2] = {0, 0};
+  int sources[2] = {-1, -1};
+  const int rows[2] = {nearest_source(pathway.rows[level], y0), nearest_source(pathway.rows[level], y0 + 1)};
+#pragma unroll
+  for (int j = 0; j < kVec<T>; ++j) {
+    if (j >= count) continue;
+    const int x = nearest_source(pathway.cols[level], x0 + j);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (y0 + i >= merged.height) continue;
+      if (x != sources[i]) {
+        const bool copy = i == 1 && rows[0] == rows[1];
+        top[i] = copy ? top[0] : merged_pixel(pathway, level + 1, n, c, rows[i], x);
+        sources[i] = x;
+      }
+      values[i][j] = fuse<T>(values[i][j], top[i], pathway.average);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (y0 + i < merged.height) {
+      store(merged.at(n, c, y0 + i, x0), merged.stride_w, count, merged.vectorised, values[i]);
+    }
+  }
+}
+
+// The same with four taps a pixel. One row after the other: both at once would take twice the registers.
+template <class T>
+__device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0,
+                                                       int x0) {
+  const FeatureMap<const T>&lateral = pathway.lateral[0], &top = pathway.lateral[1];
+  const FeatureMap<T>& merged = pathway.merged[0];
+  const int left = merged.width - x0;
+  const int count = left < kVec<T> ? left : kVec<T>;
+#pragma unroll 1
+  for (int y = y0; y < y0 + 2 && y < merged.height; ++y) {
+    acc_type<T> values[kVec<T>];
+    load(lateral.at(n, c, y, x0), lateral.stride_w, count, lateral.vectorised, values);
+    const auto rows = bilinear_source(pathway.rows[0], y);
+    const T *above = top.at(n, c, rows.lo, 0), *below = top.at(n, c, rows.hi, 0);
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) {
+      if (j >= count) continue;
+      const auto cols = bilinear_source(pathway.cols[0], x0 + j);
+      const int64_t lo = cols.lo * top.stride_w, hi = cols.hi * top.stride_w;
+      const acc_type<T> upper = cols.weight_lo * to_acc(above[lo]) + cols.weight_hi * to_acc(above[hi]);
+      const acc_type<T> lower = cols.weight_lo * to_acc(below[lo]) + cols.weight_hi * to_acc(below[hi]);
+      values[j] = fuse<T>(values[j], rows.weight_lo * upper + rows.weight_hi * lower, pathway.average);
+    }
+    store(merged.at(n, c, y, x0), merged.stride_w, count, merged.vectorised, values);
+  }
+}
+
+template <class T, bool kChannelsLast, bool kBilinear>
+__global__ void __launch_bounds__(kTopDownThreads) top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
+  int level = 0;
+  while (level + 2 < pathway.levels && blockIdx.x >= pathway.tiling[level + 1].first_block) ++level;
+  const TopDownTiling& tiling = pathway.tiling[level];
+  const FeatureMap<T>& map = pathway.merged[level];
+  const unsigned block = blockIdx.x - tiling.first_block;
+  const unsigned row = block / tiling.per_row;
+  const unsigned in_row = block - row * tiling.per_row;
+  if constexpr (kChannelsLast) {
+    const unsigned lanes = 1u << tiling.lane_bits;
+    const int x = 2 * (in_row * (kTopDownThreads >> tiling.lane_bits) + (threadIdx.x >> tiling.lane_bits));
+    if (x >= map.width) return;
+    const unsigned n = row / tiling.row_pairs;
+    const int y = 2 * (row - n * tiling.row_pairs);
+    for (unsigned chunk = threadIdx.x & (lanes - 1); chunk < tiling.inner_chunks; chunk += lanes) {
+      const int64_t c = int64_t{chunk} * kVec<T>;
+      if constexpr (kBilinear) {
+        merge_pixels_bilinear(pathway, n, c, y, x);
+      } else {
+        merge_pixels(pathway, level, n, c, y, x);
+      }
+    }
+  } else {
+    const unsigned task = in_row * kTopDownThreads + threadIdx.x;
+    const unsigned row_pair = task / tiling.inner_chunks;
+    if (row_pair >= tiling.row_pairs) return;
+    const int x = (task - row_pair * tiling.inner_chunks) * kVec<T>;
+    const unsigned channels = static_cast<unsigned>(map.channels);
+    const unsigned n = row / channels, c = row - n * channels;
+    if constexpr (kBilinear) {
+      merge_columns_bilinear(pathway, n, c, 2 * row_pair, x);
+    } else {
+      merge_columns(pathway, level, n, c, 2 * row_pair, x);
+    }
+  }
+}
+
+}  // namespace fpn_fast

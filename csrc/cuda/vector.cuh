@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// 16-byte global accesses of storage types, with a scalar form for maps that alignment does not allow them on.
+#pragma once
+
+#include "../common/feature_map.h"
+#include "../common/scalar.h"
+
+namespace fpn_fast {
+
+// `kVec` elements from `source`, `stride` apart, of which `count` exist; the rest read as zero.
+template <class T>
+__device__ __forceinline__ void load(const T* source, int64_t stride, int count, bool vectorised,
+                                     acc_type<T> (&values)[kVec<T>]) {
+  if (vectorised) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(source);
+    T elements[kVec<T>];
+    memcpy(elements, &raw, sizeof raw);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) values[i] = to_acc(elements[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) values[i] = i < count ? to_acc(source[i * stride]) : acc_type<T>(0);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* target, int64_t stride, int count, bool vectorised,
+                                      const acc_type<T> (&values)[kVec<T>]) {
+  if (vectorised) {
+    T elements[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) elements[i] = Rounded<T>::from(values[i]);
+    uint4 raw;
+    memcpy(&raw, elements, sizeof raw);
+    *reinterpret_cast<uint4*>(target) = raw;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) {
+      if (i < count) target[i * stride] = Rounded<T>::from(values[i]);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ acc_type<T> round_to(acc_type<T> value) {
+  return to_acc(Rounded<T>::from(value));
+}
+
+}  // namespace fpn_fast

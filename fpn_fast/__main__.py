@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fpn_fast info``: what this installation has, what it lacks, and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from fpn_fast import _library, backends
+from fpn_fast._version import __version__
+
+
+def gather() -> dict[str, Any]:
+    """Everything that ``info`` prints, as plain data."""
+    facts: dict[str, Any] = {
+        "fpn_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": importlib.util.find_spec("triton") is not None and __import__("triton").__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backends": {
+            device: {name: backends.problem(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
+        },
+        "build": None,
+        "kernels": None,
+    }
+    try:
+        from fpn_fast import _introspection
+    except ImportError as error:
+        facts["introspection_problem"] = (
+            f"{error}; it is built with the compiled library, for the Python that built it alone"
+        )
+        return facts
+    facts["build"] = _introspection.build_facts()
+    if torch.cuda.is_available() and _library.problems["cuda"] is None:
+        facts["kernels"] = _introspection.kernel_attributes(str(_library.path("_C_cuda")))
+    return facts
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The table that ``info`` prints."""
+    lines = [
+        f"fpn_fast {facts['fpn_fast']}, Python {facts['python']}, torch {facts['torch']} "
+        f"(CUDA {facts['torch_cuda'] or 'none'}), triton {facts['triton'] or 'none'}",
+        f"GPU: {facts['device'] or 'none visible'}",
+    ]
+    if facts["build"] is None:
+        lines.append(f"build: unknown ({facts['introspection_problem']})")
+    else:
+        lines += ["build:", *(f"  {name:<9} {value}" for name, value in facts["build"].items())]
+    for device, problems in facts["backends"].items():
+        lines.append(f"backends for {device} tensors:")
+        lines += [f"  {name:<9} {'available' if p is None else f'not available: {p}'}" for name, p in problems.items()]
+    if facts["kernels"] is not None:
+        lines.append(f"{'kernel':<64} registers  shared B  local B  occupancy")
+        for k in facts["kernels"]:
+            lines.append(
+                f"{k['name']:<64} {k['registers']:>9}  {k['shared_bytes']:>8}  {k['local_bytes']:>7}  "
+                f"{k['occupancy']:>8.0%}"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fpn_fast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what this installation has, what it lacks, and how to get it")
+    info.add_argument("--json", action="store_true", help="plain data instead of a table")
+    options = parser.parse_args(arguments)
+    facts = gather()
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

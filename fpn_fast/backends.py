@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves a call, and why.
+
+- ``cpp``: the compiled library; C++ on CPU tensors, CUDA on CUDA tensors.
+- ``triton``: for a GPU without a compiler; on CPU tensors only under ``TRITON_INTERPRET=1``, for testing.
+- ``reference``: plain PyTorch, on any device.
+
+``auto`` takes the first of these that can serve the call. Choose with :func:`use`, or with ``FPN_FAST_BACKEND`` in the
+environment when the package is imported. The choice is one for the process, not one for each thread.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fpn_fast import _library
+
+BACKENDS = ("cpp", "triton", "reference")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call; the message says why and what would help."""
+
+
+def _cpp_problem(device_type: str) -> str | None:
+    if device_type not in _library.problems:
+        return f"the compiled library has kernels for cpu and cuda tensors, not for {device_type}"
+    return _library.problems[device_type]
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_problem(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    if device_type == "cpu" and not triton_interprets():
+        return "triton serves cpu tensors only in its interpreter; set TRITON_INTERPRET=1 before importing fpn_fast"
+    if device_type not in ("cpu", "cuda"):
+        return f"the Triton kernels are for cuda tensors, not for {device_type}"
+    return None
+
+
+_PROBLEMS: dict[str, Callable[[str], str | None]] = {
+    "cpp": _cpp_problem,
+    "triton": _triton_problem,
+    "reference": lambda device_type: None,
+}
+
+
+def _parse(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, got {name!r}")
+    return name
+
+
+_requested = _parse(os.environ.get("FPN_FAST_BACKEND", "auto"), "FPN_FAST_BACKEND")
+# Automatic choices by (requested, device type): the answer cannot change while the process lives.
+_chosen: dict[tuple[str, str], str] = {}
+
+
+def requested() -> str:
+    """The backend asked for: ``auto``, ``cpp``, ``triton`` or ``reference``."""
+    return _requested
+
+
+def problem(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors of `device_type`, with what would help; None where it can."""
+    return _PROBLEMS[_parse(backend, "backend")](device_type)
+
+
+def available(device_type: str) -> list[str]:
+    """The backends that can serve tensors of `device_type`, best first."""
+    return [name for name in BACKENDS if problem(name, device_type) is None]
+
+
+def choose(device_type: str) -> str:
+    """The backend that serves a call on `device_type`.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot serve this device.
+    """
+    key = (_requested, device_type)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(*key)
+    return found
+
+
+def _choose(name: str, device_type: str) -> str:
+    if name == "auto":
+        # The interpreter is for testing kernels, never the faster choice.
+        return next(b for b in available(device_type) if b != "triton" or device_type == "cuda")
+    reason = problem(name, device_type)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} cannot serve {device_type} tensors: {reason}")
+    return name
+
+
+def explain(device_type: str = "cpu") -> str:
+    """One line a backend: which serves tensors of `device_type` now, which could, and why the others cannot."""
+    try:
+        taken: str | None = choose(device_type)
+    except BackendUnavailableError:
+        taken = None
+    lines = [f"{device_type} tensors, backend asked for: {_requested}"]
+    for name in BACKENDS:
+        reason = problem(name, device_type)
+        state = "taken" if name == taken else "available" if reason is None else f"not available: {reason}"
+        lines.append(f"  {name:<9} {state}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Asks for a backend inside a ``with`` block: ``auto``, ``cpp``, ``triton`` or ``reference``.
+
+    Raises:
+        ValueError: `name` is none of these.
+        BackendUnavailableError: no device type on this machine can be served by it.
+    """
+    global _requested
+    _parse(name, "backend")
+    if name != "auto" and all(problem(name, device_type) is not None for device_type in ("cpu", "cuda")):
+        raise BackendUnavailableError(f"backend {name!r} cannot serve cpu tensors: {problem(name, 'cpu')}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before

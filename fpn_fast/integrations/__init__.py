@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`accelerate()`: swaps what a detector has that we have a fused form of.
+
+A swap changes a module's class in place. Parameters, buffers, hooks, the module's identity and every reference to it
+stay as they are, checkpoints go both ways, and undoing it is changing the class back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module: its name in the model, its class, and what was done or why it was left."""
+
+    name: str
+    module: str
+    note: str
+
+
+@dataclass
+class Report:
+    """What :func:`accelerate` or :func:`restore` did. Printed, a table; ``as_dict()``, plain data."""
+
+    swapped: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, list[dict[str, str]]]:
+        """{"swapped": [{"name", "module", "note"}, ...], "left": [...]}"""
+        return {"swapped": [vars(entry) for entry in self.swapped], "left": [vars(entry) for entry in self.left]}
+
+    def __str__(self) -> str:
+        rows = [("swapped", *vars(e).values()) for e in self.swapped] + [("left", *vars(e).values()) for e in self.left]
+        if not rows:
+            return "fpn_fast: nothing in this model has a fused form"
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
+        return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines])
+
+
+def _tables() -> tuple[dict[type, type], dict[type, str]]:
+    """(class -> its fused class, class -> why it is left), of the libraries that are installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return {}, {}
+    from fpn_fast.integrations import torchvision
+
+    return torchvision.FUSED, torchvision.LEFT
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Swaps, in place, every module of `model` that has a fused form; the model computes the same.
+
+    Weights, hooks and references stay; calling it again changes nothing; :func:`restore` undoes it. Subclasses of a
+    known module are left, because they may compute something else.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_model(model)
+    fused, left = _tables()
+    report = Report()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind in fused:
+            module.__class__ = fused[kind]
+            report.swapped.append(Entry(name, _qualified(kind), f"now {_qualified(fused[kind])}"))
+        elif kind in fused.values():
+            report.left.append(Entry(name, _qualified(kind), "fused already"))
+        elif kind in left:
+            report.left.append(Entry(name, _qualified(kind), left[kind]))
+        elif base := next((base for base in kind.__mro__[1:] if base in fused), None):
+            note = f"a subclass of {_qualified(base)}, which may compute something else"
+            report.left.append(Entry(name, _qualified(kind), note))
+    return report
+
+
+def restore(model: nn.Module) -> Report:
+    """Undoes :func:`accelerate`, in place: every fused module becomes what it replaced, with its weights of now.
+
+    Modules that were built as fused ones become the library's too. Raises TypeError if `model` is not a module.
+    """
+    _check_model(model)
+    originals = {new: old for old, new in _tables()[0].items()}
+    report = Report()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind in originals:
+            module.__class__ = originals[kind]
+            report.swapped.append(Entry(name, _qualified(kind), f"now {_qualified(originals[kind])}"))
+    return report

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the feature pyramid needs of torchvision, for machines without it: same keys, initialisation and results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ExtraFPNBlock(nn.Module):
+    """Appends coarser maps to a pyramid's results."""
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """results: the pyramid's maps, finest first; x: its inputs; names: of the results. Returns both, extended."""
+        raise TypeError(f"{type(self).__name__} must define forward(results, x, names)")
+
+
+class LastLevelMaxPool(ExtraFPNBlock):
+    """Every second pixel of the coarsest result, under the name "pool"."""
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        pooled = F.max_pool2d(results[-1], kernel_size=1, stride=2, padding=0)
+        return [*results, pooled], [*names, "pool"]
+
+
+class LastLevelP6P7(ExtraFPNBlock):
+    """RetinaNet's P6 and P7: strided 3x3 convolutions from P5 where it has `in_channels` channels, else from C5."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
+        _initialise(self)
+        self.use_P5 = in_channels == out_channels
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6((p if self.use_P5 else c)[-1])
+        p7 = self.p7(F.relu(p6))
+        return [*p, p6, p7], [*names, "p6", "p7"]
+
+
+def _initialise(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _block(
+    in_channels: int, out_channels: int, kernel_size: int, norm_layer: Callable[..., nn.Module] | None
+) -> nn.Sequential:
+    convolution = nn.Conv2d(
+        in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=norm_layer is None
+    )
+    return nn.Sequential(convolution) if norm_layer is None else nn.Sequential(convolution, norm_layer(out_channels))
+
+
+class FeaturePyramidNetwork(nn.Module):
+    """Parameters of a feature pyramid; fpn_fast.nn.FeaturePyramidNetwork adds the forward."""
+
+    _version = 2
+
+    def __init__(
+        self,
+        in_channels_list: list[int],
+        out_channels: int,
+        extra_blocks: ExtraFPNBlock | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.inner_blocks = nn.ModuleList()
+        self.layer_blocks = nn.ModuleList()
+        for in_channels in in_channels_list:
+            if in_channels == 0:
+                raise ValueError("in_channels=0 is currently not supported")
+            self.inner_blocks.append(_block(in_channels, out_channels, 1, norm_layer))
+            self.layer_blocks.append(_block(out_channels, out_channels, 3, norm_layer))
+        # Before the extra blocks are attached, which have an initialisation of their own.
+        _initialise(self)
+        if extra_blocks is not None and not isinstance(extra_blocks, ExtraFPNBlock):
+            raise TypeError(f"extra_blocks must be an ExtraFPNBlock, got {type(extra_blocks).__name__}")
+        self.extra_blocks = extra_blocks
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        if (local_metadata.get("version") or 0) < 2:
+            # Version 1 had the convolutions themselves where version 2 has blocks.
+            for blocks in ("inner_blocks", "layer_blocks"):
+                for i in range(len(self.inner_blocks)):
+                    for name in ("weight", "bias"):
+                        old = f"{prefix}{blocks}.{i}.{name}"
+                        if old in state_dict:
+                            state_dict[f"{prefix}{blocks}.{i}.0.{name}"] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)

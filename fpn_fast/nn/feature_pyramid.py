@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's FeaturePyramidNetwork with the top-down pathway fused."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+from fpn_fast import ops
+
+try:
+    # torchvision's models check isinstance: where it is installed its classes are the base.
+    from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+    from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork as _Base
+except ImportError:
+    from fpn_fast.nn._standalone import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+    from fpn_fast.nn._standalone import FeaturePyramidNetwork as _Base
+
+__all__ = ["ExtraFPNBlock", "FeaturePyramidNetwork", "LastLevelMaxPool", "LastLevelP6P7"]
+
+
+class FeaturePyramidNetwork(_Base):
+    """Feature Pyramid Network (Lin et al., 2017): drop-in for :class:`torchvision.ops.FeaturePyramidNetwork`.
+
+    Same constructor, ``state_dict`` keys (old ones are migrated), initialisation under the same seed and results; the
+    merge of all levels is one call of :func:`fpn_fast.ops.top_down`. A subclass of torchvision's where torchvision is
+    installed.
+
+    Args:
+        in_channels_list: channels of each input map, finest first.
+        out_channels: channels of every output map.
+        extra_blocks: an :class:`ExtraFPNBlock` that appends coarser maps, such as :class:`LastLevelMaxPool`.
+        norm_layer: normalisation after each convolution, which then has no bias.
+
+    Raises:
+        ValueError: an entry of in_channels_list is 0.
+        TypeError: extra_blocks is not an ExtraFPNBlock.
+
+    >>> import torch
+    >>> fpn = FeaturePyramidNetwork([8, 16], 4)
+    >>> maps = fpn({"0": torch.rand(1, 8, 16, 16), "1": torch.rand(1, 16, 8, 8)})
+    >>> [(name, tuple(map.shape)) for name, map in maps.items()]
+    [('0', (1, 4, 16, 16)), ('1', (1, 4, 8, 8))]
+    """
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Maps by name, finest first, [N, C_l, H_l, W_l] -> the same names, [N, out_channels, H_l, W_l], then extras."""
+        names = list(x)
+        features = list(x.values())
+        # As in torchvision the coarsest map takes the last block, however many maps there are.
+        indices = [*range(len(features) - 1), -1]
+        laterals = [self.inner_blocks[i](feature) for i, feature in zip(indices, features, strict=True)]
+        merged = ops.top_down(laterals)
+        results = [self.layer_blocks[i](map) for i, map in zip(indices, merged, strict=True)]
+        if self.extra_blocks is not None:
+            results, names = self.extra_blocks(results, features, names)
+        return OrderedDict(zip(names, results, strict=False))

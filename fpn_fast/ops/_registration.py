@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives an op of both namespaces its fake and autograd rules in one call.
+
+The dispatcher has one CUDA slot for each op, so the compiled ops live in ``fpn_fast::`` and the Triton ones in
+``fpn_fast_triton::``, with equal schemas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_fast import _library, backends
+
+#: Backend -> namespace, of the backends that are torch ops.
+NAMESPACES = {"cpp": "fpn_fast", "triton": "fpn_fast_triton"}
+
+
+def _has_ops(backend: str) -> bool:
+    if backend == "cpp":
+        return _library.problems["cpu"] is None
+    return backends.problem("triton", "cuda") is None
+
+
+def register_op(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[[str], Callable[..., Any]],
+) -> dict[str, torch._ops.OpOverload]:
+    """Registers the rules of op `name` in every namespace that has it.
+
+    backward: given a backend's name, the op's backward, so that a gradient is computed by the backend of its forward.
+
+    Returns: backend -> op.
+    """
+    found = {}
+    for backend, namespace in NAMESPACES.items():
+        if not _has_ops(backend):
+            continue
+        if backend == "triton":
+            import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::
+        qualified = f"{namespace}::{name}"
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)
+        found[backend] = getattr(getattr(torch.ops, namespace), name).default
+    return found
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether outputs like `tensor` [N, C, H, W] are channels_last: csrc/torch/tensors.h has the same rule."""
+    return tensor.stride(1) == 1 and tensor.size(1) > 1 and not tensor.is_contiguous()
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The memory format of outputs that follow `tensor` [N, C, H, W]."""
+    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
+
+
+def traced() -> bool:
+    """Whether a compiler or a function transform watches, which understands registered ops only."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The top-down merge of a feature pyramid: upsample and lateral add, the whole pathway in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_fast import backends, reference
+from fpn_fast.ops._registration import memory_format, register_op, traced
+
+# csrc/common/resample.h: enum class Resample.
+_NEAREST, _BILINEAR, _BILINEAR_ALIGN_CORNERS = 0, 1, 2
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def top_down(
+    laterals: Sequence[Tensor],
+    mode: str = "nearest",
+    *,
+    align_corners: bool = False,
+    scale_factor: int | None = None,
+    fuse: str = "sum",
+) -> list[Tensor]:
+    """Merges a pyramid top-down: ``merged[l] = laterals[l] + resample(merged[l + 1])``, ``merged[-1] = laterals[-1]``.
+
+    Args:
+        laterals: L maps [N, C, H_l, W_l], finest first, of one dtype (float64, float32, float16 or bfloat16) and on one
+            device, with any strides. Under autocast they are promoted to the widest dtype among them, as an addition
+            would.
+        mode: ``"nearest"`` or ``"bilinear"``. The coarser map is resampled to the lateral's size, whatever the ratio.
+        align_corners: of ``"bilinear"``, as in :func:`torch.nn.functional.interpolate`.
+        scale_factor: detectron2's form: the lateral must be exactly this many times as high and wide as the map above.
+        fuse: ``"sum"``, or ``"avg"`` for half the sum (detectron2's ``fuse_type="avg"``).
+
+    Returns:
+        L maps of the laterals' shapes, dtype and (each of its own lateral) memory format; the last is
+        ``laterals[-1]`` itself. Every level is computed in float32 (float64 for float64) and rounded once to the
+        storage type; ``"nearest"`` equals ``lateral + F.interpolate(top, size)`` bit for bit.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a floating type above, or the dtypes differ.
+        ValueError: no laterals; not [N, C, H, W]; N, C or device differ; an empty map; unknown mode or fuse;
+            align_corners without bilinear; a scale_factor that is no positive integer or does not fit the sizes.
+        BackendUnavailableError: the backend asked for cannot serve the laterals' device.
+
+    Differentiable, twice too. Source: Lin et al., Feature Pyramid Networks for Object Detection, 2017;
+    torchvision/ops/feature_pyramid_network.py.
+    """
+    laterals = list(laterals)
+    code = _check_options(mode, align_corners, fuse)
+    average = fuse == "avg"
+    laterals = _check_laterals(laterals)
+    if scale_factor is not None:
+        _check_scale_factor(laterals, scale_factor)
+    if len(laterals) == 1:
+        return laterals
+    backend = backends.choose(laterals[0].device.type)
+    if backend == "reference":
+        return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
+    if traced():
+        merged = _FORWARD[backend](laterals, code, average)
+    elif torch.is_grad_enabled() and any(lateral.requires_grad for lateral in laterals):
+        # Several times cheaper per call than the registered rule, and the same formula.
+        merged = _TopDown.apply(backend, code, average, *laterals)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            merged = _FORWARD[backend](laterals, code, average)
+    return [*merged, laterals[-1]]
+
+
+def upsample_add(
+    lateral: Tensor,
+    top: Tensor,
+    mode: str = "nearest",
+    *,
+    align_corners: bool = False,
+    scale_factor: int | None = None,
+    fuse: str = "sum",
+) -> Tensor:
+    """``lateral + resample(top to lateral's size)``: the two-map form of :func:`top_down`, with its options and errors.
+
+    lateral: [N, C, H, W]; top: [N, C, h, w]; returns [N, C, H, W].
+    """
+    return top_down((lateral, top), mode, align_corners=align_corners, scale_factor=scale_factor, fuse=fuse)[0]
+
+
+def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
+    if fuse != "sum" and fuse != "avg":
+        raise ValueError(f'fuse must be "sum" or "avg", got {fuse!r}')
+    if mode == "nearest":
+        if align_corners:
+            raise ValueError('align_corners goes with mode="bilinear", got mode="nearest"')
+        return _NEAREST
+    if mode == "bilinear":
+        return _BILINEAR_ALIGN_CORNERS if align_corners else _BILINEAR
+    raise ValueError(f'mode must be "nearest" or "bilinear", got {mode!r}')
+
+
+def _check_laterals(laterals: list[Tensor]) -> list[Tensor]:
+    if not laterals:
+        raise ValueError("laterals must hold at least one map, got an empty sequence")
+    for i, lateral in enumerate(laterals):
+        if not isinstance(lateral, Tensor):
+            raise TypeError(f"laterals must be tensors, got {type(lateral).__name__} at {i}")
+    first = laterals[0]
+    dtype, device = first.dtype, first.device
+    mixed = False
+    for i, lateral in enumerate(laterals):
+        if lateral.dtype not in _DTYPES:
+            raise TypeError(f"laterals must be float64, float32, float16 or bfloat16, got {lateral.dtype} at {i}")
+        shape = lateral.shape
+        if len(shape) != 4:
+            raise ValueError(f"laterals must be [N, C, H, W], got {tuple(shape)} at {i}")
+        if i == 0:
+            batch, channels = shape[0], shape[1]
+        elif shape[0] != batch or shape[1] != channels:
+            raise ValueError(f"laterals must share N and C, {(batch, channels)}, got {tuple(shape)} at {i}")
+        if shape[2] < 1 or shape[3] < 1:
+            raise ValueError(f"laterals must have at least 1 x 1 pixel, got {tuple(shape)} at {i}")
+        if lateral.device != device:
+            raise ValueError(f"laterals must be on one device, {device}, got {lateral.device} at {i}")
+        mixed |= lateral.dtype != dtype
+    return _promote(laterals) if mixed else laterals
+
+
+def _promote(laterals: list[Tensor]) -> list[Tensor]:
+    if not torch.is_autocast_enabled(laterals[0].device.type):
+        raise TypeError(f"laterals must be of one dtype outside autocast, got {[str(m.dtype) for m in laterals]}")
+    widest = laterals[0].dtype
+    for lateral in laterals[1:]:
+        widest = torch.promote_types(widest, lateral.dtype)
+    return [lateral.to(widest) for lateral in laterals]
+
+
+def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:
+    if int(scale_factor) != scale_factor or scale_factor < 1:
+        raise ValueError(
+            f"scale_factor must be a positive integer, got {scale_factor}; other ratios resample to the lateral's size"
+        )
+    for i, (lateral, top) in enumerate(zip(laterals[:-1], laterals[1:], strict=True)):
+        height, width = top.shape[2] * scale_factor, top.shape[3] * scale_factor
+        if lateral.shape[2] != height or lateral.shape[3] != width:
+            raise ValueError(
+                f"with scale_factor={scale_factor}, lateral {i} must be {int(height)} x {int(width)} pixels to fit the "
+                f"map above, got {lateral.shape[2]} x {lateral.shape[3]}; pad the image to a multiple of the coarsest "
+                "stride, or leave scale_factor out"
+            )
+
+
+def _fake(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
+    return [torch.empty_like(lateral, memory_format=memory_format(lateral)) for lateral in laterals[:-1]]
+
+
+def _fake_backward(
+    grads: list[Tensor], coarse_height: int, coarse_width: int, mode: int, average: bool
+) -> list[Tensor]:
+    last = grads[-1]
+    coarsest = torch.empty(
+        (last.size(0), last.size(1), coarse_height, coarse_width),
+        dtype=last.dtype,
+        device=last.device,
+        memory_format=memory_format(last),
+    )
+    return [*(torch.empty_like(grad, memory_format=memory_format(grad)) for grad in grads[1:]), coarsest]
+
+
+def _lateral_grads(
+    backend: str, grads: Sequence[Tensor], coarse_size: tuple[int, int], mode: int, average: bool, coarser: bool
+) -> list[Tensor | None]:
+    """Gradients of all laterals from those of the merged maps but the coarsest; only the finest unless `coarser`.
+
+    The finest lateral's is its merged map's own. Each coarser one adds what the pixels that read it pass on.
+    """
+    finest = grads[0] / 2 if average else grads[0]
+    if not coarser:
+        return [finest, *([None] * len(grads))]
+    arguments = ([finest, *grads[1:]], *coarse_size, mode, average)
+    if traced() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in arguments[0])):
+        return [finest, *_BACKWARD[backend](*arguments)]
+    with torch._C._AutoDispatchBelowAutograd():
+        return [finest, *_BACKWARD[backend](*arguments)]
+
+
+class _TopDown(torch.autograd.Function):
+    """The route without a tracer; :func:`_backward` is the same for the registered op."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, mode: int, average: bool, *laterals: Tensor) -> tuple[Tensor, ...]:
+        ctx.backend, ctx.mode, ctx.average = backend, mode, average
+        ctx.coarse_size = tuple(laterals[-1].shape[2:])
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_FORWARD[backend](list(laterals), mode, average))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        coarser = any(ctx.needs_input_grad[4:])
+        lateral_grads = _lateral_grads(ctx.backend, grads, ctx.coarse_size, ctx.mode, ctx.average, coarser)
+        return (None, None, None, *lateral_grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    laterals, ctx.mode, ctx.average = inputs
+    ctx.coarse_size = tuple(laterals[-1].shape[2:])
+    ctx.shapes = [tuple(lateral.shape) for lateral in laterals[:-1]]
+    ctx.like = laterals[0].new_empty(0)
+
+
+def _backward(backend: str) -> Any:
+    def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        full = [ctx.like.new_zeros(s) if g is None else g for g, s in zip(grads, ctx.shapes, strict=True)]
+        lateral_grads = _lateral_grads(backend, full, ctx.coarse_size, ctx.mode, ctx.average, coarser=True)
+        return lateral_grads, None, None
+
+    return backward
+
+
+def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grads, _, _, ctx.mode, ctx.average = inputs
+    ctx.like = grads[0].new_empty(0)
+    ctx.shapes = [tuple(grads[0].shape), *(tuple(sums.shape) for sums in output)]
+
+
+def _double_backward(backend: str) -> Any:
+    """The gather's transpose is the merge again, of the incoming gradients, with nothing at the finest level."""
+
+    def backward(ctx: Any, grad_sums: list[Tensor | None]) -> tuple[Any, ...]:
+        laterals = [
+            ctx.like.new_zeros(s) if g is None else g for g, s in zip([None, *grad_sums], ctx.shapes, strict=True)
+        ]
+        merged = _FORWARD[backend](laterals, ctx.mode, ctx.average)
+        # The finest gradient enters the gather whole; the merge halved it like the others.
+        finest = merged[0] * 2 if ctx.average else merged[0]
+        return [finest, *merged[1:]], None, None, None, None
+
+    return backward
+
+
+_FORWARD = register_op("top_down", fake=_fake, setup_context=_setup_context, backward=_backward)
+_BACKWARD = register_op(
+    "top_down_backward", fake=_fake_backward, setup_context=_setup_context_backward, backward=_double_backward
+)

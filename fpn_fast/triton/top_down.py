@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The top-down merge in Triton: one launch for each level, any strides.
+
+A program owns BLOCK_OUTER rows of BLOCK_INNER elements. Inner is what is adjacent in memory: channels of a pixel
+(channels_last) or columns of a row of one channel (channels_first); Triton makes 16-byte accesses of it where strides
+are divisible by 16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpn_fast.triton import DEVICES, _resample, library
+from fpn_fast.triton._resample import bilinear_source, nearest_source, target_range, target_weight
+
+# 1024 elements, 8 to a thread of 4 warps at 16 bits: one 16-byte access each for bfloat16, two for float32.
+BLOCK_ELEMENTS = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def coordinates(CHANNELS_LAST: tl.constexpr, C, H, W, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """(n, c, y, x, inside) of a program's elements, each broadcastable to [BLOCK_OUTER, BLOCK_INNER]."""
+    if CHANNELS_LAST:
+        inner_size, outer_per_image = C, H * W
+    else:
+        inner_size, outer_per_image = W, C * H
+    outer = tl.program_id(0).to(tl.int64) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)[:, None]
+    inner = tl.program_id(1) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)[None, :]
+    n = outer // outer_per_image
+    rest = (outer % outer_per_image).to(tl.int32)
+    if CHANNELS_LAST:
+        c, y, x = inner, rest // W, rest % W
+    else:
+        c, y, x = rest // H, rest % H, inner
+    return n, c, y, x, inner < inner_size
+
+
+@triton.jit
+def offsets(n, c, y, x, stride_n, stride_c, stride_h, stride_w):
+    """64-bit element offsets: P2 of a large batch passes 2^31 elements."""
+    return (
+        n * stride_n
+        + c.to(tl.int64) * stride_c
+        + y.to(tl.int64) * stride_h
+        + x.to(tl.int64) * stride_w
+    )
+
+
+@triton.jit
+def top_down_kernel(
+    lateral, lateral_n, lateral_c, lateral_h, lateral_w,
+    top, top_n, top_c, top_h, top_w,
+    out, out_n, out_c, out_h, out_w,
+    N, C, H, W, h, w,
+    MODE: tl.constexpr, AVERAGE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """out = lateral + resample(top), rounded once, then halved if AVERAGE."""
+    n, c, y, x, inside = coordinates(CHANNELS_LAST, C, H, W, BLOCK_OUTER, BLOCK_INNER)
+    mask = inside & (n < N)
+    if MODE == _resample.NEAREST:
+        source_y, source_x = nearest_source(y, h, H), nearest_source(x, w, W)
+        value = tl.load(top + offsets(n, c, source_y, source_x, top_n, top_c, top_h, top_w), mask=mask).to(ACC)
+    else:
+        y_lo, y_hi, y_weight = bilinear_source(y, h, H, MODE, ACC)
+        x_lo, x_hi, x_weight = bilinear_source(x, w, W, MODE, ACC)
+        a = tl.load(top + offsets(n, c, y_lo, x_lo, top_n, top_c, top_h, top_w), mask=mask).to(ACC)
+        b = tl.load(top + offsets(n, c, y_lo, x_hi, top_n, top_c, top_h, top_w), mask=mask).to(ACC)
+        above = (1 - x_weight) * a + x_weight * b
+        a = tl.load(top + offsets(n, c, y_hi, x_lo, top_n, top_c, top_h, top_w), mask=mask).to(ACC)
+        b = tl.load(top + offsets(n, c, y_hi, x_hi, top_n, top_c, top_h, top_w), mask=mask).to(ACC)
+        below = (1 - x_weight) * a + x_weight * b
+        value = (1 - y_weight) * above + y_weight * below
+    value += tl.load(lateral + offsets(n, c, y, x, lateral_n, lateral_c, lateral_h, lateral_w), mask=mask).to(ACC)
+    merged = value.to(out.dtype.element_ty)
+    if AVERAGE:
+        merged = (merged.to(ACC) * 0.5).to(out.dtype.element_ty)
+    tl.store(out + offsets(n, c, y, x, out_n, out_c, out_h, out_w), merged, mask=mask)
+
+
+@triton.jit
+def top_down_backward_kernel(
+    fine, fine_n, fine_c, fine_h, fine_w,
+    grad, grad_n, grad_c, grad_h, grad_w,
+    out, out_n, out_c, out_h, out_w,
+    N, C, H, W, h, w, rows_read, cols_read,
+    MODE: tl.constexpr, AVERAGE: tl.constexpr, HAS_GRAD: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """out [N, C, h, w] gathers fine [N, C, H, W], adds grad, is halved if AVERAGE. No source is read by more than
+    rows_read rows and cols_read columns."""
+    n, c, y, x, inside = coordinates(CHANNELS_LAST, C, h, w, BLOCK_OUTER, BLOCK_INNER)
+    mask = inside & (n < N)
+    row_begin, row_end = target_range(y, h, H, MODE, ACC)
+    col_begin, col_end = target_range(x, w, W, MODE, ACC)
+    total = tl.zeros([BLOCK_OUTER, BLOCK_INNER], dtype=ACC)
+    for i in range(rows_read):
+        fine_y = row_begin + i
+        for j in range(cols_read):
+            fine_x = col_begin + j
+            reads = mask & (fine_y < row_end) & (fine_x < col_end)
+            value = tl.load(fine + offsets(n, c, fine_y, fine_x, fine_n, fine_c, fine_h, fine_w), mask=reads, other=0.0)
+            value = value.to(ACC)
+            if MODE != _resample.NEAREST:
+                value *= target_weight(fine_y, y, h, H, MODE, ACC) * target_weight(fine_x, x, w, W, MODE, ACC)
+            total += value
+    if HAS_GRAD:
+        total += tl.load(grad + offsets(n, c, y, x, grad_n, grad_c, grad_h, grad_w), mask=mask).to(ACC)
+        if AVERAGE:
+            total *= 0.5
+    tl.store(out + offsets(n, c, y, x, out_n, out_c, out_h, out_w), total.to(out.dtype.element_ty), mask=mask)
+
+
+def _launch_config(out: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
+    """Grid and constants for programs that cover `out` [N, C, H, W]."""
+    from fpn_fast.ops._registration import is_channels_last
+
+    channels_last = is_channels_last(out)
+    batch, channels, height, width = out.shape
+    inner = channels if channels_last else width
+    outer = batch * (height * width if channels_last else channels * height)
+    block_inner = min(triton.next_power_of_2(inner), BLOCK_ELEMENTS)
+    block_outer = BLOCK_ELEMENTS // block_inner
+    constants = {
+        "CHANNELS_LAST": channels_last,
+        "ACC": tl.float64 if out.dtype == torch.float64 else tl.float32,
+        "BLOCK_OUTER": block_outer,
+        "BLOCK_INNER": block_inner,
+        "num_warps": NUM_WARPS,
+    }
+    return (triton.cdiv(outer, block_outer), triton.cdiv(inner, block_inner)), constants
+
+
+def most_targets(size_in: int, size_out: int, mode: int) -> int:
+    """An upper bound of the destinations that read one source: a loop's length, not exact."""
+    per_source = -(-size_out // size_in) + 1
+    return min(size_out, per_source if mode == _resample.NEAREST.value else 2 * per_source + 1)
+
+
+def top_down(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
+    """See fpn_fast/ops/top_down.py."""
+    from fpn_fast.ops._registration import memory_format
+
+    merged = [laterals[-1]]
+    for lateral in reversed(laterals[:-1]):
+        out = torch.empty_like(lateral, memory_format=memory_format(lateral))
+        if out.numel() > 0:
+            top = merged[-1]
+            grid, constants = _launch_config(out)
+            with torch.cuda.device_of(out):
+                top_down_kernel[grid](
+                    lateral, *lateral.stride(), top, *top.stride(), out, *out.stride(),
+                    *out.shape, *top.shape[2:], MODE=mode, AVERAGE=average, **constants,
+                )  # fmt: skip
+        merged.append(out)
+    return merged[:0:-1]
+
+
+def top_down_backward(
+    grads: list[Tensor], coarse_height: int, coarse_width: int, mode: int, average: bool
+) -> list[Tensor]:
+    """See fpn_fast/ops/top_down.py."""
+    from fpn_fast.ops._registration import memory_format
+
+    sums = []
+    fine = grads[0]
+    for level in range(1, len(grads) + 1):
+        grad = grads[level] if level < len(grads) else None
+        if grad is not None:
+            out = torch.empty_like(grad, memory_format=memory_format(grad))
+        else:
+            size = (fine.size(0), fine.size(1), coarse_height, coarse_width)
+            out = torch.empty(size, dtype=fine.dtype, device=fine.device, memory_format=memory_format(grads[-1]))
+        if out.numel() > 0:
+            # Without a gradient of its own the level's `grad` is not read; any tensor fills the argument.
+            own = out if grad is None else grad
+            grid, constants = _launch_config(out)
+            with torch.cuda.device_of(out):
+                top_down_backward_kernel[grid](
+                    fine, *fine.stride(), own, *own.stride(), out, *out.stride(),
+                    *fine.shape, *out.shape[2:],
+                    most_targets(out.shape[2], fine.shape[2], mode), most_targets(out.shape[3], fine.shape[3], mode),
+                    MODE=mode, AVERAGE=average, HAS_GRAD=grad is not None, **constants,
+                )  # fmt: skip
+        sums.append(out)
+        fine = out
+    return sums
+
+
+library.define("top_down(Tensor[] laterals, int mode, bool average) -> Tensor[]")
+library.define(
+    "top_down_backward(Tensor[] grads, SymInt coarse_height, SymInt coarse_width, int mode, bool average) -> Tensor[]"
+)
+for _device in DEVICES:
+    library.impl("top_down", top_down, _device)
+    library.impl("top_down_backward", top_down_backward, _device)
