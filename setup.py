@@ -84,20 +84,18 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     debug = os.environ.get("FPN_FAST_DEBUG") == "1"
-    optimise = ["-O0", "-g"] if debug else ["-O3"]
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     stable = ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     # Without contraction a sum of products is the same on every instruction set.
     cxx = [*optimise, *stable, "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
     link = ["-Wl,--as-needed"] if sys.platform == "linux" else []
     parts = [
-        CppExtension(
-            "fpn_fast._C", SOURCES, extra_compile_args={"cxx": cxx}, extra_link_args=link, py_limited_api=True
-        )
+        CppExtension("fpn_fast._C", SOURCES, extra_compile_args={"cxx": cxx}, extra_link_args=link, py_limited_api=True)
     ]
     archs = "none"
     if with_cuda:
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
-        nvcc = [*optimise, *stable, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"]
+        nvcc = ["-O0" if debug else "-O3", *stable, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"]
         parts.append(
             CUDAExtension(
                 "fpn_fast._C_cuda",
@@ -123,7 +121,9 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
             language="c++",
         )
     )
-    print(f"fpn_fast: torch {facts['TORCH']}, CUDA {facts['CUDA']} for {archs}, {'debug' if debug else 'release'} build")
+    print(
+        f"fpn_fast: torch {facts['TORCH']}, CUDA {facts['CUDA']} for {archs}, {'debug' if debug else 'release'} build"
+    )
     return parts, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}
 
 

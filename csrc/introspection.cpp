@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fpn_fast._introspection: how the library was built, and what its kernels take of a GPU. A pybind11 module, tied to the
-// Python it was built with; nothing that computes depends on it.
+// fpn_fast._introspection: how the library was built, and what its kernels take of a GPU. A pybind11 module, tied to
+// the Python it was built with; nothing that computes depends on it.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,11 +16,8 @@ namespace {
 
 std::map<std::string, std::string> build_facts() {
   return {
-      {"compiler", __VERSION__},
-      {"torch", FPN_FAST_BUILD_TORCH},
-      {"cuda", FPN_FAST_BUILD_CUDA},
-      {"archs", FPN_FAST_BUILD_ARCHS},
-      {"python", FPN_FAST_BUILD_PYTHON},
+      {"compiler", __VERSION__},       {"torch", FPN_FAST_BUILD_TORCH},   {"cuda", FPN_FAST_BUILD_CUDA},
+      {"archs", FPN_FAST_BUILD_ARCHS}, {"python", FPN_FAST_BUILD_PYTHON},
   };
 }
 

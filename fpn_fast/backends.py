@@ -16,6 +16,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from fpn_fast import _library
 
 BACKENDS = ("cpp", "triton", "reference")
@@ -90,6 +92,11 @@ def choose(device_type: str) -> str:
     if found is None:
         found = _chosen[key] = _choose(*key)
     return found
+
+
+def choose_for(tensor: Tensor) -> str:
+    """:func:`choose` for the device of `tensor`; asking a device for its type's name costs more than the choice."""
+    return choose("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type)
 
 
 def _choose(name: str, device_type: str) -> str:

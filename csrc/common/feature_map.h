@@ -14,7 +14,8 @@ struct FeatureMap {
   int64_t batch, channels;
   int height, width;
   int64_t stride_n, stride_c, stride_h, stride_w;
-  // Set by `mark_vectorised`: every run of kVec<T> elements along the kernel's inner axis is one aligned 16-byte access.
+  // Set by `mark_vectorised`: every run of kVec<T> elements along the kernel's inner axis is one aligned 16-byte
+  // access.
   bool vectorised = false;
 
   // 64-bit before the products: P2 of a large batch passes 2^31 elements.

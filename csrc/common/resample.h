@@ -22,9 +22,9 @@ enum class Resample : int { kNearest = 0, kBilinear = 1, kBilinearAlignCorners =
 template <class acc_t>
 struct Axis {
   int in, out;
-  acc_t scale;     // sources per destination
-  acc_t inverse;   // destinations per source; 0 where scale is
-  acc_t offset;    // of a pixel's centre from its index
+  acc_t scale;    // sources per destination
+  acc_t inverse;  // destinations per source; 0 where scale is
+  acc_t offset;   // of a pixel's centre from its index
 };
 
 struct Range {

@@ -16,9 +16,8 @@ constexpr int64_t kGrainElements = 32768;
 template <class Body>
 void parallel_rows(int64_t rows, int64_t elements_per_row, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_row));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    run_with_best_isa([&] { body(begin, end); });
-  });
+  torch::stable::parallel_for(0, rows, grain,
+                              [&](int64_t begin, int64_t end) { run_with_best_isa([&] { body(begin, end); }); });
 }
 
 // Whether the channels of a pixel can be walked as one vector.

@@ -4,12 +4,14 @@
 //   - planes (channels_first, and any other strides): a source row is resampled along W into a buffer that its two or
 //     so destination rows then add, so that the indexing happens once per source row and the sums are plain vectors;
 //   - pixels (channels_last): the channels of a pixel are the vector.
+#include "../torch/top_down.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
 #include "../common/resample.h"
-#include "../torch/top_down.h"
+#include "huge_pages.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -40,8 +42,9 @@ template <bool kBilinear, class acc_t>
 struct ColumnTable {
   std::vector<int> lo, hi;
   std::vector<acc_t> weight_lo, weight_hi;
+  bool doubled;
 
-  explicit ColumnTable(const Axis<acc_t>& axis) : lo(axis.out) {
+  explicit ColumnTable(const Axis<acc_t>& axis) : lo(axis.out), doubled(!kBilinear && axis.out == 2 * axis.in) {
     if constexpr (kBilinear) {
       hi.resize(axis.out), weight_lo.resize(axis.out), weight_hi.resize(axis.out);
     }
@@ -59,6 +62,11 @@ struct ColumnTable {
 template <bool kBilinear, class T, class acc_t = acc_type<T>>
 HOST_DEVICE void resample_row(const T* row, int64_t stride, const ColumnTable<kBilinear, acc_t>& columns, int width,
                               acc_t* out) {
+  if (columns.doubled && stride == 1) {
+    FPN_FAST_IVDEP
+    for (int x = 0; x < width / 2; ++x) out[2 * x] = out[2 * x + 1] = to_acc(row[x]);
+    return;
+  }
   for (int x = 0; x < width; ++x) {
     const acc_t lo = to_acc(row[columns.lo[x] * stride]);
     if constexpr (kBilinear) {
@@ -73,21 +81,12 @@ template <class T>
 HOST_DEVICE void fuse_row(const T* lateral, int64_t lateral_stride, const acc_type<T>* top, T* out, int64_t out_stride,
                           int width, bool average) {
   if (lateral_stride == 1 && out_stride == 1 && !average) {
+    FPN_FAST_IVDEP
     for (int x = 0; x < width; ++x) out[x] = Rounded<T>::from(to_acc(lateral[x]) + top[x]);
   } else {
     for (int x = 0; x < width; ++x) {
       out[x * out_stride] = fuse<T>(to_acc(lateral[x * lateral_stride]), top[x], average);
     }
-  }
-}
-
-// Exactly twice as wide, contiguous: pairs need no table and no buffer.
-template <class T>
-HOST_DEVICE void fuse_row_doubled(const T* lateral, const T* top, T* out, int top_width) {
-  for (int x = 0; x < top_width; ++x) {
-    const acc_type<T> value = to_acc(top[x]);
-    out[2 * x] = Rounded<T>::from(to_acc(lateral[2 * x]) + value);
-    out[2 * x + 1] = Rounded<T>::from(to_acc(lateral[2 * x + 1]) + value);
   }
 }
 
@@ -97,8 +96,6 @@ HOST_DEVICE void merge_plane(const FeatureMap<const T>& lateral, const FeatureMa
                              const ColumnTable<kBilinear, acc_t>& columns, int64_t n, int64_t c,
                              RowBuffer<acc_t> (&buffers)[3]) {
   const int width = lateral.width;
-  const bool doubled = !kBilinear && width == 2 * top.width && lateral.stride_w == 1 && top.stride_w == 1 &&
-                       out.stride_w == 1 && !pair.average;
   buffers[0].row = buffers[1].row = -1;
   const auto resampled = [&](int row) -> const acc_t* {
     RowBuffer<acc_t>& buffer = buffers[row & 1];
@@ -116,15 +113,12 @@ HOST_DEVICE void merge_plane(const FeatureMap<const T>& lateral, const FeatureMa
       const Taps<acc_t> taps = bilinear_source(pair.rows, y);
       const acc_t* lo = resampled(taps.lo);
       const acc_t* hi = resampled(taps.hi);
+      FPN_FAST_IVDEP
       for (int x = 0; x < width; ++x) blended[x] = taps.weight_lo * lo[x] + taps.weight_hi * hi[x];
       fuse_row(lateral_row, lateral.stride_w, blended, out_row, out.stride_w, width, pair.average);
     } else {
-      const int source = nearest_source(pair.rows, y);
-      if (doubled) {
-        fuse_row_doubled(lateral_row, top.at(n, c, source, 0), out_row, top.width);
-      } else {
-        fuse_row(lateral_row, lateral.stride_w, resampled(source), out_row, out.stride_w, width, pair.average);
-      }
+      fuse_row(lateral_row, lateral.stride_w, resampled(nearest_source(pair.rows, y)), out_row, out.stride_w, width,
+               pair.average);
     }
   }
 }
@@ -142,6 +136,7 @@ HOST_DEVICE void merge_pixel_row(const FeatureMap<const T>& lateral, const Featu
       const T *top_ll = top.at(n, 0, row.lo, columns.lo[x]), *top_lh = top.at(n, 0, row.lo, columns.hi[x]);
       const T *top_hl = top.at(n, 0, row.hi, columns.lo[x]), *top_hh = top.at(n, 0, row.hi, columns.hi[x]);
       const acc_t left = columns.weight_lo[x], right = columns.weight_hi[x];
+      FPN_FAST_IVDEP
       for (int c = 0; c < channels; ++c) {
         const acc_t above = left * to_acc(top_ll[c]) + right * to_acc(top_lh[c]);
         const acc_t below = left * to_acc(top_hl[c]) + right * to_acc(top_hh[c]);
@@ -154,8 +149,13 @@ HOST_DEVICE void merge_pixel_row(const FeatureMap<const T>& lateral, const Featu
       const T* lateral_pixel = lateral.at(n, 0, y, x);
       const T* top_pixel = top.at(n, 0, source, columns.lo[x]);
       T* out_pixel = out.at(n, 0, y, x);
+      if (pair.average) {
+        for (int c = 0; c < channels; ++c) out_pixel[c] = fuse<T>(to_acc(lateral_pixel[c]), to_acc(top_pixel[c]), true);
+        continue;
+      }
+      FPN_FAST_IVDEP
       for (int c = 0; c < channels; ++c) {
-        out_pixel[c] = fuse<T>(to_acc(lateral_pixel[c]), to_acc(top_pixel[c]), pair.average);
+        out_pixel[c] = Rounded<T>::from(to_acc(lateral_pixel[c]) + to_acc(top_pixel[c]));
       }
     }
   }
@@ -175,11 +175,11 @@ void merge_pathway(const std::vector<FeatureMap<const T>>& laterals, const std::
   int widest = 0;
   for (size_t level = 0; level + 1 < laterals.size(); ++level) {
     const auto &fine = laterals[level], &coarse = laterals[level + 1];
-    pairs.push_back({make_axis<acc_t>(coarse.height, fine.height, mode), make_axis<acc_t>(coarse.width, fine.width, mode),
-                     average});
+    pairs.push_back({make_axis<acc_t>(coarse.height, fine.height, mode),
+                     make_axis<acc_t>(coarse.width, fine.width, mode), average});
     columns.emplace_back(pairs.back().cols);
-    all_channels_last &= channels_adjacent(fine) && channels_adjacent(top_of(level + 1)) &&
-                         channels_adjacent(merged[level]);
+    all_channels_last &=
+        channels_adjacent(fine) && channels_adjacent(top_of(level + 1)) && channels_adjacent(merged[level]);
     plane_elements += int64_t{fine.height} * fine.width;
     widest = std::max(widest, fine.width);
   }
@@ -218,6 +218,7 @@ std::vector<Tensor> top_down_cpu(std::vector<Tensor> laterals, int64_t mode, boo
     using T = typename decltype(tag)::type;
     const auto lateral_maps = to_feature_maps<const T>(laterals);
     const auto merged_maps = to_feature_maps<T>(merged);
+    for (const Tensor& map : merged) advise_huge_pages(map.data_ptr(), map.numel() * sizeof(T));
     if (static_cast<Resample>(mode) == Resample::kNearest) {
       merge_pathway<false, T>(lateral_maps, merged_maps, Resample::kNearest, average);
     } else {

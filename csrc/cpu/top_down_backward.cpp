@@ -8,6 +8,7 @@
 
 #include "../common/resample.h"
 #include "../torch/top_down.h"
+#include "huge_pages.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -40,10 +41,24 @@ struct GradientPair {
   bool halve;
 };
 
-template <class T, class acc_t = acc_type<T>>
-HOST_DEVICE T finish(acc_t sum, const T* grad, bool halve) {
-  if (grad != nullptr) sum += to_acc(*grad);
-  return Rounded<T>::from(halve ? sum * acc_t(0.5) : sum);
+// out[i] = round(sums(i) + grad[i]), halved: `grad` null where the level has none. One plain loop for each case,
+// because a choice inside it would keep it from being vectorised.
+template <class T, class Sums, class acc_t = acc_type<T>>
+HOST_DEVICE void finish(T* out, int64_t out_stride, const T* grad, int64_t grad_stride, int count, bool halve,
+                        const Sums& sums) {
+  const acc_t factor = halve ? acc_t(0.5) : acc_t(1);
+  if (out_stride != 1 || (grad != nullptr && grad_stride != 1)) {
+    for (int i = 0; i < count; ++i) {
+      const acc_t own = grad != nullptr ? to_acc(grad[i * grad_stride]) : acc_t(0);
+      out[i * out_stride] = Rounded<T>::from((sums(i) + own) * factor);
+    }
+  } else if (grad != nullptr) {
+    FPN_FAST_IVDEP
+    for (int i = 0; i < count; ++i) out[i] = Rounded<T>::from((sums(i) + to_acc(grad[i])) * factor);
+  } else {
+    FPN_FAST_IVDEP
+    for (int i = 0; i < count; ++i) out[i] = Rounded<T>::from(sums(i) * factor);
+  }
 }
 
 template <bool kBilinear, class T, class acc_t = acc_type<T>>
@@ -57,6 +72,7 @@ HOST_DEVICE void gather_plane(const FeatureMap<const T>& fine, const FeatureMap<
       const T* fine_row = fine.at(n, c, fine_y, 0);
       const acc_t weight = kBilinear ? bilinear_weight(pair.rows, fine_y, y) : acc_t(1);
       if (fine.stride_w == 1) {
+        FPN_FAST_IVDEP
         for (int x = 0; x < fine.width; ++x) row_sum[x] += weight * to_acc(fine_row[x]);
       } else {
         for (int x = 0; x < fine.width; ++x) row_sum[x] += weight * to_acc(fine_row[x * fine.stride_w]);
@@ -65,17 +81,12 @@ HOST_DEVICE void gather_plane(const FeatureMap<const T>& fine, const FeatureMap<
     const T* grad_row = grad != nullptr ? grad->at(n, c, y, 0) : nullptr;
     const int64_t grad_stride = grad != nullptr ? grad->stride_w : 0;
     T* out_row = out.at(n, c, y, 0);
-    if (columns.pairs && out.stride_w == 1 && grad_stride <= 1) {
-      if (grad != nullptr) {
-        for (int x = 0; x < out.width; ++x) {
-          out_row[x] = finish<T>(row_sum[2 * x] + row_sum[2 * x + 1], grad_row + x, pair.halve);
-        }
-      } else {
-        for (int x = 0; x < out.width; ++x) out_row[x] = Rounded<T>::from(row_sum[2 * x] + row_sum[2 * x + 1]);
-      }
+    if (columns.pairs) {
+      finish<T>(out_row, out.stride_w, grad_row, grad_stride, out.width, pair.halve,
+                [&](int x) { return row_sum[2 * x] + row_sum[2 * x + 1]; });
       continue;
     }
-    for (int x = 0; x < out.width; ++x) {
+    finish<T>(out_row, out.stride_w, grad_row, grad_stride, out.width, pair.halve, [&](int x) {
       const Range range = columns.ranges[x];
       acc_t sum = 0;
       for (int fine_x = range.begin; fine_x < range.end; ++fine_x) {
@@ -85,8 +96,8 @@ HOST_DEVICE void gather_plane(const FeatureMap<const T>& fine, const FeatureMap<
           sum += row_sum[fine_x];
         }
       }
-      out_row[x * out.stride_w] = finish<T>(sum, grad != nullptr ? grad_row + x * grad_stride : nullptr, pair.halve);
-    }
+      return sum;
+    });
   }
 }
 
@@ -103,10 +114,8 @@ HOST_DEVICE void gather_pixel_row(const FeatureMap<const T>& fine, const Feature
     if (!kBilinear && rows.end - rows.begin == 2 && range.end - range.begin == 2) {
       const T *a = fine.at(n, 0, rows.begin, range.begin), *b = fine.at(n, 0, rows.begin, range.begin + 1);
       const T *c = fine.at(n, 0, rows.begin + 1, range.begin), *d = fine.at(n, 0, rows.begin + 1, range.begin + 1);
-      for (int i = 0; i < channels; ++i) {
-        const acc_t sum = (to_acc(a[i]) + to_acc(b[i])) + (to_acc(c[i]) + to_acc(d[i]));
-        out_pixel[i] = finish<T>(sum, grad_pixel != nullptr ? grad_pixel + i : nullptr, pair.halve);
-      }
+      finish<T>(out_pixel, 1, grad_pixel, 1, channels, pair.halve,
+                [&](int i) { return (to_acc(a[i]) + to_acc(b[i])) + (to_acc(c[i]) + to_acc(d[i])); });
       continue;
     }
     std::fill_n(pixel_sum, channels, acc_t(0));
@@ -116,12 +125,11 @@ HOST_DEVICE void gather_pixel_row(const FeatureMap<const T>& fine, const Feature
         acc_t weight = row_weight;
         if constexpr (kBilinear) weight *= columns.weights[columns.first_weight[x] + fine_x - range.begin];
         const T* fine_pixel = fine.at(n, 0, fine_y, fine_x);
+        FPN_FAST_IVDEP
         for (int i = 0; i < channels; ++i) pixel_sum[i] += weight * to_acc(fine_pixel[i]);
       }
     }
-    for (int i = 0; i < channels; ++i) {
-      out_pixel[i] = finish<T>(pixel_sum[i], grad_pixel != nullptr ? grad_pixel + i : nullptr, pair.halve);
-    }
+    finish<T>(out_pixel, 1, grad_pixel, 1, channels, pair.halve, [&](int i) { return pixel_sum[i]; });
   }
 }
 
@@ -183,6 +191,7 @@ std::vector<Tensor> top_down_backward_cpu(std::vector<Tensor> grads, int64_t coa
     using T = typename decltype(tag)::type;
     const auto grad_maps = to_feature_maps<const T>(grads);
     const auto sum_maps = to_feature_maps<T>(sums);
+    for (const Tensor& map : sums) advise_huge_pages(map.data_ptr(), map.numel() * sizeof(T));
     if (static_cast<Resample>(mode) == Resample::kNearest) {
       gather_pathway<false, T>(grad_maps, sum_maps, Resample::kNearest, average);
     } else {

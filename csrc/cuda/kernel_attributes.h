@@ -6,11 +6,11 @@ extern "C" {
 
 struct KernelAttributes {
   char name[128];
-  int threads;        // per block
-  int registers;      // per thread
-  int shared_bytes;   // per block, static
-  int local_bytes;    // per thread; above 0 means spills or a stack
-  double occupancy;   // resident threads over the most that a multiprocessor holds
+  int threads;       // per block
+  int registers;     // per thread
+  int shared_bytes;  // per block, static
+  int local_bytes;   // per thread; above 0 means spills or a stack
+  double occupancy;  // resident threads over the most that a multiprocessor holds
 };
 
 // Attributes of kernel `index` on the current device: 0, -1 past the last kernel, or a cudaError_t.

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches of the top-down merge and its gradient. The kernels are in the two .cuh files beside this one.
-#include "top_down.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../torch/cuda.h"
 #include "../torch/top_down.h"
 #include "kernel_table.h"
+#include "top_down.cuh"
 #include "top_down_backward.cuh"
 
 namespace fpn_fast {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The top-down merge, forward: one launch for the whole pathway, bound by bytes (each lateral read once, each merged map
-// written once).
+// The top-down merge, forward: one launch for the whole pathway, bound by bytes (each lateral read once, each merged
+// map written once).
 //
 // Note [Recomputed chain]
 // Level l's merged map needs level l + 1's, which other blocks write. Instead of waiting for them, a thread recomputes
@@ -20,8 +20,8 @@ constexpr int kMaxLevels = 8;
 
 // How the blocks of one level divide its merged map among them; 32 bits, because 64-bit divisions are slow.
 struct TopDownTiling {
-  unsigned first_block;   // blocks of finer levels come before
-  unsigned per_row;       // channels_last: blocks along a pair of rows; channels_first: blocks per plane
+  unsigned first_block;  // blocks of finer levels come before
+  unsigned per_row;      // channels_last: blocks along a pair of rows; channels_first: blocks per plane
   unsigned row_pairs;
   unsigned inner_chunks;  // 16-byte vectors along the inner axis
   unsigned lane_bits;     // channels_last: log2 of the threads along the channels

@@ -157,8 +157,8 @@ __device__ __forceinline__ void gather_columns(const GradientPathway<T>& pathway
   const FeatureMap<T>& out = pathway.sum[level];
   bool vectorised = false;
   if constexpr (!kBilinear) {
-    vectorised = fine.vectorised && out.vectorised && col_axis.out == 2 * col_axis.in &&
-                 row_axis.out == 2 * row_axis.in;
+    vectorised =
+        fine.vectorised && out.vectorised && col_axis.out == 2 * col_axis.in && row_axis.out == 2 * row_axis.in;
   }
   if (vectorised) {
     acc_type<T> values[4][kVec<T>], sum[kVec<T>];

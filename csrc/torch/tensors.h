@@ -2,12 +2,13 @@
 // The only header that knows torch: stable-ABI tensors in, feature maps out.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <optional>
+#include <algorithm>
 #include <vector>
 
 #include "../common/feature_map.h"
@@ -15,7 +16,6 @@
 
 namespace fpn_fast {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -43,12 +43,25 @@ void dispatch_floating(ScalarType type, const char* op, const Body& body) {
 
 // One rule, repeated in Python for fake tensors: a map whose channels are adjacent is channels_last, unless it is
 // contiguous as well (one channel, or one pixel).
-inline bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous(); }
+inline bool is_channels_last(const Tensor& map) {
+  return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous();
+}
 
+// An unwritten map of the type, device, batch and channels of `like`. Through the C shim, because torch::stable::empty
+// looks its operator up by name, which costs a call on tiny maps more than the rest of it together.
 inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
-  const std::vector<int64_t> size{like.size(0), like.size(1), height, width};
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const int64_t channels = like.size(1);
+  const int64_t sizes[4] = {like.size(0), channels, height, width};
+  const int64_t image = std::max<int64_t>(channels, 1) * height * width;
+  const int64_t first[4] = {image, height * width, width, 1};
+  const int64_t last[4] = {image, 1, width * channels, channels};
+  int32_t dtype = 0, device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle map = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, channels_last ? last : first, dtype, device_type,
+                                                         like.get_device_index(), &map));
+  return Tensor(map);
 }
 
 template <class T>
@@ -56,8 +69,8 @@ FeatureMap<T> to_feature_map(const Tensor& map) {
   T* data = const_cast<T*>(static_cast<const T*>(map.data_ptr()));
   const auto sizes = map.sizes();
   const auto strides = map.strides();
-  return {data,       sizes[0],   sizes[1],   static_cast<int>(sizes[2]), static_cast<int>(sizes[3]),
-          strides[0], strides[1], strides[2], strides[3]};
+  return {data,       sizes[0],   sizes[1],  static_cast<int>(sizes[2]), static_cast<int>(sizes[3]), strides[0],
+          strides[1], strides[2], strides[3]};
 }
 
 template <class T>
@@ -67,17 +80,33 @@ std::vector<FeatureMap<T>> to_feature_maps(const std::vector<Tensor>& maps) {
   return views;
 }
 
-// The second fence behind the checks in Python: a kernel must not read out of bounds whatever calls it.
+// What is wrong with `maps` is also said in Python, better: this is what makes kernels safe whatever calls them, and
+// what lets Python check only the calls that fail.
 inline void check_maps(const std::vector<Tensor>& maps, const char* op) {
   STD_TORCH_CHECK(!maps.empty(), op, " takes at least one map");
-  for (const Tensor& map : maps) {
-    STD_TORCH_CHECK(map.dim() == 4, op, " takes maps [N, C, H, W], got ", map.dim(), " dimensions");
-    STD_TORCH_CHECK(map.scalar_type() == maps[0].scalar_type(), op, " takes maps of one dtype");
-    STD_TORCH_CHECK(map.size(0) == maps[0].size(0) && map.size(1) == maps[0].size(1), op,
-                    " takes maps of one batch and channel count");
-    STD_TORCH_CHECK(map.is_cuda() == maps[0].is_cuda() && map.get_device_index() == maps[0].get_device_index(), op,
-                    " takes maps on one device");
-    STD_TORCH_CHECK(map.size(2) > 0 && map.size(3) > 0 && map.size(2) <= INT32_MAX && map.size(3) <= INT32_MAX, op,
+  const auto read = [](auto getter, const Tensor& map) {
+    int32_t value = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(getter(map.get(), &value));
+    return value;
+  };
+  const int32_t dtype = read(aoti_torch_get_dtype, maps[0]);
+  const int32_t device_type = read(aoti_torch_get_device_type, maps[0]);
+  const int32_t device_index = read(aoti_torch_get_device_index, maps[0]);
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_float32() ||
+                      dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16(),
+                  op, " takes float64, float32, float16 or bfloat16 maps");
+  int64_t batch = 0, channels = 0;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const Tensor& map = maps[i];
+    const auto sizes = map.sizes();
+    STD_TORCH_CHECK(sizes.size() == 4, op, " takes maps [N, C, H, W], got ", sizes.size(), " dimensions");
+    if (i == 0) batch = sizes[0], channels = sizes[1];
+    STD_TORCH_CHECK(read(aoti_torch_get_dtype, map) == dtype, op, " takes maps of one dtype");
+    STD_TORCH_CHECK(
+        read(aoti_torch_get_device_type, map) == device_type && read(aoti_torch_get_device_index, map) == device_index,
+        op, " takes maps on one device");
+    STD_TORCH_CHECK(sizes[0] == batch && sizes[1] == channels, op, " takes maps of one batch and channel count");
+    STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0 && sizes[2] <= INT32_MAX && sizes[3] <= INT32_MAX, op,
                     " takes maps of at least 1 x 1 pixel");
   }
 }

@@ -45,7 +45,7 @@ class FeaturePyramidNetwork(_Base):
     """
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Maps by name, finest first, [N, C_l, H_l, W_l] -> the same names, [N, out_channels, H_l, W_l], then extras."""
+        """Maps by name, finest first, [N, C_l, H_l, W_l] -> the same names, [N, out_channels, H_l, W_l], and extras."""
         names = list(x)
         features = list(x.values())
         # As in torchvision the coarsest map takes the last block, however many maps there are.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,23 +54,37 @@ def top_down(
     laterals = list(laterals)
     code = _check_options(mode, align_corners, fuse)
     average = fuse == "avg"
-    laterals = _check_laterals(laterals)
     if scale_factor is not None:
-        _check_scale_factor(laterals, scale_factor)
-    if len(laterals) == 1:
-        return laterals
-    backend = backends.choose(laterals[0].device.type)
-    if backend == "reference":
-        return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
-    if traced():
-        merged = _FORWARD[backend](laterals, code, average)
-    elif torch.is_grad_enabled() and any(lateral.requires_grad for lateral in laterals):
-        # Several times cheaper per call than the registered rule, and the same formula.
-        merged = _TopDown.apply(backend, code, average, *laterals)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            merged = _FORWARD[backend](laterals, code, average)
+        _check_scale_factor(_check_laterals(laterals), scale_factor)
+    try:
+        merged = _merge(backends.choose_for(laterals[0]), laterals, code, average)
+    except backends.BackendUnavailableError:
+        raise
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
+        # The ops check what they are given, at a tenth of the cost; this says what is wrong in the caller's words.
+        checked = _check_laterals(laterals)
+        if checked is laterals:
+            raise
+        laterals = checked
+        merged = _merge(backends.choose_for(laterals[0]), laterals, code, average)
     return [*merged, laterals[-1]]
+
+
+def _merge(backend: str, laterals: list[Tensor], mode: int, average: bool) -> Sequence[Tensor]:
+    """All merged maps but the coarsest, which is its lateral."""
+    if backend == "reference":
+        laterals = _check_laterals(laterals)
+        name = "nearest" if mode == _NEAREST else "bilinear"
+        corners = mode == _BILINEAR_ALIGN_CORNERS
+        return reference.top_down(laterals, name, align_corners=corners, average=average)[:-1]
+    forward = _FORWARD[backend]
+    if traced():
+        return forward(_check_laterals(laterals), mode, average)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*laterals):
+        # Several times cheaper per call than the registered rule, and the same formula.
+        return _TopDown.apply(backend, mode, average, *laterals)
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward(laterals, mode, average)
 
 
 def upsample_add(
@@ -141,7 +156,7 @@ def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:
         raise ValueError(
             f"scale_factor must be a positive integer, got {scale_factor}; other ratios resample to the lateral's size"
         )
-    for i, (lateral, top) in enumerate(zip(laterals[:-1], laterals[1:], strict=True)):
+    for i, (lateral, top) in enumerate(itertools.pairwise(laterals)):
         height, width = top.shape[2] * scale_factor, top.shape[3] * scale_factor
         if lateral.shape[2] != height or lateral.shape[3] != width:
             raise ValueError(
@@ -152,6 +167,7 @@ def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:
 
 
 def _fake(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
+    _check_laterals(laterals)
     return [torch.empty_like(lateral, memory_format=memory_format(lateral)) for lateral in laterals[:-1]]
 
 
@@ -179,7 +195,7 @@ def _lateral_grads(
     if not coarser:
         return [finest, *([None] * len(grads))]
     arguments = ([finest, *grads[1:]], *coarse_size, mode, average)
-    if traced() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in arguments[0])):
+    if traced() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[0])):
         return [finest, *_BACKWARD[backend](*arguments)]
     with torch._C._AutoDispatchBelowAutograd():
         return [finest, *_BACKWARD[backend](*arguments)]

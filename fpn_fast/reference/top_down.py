@@ -5,8 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def nearest_sources(size_in: int, size_out: int, device: torch.device | None = None) -> Tensor:
+    """The source that each of size_out pixels reads, [size_out] int64: min(floor(dst * float32(in / out)), in - 1)."""
+    scale = torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)
+    sources = torch.arange(size_out, dtype=torch.float32, device=device) * scale.item()
+    return sources.floor().long().clamp(max=size_in - 1)
+
+
+def resample(top: Tensor, size: tuple[int, int], mode: str = "nearest", align_corners: bool = False) -> Tensor:
+    """[N, C, h, w] -> [N, C, *size], as F.interpolate.
+
+    Nearest float64 is the one exception: F.interpolate takes its sources from a float64 scale there, on a CPU with
+    contiguous maps alone, and so reads other pixels for ratios such as 26 -> 44. Here float32 holds for every type.
+    """
+    if mode == "nearest" and top.dtype == torch.float64:
+        rows = nearest_sources(top.shape[2], size[0], top.device)
+        cols = nearest_sources(top.shape[3], size[1], top.device)
+        return top.index_select(2, rows).index_select(3, cols)
+    return F.interpolate(top, size=size, mode=mode, align_corners=align_corners if mode == "bilinear" else None)
 
 
 def upsample_add(
@@ -21,8 +42,7 @@ def upsample_add(
     Source: the FPN paper's top-down pathway, as torchvision/ops/feature_pyramid_network.py and (averaging) detectron2's
     fuse_type="avg" compute it.
     """
-    corners = align_corners if mode == "bilinear" else None
-    merged = lateral + F.interpolate(top, size=lateral.shape[-2:], mode=mode, align_corners=corners)
+    merged = lateral + resample(top, lateral.shape[-2:], mode, align_corners)
     return merged / 2 if average else merged
 
 

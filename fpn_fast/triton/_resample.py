@@ -53,7 +53,7 @@ def source_floor(dst, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
     if MODE == NEAREST:
         return nearest_source(dst, size_in, size_out)
     else:
-        lo, hi, weight_hi = bilinear_source(dst, size_in, size_out, MODE, ACC)
+        lo, _, _ = bilinear_source(dst, size_in, size_out, MODE, ACC)
         return lo
 
 

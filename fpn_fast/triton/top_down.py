@@ -42,12 +42,7 @@ def coordinates(CHANNELS_LAST: tl.constexpr, C, H, W, BLOCK_OUTER: tl.constexpr,
 @triton.jit
 def offsets(n, c, y, x, stride_n, stride_c, stride_h, stride_w):
     """64-bit element offsets: P2 of a large batch passes 2^31 elements."""
-    return (
-        n * stride_n
-        + c.to(tl.int64) * stride_c
-        + y.to(tl.int64) * stride_h
-        + x.to(tl.int64) * stride_w
-    )
+    return n * stride_n + c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
 @triton.jit

@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Both set everything up first, and are quick the second time.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PYTHON_FILES := fpn_fast tests benchmarks examples setup.py
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test build bench lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/.installed: requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "building the library (a minute or so)"
+	@$(BIN)/python -m pip install --no-build-isolation --no-deps --verbose -e . > $(VENV)/build.log 2>&1 \
+		|| { tail -n 40 $(VENV)/build.log; exit 1; }
+	@grep -E '^ *fpn_fast: ' $(VENV)/build.log | sort -u
+	@touch $@
+
+build: $(VENV)/.built  ## .venv with pinned dependencies, and the compiled library
+
+demo: build  ## train Faster R-CNN on digits in photographs, eager beside fused (under 5 minutes on 2 cores)
+	$(BIN)/python examples/train_detector.py --data digits --compare --output output/demo
+
+test: build  ## all tests that this machine can run
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
+	$(BIN)/python -m pytest benchmarks
+
+lint: $(VENV)/.installed  ## ruff, clang-format and mypy
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist output *.egg-info fpn_fast/*.so
