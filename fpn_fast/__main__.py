@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import platform
@@ -23,7 +24,7 @@ def gather() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "triton": importlib.util.find_spec("triton") is not None and __import__("triton").__version__,
+        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {
             device: {name: backends.problem(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
@@ -32,7 +33,7 @@ def gather() -> dict[str, Any]:
         "kernels": None,
     }
     try:
-        from fpn_fast import _introspection
+        _introspection = importlib.import_module("fpn_fast._introspection")
     except ImportError as error:
         facts["introspection_problem"] = (
             f"{error}; it is built with the compiled library, for the Python that built it alone"

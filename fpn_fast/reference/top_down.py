@@ -42,7 +42,7 @@ def upsample_add(
     Source: the FPN paper's top-down pathway, as torchvision/ops/feature_pyramid_network.py and (averaging) detectron2's
     fuse_type="avg" compute it.
     """
-    merged = lateral + resample(top, lateral.shape[-2:], mode, align_corners)
+    merged = lateral + resample(top, (lateral.shape[2], lateral.shape[3]), mode, align_corners)
     return merged / 2 if average else merged
 
 
