@@ -61,7 +61,7 @@ def top_down(
     except backends.BackendUnavailableError:
         raise
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
-        # The ops check what they are given, at a tenth of the cost; this says what is wrong in the caller's words.
+        # The compiled op checks what it is given at a tenth of the cost; this says what is wrong in the caller's words.
         checked = _check_laterals(laterals)
         if checked is laterals:
             raise
@@ -72,14 +72,15 @@ def top_down(
 
 def _merge(backend: str, laterals: list[Tensor], mode: int, average: bool) -> Sequence[Tensor]:
     """All merged maps but the coarsest, which is its lateral."""
-    if backend == "reference":
+    if backend != "cpp" or traced():
         laterals = _check_laterals(laterals)
+    if backend == "reference":
         name = "nearest" if mode == _NEAREST else "bilinear"
         corners = mode == _BILINEAR_ALIGN_CORNERS
         return reference.top_down(laterals, name, align_corners=corners, average=average)[:-1]
     forward = _FORWARD[backend]
     if traced():
-        return forward(_check_laterals(laterals), mode, average)
+        return forward(laterals, mode, average)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*laterals):
         # Several times cheaper per call than the registered rule, and the same formula.
         return _TopDown.apply(backend, mode, average, *laterals)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests that every op passes on every backend. An op's test file subclasses `Battery` and gives its cases."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fpn_fast import backends
+
+gpu = pytest.mark.gpu
+TARGETS = [
+    pytest.param(("cpp", "cpu"), id="cpu-cpp"),
+    pytest.param(("triton", "cpu"), id="cpu-triton"),
+    pytest.param(("reference", "cpu"), id="cpu-reference"),
+    pytest.param(("cpp", "cuda"), id="cuda-cpp", marks=gpu),
+    pytest.param(("triton", "cuda"), id="cuda-triton", marks=gpu),
+    pytest.param(("reference", "cuda"), id="cuda-reference", marks=gpu),
+]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the sizes of its maps, N, C and the op's options."""
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    batch: int = 2
+    channels: int = 16
+
+    def inputs(self, dtype: torch.dtype, device: str, memory_format: torch.memory_format, grad: bool) -> list[Tensor]:
+        """Random maps; the same numbers for every device and format."""
+        generator = torch.Generator().manual_seed(len(self.name))
+        maps = [
+            torch.randn(self.batch, self.channels, *size, generator=generator, dtype=torch.float64)
+            for size in self.sizes
+        ]
+        maps = [m.to(device=device, dtype=dtype).contiguous(memory_format=memory_format) for m in maps]
+        return [m.requires_grad_(grad) for m in maps]
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the battery needs of an op: `function(maps, **options)` gives maps, as does `reference`.
+
+    raw(backend, maps, case): arguments of the registered op, for opcheck.
+    """
+
+    function: Callable[..., list[Tensor]]
+    reference: Callable[..., list[Tensor]]
+    raw: Callable[[str, list[Tensor], Case], tuple[Any, tuple[Any, ...]]]
+    check_forward: Callable[..., None]
+    check_backward: Callable[..., None]
+
+
+def poison(like: list[Tensor]) -> None:
+    """Leaves NaN in memory that the allocator hands out next, so that an element nobody writes shows."""
+    for _ in range(3):
+        blocks = [torch.full_like(m, float("nan")) for m in like]
+        del blocks
+
+
+def gradients(function: Callable[..., list[Tensor]], maps: list[Tensor], options: dict[str, Any], seeds: list[Tensor]):
+    outputs = function(maps, **options)
+    return outputs, torch.autograd.grad(outputs, maps, seeds, allow_unused=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class Battery:
+    """Subclasses set `op`, `cases`, and `tiny`, a case small enough for numerical gradients."""
+
+    op: Op
+    cases: list[Case]
+    tiny: Case
+
+    @pytest.fixture(autouse=True)
+    def _backend(self, target):
+        backend, device = target
+        if device == "cpu" and backend == "triton" and not backends.triton_interprets():
+            pytest.skip("Triton runs on the GPU here")
+        with backends.use(backend):
+            yield
+
+    def pytest_generate_tests(self, metafunc):
+        if "case" in metafunc.fixturenames:
+            metafunc.parametrize("case", self.cases, ids=lambda case: case.name)
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+        if "memory_format" in metafunc.fixturenames:
+            metafunc.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+
+    def test_forward(self, target, case, dtype, memory_format):
+        maps = case.inputs(dtype, target[1], memory_format, grad=False)
+        poison(maps)
+        self.op.check_forward(self.op.function(maps, **case.options), maps, case)
+
+    def test_backward(self, target, case, dtype, memory_format):
+        maps = case.inputs(dtype, target[1], memory_format, grad=True)
+        outputs = self.op.function(maps, **case.options)
+        seeds = [torch.randn_like(output) for output in outputs]
+        poison(maps)
+        grads = torch.autograd.grad(outputs, maps, seeds)
+        assert [g.shape for g in grads] == [m.shape for m in maps]
+        self.op.check_backward(grads, maps, seeds, case)
+
+    def test_repeats_bit_for_bit(self, target, memory_format):
+        case = self.cases[-1]
+        maps = case.inputs(torch.float32, target[1], memory_format, grad=True)
+        threads = torch.get_num_threads()
+        runs = []
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            outputs = self.op.function(maps, **case.options)
+            runs.append([*outputs, *torch.autograd.grad(outputs, maps, [o.detach() for o in outputs])])
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    def test_views_with_sentinel_borders(self, target, memory_format):
+        """Maps inside larger ones of NaN, at an odd offset: what is read outside shows, and borders stay."""
+        case = self.cases[-1]
+        plain = case.inputs(torch.float32, target[1], memory_format, grad=False)
+        frames, views = [], []
+        for m in plain:
+            n, c, h, w = m.shape
+            frame = torch.full((n, c + 1, h + 2, w + 3), float("nan"), device=m.device)
+            frame = frame.contiguous(memory_format=memory_format)
+            view = frame[:, :c, 1:-1, 1:-2]
+            view.copy_(m)
+            frames.append(frame)
+            views.append(view.detach().requires_grad_())
+        before = [frame.clone() for frame in frames]
+        outputs = self.op.function(views, **case.options)
+        expected = self.op.function(plain, **case.options)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        grads = torch.autograd.grad(outputs, views, [torch.ones_like(o) for o in outputs])
+        assert all(g.isfinite().all() for g in grads)
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(frames, before, strict=True))
+
+    def test_mixed_formats(self, target):
+        case = self.cases[-1]
+        maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=False)
+        mixed = [
+            m.contiguous(memory_format=torch.channels_last) if i % 2 else m.transpose(2, 3).contiguous().transpose(2, 3)
+            for i, m in enumerate(maps)
+        ]
+        self.op.check_forward(self.op.function(mixed, **case.options), mixed, case, strides=False)
+
+    def test_awkward_output_gradients(self, target):
+        """Expanded (stride 0), transposed, and on one output only."""
+        case = self.cases[-1]
+        maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
+        for outputs in (self.op.function(maps, **case.options)[:1], self.op.function(maps, **case.options)):
+            seeds = [torch.ones((), device=o.device).expand_as(o) for o in outputs]
+            seeds[-1] = torch.randn(outputs[-1].mT.shape, device=outputs[-1].device).mT
+            grads = torch.autograd.grad(outputs, maps, seeds, retain_graph=True, allow_unused=True)
+            dense = torch.autograd.grad(outputs, maps, [s.contiguous() for s in seeds], allow_unused=True)
+            for a, b in zip(grads, dense, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+    def test_gradients_of_some_inputs(self, target):
+        case = self.cases[-1]
+        for chosen in range(len(case.sizes)):
+            maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
+            alone = [m if i == chosen else m.detach() for i, m in enumerate(maps)]
+            both = [self.op.function(m, **case.options) for m in (maps, alone)]
+            grads = [
+                torch.autograd.grad(o, maps[chosen], [torch.ones_like(x) for x in o], allow_unused=True)[0]
+                for o in ([x for x in outputs if x.requires_grad] for outputs in both)
+            ]
+            assert torch.equal(*grads)
+
+    def test_no_grad_equals_grad(self, target):
+        case = self.cases[-1]
+        maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
+        with torch.no_grad():
+            without = self.op.function(maps, **case.options)
+        assert not any(o.requires_grad for o in without if not any(o is m for m in maps))
+        assert all(torch.equal(a, b) for a, b in zip(without, self.op.function(maps, **case.options), strict=True))
+
+    def test_gradcheck(self, target):
+        maps = self.tiny.inputs(torch.float64, target[1], torch.contiguous_format, grad=True)
+        for options in {str(c.options): c.options for c in self.cases}.values():
+            function = lambda *m, options=options: tuple(self.op.function(m, **options))  # noqa: E731
+            assert torch.autograd.gradcheck(function, maps)
+            assert torch.autograd.gradgradcheck(function, maps)
+
+    def test_opcheck(self, target):
+        backend, device = target
+        if backend == "reference":
+            pytest.skip("plain PyTorch registers no op")
+        for memory_format in FORMATS.values():
+            op, arguments = self.op.raw(
+                backend, self.tiny.inputs(torch.float32, device, memory_format, True), self.tiny
+            )
+            torch.library.opcheck(op, arguments)
+
+    @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+    def test_compile_in_one_graph(self, target, dynamic):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda m: self.op.function(m, **self.tiny.options), fullgraph=True, dynamic=dynamic)
+        grown = Case("grown", tuple((2 * h, 2 * w) for h, w in self.tiny.sizes), self.tiny.options, batch=3)
+        for case in (self.tiny, grown):
+            maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
+            outputs, expected = compiled(maps), self.op.function(maps, **case.options)
+            seeds = [torch.randn_like(o) for o in expected]
+            for a, b in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            got = torch.autograd.grad(outputs, maps, seeds)
+            for a, b in zip(got, torch.autograd.grad(expected, maps, seeds), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    def test_export(self, target):
+        function, options = self.op.function, self.tiny.options
+
+        class Module(torch.nn.Module):
+            def forward(self, maps: list[Tensor]) -> list[Tensor]:
+                return function(maps, **options)
+
+        maps = self.tiny.inputs(torch.float32, target[1], torch.contiguous_format, grad=False)
+        exported = torch.export.export(Module(), (maps,)).module()
+        assert all(torch.equal(a, b) for a, b in zip(exported(maps), function(maps, **options), strict=True))
+
+    def test_fake_tensors_need_no_device(self, target):
+        """Shapes, types and strides follow without data, so nothing waits for the device."""
+        backend, device = target
+        if backends.problem(backend, "cuda") is not None:
+            pytest.skip(f"{backend} has no op for cuda tensors here")
+        real = self.tiny.inputs(torch.float32, device, torch.channels_last, grad=False)
+        with FakeTensorMode():
+            maps = [torch.empty(m.shape, device="cuda", memory_format=torch.channels_last) for m in real]
+            fake = self.op.function([m.requires_grad_() for m in maps], **self.tiny.options)
+        for a, b in zip(fake, self.op.function(real, **self.tiny.options), strict=True):
+            assert (a.shape, a.dtype, a.stride(), a.device.type) == (b.shape, b.dtype, b.stride(), "cuda")

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+// Enough of CUDA to compile the project's .cuh kernels with a C++20 host compiler (`-include host_cuda.h`) and run them,
+// one OS thread per CUDA thread. Under -fsanitize=address,undefined that is a memory checker for kernels, and under
+// -fsanitize=thread a race checker, with no GPU.
+//
+// Note [What the host machine checks]
+// - Blocks run one after another, so that `__shared__` can be a static variable. Between blocks every thread waits, and
+//   so a conflict between two blocks is no data race here. It shows when blocks run last to first instead
+//   (HOST_CUDA_REVERSE_BLOCKS=1): results may not depend on the order. A kernel that never waits should be launched with
+//   Blocks::kUnordered, where nothing waits between blocks either and such a conflict is a data race.
+// - A thread that returns leaves its block's and its warp's barriers, as on a GPU: the others do not wait for it.
+// - A shuffle or vote waits for the live threads of the caller's whole warp, so its mask has to name them all.
+// - Vector types have the alignment of their GPU access, and UBSan reports an address that does not.
+// - A block or grid that a GPU would refuse to launch ends the program.
+// Not here: dynamic shared memory, memory fences, streams. `volatile` and warp-synchronous code without __syncwarp() are
+// data races here as they are on a GPU.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <barrier>
+#include <bit>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+inline constinit thread_local uint3 threadIdx{}, blockIdx{};
+inline constinit thread_local dim3 blockDim{}, gridDim{};
+constexpr int warpSize = 32;
+
+#define HOST_CUDA_VECTORS(scalar, name)                                       \
+  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };                \
+  struct alignas(16) name##4 { scalar x, y, z, w; };                          \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }        \
+  inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
+HOST_CUDA_VECTORS(float, float)
+HOST_CUDA_VECTORS(int, int)
+HOST_CUDA_VECTORS(unsigned, uint)
+#undef HOST_CUDA_VECTORS
+struct alignas(16) double2 {
+  double x, y;
+};
+
+namespace host_cuda {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "host_cuda: %s\n", what);
+  std::abort();
+}
+
+class Warp {
+ public:
+  // The value of every lane that is live; a lane that has returned, or never was, has none.
+  using Lanes = std::array<std::optional<uint64_t>, warpSize>;
+
+  void reset(unsigned threads) {
+    threads_ = threads;
+    barrier_.emplace(threads);
+    for (auto& slots : slots_) slots.fill({});
+  }
+
+  void wait() { barrier_->arrive_and_wait(); }
+  void leave() { barrier_->arrive_and_drop(); }
+
+  // Two sets of slots in turn, so that one wait serves: nobody writes a set again before everybody has read it.
+  Lanes exchange(unsigned mask, unsigned lane, uint64_t value, uint64_t turn) {
+    if (~mask << (warpSize - threads_) != 0) fail("the mask of a shuffle or vote has to name every thread of the warp");
+    auto& slots = slots_[turn % 2];
+    slots[lane] = {value, turn};
+    wait();
+    Lanes lanes;
+    for (int i = 0; i < warpSize; ++i) {
+      if (slots[i].turn == turn) lanes[i] = slots[i].value;
+    }
+    return lanes;
+  }
+
+ private:
+  struct Slot {
+    uint64_t value, turn;
+  };
+  unsigned threads_ = 0;
+  std::optional<std::barrier<>> barrier_;
+  std::array<Slot, warpSize> slots_[2] = {};
+};
+
+struct Block {
+  std::optional<std::barrier<>> barrier;
+  std::vector<Warp> warps;
+
+  explicit Block(unsigned threads) : warps((threads + warpSize - 1) / warpSize) { reset(threads); }
+
+  void reset(unsigned threads) {
+    barrier.emplace(threads);
+    for (size_t i = 0; i < warps.size(); ++i) warps[i].reset(std::min<unsigned>(warpSize, threads - i * warpSize));
+  }
+};
+
+struct Thread {
+  Block* waiting_block;  // null where blocks are unordered
+  unsigned index;
+  uint64_t exchanges;
+
+  Block& block() const {
+    if (waiting_block == nullptr) fail("a kernel launched with unordered blocks may not wait");
+    return *waiting_block;
+  }
+  Warp& warp() const { return block().warps[index / warpSize]; }
+  unsigned lane() const { return index % warpSize; }
+};
+
+inline constinit thread_local Thread current{};
+
+inline Warp::Lanes exchange(unsigned mask, uint64_t value) {
+  return current.warp().exchange(mask, current.lane(), value, ++current.exchanges);
+}
+
+// What `lane` of the caller's warp holds. A GPU leaves the value of a lane that has returned undefined: all bits set.
+template <class T>
+T shuffle(unsigned mask, T value, unsigned lane) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits)[lane].value_or(~uint64_t{0});
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void check_launch(dim3 grid, dim3 block) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > 1024 || block.z > 64) fail("a block has 1 to 1024 threads, at most 64 deep");
+  if (uint64_t{grid.x} * grid.y * grid.z == 0) fail("a grid has at least one block");
+  if (grid.x > INT_MAX || grid.y > 65535 || grid.z > 65535) fail("a grid has at most 2^31 - 1, 65535, 65535 blocks");
+}
+
+enum class Blocks { kOneByOne, kUnordered };
+
+// Calls `body` as each thread of each block of the grid.
+template <class Body>
+void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOneByOne) {
+  check_launch(grid, block);
+  const unsigned threads = block.x * block.y * block.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const char* setting = std::getenv("HOST_CUDA_REVERSE_BLOCKS");
+  const bool reverse = setting != nullptr && *setting == '1';
+  const bool one_by_one = order == Blocks::kOneByOne;
+  Block state(threads);
+  const auto reset = [&]() noexcept { state.reset(threads); };
+  std::barrier between_blocks(threads, reset);
+  const auto run_thread = [&](unsigned index) {
+    gridDim = grid, blockDim = block;
+    threadIdx = {index % block.x, index / block.x % block.y, index / block.x / block.y};
+    for (uint64_t i = 0; i < blocks; ++i) {
+      const uint64_t number = reverse ? blocks - 1 - i : i;
+      blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
+                  static_cast<unsigned>(number / grid.x / grid.y)};
+      current = {one_by_one ? &state : nullptr, index, 0};
+      body();
+      if (!one_by_one) continue;
+      current.warp().leave();
+      state.barrier->arrive_and_drop();
+      between_blocks.arrive_and_wait();
+    }
+  };
+  std::vector<std::jthread> pool;
+  for (unsigned index = 0; index < threads; ++index) pool.emplace_back(run_thread, index);
+}
+
+}  // namespace host_cuda
+
+inline void __syncthreads() { host_cuda::current.block().barrier->arrive_and_wait(); }
+inline void __syncwarp(unsigned = ~0u) { host_cuda::current.warp().wait(); }
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned ballot = 0;
+  const auto lanes = host_cuda::exchange(mask, predicate != 0);
+  for (int i = 0; i < warpSize; ++i) ballot |= static_cast<unsigned>(lanes[i].value_or(0)) << i;
+  return ballot;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate == 0) == 0; }
+
+// `width` splits the warp into segments that lanes are counted in; a lane outside its segment reads its own value.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+  const unsigned lane = host_cuda::current.lane();
+  return host_cuda::shuffle(mask, value, (lane & -width) + (source & (width - 1)));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  const unsigned lane = host_cuda::current.lane();
+  return host_cuda::shuffle(mask, value, (lane & (width - 1)) >= delta ? lane - delta : lane);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  const unsigned lane = host_cuda::current.lane();
+  return host_cuda::shuffle(mask, value, (lane & (width - 1)) + delta < unsigned(width) ? lane + delta : lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
+  const unsigned lane = host_cuda::current.lane(), source = lane ^ lane_mask;
+  return host_cuda::shuffle(mask, value, source < (lane & -width) + width ? source : lane);
+}
+
+// Relaxed, as on a GPU: an atomic orders nothing but itself.
+template <class T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  return std::atomic_ref(*address).fetch_add(value, std::memory_order_relaxed);
+}
+template <class T>
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  return std::atomic_ref(*address).fetch_or(value, std::memory_order_relaxed);
+}
+template <class T>
+T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  std::atomic_ref(*address).compare_exchange_strong(expected, value, std::memory_order_relaxed);
+  return expected;
+}
+template <class T>
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  T old = std::atomic_ref(*address).load(std::memory_order_relaxed);
+  while (old < value && !std::atomic_ref(*address).compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+  }
+  return old;
+}
+template <class T>
+T atomicMin(T* address, std::type_identity_t<T> value) {
+  T old = std::atomic_ref(*address).load(std::memory_order_relaxed);
+  while (value < old && !std::atomic_ref(*address).compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+  }
+  return old;
+}
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
+
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
+inline int __ffs(int value) { return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1; }
+
+template <class T>
+constexpr T min(T a, std::type_identity_t<T> b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, std::type_identity_t<T> b) {
+  return a < b ? b : a;
+}

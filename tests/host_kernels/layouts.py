@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps [N, C, H, W] in every kind of memory that a kernel may be handed, with poison in all that is not theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .run import storage_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`order` from the outermost axis to the innermost; `border` elements on both sides of an axis; then `offset`."""
+
+    order: str
+    border: dict[str, int] = field(default_factory=dict)
+    offset: int = 0
+
+    @property
+    def channels_last(self) -> bool:
+        return self.order[-1] == "c"
+
+
+LAYOUTS = {
+    "channels_first": Layout("nchw"),
+    "channels_last": Layout("nhwc"),
+    # An address that 16-byte accesses are not allowed on.
+    "channels_first-misaligned": Layout("nchw", offset=1),
+    "channels_last-misaligned": Layout("nhwc", offset=1),
+    "channels_first-cropped": Layout("nchw", {"n": 1, "c": 1, "h": 1, "w": 3}),
+    "channels_last-cropped": Layout("nhwc", {"n": 1, "c": 3, "h": 1, "w": 1}),
+    # Strides and address stay multiples of 16 bytes, and the map stays vectorised where its size allows.
+    "channels_first-padded": Layout("nchw", {"n": 1, "c": 2, "h": 1, "w": 8}),
+    "channels_last-padded": Layout("nhwc", {"n": 1, "c": 8, "h": 1, "w": 1}),
+    "scrambled": Layout("wcnh", {"h": 1}),
+}
+
+
+def poisoned(size: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """A map whose whole storage is 0xFF: NaN in every floating type."""
+    borders = [2 * layout.border.get(axis, 0) for axis in layout.order]
+    extents = [size["nchw".index(axis)] + border for axis, border in zip(layout.order, borders, strict=True)]
+    elements = layout.offset + torch.Size(extents).numel()
+    storage = torch.full((elements * dtype.itemsize,), 0xFF, dtype=torch.uint8).view(dtype)
+    whole = storage[layout.offset :].view(extents).permute([layout.order.index(axis) for axis in "nchw"])
+    for dim, axis in enumerate("nchw"):
+        whole = whole.narrow(dim, layout.border.get(axis, 0), size[dim])
+    return whole
+
+
+def place(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`values` in memory laid out so."""
+    return poisoned(tuple(values.shape), layout, values.dtype).copy_(values)
+
+
+def only_the_map_was_written(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether the storages differ nowhere but inside the map."""
+    inside = torch.zeros(before.untyped_storage().nbytes() // before.itemsize, dtype=torch.bool)
+    inside.as_strided(before.size(), before.stride(), before.storage_offset()).fill_(True)
+    if not len(inside):
+        return True
+    old, new = (
+        torch.frombuffer(bytearray(storage_bytes(tensor)), dtype=torch.uint8).view(-1, tensor.itemsize)
+        for tensor in (before, after)
+    )
+    return torch.equal(old[~inside], new[~inside])

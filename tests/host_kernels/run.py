@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs CUDA kernels on the CPU: tensors to a program and back, whole storages with them. See case_file.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import build
+
+# As case_file.h numbers them.
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# A deadlock shows as a timeout. The longest case takes seconds under a sanitizer.
+TIMEOUT_S = 240
+
+ENVIRONMENT = {
+    # Whether a program frees its memory is not the question, and the leak check needs ptrace.
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "exitcode=66",
+}
+
+
+class Fault(Exception):
+    """A kernel did what it may not; the text is the sanitizer's report or the harness's own."""
+
+
+def storage_bytes(tensor: torch.Tensor) -> bytes:
+    """All of the storage behind `tensor`, what lies outside the view included."""
+    storage = tensor.untyped_storage()
+    return ctypes.string_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else b""
+
+
+def _numbers(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<q{len(values)}q", len(values), *values)
+
+
+def _encode(numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> bytes:
+    parts = [_numbers(numbers), struct.pack("<q", len(tensors))]
+    for tensor in tensors:
+        data = storage_bytes(tensor)
+        parts += [struct.pack("<q", tensor.storage_offset()), _numbers(tensor.size()), _numbers(tensor.stride())]
+        parts += [struct.pack("<q", len(data)), data]
+    return b"".join(parts)
+
+
+def _decode(data: bytes, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    results, position = [], 0
+    for tensor in tensors:
+        end = position + tensor.untyped_storage().nbytes()
+        storage = torch.frombuffer(bytearray(data[position:end]), dtype=tensor.dtype) if end > position else tensor
+        results.append(torch.as_strided(storage, tensor.size(), tensor.stride(), tensor.storage_offset()))
+        position = end
+    assert position == len(data), "the program wrote another number of bytes than it was given"
+    return results
+
+
+@functools.cache
+def _launcher(binary: Path) -> tuple[str, ...]:
+    """What to put before a program's name: ThreadSanitizer cannot start under some kernels' address randomisation."""
+    probe = subprocess.run([binary], capture_output=True, text=True, timeout=TIMEOUT_S)
+    if "unexpected memory mapping" not in probe.stderr:
+        return ()
+    if shutil.which("setarch") is None:
+        pytest.skip("ThreadSanitizer needs setarch -R on this machine, which has no setarch")
+    return ("setarch", "-R")
+
+
+def run(
+    program: str,
+    kernel: str,
+    numbers: Sequence[int],
+    tensors: Sequence[torch.Tensor],
+    *,
+    flavour: str = "plain",
+    reverse_blocks: bool = False,
+) -> list[torch.Tensor]:
+    """The tensors as `kernel` leaves them, each with a storage of its own; those given stay as they are."""
+    binary = build.program(program, flavour)
+    environment = os.environ | ENVIRONMENT | {"HOST_CUDA_REVERSE_BLOCKS": str(int(reverse_blocks))}
+    with tempfile.NamedTemporaryFile(suffix=".case") as case:
+        case.write(_encode(numbers, tensors))
+        case.flush()
+        command = [*_launcher(binary), str(binary), kernel, case.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
+        if done.returncode != 0:
+            raise Fault(f"{kernel} ({flavour}) ended with {done.returncode}:\n{done.stderr}")
+        return _decode(Path(case.name).read_bytes(), tensors)
