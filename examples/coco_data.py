@@ -41,6 +41,7 @@ class DetectionData(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Item: ...
     def coco(self) -> dict[str, Any]: ...
+    def first(self, count: int) -> DetectionData: ...
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -117,6 +118,10 @@ class CocoImages(Dataset[Item]):
 
     def coco(self) -> dict[str, Any]:
         return self._coco
+
+    def first(self, count: int) -> CocoImages:
+        """The set of the first ``count`` images."""
+        return CocoImages(_subset(self._coco, list(range(min(count, len(self))))), self.folder)
 
 
 def load_coco(annotations: Path, folder: Path, held_out: float = 0.2, seed: int = 0) -> tuple[CocoImages, CocoImages]:
@@ -199,7 +204,9 @@ def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return [image for image, _ in items], [target for _, target in items]
 
 
-def detections_as_coco(image_id: int, detections: dict[str, Tensor], category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
+def detections_as_coco(
+    image_id: int, detections: dict[str, Tensor], category_ids: tuple[int, ...]
+) -> list[dict[str, Any]]:
     """A detector's answer for one image as COCO results: boxes ``[D, 4]`` become (x, y, width, height)."""
     boxes = detections["boxes"].float().cpu().clone()
     boxes[:, 2:] -= boxes[:, :2]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Handwritten digits on photographs: a small multi-scale detection set, made on the fly from what two wheels carry.
 
 The digits are scikit-learn's 1,797 handwritten ones (8x8 pixels, enlarged smoothly), the photographs are
@@ -106,9 +107,7 @@ def photographs(split: str) -> tuple[str, ...]:
     return tuple(name for name in PHOTOGRAPHS[split] if _photograph_path(name) is not None)
 
 
-def _background(
-    name: str, side: int, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+def _background(name: str, side: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
     """A random square crop of a photograph at ``[side, side, 3]``, sometimes mirrored, of varied brightness."""
     photograph = _photograph(name)
     crop_side = int(min(photograph.size) * rng.uniform(0.5, 1.0))
@@ -233,7 +232,7 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         if side < 64:
             raise ValueError(f"side must be at least 64 pixels, got {side}")
         self.split, self.length, self.side, self.seed = split, length, side, seed
-        self.class_names = CLASS_NAMES
+        self.class_names, self.category_ids = CLASS_NAMES, tuple(range(1, len(CLASS_NAMES) + 1))
 
     def __len__(self) -> int:
         return self.length
@@ -253,6 +252,10 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         }
         return image, target
 
+    def first(self, count: int) -> DigitsOnPhotographs:
+        """The set of the first ``count`` pictures."""
+        return DigitsOnPhotographs(self.split, min(count, self.length), self.side, self.seed)
+
     def coco(self) -> dict[str, Any]:
         """The split's annotations as one COCO dict; image ids are index + 1, category ids are the labels."""
         images, annotations = [], []
@@ -268,7 +271,9 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                     "crop": list(scene.crop),
                 }
             )
-            for box, label, digit in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.digits.tolist(), strict=True):
+            for box, label, digit in zip(
+                scene.boxes.tolist(), scene.labels.tolist(), scene.digits.tolist(), strict=True
+            ):
                 width, height = box[2] - box[0], box[3] - box[1]
                 annotations.append(
                     {

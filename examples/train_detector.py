@@ -21,13 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coco_data import CocoImages, DataError, DetectionData, StepBatches, collate, load_coco
-from detector_report import merge_seconds, report
-from detector_training import Interrupts, Settings, Track, TrainingError, load_checkpoint, new_tracks, save_checkpoint
+from coco_data import DataError, DetectionData, StepBatches, collate, load_coco
+from detector_report import report
+from detector_training import (
+    CheckpointError,
+    Interrupts,
+    Settings,
+    Track,
+    TrainingError,
+    load_checkpoint,
+    new_tracks,
+    save_checkpoint,
+)
 from digits_on_photographs import DigitsOnPhotographs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+BUDGET = "training stops after this; testing after a quarter of it more, with the AP of the images seen until then"
 BACKENDS = ("eager", "auto", "cpp", "triton", "reference")
 
 
@@ -55,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="eager: torchvision as it is")
     parser.add_argument("--compare", action="store_true", help="train the same model without our kernels beside it")
     parser.add_argument("--steps", type=_positive(int), default=600)
-    parser.add_argument("--time-budget", type=_positive(float), metavar="SECONDS", help="stop training after this")
+    parser.add_argument("--time-budget", type=_positive(float), metavar="SECONDS", help=BUDGET)
     parser.add_argument("--batch-size", type=_positive(int), default=2)
     parser.add_argument("--lr", type=_positive(float), default=4e-4)
     parser.add_argument("--image-size", type=_positive(int), default=256, help="shorter side, in pixels")
@@ -82,15 +92,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_data(args: argparse.Namespace) -> tuple[DetectionData, DetectionData]:
-    """Train and test sets; the test set is cut to --eval-images."""
+    """Train and test sets."""
     if args.coco is None:
         sizes = {"side": args.image_size, "seed": args.seed}
         return (
             DigitsOnPhotographs("train", args.train_images, **sizes),
             DigitsOnPhotographs("test", args.eval_images, **sizes),
         )
-    train, test = load_coco(*args.coco, seed=args.seed)
-    return train, test.first(args.eval_images)
+    return load_coco(*args.coco, seed=args.seed)
 
 
 @contextlib.contextmanager
@@ -119,12 +128,12 @@ def train(tracks: list[Track], data: DetectionData, settings: Settings, args: ar
     loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)  # type: ignore[arg-type]
     started, ended = time.monotonic(), "steps"
     with tqdm(total=last, initial=first, unit="step", desc="train", mininterval=0.5) as bar, Interrupts() as interrupts:
-        for step, (images, targets) in enumerate(loader, start=first):
+        for step, batch in enumerate(loader, start=first):
             # The tracks take turns in going first: a warm cache favours neither.
             for track in tracks if step % 2 == 0 else tracks[::-1]:
-                track.step(images, targets, step, settings)
+                track.step(batch, step, settings)
             shown = tracks[-1]
-            bar.set_postfix(loss=f"{shown.losses[-1]:.3f}", images_per_s=f"{len(images) / shown.seconds[-1]:.2f}")
+            bar.set_postfix(loss=f"{shown.losses[-1]:.3f}", images_per_s=f"{args.batch_size / shown.seconds[-1]:.2f}")
             bar.update()
             if interrupts.seen:
                 ended = "interrupted"
@@ -159,9 +168,14 @@ def run(args: argparse.Namespace) -> int:
         if ended == "interrupted":
             print(f"interrupted after {len(tracks[0].losses)} steps; go on with --resume", file=sys.stderr)
             return 130
-        images, targets = collate([train_data[index] for index in range(min(args.batch_size, len(train_data)))])
-        merges = merge_seconds(tracks, images, settings)
-        print(report(tracks, test_data, merges, settings, args, serving, ended))
+        facts = {
+            "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "backend": serving,
+            "ended_by": ended,
+        }
+        batch = collate([train_data[index] for index in range(min(args.batch_size, len(train_data)))])
+        test_seconds = None if args.time_budget is None else args.time_budget / 4
+        print(report(tracks, batch, test_data.first(args.eval_images), test_seconds, settings, facts, args.output))
     return 0
 
 
@@ -170,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         return run(args)
-    except (DataError, UsageError) as error:
+    except (CheckpointError, DataError, UsageError) as error:
         # A loader process passes an error on as its whole traceback; the last line is the message.
         print(f"error: {str(error).strip().splitlines()[-1].removeprefix('coco_data.DataError: ')}", file=sys.stderr)
         return 2

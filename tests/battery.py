@@ -188,10 +188,12 @@ class Battery:
 
     def test_gradcheck(self, target):
         maps = self.tiny.inputs(torch.float64, target[1], torch.contiguous_format, grad=True)
+        # The interpreter takes a thousand times longer, so there one random direction stands for the whole Jacobian.
+        fast = target == ("triton", "cpu")
         for options in {str(c.options): c.options for c in self.cases}.values():
             function = lambda *m, options=options: tuple(self.op.function(m, **options))  # noqa: E731
-            assert torch.autograd.gradcheck(function, maps)
-            assert torch.autograd.gradgradcheck(function, maps)
+            assert torch.autograd.gradcheck(function, maps, fast_mode=fast)
+            assert torch.autograd.gradgradcheck(function, maps, fast_mode=fast)
 
     def test_opcheck(self, target):
         backend, device = target

@@ -5,9 +5,9 @@
 //
 // Note [What the host machine checks]
 // - Blocks run one after another, so that `__shared__` can be a static variable. Between blocks every thread waits, and
-//   so a conflict between two blocks is no data race here. It shows when blocks run last to first instead
-//   (HOST_CUDA_REVERSE_BLOCKS=1): results may not depend on the order. A kernel that never waits should be launched with
-//   Blocks::kUnordered, where nothing waits between blocks either and such a conflict is a data race.
+//   so a conflict between two blocks is no data race here. HOST_CUDA_ONLY_BLOCK=i runs that block alone: what blocks
+//   write has to be disjoint, and what one writes the same as in company. A kernel that never waits can be launched with
+//   Blocks::kUnordered, where nothing waits between blocks either and their conflicts are data races.
 // - A thread that returns leaves its block's and its warp's barriers, as on a GPU: the others do not wait for it.
 // - A shuffle or vote waits for the live threads of the caller's whole warp, so its mask has to name them all.
 // - Vector types have the alignment of their GPU access, and UBSan reports an address that does not.
@@ -164,8 +164,10 @@ void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOne
   check_launch(grid, block);
   const unsigned threads = block.x * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const char* setting = std::getenv("HOST_CUDA_REVERSE_BLOCKS");
-  const bool reverse = setting != nullptr && *setting == '1';
+  const char* setting = std::getenv("HOST_CUDA_ONLY_BLOCK");
+  const uint64_t first = setting != nullptr ? std::strtoull(setting, nullptr, 10) : 0;
+  const uint64_t last = setting != nullptr ? first + 1 : blocks;
+  if (last > blocks) fail("no such block");
   const bool one_by_one = order == Blocks::kOneByOne;
   Block state(threads);
   const auto reset = [&]() noexcept { state.reset(threads); };
@@ -173,8 +175,7 @@ void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOne
   const auto run_thread = [&](unsigned index) {
     gridDim = grid, blockDim = block;
     threadIdx = {index % block.x, index / block.x % block.y, index / block.x / block.y};
-    for (uint64_t i = 0; i < blocks; ++i) {
-      const uint64_t number = reverse ? blocks - 1 - i : i;
+    for (uint64_t number = first; number < last; ++number) {
       blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                   static_cast<unsigned>(number / grid.x / grid.y)};
       current = {one_by_one ? &state : nullptr, index, 0};

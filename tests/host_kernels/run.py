@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,13 @@ def run(
     tensors: Sequence[torch.Tensor],
     *,
     flavour: str = "plain",
-    reverse_blocks: bool = False,
+    only_block: int | None = None,
 ) -> list[torch.Tensor]:
     """The tensors as `kernel` leaves them, each with a storage of its own; those given stay as they are."""
     binary = build.program(program, flavour)
-    environment = os.environ | ENVIRONMENT | {"HOST_CUDA_REVERSE_BLOCKS": str(int(reverse_blocks))}
+    environment = os.environ | ENVIRONMENT
+    if only_block is not None:
+        environment["HOST_CUDA_ONLY_BLOCK"] = str(only_block)
     with tempfile.NamedTemporaryFile(suffix=".case") as case:
         case.write(_encode(numbers, tensors))
         case.flush()
@@ -97,3 +100,14 @@ def run(
         if done.returncode != 0:
             raise Fault(f"{kernel} ({flavour}) ended with {done.returncode}:\n{done.stderr}")
         return _decode(Path(case.name).read_bytes(), tensors)
+
+
+def block_by_block(program: str, kernel: str, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> Iterator:
+    """The tensors as each block of `kernel`, run alone on those given, leaves them."""
+    for block in itertools.count():
+        try:
+            yield run(program, kernel, numbers, tensors, only_block=block)
+        except Fault as fault:
+            if "no such block" not in str(fault):
+                raise
+            return

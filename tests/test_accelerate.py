@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+import fpn_fast
+
+SIZE = {"min_size": 64, "max_size": 96}
+
+
+def detector(kind):
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
+    if kind == "faster_rcnn":
+        return FasterRCNN(backbone, num_classes=4, **SIZE)
+    return RetinaNet(backbone, num_classes=4, **SIZE)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, 60, 90, generator=generator), torch.rand(3, 64, 70, generator=generator)]
+    boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]])
+    return images, [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
+
+
+def losses_and_gradients(model):
+    model.zero_grad()
+    torch.manual_seed(5)
+    losses = model(*batch())
+    sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_same_detections_losses_and_gradients(kind):
+    plain = detector(kind)
+    fast = copy.deepcopy(plain)
+    report = fpn_fast.accelerate(fast)
+    assert [(e.name, e.module) for e in report.swapped] == [("backbone.fpn", "torchvision.FeaturePyramidNetwork")]
+    expected, expected_grads = losses_and_gradients(plain)
+    losses, grads = losses_and_gradients(fast)
+    assert losses.keys() == expected.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-6, atol=1e-7)
+    assert grads.keys() == expected_grads.keys()
+    for name in grads:
+        scale = expected_grads[name].abs().max().item()
+        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
+    for a, b in zip(fast.eval()(batch()[0]), plain.eval()(batch()[0]), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_keeps_everything_and_is_undone():
+    model = detector("faster_rcnn")
+    fpn, before = model.backbone.fpn, copy.deepcopy(model.state_dict())
+    calls = []
+    fpn.register_forward_hook(lambda *_: calls.append(1))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    fpn_fast.accelerate(model)
+    assert model.backbone.fpn is fpn
+    assert type(fpn) is fpn_fast.nn.FeaturePyramidNetwork
+    assert not fpn._forward_pre_hooks
+    assert len(fpn._forward_hooks) == 1
+    assert all(p is q for p, q in zip(model.parameters(), optimiser.param_groups[0]["params"], strict=True))
+    assert list(model.state_dict()) == list(before)
+    model.eval()(batch()[0])
+    assert calls == [1]
+
+    again = fpn_fast.accelerate(model)
+    assert again.swapped == []
+    assert ("backbone.fpn", "fused already") in [(e.name, e.note) for e in again.left]
+
+    undone = fpn_fast.restore(model)
+    assert [e.name for e in undone.swapped] == ["backbone.fpn"]
+    assert type(model.backbone.fpn) is FeaturePyramidNetwork
+    assert fpn_fast.restore(model).swapped == []
+
+
+def test_checkpoints_go_both_ways_and_copies_stay_fused():
+    plain, fast = detector("faster_rcnn"), detector("faster_rcnn")
+    fpn_fast.accelerate(fast)
+    fast.load_state_dict(plain.state_dict())
+    plain.load_state_dict(fast.state_dict())
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    for again in (copy.deepcopy(fast), torch.load(buffer, weights_only=False)):
+        assert type(again.backbone.fpn) is fpn_fast.nn.FeaturePyramidNetwork
+
+
+def test_report_says_what_was_left_and_why():
+    model = detector("faster_rcnn")
+    report = fpn_fast.accelerate(model)
+    left = {e.name: e.note for e in report.left}
+    assert left["roi_heads.box_roi_pool"] == "no fused form in this version"
+    assert set(left) == {"rpn", "rpn.anchor_generator", "roi_heads.box_roi_pool"}
+    text = str(report)
+    assert text.splitlines()[0] == "fpn_fast: 1 swapped, 3 left"
+    assert "now fpn_fast.FeaturePyramidNetwork" in text
+    assert report.as_dict()["swapped"][0]["name"] == "backbone.fpn"
+
+
+def test_subclasses_are_left():
+    class Mine(FeaturePyramidNetwork):
+        pass
+
+    model = nn.Sequential(Mine([8], 4))
+    report = fpn_fast.accelerate(model)
+    assert type(model[0]) is Mine
+    assert report.left[0].note == "a subclass of torchvision.FeaturePyramidNetwork, which may compute something else"
+
+
+def test_a_pyramid_by_itself_and_models_without_one():
+    fpn = FeaturePyramidNetwork([8], 4)
+    assert fpn_fast.accelerate(fpn).swapped[0].name == ""
+    assert type(fpn) is fpn_fast.nn.FeaturePyramidNetwork
+    assert str(fpn_fast.accelerate(nn.Linear(2, 2))) == "fpn_fast: nothing in this model has a fused form"
+    assert len(fpn_fast.accelerate(MultiScaleRoIAlign(["0"], 7, 2)).left) == 1
+    for function in (fpn_fast.accelerate, fpn_fast.restore):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
+            function({})

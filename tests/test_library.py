@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library, what `info` says of it, and the choice of a backend."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fpn_fast
+from fpn_fast import __main__ as command
+from fpn_fast import _library, backends, ops
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = [name for name in ("_C", "_C_cuda") if _library.path(name).exists()]
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_needs_no_unstable_symbol_of_torch(name):
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", _library.path(name)], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    # c10, at and torch as C++ namespaces; the stable interface is C.
+    unstable = [s for s in symbols if s.startswith("_Z") and re.search(r"2at|3c10|5torch", s)]
+    assert any(s.startswith("aoti_torch_") for s in symbols)
+    assert unstable == []
+
+
+def test_has_the_cpu_kernels():
+    assert "_C" in LIBRARIES
+    assert _library.problems["cpu"] is None
+
+
+def test_second_fence_holds_behind_the_python_checks():
+    maps = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 2, 2)]
+    with pytest.raises(RuntimeError, match="one batch and channel count"):
+        torch.ops.fpn_fast.top_down(maps, 0, False)
+    with pytest.raises(RuntimeError, match="unknown mode 7"):
+        torch.ops.fpn_fast.top_down(maps[:1] * 2, 7, False)
+    with pytest.raises(RuntimeError, match="at least 1 x 1 pixel"):
+        torch.ops.fpn_fast.top_down_backward(maps[:1], 0, 2, 0, False)
+
+
+def test_info_prints_backends_and_build(capsys):
+    assert command.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"fpn_fast {fpn_fast.__version__}, Python ")
+    assert "backends for cpu tensors:\n  cpp       available" in text
+    assert command.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["build"]["torch"] == torch.__version__
+    assert facts["backends"]["cpu"]["reference"] is None
+    assert (facts["kernels"] is not None) == (torch.cuda.is_available() and "_C_cuda" in LIBRARIES)
+
+
+@pytest.mark.gpu
+def test_kernels_have_no_local_memory_and_full_blocks_fit():
+    kernels = command.gather()["kernels"]
+    assert {k["name"].split("<")[0] for k in kernels} == {"top_down_kernel", "top_down_backward_kernel"}
+    assert all(k["local_bytes"] == 0 and k["occupancy"] > 0 for k in kernels)
+
+
+def test_info_says_what_a_missing_library_needs(monkeypatch):
+    monkeypatch.setitem(_library.problems, "cpu", _library._load("_absent", "install g++"))
+    assert backends.problem("cpp", "cpu") == "install g++"
+    assert "cpp       not available: install g++" in command.render(command.gather())
+
+
+def test_use_and_explain():
+    assert backends.requested() == "auto"
+    assert "cpp       taken" in backends.explain("cpu")
+    with backends.use("reference"):
+        assert backends.choose("cpu") == "reference"
+        assert "reference taken" in backends.explain("cpu")
+        with backends.use("auto"):
+            assert backends.choose("cpu") == "cpp"
+        assert backends.choose("cpu") == "reference"
+    with pytest.raises(ValueError, match="backend must be auto, cpp, triton or reference, got 'cuda'"), backends.use("cuda"):
+        pass
+    assert backends.requested() == "auto"
+
+
+def test_a_backend_asked_for_by_name_is_not_replaced(monkeypatch):
+    monkeypatch.setitem(_library.problems, "cpu", "it is broken")
+    monkeypatch.setattr(backends, "_chosen", {})
+    maps = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)]
+    with backends.use("cpp"), pytest.raises(backends.BackendUnavailableError, match="it is broken"):
+        ops.top_down(maps)
+    # Automatic choice goes on to the next.
+    assert backends.choose("cpu") == "reference"
+    assert "cpp       not available: it is broken" in backends.explain("cpu")
+    assert len(ops.top_down(maps)) == 2
+
+
+def test_other_devices_get_the_reference():
+    assert backends.choose("meta") == "reference"
+    maps = [torch.zeros(1, 2, 4, 4, device="meta"), torch.zeros(1, 2, 2, 2, device="meta")]
+    assert ops.top_down(maps)[0].shape == (1, 2, 4, 4)
+
+
+def test_environment_chooses():
+    code = "import fpn_fast; print(fpn_fast.backends.requested(), fpn_fast.backends.choose('cpu'))"
+    assert python("-c", code, FPN_FAST_BACKEND="reference").stdout.split() == ["reference", "reference"]
+    wrong = python("-c", code, FPN_FAST_BACKEND="gpu")
+    assert "FPN_FAST_BACKEND must be auto, cpp, triton or reference, got 'gpu'" in wrong.stderr
+
+
+def test_triton_on_cpu_tensors_needs_its_interpreter():
+    code = (
+        "import torch, fpn_fast\n"
+        "with fpn_fast.backends.use('triton'):\n"
+        "    fpn_fast.ops.top_down([torch.zeros(1, 1, 2, 2)] * 2)\n"
+    )
+    done = python("-c", code, TRITON_INTERPRET="0")
+    assert done.returncode == 1
+    assert "BackendUnavailableError: backend 'triton' cannot serve cpu tensors: triton serves cpu tensors only" in done.stderr

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc makes of the CUDA kernels: registers, spills and the instructions that decide speed and determinism.
+
+The kernels of a .cuh are instantiated in a translation unit without torch, for every architecture, and disassembled.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import re
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_toolkit
+import pytest
+from host_kernels import build
+
+ROOT = build.ROOT
+BUILD = ROOT / "build" / "machine_code"
+ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100"]
+# setup.py's, as far as they change the code.
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+# As C++ names them and as their names are mangled.
+TYPES = {"double": "d", "float": "f", "Half": "NS_4HalfE", "BFloat16": "NS_8BFloat16E"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel template over a storage type and `switches`; its one argument is `argument<type>`."""
+
+    header: str
+    name: str
+    argument: str
+    switches: tuple[str, ...]
+    # Most registers a thread may take.
+    registers: int
+    # The switches that are on where it goes element by element on purpose.
+    scalar: frozenset[str] | None = None
+    # Reads memory that it writes itself, so it may not read through the cache for constant data.
+    reads_own_writes: bool = False
+
+    def instances(self) -> list[Instance]:
+        values = itertools.product(TYPES, *[(False, True)] * len(self.switches))
+        return [Instance(self, type_, tuple(on)) for type_, *on in values]
+
+
+@dataclass(frozen=True)
+class Instance:
+    kernel: Kernel
+    type: str
+    on: tuple[bool, ...]
+
+    @property
+    def declaration(self) -> str:
+        switches = "".join(f", {str(on).lower()}" for on in self.on)
+        argument = f"const __grid_constant__ {self.kernel.argument}<{self.type}>"
+        return f"template __global__ void {self.kernel.name}<{self.type}{switches}>({argument});"
+
+    @property
+    def symbol(self) -> str:
+        """How the mangled name begins."""
+        switches = "".join(f"Lb{int(on)}E" for on in self.on)
+        return f"_ZN8fpn_fast{len(self.kernel.name)}{self.kernel.name}I{TYPES[self.type]}{switches}E"
+
+    @property
+    def is_vectorised(self) -> bool:
+        on = frozenset(name for name, on in zip(self.kernel.switches, self.on, strict=True) if on)
+        return on != self.kernel.scalar
+
+    def __str__(self) -> str:
+        on = [name for name, on in zip(self.kernel.switches, self.on, strict=True) if on]
+        return f"{self.kernel.name}<{', '.join([self.type, *on])}>"
+
+
+KERNELS = [
+    # 80 registers: three blocks of 256 threads on a multiprocessor, 24 warps to hide the latency of memory.
+    Kernel("top_down.cuh", "top_down_kernel", "Pathway", ("channels_last", "bilinear"), registers=80),
+    Kernel(
+        "top_down_backward.cuh",
+        "top_down_backward_kernel",
+        "GradientPathway",
+        ("channels_last", "bilinear"),
+        registers=80,
+        # Along W every pixel gathers from a range of its own.
+        scalar=frozenset({"bilinear"}),
+        reads_own_writes=True,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    stack: int
+    spills: int
+    instructions: collections.Counter[str]
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for opcode, n in self.instructions.items() if opcode.startswith(prefixes))
+
+    def faults(self, *, vectorised: bool, reads_own_writes: bool, registers: int) -> list[str]:
+        """What keeps this code from being fast, deterministic or right."""
+        found = {
+            f"{self.registers} registers, {registers} allowed": self.registers > registers,
+            f"{self.stack} bytes of stack": self.stack > 0,
+            f"{self.spills} bytes spilled": self.spills > 0,
+            "local memory": self.count("LDL", "STL") > 0,
+            "atomics": self.count("ATOM", "RED.", "REDG") > 0,
+            "no 16-byte loads": vectorised and self.count("LDG.E.128") == 0,
+            "no 16-byte stores": vectorised and self.count("STG.E.128") == 0,
+            "reads its own writes through the constant cache": reads_own_writes
+            and any(opcode.startswith("LDG") and ".CONSTANT" in opcode for opcode in self.instructions),
+        }
+        return [fault for fault, is_so in found.items() if is_so]
+
+
+_RESOURCES = re.compile(
+    r"Function properties for (?P<name>\S+)\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers"
+)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+
+def parse(ptxas: str, sass: str) -> dict[str, Code]:
+    """Code by mangled name."""
+    instructions = {}
+    for function in re.split(r"Function : ", sass)[1:]:
+        name, _, body = function.partition("\n")
+        instructions[name.strip()] = collections.Counter(_INSTRUCTION.findall(body))
+    return {
+        match["name"]: Code(
+            registers=int(match["registers"]),
+            stack=int(match["stack"]),
+            spills=int(match["stores"]) + int(match["loads"]),
+            instructions=instructions[match["name"]],
+        )
+        for match in _RESOURCES.finditer(ptxas)
+    }
+
+
+def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
+    """The kernels in the translation unit `text`, compiled once for each content of it and of what it includes."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    unit = BUILD / f"{name}-{arch}.cu"
+    with build.locked(BUILD / f"{name}-{arch}.lock"):
+        unit.write_text(text)
+        key = build.content_hash(build.sources(unit), cuda_toolkit.nvcc_version(), *FLAGS)
+        log, sass = (BUILD / f"{name}-{arch}-{key}.{kind}" for kind in ("ptxas", "sass"))
+        if not sass.exists():
+            for stale in BUILD.glob(f"{name}-{arch}-*"):
+                stale.unlink()
+            cubin = BUILD / f"{name}-{arch}.cubin"
+            command = [cuda_toolkit.nvcc(), "-cubin", f"-arch={arch}", *FLAGS, "-Xptxas", "-v", unit, "-o", cubin]
+            compiled = subprocess.run(command, capture_output=True, text=True)
+            if compiled.returncode != 0:
+                raise RuntimeError(f"nvcc fails on {unit} for {arch}:\n{compiled.stderr}")
+            listing = subprocess.run(
+                [cuda_toolkit.cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
+            )
+            log.write_text(compiled.stdout + compiled.stderr)
+            sass.write_text(listing.stdout)
+    return parse(log.read_text(), sass.read_text())
+
+
+def unit_of(header: str) -> str:
+    lines = [f'#include "{ROOT / "csrc" / "cuda" / header}"', "namespace fpn_fast {"]
+    lines += [i.declaration for kernel in KERNELS if kernel.header == header for i in kernel.instances()]
+    return "\n".join([*lines, "}", ""])
+
+
+@functools.cache
+def _compilations() -> dict[tuple[str, str], Future]:
+    """All units for all architectures, two at a time, started when the first is asked for."""
+    pool = ThreadPoolExecutor(max_workers=2)
+    known = cuda_toolkit.architectures()
+    pairs = [(header, arch) for arch in ARCHITECTURES if arch in known for header in {k.header: 0 for k in KERNELS}]
+    return {
+        (header, arch): pool.submit(compile_unit, Path(header).stem, unit_of(header), arch) for header, arch in pairs
+    }
+
+
+def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
+    cuda_toolkit.nvcc()
+    cuda_toolkit.cuobjdump()
+    if arch not in cuda_toolkit.architectures():
+        pytest.skip(f"this nvcc does not compile for {arch}")
+    code = _compilations()[kernel.header, arch].result()
+    by_instance = {}
+    for instance in kernel.instances():
+        (symbol,) = [name for name in code if name.startswith(instance.symbol)]
+        by_instance[instance] = code[symbol]
+    return by_instance
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_kernels(kernel, arch):
+    faults = {
+        str(instance): found
+        for instance, code in compiled(kernel, arch).items()
+        if (
+            found := code.faults(
+                vectorised=instance.is_vectorised,
+                reads_own_writes=kernel.reads_own_writes,
+                registers=kernel.registers,
+            )
+        )
+    }
+    assert not faults
+
+
+def test_every_kernel_is_here():
+    """Each template that csrc/cuda/*.cuh defines, under its header."""
+    defined = {
+        (path.name, name)
+        for path in (ROOT / "csrc" / "cuda").glob("*.cuh")
+        for name in re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", path.read_text())
+    }
+    assert defined == {(kernel.header, kernel.name) for kernel in KERNELS}
+
+
+FAULTY = """
+__global__ void faulty_kernel(const float* __restrict__ in, float* out, int* count) {
+  float kept[64] = {};
+  for (int i = 0; i < 1000; ++i) kept[count[i] & 63] += in[i];
+  for (int i = 0; i < 64; ++i) out[i] = kept[i];
+  atomicAdd(count, 1);
+}
+"""
+
+
+def test_the_gates_can_fail():
+    cuda_toolkit.nvcc()
+    cuda_toolkit.cuobjdump()
+    (code,) = compile_unit("faulty", FAULTY, "sm_80").values()
+    assert code.faults(vectorised=True, reads_own_writes=True, registers=8) == [
+        f"{code.registers} registers, 8 allowed",
+        "256 bytes of stack",
+        "local memory",
+        "atomics",
+        "no 16-byte loads",
+        "no 16-byte stores",
+        "reads its own writes through the constant cache",
+    ]
