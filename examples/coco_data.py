@@ -152,7 +152,7 @@ def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
             raise DataError(f"image {image['file_name']} of {path} is not in {folder}") from error
         except OSError as error:
             raise DataError(f"cannot read image {file}: {error}") from error
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for annotation in coco["annotations"]:
         x, y, width, height = annotation["bbox"]
         image = images[annotation["image_id"]]

@@ -149,7 +149,7 @@ def evaluate(
 def _draw_box(axes: Axes, box: Sequence[float], colour: Any, style: str, text: str = "") -> None:
     x1, y1, x2, y2 = box
     # Legible on any photograph.
-    outline = [patheffects.withStroke(linewidth=2.8, foreground=(0, 0, 0, 0.6))]
+    outline: list[patheffects.AbstractPathEffect] = [patheffects.withStroke(linewidth=2.8, foreground=(0, 0, 0, 0.6))]
     frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6, linestyle=style)
     frame.set_path_effects(outline)
     axes.add_patch(frame)
@@ -218,7 +218,7 @@ def draw_losses(tracks: list[Track], path: Path) -> None:
 
 
 def _machine(settings: Settings) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "torchvision", "fpn_fast", "scikit-learn", "scikit-image", "pycocotools"):
         try:
             versions[package] = metadata.version(package)
@@ -304,13 +304,14 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
         gap = figures["loss_difference"]
         equal = gap["at_equal_weights"]
         lines += [
-            f"largest loss difference  {equal['loss']:.2g} at equal weights (gradients {equal['gradient_relative']:.1g})",
+            f"largest loss difference  {equal['loss']:.2g} at equal weights; gradients {equal['gradient_relative']:.1g}",
             f"                         {gap['largest']:.2g} over {figures['steps']} steps, in which rounding grows; "
             f"{gap['first_step']:.2g} at the first",
         ]
-    where = f"{figures['device']}, {figures['threads']} threads, backend {figures['backend']}"
+    seen = figures[names[0]]["test"]["images"]
     lines += [
-        f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {figures[names[0]]['test']['images']} images; {where}",
+        f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {seen} images; backend {figures['backend']}, "
+        f"{figures['device']}, {figures['threads']} threads",
         f"pictures     {' '.join(figures['pictures'])}",
         f"all figures  {output / 'figures.json'}",
     ]

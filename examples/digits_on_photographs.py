@@ -67,7 +67,8 @@ class Scene:
 
     image, background: uint8 ``[S, S, 3]``, with and without the ink.
     boxes: float32 ``[D, 4]``, (x1, y1, x2, y2) in pixels, tight around the visible ink.
-    labels: int64 ``[D]``, 1 for the digit 0 up to 10 for the digit 9; digits: int64 ``[D]``, index in scikit-learn's set.
+    labels: int64 ``[D]``, 1 for the digit 0 up to 10 for the digit 9.
+    digits: int64 ``[D]``, each one's index in scikit-learn's set.
     photograph, crop: where the background is from, crop as (x1, y1, x2, y2) in the photograph.
     """
 
@@ -258,7 +259,8 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def coco(self) -> dict[str, Any]:
         """The split's annotations as one COCO dict; image ids are index + 1, category ids are the labels."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(self.length):
             scene = self.scene(index)
             images.append(

@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from coco_data import DataError, DetectionData, StepBatches, collate, load_coco
 from detector_report import report
 from detector_training import (
+    Batch,
     CheckpointError,
     Interrupts,
     Settings,
@@ -99,7 +100,7 @@ def load_data(args: argparse.Namespace) -> tuple[DetectionData, DetectionData]:
             DigitsOnPhotographs("train", args.train_images, **sizes),
             DigitsOnPhotographs("test", args.eval_images, **sizes),
         )
-    return load_coco(*args.coco, seed=args.seed)
+    return load_coco(args.coco[0], args.coco[1], seed=args.seed)
 
 
 @contextlib.contextmanager
@@ -125,7 +126,12 @@ def train(tracks: list[Track], data: DetectionData, settings: Settings, args: ar
     """Trains every track up to --steps; returns why it ended: "steps", "time budget" or "interrupted"."""
     first, last = len(tracks[0].losses), args.steps
     batches = StepBatches(len(data), args.batch_size, args.seed, first, last)
-    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=collate)  # type: ignore[arg-type]
+    loader: Iterable[Batch] = DataLoader(
+        data,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=args.workers,
+        collate_fn=collate,
+    )
     started, ended = time.monotonic(), "steps"
     with tqdm(total=last, initial=first, unit="step", desc="train", mininterval=0.5) as bar, Interrupts() as interrupts:
         for step, batch in enumerate(loader, start=first):

@@ -25,7 +25,8 @@ def build_wheel(folder: Path, **environment: str) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), str(source)]
+    options = ["--no-build-isolation", "--no-deps", "-w", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
@@ -74,8 +75,8 @@ def test_build_without_torch_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(("value", "message"), [("2", "must be auto, 0 or 1, got '2'"), ("1", "FPN_FAST_CUDA=1, but")])
 def test_cuda_switch_errors(value, message):
     code = "import runpy, torch; torch.version.cuda = None; runpy.run_path('setup.py')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FPN_FAST_CUDA": value}
-    )
+    environment = {**os.environ, "FPN_FAST_CUDA": value}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert message in done.stderr

@@ -234,8 +234,8 @@ def test_more_than_2_to_31_elements(device, memory_format):
     top = torch.arange(256, device=device, dtype=torch.bfloat16).view(1, -1, 1, 1).expand(2, -1, 1032, 1024)
     top = top.contiguous(memory_format=memory_format)
     merged = ops.upsample_add(lateral, top)
-    for corner in ((0, 0), (-1, -1)):
-        assert torch.equal(merged[-1, :, *corner], top[-1, :, *corner] + 1)
+    for y, x in ((0, 0), (-1, -1)):
+        assert torch.equal(merged[-1, :, y, x], top[-1, :, y, x] + 1)
     grad = torch.ops.fpn_fast.top_down_backward([merged], 1032, 1024, 0, False)[0]
     assert torch.equal(grad[-1, :, -1, -1], merged[-1, :, -2:, -2:].float().sum((1, 2)).bfloat16())
 

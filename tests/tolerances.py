@@ -3,8 +3,8 @@
 
 1. exact: one rounding of an exactly rounded sum, copies.
 2. linear: sums with non-negative weights that are exact (nearest, its gradient). Each of k additions errs by at most
-   half a unit of the accumulation type, relative to the sum of the terms' magnitudes; each of r roundings to the storage
-   type by half a unit of that.
+   half a unit of the accumulation type, relative to the sum of the terms' magnitudes; each of r roundings to the
+   storage type by half a unit of that.
 3. not worse: where weights are rounded too (bilinear), at most twice the error of plain PyTorch in the same type, plus
    one unit of the storage type; both against float64.
 """
@@ -39,8 +39,8 @@ def assert_linear(actual: Tensor, exact: Tensor, magnitude: Tensor, *, terms: in
 def assert_not_worse(actual: Tensor, plain: Tensor, exact: Tensor, *, size: int) -> None:
     """Class 3. plain: PyTorch's result in actual's dtype; exact: in float64; size: of the largest map.
 
-    The truth itself has rounded: a source coordinate below `size`, so a weight, by up to size units of float64, along two
-    axes, here and there. That is all the room that float64 results have.
+    The truth itself has rounded: a source coordinate below `size`, so a weight, by up to size units of float64, along
+    two axes, here and there. That is all the room that float64 results have.
     """
     if actual.numel() == 0:
         return

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fpn_fast import _library, backends
 
@@ -49,16 +48,6 @@ def register_op(
         torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)
         found[backend] = getattr(getattr(torch.ops, namespace), name).default
     return found
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether outputs like `tensor` [N, C, H, W] are channels_last: csrc/torch/tensors.h has the same rule."""
-    return tensor.stride(1) == 1 and tensor.size(1) > 1 and not tensor.is_contiguous()
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The memory format of outputs that follow `tensor` [N, C, H, W]."""
-    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
 
 
 def traced() -> bool:

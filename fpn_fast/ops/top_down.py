@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._registration import memory_format, register_op, traced
+from fpn_fast._memory_format import memory_format
+from fpn_fast.ops._registration import register_op, traced
 
 # csrc/common/resample.h: enum class Resample.
 _NEAREST, _BILINEAR, _BILINEAR_ALIGN_CORNERS = 0, 1, 2

@@ -2,23 +2,32 @@
 """The top-down merge in Triton: one launch for each level, any strides.
 
 A program owns BLOCK_OUTER rows of BLOCK_INNER elements. Inner is what is adjacent in memory: channels of a pixel
-(channels_last) or columns of a row of one channel (channels_first); Triton makes 16-byte accesses of it where strides
-are divisible by 16.
+(channels_last) or columns of a row of one channel (channels_first). VEC is what Triton cannot know by itself: the power
+of two that divides every stride and inner size, so that accesses can be as wide.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fpn_fast._memory_format import is_channels_last, memory_format
 from fpn_fast.triton import DEVICES, _resample, library
 from fpn_fast.triton._resample import bilinear_source, nearest_source, target_range, target_weight
 
 # 1024 elements, 8 to a thread of 4 warps at 16 bits: one 16-byte access each for bfloat16, two for float32.
 BLOCK_ELEMENTS = 1024
 NUM_WARPS = 4
+
+
+@triton.jit
+def multiple(value, VEC: tl.constexpr):
+    """`value`, of which the host knows that VEC divides it, in a form that the compiler knows it of too."""
+    return value // VEC * VEC
 
 
 @triton.jit
@@ -52,9 +61,18 @@ def top_down_kernel(
     out, out_n, out_c, out_h, out_w,
     N, C, H, W, h, w,
     MODE: tl.constexpr, AVERAGE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """out = lateral + resample(top), rounded once, then halved if AVERAGE."""
+    if CHANNELS_LAST:
+        C = multiple(C, VEC)
+        lateral_w, top_w, out_w = multiple(lateral_w, VEC), multiple(top_w, VEC), multiple(out_w, VEC)
+        top_n, top_h = multiple(top_n, VEC), multiple(top_h, VEC)
+    else:
+        W = multiple(W, VEC)
+        lateral_c, out_c = multiple(lateral_c, VEC), multiple(out_c, VEC)
+    lateral_n, lateral_h = multiple(lateral_n, VEC), multiple(lateral_h, VEC)
+    out_n, out_h = multiple(out_n, VEC), multiple(out_h, VEC)
     n, c, y, x, inside = coordinates(CHANNELS_LAST, C, H, W, BLOCK_OUTER, BLOCK_INNER)
     mask = inside & (n < N)
     if MODE == _resample.NEAREST:
@@ -84,10 +102,19 @@ def top_down_backward_kernel(
     out, out_n, out_c, out_h, out_w,
     N, C, H, W, h, w, rows_read, cols_read,
     MODE: tl.constexpr, AVERAGE: tl.constexpr, HAS_GRAD: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """out [N, C, h, w] gathers fine [N, C, H, W], adds grad, is halved if AVERAGE. No source is read by more than
     rows_read rows and cols_read columns."""
+    if CHANNELS_LAST:
+        C = multiple(C, VEC)
+        fine_w, grad_w, out_w = multiple(fine_w, VEC), multiple(grad_w, VEC), multiple(out_w, VEC)
+        fine_n, fine_h = multiple(fine_n, VEC), multiple(fine_h, VEC)
+    else:
+        w = multiple(w, VEC)
+        grad_c, out_c = multiple(grad_c, VEC), multiple(out_c, VEC)
+    grad_n, grad_h = multiple(grad_n, VEC), multiple(grad_h, VEC)
+    out_n, out_h = multiple(out_n, VEC), multiple(out_h, VEC)
     n, c, y, x, inside = coordinates(CHANNELS_LAST, C, h, w, BLOCK_OUTER, BLOCK_INNER)
     mask = inside & (n < N)
     row_begin, row_end = target_range(y, h, H, MODE, ACC)
@@ -110,10 +137,16 @@ def top_down_backward_kernel(
     tl.store(out + offsets(n, c, y, x, out_n, out_c, out_h, out_w), total.to(out.dtype.element_ty), mask=mask)
 
 
-def _launch_config(out: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
-    """Grid and constants for programs that cover `out` [N, C, H, W]."""
-    from fpn_fast.ops._registration import is_channels_last
+def _vector_width(maps: list[Tensor], inner: int) -> int:
+    """The power of two, at most 16, that divides the size of dimension `inner` and every other stride of `maps`."""
+    numbers = [maps[0].size(inner)]
+    for tensor in maps:
+        numbers += [tensor.stride(d) for d in range(4) if d != inner and tensor.size(d) > 1]
+    return math.gcd(16, *numbers)
 
+
+def _launch_config(out: Tensor, own: Tensor, other: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
+    """Grid and constants for programs that cover `out` [N, C, H, W] and read `own`, of its size, and `other`."""
     channels_last = is_channels_last(out)
     batch, channels, height, width = out.shape
     inner = channels if channels_last else width
@@ -123,6 +156,8 @@ def _launch_config(out: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
     constants = {
         "CHANNELS_LAST": channels_last,
         "ACC": tl.float64 if out.dtype == torch.float64 else tl.float32,
+        # Columns of another width are gathered one by one; channels are not.
+        "VEC": _vector_width([out, own, other], 1) if channels_last else _vector_width([out, own], 3),
         "BLOCK_OUTER": block_outer,
         "BLOCK_INNER": block_inner,
         "num_warps": NUM_WARPS,
@@ -138,14 +173,12 @@ def most_targets(size_in: int, size_out: int, mode: int) -> int:
 
 def top_down(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
     """See fpn_fast/ops/top_down.py."""
-    from fpn_fast.ops._registration import memory_format
-
     merged = [laterals[-1]]
     for lateral in reversed(laterals[:-1]):
         out = torch.empty_like(lateral, memory_format=memory_format(lateral))
         if out.numel() > 0:
             top = merged[-1]
-            grid, constants = _launch_config(out)
+            grid, constants = _launch_config(out, lateral, top)
             with torch.cuda.device_of(out):
                 top_down_kernel[grid](
                     lateral, *lateral.stride(), top, *top.stride(), out, *out.stride(),
@@ -159,8 +192,6 @@ def top_down_backward(
     grads: list[Tensor], coarse_height: int, coarse_width: int, mode: int, average: bool
 ) -> list[Tensor]:
     """See fpn_fast/ops/top_down.py."""
-    from fpn_fast.ops._registration import memory_format
-
     sums = []
     fine = grads[0]
     for level in range(1, len(grads) + 1):
@@ -173,7 +204,7 @@ def top_down_backward(
         if out.numel() > 0:
             # Without a gradient of its own the level's `grad` is not read; any tensor fills the argument.
             own = out if grad is None else grad
-            grid, constants = _launch_config(out)
+            grid, constants = _launch_config(out, own, fine)
             with torch.cuda.device_of(out):
                 top_down_backward_kernel[grid](
                     fine, *fine.stride(), own, *own.stride(), out, *out.stride(),

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, as data: shapes of named detectors, and the bytes that each op must move.
+
+A later op adds cases and a family here, and its callables in providers.py; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+#: A pyramid's maps, (height, width), finest first.
+Levels = tuple[tuple[int, int], ...]
+
+#: Strides 4 to 32 of an 800 x 1344 image, the usual padded size of COCO images, and of 800 x 1333, which is the size
+#: before padding: its widths halve to 334, 167, 84, 42, so the ratio is not two everywhere.
+RESNET50_FPN_800X1344: Levels = ((200, 336), (100, 168), (50, 84), (25, 42))
+RESNET50_FPN_800X1333: Levels = ((200, 334), (100, 167), (50, 84), (25, 42))
+TINY_3_LEVELS: Levels = ((4, 4), (2, 2), (1, 1))
+TINY_2_MAPS: Levels = ((4, 4), (2, 2))
+
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+MEMORY_FORMATS = ("channels_first", "channels_last")
+#: forward: no gradients recorded; forward_grad: recorded; forward_backward: recorded, then propagated.
+DIRECTIONS = ("forward", "backward", "forward_grad", "forward_backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure; every provider computes it from the same inputs."""
+
+    op: str
+    name: str
+    levels: Levels
+    batch: int
+    channels: int
+    dtype: str
+    memory_format: str
+    direction: str
+    #: Call overhead is what counts, not bytes: these maps fit in the first cache.
+    overhead: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}-n{self.batch}-{self.dtype}-{self.memory_format}-{self.direction}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the fused op must reach on a CPU, as times as fast as another provider."""
+
+    provider: str
+    times: float
+
+
+def _elements(case: Case) -> list[int]:
+    """Elements of each map, finest first."""
+    return [case.batch * case.channels * height * width for height, width in case.levels]
+
+
+def _top_down_elements(case: Case) -> int:
+    """Forward: each lateral is read and each merged map but the coarsest, which is its lateral, is written.
+
+    Backward: the finest lateral's gradient is its merged map's own; each coarser one reads a gradient and writes one.
+    """
+    maps = _elements(case)
+    if case.direction == "backward":
+        return maps[0] + 2 * sum(maps[1:])
+    return 2 * sum(maps[:-1]) + maps[-1]
+
+
+def _upsample_add_elements(case: Case) -> int:
+    """As in top_down, but the coarser map is no output, so it has no gradient of its own to read."""
+    fine, coarse = _elements(case)
+    return fine + coarse if case.direction == "backward" else 2 * fine + coarse
+
+
+_ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
+    "top_down": _top_down_elements,
+    "upsample_add": _upsample_add_elements,
+}
+
+
+def bytes_moved(case: Case) -> int:
+    """The fewest bytes that `case` can move: each input read once, each output written once.
+
+    The same for every provider, whatever it really moves, so that the share of the copy bandwidth compares them.
+    """
+    elements = _ELEMENTS_MOVED[case.op](case)
+    if case.direction == "forward_backward":
+        elements += _ELEMENTS_MOVED[case.op](replace(case, direction="backward"))
+    return elements * ELEMENT_BYTES[case.dtype]
+
+
+def targets(case: Case) -> tuple[Target, ...]:
+    """What the compiled library is held to for `case` on two CPU cores; empty where it is only reported."""
+    if case.overhead:
+        return (Target("eager", 1.0),)
+    if case.name == "resnet50_fpn_800x1344" and case.dtype == "float32":
+        return (Target("eager", 2.0), Target("compile", 1.0))
+    return ()
+
+
+def _pathway(name: str, levels: Levels, batches: tuple[int, ...], dtypes: tuple[str, ...]) -> list[Case]:
+    return [
+        Case("top_down", name, levels, batch, 256, dtype, memory_format, direction)
+        for batch in batches
+        for dtype in dtypes
+        for memory_format in MEMORY_FORMATS
+        for direction in ("forward", "backward")
+    ]
+
+
+def _call_overhead() -> list[Case]:
+    return [
+        Case(op, name, levels, 1, 8, "float32", "channels_first", direction, overhead=True)
+        for op, name, levels in (
+            ("top_down", "tiny_3_levels", TINY_3_LEVELS),
+            ("upsample_add", "tiny_2_maps", TINY_2_MAPS),
+        )
+        for direction in ("forward", "forward_grad", "forward_backward")
+    ]
+
+
+def _top_down(device_type: str) -> list[Case]:
+    cases = _pathway("resnet50_fpn_800x1344", RESNET50_FPN_800X1344, (1, 2), ("float32", "bfloat16"))
+    cases += _call_overhead()
+    cases += _pathway("resnet50_fpn_800x1333", RESNET50_FPN_800X1333, (1,), ("float32",))
+    if device_type == "cuda":
+        cases += _pathway("resnet50_fpn_800x1344", RESNET50_FPN_800X1344, (8,), ("float32", "bfloat16"))
+    return cases
+
+
+#: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
+FAMILIES: dict[str, Callable[[str], list[Case]]] = {"top_down": _top_down}
+
+
+def tiny(case: Case) -> Case:
+    """`case` with eight channels and maps of a few pixels, to walk the code and measure nothing."""
+    levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)
+    return replace(case, levels=levels, channels=8)

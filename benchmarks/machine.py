@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the figures were measured on. ``python -m benchmarks.machine`` prints it; nothing here changes a setting."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpn_fast import __version__, _library, backends
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Settings of the memory allocator, which decide what a fresh output costs on a CPU.
+ALLOCATOR_VARIABLES = (
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "THP_MEM_ALLOC_ENABLE",
+)
+_CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,pstate,driver_version"
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with "+changes" where the library's sources differ from it.
+
+    FPN_FAST_COMMIT in the environment says it for a copy without its history.
+    """
+    if stated := os.environ.get("FPN_FAST_COMMIT"):
+        return stated
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "--", "fpn_fast", "csrc", "setup.py"]
+        changes = subprocess.run(status, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def clocks() -> dict[str, str] | None:
+    """The GPU's clocks, power limit, temperature and driver as nvidia-smi reads them; None without it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    device = torch.cuda.get_device_properties().uuid
+    query = [tool, f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id=GPU-{device}"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(_CLOCKS.split(","), (value.strip() for value in answer.split(",")), strict=False))
+
+
+def facts(device_type: str) -> dict[str, Any]:
+    """The machine's part of a results file."""
+    found: dict[str, Any] = {
+        "device_type": device_type,
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None,
+        "fpn_fast": __version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
+    }
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties()
+        found |= {
+            "host": found["device"],
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+            "torch_cuda": torch.version.cuda,
+            "clocks_before": clocks(),
+        }
+    else:
+        found |= {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "load_before": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        }
+    return found
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """The name of the machine's folder of results: one for each device, thread count and allocator setting."""
+    words = [machine["device"]]
+    if machine["device_type"] == "cpu":
+        words += [str(machine["threads"]), "threads"]
+    words += [f"{name} {value}" for name, value in machine["allocator"].items()]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+class _KernelAttributes(ctypes.Structure):
+    """csrc/cuda/kernel_attributes.h: struct KernelAttributes."""
+
+    _fields_ = [  # noqa: RUF012  ctypes reads a plain list
+        ("name", ctypes.c_char * 128),
+        ("threads", ctypes.c_int),
+        ("registers", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("local_bytes", ctypes.c_int),
+        ("occupancy", ctypes.c_double),
+    ]
+
+
+def kernels() -> list[dict[str, Any]] | str:
+    """Registers, shared and local memory and occupancy of each CUDA kernel, or why they cannot be read."""
+    if not torch.cuda.is_available():
+        return "skipped: no GPU"
+    if _library.problems["cuda"] is not None:
+        return f"skipped: {_library.problems['cuda']}"
+    path = str(_library.path("_C_cuda"))
+    try:
+        return importlib.import_module("fpn_fast._introspection").kernel_attributes(path)
+    except ImportError:
+        # It serves one Python version; the library it asks serves all of them.
+        read = ctypes.CDLL(path).fpn_fast_kernel_attributes
+    found = []
+    attributes = _KernelAttributes()
+    while read(len(found), ctypes.byref(attributes)) == 0:
+        kernel = {name: getattr(attributes, name) for name, _ in _KernelAttributes._fields_}
+        found.append({**kernel, "name": attributes.name.decode()})
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Everything that a GPU run notes about its machine."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        **facts(device_type),
+        "gpu": "found" if device_type == "cuda" else "skipped: no GPU",
+        "backends": {name: backends.problem(name, device_type) or "available" for name in backends.BACKENDS},
+        "kernels": kernels(),
+    }
+
+
+if __name__ == "__main__":
+    json.dump(environment(), sys.stdout, indent=1)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes a case, and the check that it is the right thing that is computed.
+
+- eager: the sequence of PyTorch calls that the op replaces, as torchvision writes it.
+- compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes.
+- cpp and triton: the op, by that backend (triton on a GPU only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case
+from fpn_fast import backends, ops, reference
+
+Function = Callable[[Sequence[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """How one op is called: each function takes the case's inputs and gives a tensor or a list of them."""
+
+    inputs: Callable[[Case, torch.device], list[Tensor]]
+    reference: Function
+    eager: Function
+    fused: Function
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute a case; `backend` is asked for while it runs."""
+
+    name: str
+    function: Function
+    backend: str | None = None
+
+
+def _maps(case: Case, device: torch.device) -> list[Tensor]:
+    memory_format = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+    return [
+        torch.randn(case.batch, case.channels, height, width, device=device)
+        .to(getattr(torch, case.dtype))
+        .contiguous(memory_format=memory_format)
+        for height, width in case.levels
+    ]
+
+
+def _eager_top_down(laterals: Sequence[Tensor]) -> list[Tensor]:
+    """The loop in torchvision's FeaturePyramidNetwork.forward, without its convolutions."""
+    merged = [laterals[-1]]
+    for lateral in reversed(laterals[:-1]):
+        merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
+    return merged
+
+
+def _eager_upsample_add(maps: Sequence[Tensor]) -> Tensor:
+    lateral, top = maps
+    return lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
+
+
+OPS: dict[str, Op] = {
+    "top_down": Op(_maps, reference.top_down, _eager_top_down, ops.top_down),
+    "upsample_add": Op(
+        _maps,
+        lambda maps: reference.upsample_add(maps[0], maps[1]),
+        _eager_upsample_add,
+        lambda maps: ops.upsample_add(maps[0], maps[1]),
+    ),
+}
+
+
+def providers(case: Case, device_type: str, names: Sequence[str] | None = None) -> list[Provider]:
+    """The providers that can serve `case` on this machine, eager first; only `names` where given."""
+    op = OPS[case.op]
+    found = [
+        Provider("eager", op.eager),
+        Provider("compile", torch.compile(op.reference, fullgraph=True, dynamic=False)),
+    ]
+    for backend in ("cpp", "triton"):
+        # On a CPU Triton kernels run in an interpreter, which is for tests.
+        if backends.problem(backend, device_type) is None and (backend != "triton" or device_type == "cuda"):
+            found.append(Provider(backend, op.fused, backend))
+    return [provider for provider in found if names is None or provider.name in names]
+
+
+@contextmanager
+def running(case: Case, provider: Provider) -> Iterator[None]:
+    """The state in which a step of `provider` runs: its backend, and no gradients where the case has none."""
+    backend = nullcontext() if provider.backend is None else backends.use(provider.backend)
+    with backend, torch.set_grad_enabled(case.direction != "forward"):
+        yield
+
+
+def listed(result: Any) -> list[Tensor]:
+    """A tensor or a sequence of them, as a list."""
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def output_grads(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A random gradient for each output, in the output's memory format; none where the case needs none."""
+    if "backward" not in case.direction:
+        return []
+    with torch.no_grad():
+        return [torch.randn_like(output) for output in listed(OPS[case.op].reference(inputs))]
+
+
+def bind(
+    case: Case, function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Callable[[], Tensor | Sequence[Tensor]]:
+    """`case`'s direction as a call without arguments, to be run inside :func:`running`."""
+    if case.direction == "forward":
+        return lambda: function(inputs)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    if case.direction == "forward_grad":
+        return lambda: function(leaves)
+    if case.direction == "forward_backward":
+        return lambda: torch.autograd.grad(listed(function(leaves)), leaves, grads)
+    outputs = listed(function(leaves))
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def parity_problem(
+    case: Case, step: Callable[[], Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> str | None:
+    """What is wrong with the result of `step`; None where it is right.
+
+    Right is an error against the float64 reference of at most twice the reference's own in the case's dtype, plus one
+    rounding of the largest value.
+    """
+    function = OPS[case.op].reference
+    with torch.set_grad_enabled(case.direction != "forward"):
+        expected = listed(bind(case, function, [t.double() for t in inputs], [g.double() for g in grads])())
+        own = listed(bind(case, function, inputs, grads)())
+    actual = listed(step())
+    if len(actual) != len(expected):
+        return f"{len(actual)} results where the reference has {len(expected)}"
+    for i, (result, same_dtype, exact) in enumerate(zip(actual, own, expected, strict=True)):
+        if result.shape != exact.shape or result.dtype != same_dtype.dtype:
+            return f"result {i} is {result.dtype} {tuple(result.shape)}, not {same_dtype.dtype} {tuple(exact.shape)}"
+        error = (result.double() - exact).abs().max().item()
+        rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
+        bound = 2 * (same_dtype.double() - exact).abs().max().item() + rounding
+        # Written so that a NaN is an error.
+        if not error <= bound:
+            return f"result {i} differs from the reference by {error:.3g}, more than {bound:.3g}"
+    return None

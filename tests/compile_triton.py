@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels ahead of time, with no GPU, and prints what came out as JSON. A program of its own,
+because the tests around it run Triton's interpreter: `python compile_triton.py 80 90 100`."""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fpn_fast.triton import _resample, top_down
+
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
+
+
+def compile_kernel(kernel, dtype, arch, channels_last, mode):
+    """A kernel for dense maps whose strides are multiples of 16 bytes, and no more."""
+    import triton.language as tl
+
+    constants = {
+        "MODE": mode,
+        "AVERAGE": False,
+        "CHANNELS_LAST": channels_last,
+        "ACC": tl.float64 if dtype == "float64" else tl.float32,
+        "VEC": 16 // (8 if dtype == "float64" else 4 if dtype == "float32" else 2),
+        "BLOCK_OUTER": 4,
+        "BLOCK_INNER": 256,
+    }
+    if "HAS_GRAD" in kernel.arg_names:
+        constants["HAS_GRAD"] = True
+    inner_stride = "_c" if channels_last else "_w"
+    signature, divisible = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("lateral", "top", "out", "fine", "grad"):
+            signature[name] = "*" + TYPES[dtype]
+            divisible[(i,)] = [["tt.divisibility", 16]]
+        elif name.endswith(inner_stride):
+            # Triton makes a constant of an argument that is 1.
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constants, divisible)
+    options = {"num_warps": top_down.NUM_WARPS}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def main():
+    rows = []
+    modes = {"nearest": _resample.NEAREST.value, "bilinear": _resample.BILINEAR.value}
+    for arch in map(int, sys.argv[1:]):
+        for kernel in (top_down.top_down_kernel, top_down.top_down_backward_kernel):
+            for dtype, channels_last, mode in [
+                ("bfloat16", True, "nearest"),
+                ("float32", False, "nearest"),
+                ("float32", True, "bilinear"),
+                ("float64", False, "bilinear"),
+            ]:
+                compiled = compile_kernel(kernel, dtype, arch, channels_last, modes[mode])
+                ptx = compiled.asm["ptx"]
+                rows.append(
+                    {
+                        "kernel": kernel.__name__,
+                        "arch": arch,
+                        "dtype": dtype,
+                        "channels_last": channels_last,
+                        "mode": mode,
+                        "cubin_bytes": len(compiled.asm["cubin"]),
+                        "wide_loads": ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b64"),
+                        "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
+                        "atomics": ptx.count("atom.") + ptx.count("red.global"),
+                        "local": ptx.count(".local"),
+                    }
+                )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ARCHS = [80, 90, 100]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """One row a kernel and variant, for every architecture."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, ARCHS)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_without_atomics_or_local_memory(compiled, arch):
+    rows = [row for row in compiled if row["arch"] == arch]
+    assert len(rows) == 8
+    assert all(row["cubin_bytes"] > 0 for row in rows)
+    assert all(row["atomics"] == 0 and row["local"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_dense_maps_are_accessed_16_bytes_at_a_time(compiled, arch):
+    for row in compiled:
+        if row["arch"] != arch:
+            continue
+        assert row["wide_stores"] > 0, row
+        # channels_first gathers single columns of the other map; its own side is wide.
+        assert row["wide_loads"] > 0, row
