@@ -304,7 +304,8 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
         gap = figures["loss_difference"]
         equal = gap["at_equal_weights"]
         lines += [
-            f"largest loss difference  {equal['loss']:.2g} at equal weights; gradients {equal['gradient_relative']:.1g}",
+            f"largest loss difference  {equal['loss']:.2g} at equal weights\n"
+            f"                         gradients then differ by {equal['gradient_relative']:.1g} of their norm at most",
             f"                         {gap['largest']:.2g} over {figures['steps']} steps, in which rounding grows; "
             f"{gap['first_step']:.2g} at the first",
         ]

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+for package in ("sklearn", "skimage", "pycocotools", "matplotlib", "tqdm", "torchvision"):
+    pytest.importorskip(package, reason="the examples' extra is not installed")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import coco_data
+import detector_report
+import detector_training
+import digits_on_photographs as digits
+import train_detector
+
+from fpn_fast import backends, ops
+
+# The smallest pictures: a step of a fraction of a second.
+SMALL = ("--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "2")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_setting() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "run"
+    # pytest keeps the folders of three sessions, and a checkpoint is hundreds of megabytes.
+    for checkpoint in tmp_path.rglob("checkpoint.pt*"):
+        checkpoint.unlink()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Annotations of four pictures on disk; the images are in the folder of the same name."""
+    return digits.DigitsOnPhotographs("train", 4, side=64, seed=3).export(tmp_path_factory.mktemp("coco"))
+
+
+def train(output: Path, *arguments: object) -> int:
+    return train_detector.main([*SMALL, "--output", str(output), *map(str, arguments)])
+
+
+def figures_of(output: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    figures: dict[str, Any] = json.loads((output / "figures.json").read_text(), parse_constant=refuse)
+    return figures
+
+
+# The data set.
+
+
+def test_a_picture_depends_on_its_seed_split_and_index_alone() -> None:
+    one, other = (digits.DigitsOnPhotographs("train", 4, side=128, seed=5) for _ in range(2))
+    forward, backward = [one.scene(i) for i in range(4)], [other.scene(i) for i in (3, 2, 1, 0)][::-1]
+    for a, b in zip(forward, backward, strict=True):
+        assert np.array_equal(a.image, b.image)
+        assert np.array_equal(a.boxes, b.boxes)
+        assert np.array_equal(a.labels, b.labels)
+    assert len({scene.image.tobytes() for scene in forward}) == 4
+    assert not np.array_equal(forward[0].image, digits.DigitsOnPhotographs("train", 4, 128, seed=6).scene(0).image)
+    assert not np.array_equal(forward[0].image, digits.DigitsOnPhotographs("test", 4, 128, seed=5).scene(0).image)
+
+
+def test_the_splits_share_no_photograph_and_no_digit() -> None:
+    scenes = {split: [digits.make_scene(split, i, 96, seed=0) for i in range(150)] for split in ("train", "test")}
+    photographs = {split: {scene.photograph for scene in made} for split, made in scenes.items()}
+    instances = {split: {int(d) for scene in made for d in scene.digits} for split, made in scenes.items()}
+    assert photographs["train"] == set(digits.photographs("train"))
+    assert photographs["test"] == set(digits.photographs("test"))
+    assert not photographs["train"] & photographs["test"]
+    assert not instances["train"] & instances["test"]
+    # Every class is in both.
+    for made in scenes.values():
+        assert {int(label) for scene in made for label in scene.labels} == set(range(1, 11))
+
+
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    for cached in (digits._digit_images, digits._photograph, digits.photographs):
+        cached.cache_clear()
+    names = {digits.make_scene(split, i, 96, seed=1).photograph for split in ("train", "test") for i in range(40)}
+    assert {"china.jpg", "flower.jpg"} < names
+
+
+def test_sizes_span_the_pyramid() -> None:
+    scenes = [digits.make_scene("train", i, 256, seed=0) for i in range(120)]
+    sides = np.concatenate([(scene.boxes[:, 2:] - scene.boxes[:, :2]).max(axis=1) for scene in scenes])
+    assert 11 <= sides.min() <= 13
+    assert 150 <= sides.max() <= 161
+    # Log-uniform: an equal share to each of the octaves 12-24, 24-48, 48-96; 96-160 has less, and is crowded out more.
+    shares = np.histogram(sides, bins=(0, 24, 48, 96, 200))[0] / len(sides)
+    assert shares.min() > 0.1
+
+
+def test_boxes_are_tight_around_the_ink() -> None:
+    edges, lit = 0, 0
+    for index in range(40):
+        scene = digits.make_scene("test", index, 192, seed=2)
+        changed = (scene.image != scene.background).any(axis=2)
+        covered = np.zeros_like(changed)
+        for x1, y1, x2, y2 in scene.boxes.astype(int):
+            covered[y1:y2, x1:x2] = True
+            ink = changed[y1:y2, x1:x2]
+            edges += 4
+            lit += sum(edge.any() for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]))
+        assert not (changed & ~covered).any()
+    # One edge in a hundred may be drawn in just the colour that the photograph has there.
+    assert edges > 500
+    assert lit >= 0.99 * edges
+
+
+def test_digits_hide_little_of_each_other() -> None:
+    for index in range(60):
+        boxes = torch.from_numpy(digits.make_scene("train", index, 192, seed=4).boxes)
+        corner, far = torch.maximum(boxes[:, None, :2], boxes[:, :2]), torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+        shared = (far - corner).clamp_min(0).prod(dim=2).fill_diagonal_(0)
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        assert (shared <= digits.MAX_OVERLAP * torch.minimum(areas[:, None], areas)).all()
+        assert (boxes >= 0).all()
+        assert (boxes <= 192).all()
+
+
+def test_the_coco_dict_is_one_that_pycocotools_scores() -> None:
+    coco = digits.DigitsOnPhotographs("test", 6, side=256, seed=0).coco()
+    assert len({a["id"] for a in coco["annotations"]}) == len(coco["annotations"]) > 6
+    assert all(a["iscrowd"] == 0 and a["area"] == a["bbox"][2] * a["bbox"][3] for a in coco["annotations"])
+    perfect = [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0} for a in coco["annotations"]
+    ]
+    scores = coco_data.average_precision(copy.deepcopy(coco), perfect)
+    assert scores["AP"] == pytest.approx(1)
+    assert scores["AP_small"] == scores["AP_large"] == pytest.approx(1)
+    shifted = [{**a, "bbox": [a["bbox"][0] + 500, *a["bbox"][1:]]} for a in perfect]
+    assert coco_data.average_precision(copy.deepcopy(coco), shifted)["AP"] == 0
+    assert coco_data.average_precision(copy.deepcopy(coco), [])["AP"] == 0
+
+
+def test_export_is_read_back_as_it_was_made(exported: Path) -> None:
+    made = digits.DigitsOnPhotographs("train", 4, side=64, seed=3)
+    read = coco_data.CocoImages(coco_data.read_annotations(exported), exported.with_suffix(""))
+    assert read.class_names == digits.CLASS_NAMES
+    for index in range(4):
+        (image, target), (expected_image, expected) = read[index], made[index]
+        assert torch.equal(image, expected_image)
+        for key in ("boxes", "labels", "image_id"):
+            assert torch.equal(target[key], expected[key])
+
+
+def test_batches_depend_on_the_step_alone() -> None:
+    whole = list(coco_data.StepBatches(7, 3, seed=1, first=0, last=9))
+    assert whole[4:] == list(coco_data.StepBatches(7, 3, seed=1, first=4, last=9))
+    assert whole != list(coco_data.StepBatches(7, 3, seed=2, first=0, last=9))
+    seen = [index for batch in whole for index in batch]
+    assert sorted(seen[:7]) == sorted(seen[7:14]) == list(range(7))
+
+
+# Training.
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(output: Path) -> None:
+    parts = output.with_name("parts")
+    assert train(output, "--backend", "eager", "--steps", 4) == 0
+    assert train(parts, "--backend", "eager", "--steps", 2) == 0
+    assert train(parts, "--backend", "eager", "--steps", 4, "--resume") == 0
+    whole, resumed = figures_of(output)["eager"], figures_of(parts)["eager"]
+    assert len(set(whole["losses"])) == 4
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["test"] == whole["test"]
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["tracks"][0] for folder in (output, parts)]
+    for part in ("model", "average"):
+        for name, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][name]), name
+    assert not list(parts.glob("*.tmp"))
+
+
+def test_compare_trains_both_models_alike_and_writes_every_artefact(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(output, "--compare", "--steps", 3) == 0
+    figures = figures_of(output)
+    eager, fused = figures["eager"], figures["fused"]
+    assert eager["swapped"] is None
+    assert "backbone.fpn" in [entry["name"] for entry in fused["swapped"]["swapped"]]
+    assert len(eager["losses"]) == len(fused["losses"]) == figures["steps"] == 3
+    # Loss of a few units in float32, from some 10^3 terms: rounding alone.
+    difference = figures["loss_difference"]
+    assert difference["first_step"] == abs(eager["losses"][0] - fused["losses"][0]) <= 1e-5
+    assert difference["largest"] == max(abs(a - b) for a, b in zip(eager["losses"], fused["losses"], strict=True))
+    assert difference["largest"] <= 0.05
+    assert difference["at_equal_weights"]["loss"] <= 1e-5
+    assert difference["at_equal_weights"]["gradient_relative"] <= 1e-3
+    assert set(figures["merge"]["median_seconds"]) == {"eager", "fused"}
+    assert [shape[1] for shape in figures["merge"]["laterals"]] == [256] * 4
+    assert all(len(track["step_seconds"]) == 3 and min(track["step_seconds"]) > 0 for track in (eager, fused))
+    assert eager["test"]["images"] == fused["test"]["images"] == 2
+    for picture in ("detections.png", "loss_curves.png"):
+        with Image.open(output / picture) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("L").histogram()) - image.convert("L").histogram().count(0) > 20
+        assert str(output / picture) in figures["pictures"]
+    printed = capsys.readouterr().out
+    for wanted in ("step time", "merge time", "largest loss difference", "detections.png", "figures.json"):
+        assert wanted in printed
+
+
+def test_the_timed_merges_compute_the_same() -> None:
+    laterals = [torch.randn(1, 8, size, size) for size in (24, 12, 6, 3)]
+    for ours, theirs in zip(ops.top_down(laterals), detector_report.eager_merge(laterals), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_time_budget_ends_a_run_that_amp_can_go_on_from(output: Path) -> None:
+    assert train(output, "--amp", "--steps", 50, "--time-budget", 0.001) == 0
+    figures = figures_of(output)
+    assert figures["ended_by"] == "time budget"
+    assert figures["steps"] == 1
+    assert figures["merge"]["dtype"] == "torch.bfloat16"
+    # Another backend may go on: the weights are the same.
+    assert train(output, "--amp", "--steps", 2, "--resume", "--backend", "eager") == 0
+    resumed = figures_of(output)["eager"]["losses"]
+    assert resumed[:1] == figures["fused"]["losses"]
+    assert len(resumed) == 2
+
+
+def test_an_interrupt_ends_the_step_and_leaves_a_checkpoint(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = detector_training.Track.step
+
+    def interrupted(track: detector_training.Track, batch: Any, number: int, settings: Any) -> None:
+        if number == 1 and track.name == "eager":
+            os.kill(os.getpid(), signal.SIGINT)
+        step(track, batch, number, settings)
+
+    monkeypatch.setattr(detector_training.Track, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert train(output, "--compare", "--steps", 9) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    saved = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"]
+    assert [len(track["losses"]) for track in saved] == [2, 2]
+    assert "interrupted after 2 steps" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(output, "--backend", "eager", "--steps", 9, "--lr", "1e30") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: the eager model's loss is not finite at step")
+    assert not (output / "checkpoint.pt").exists()
+
+
+# Data of one's own.
+
+
+def test_coco_trains_with_what_the_format_allows(
+    exported: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = json.loads(exported.read_text())
+    # Ids with gaps, an image without annotations, optional keys left out, a crowd, two boxes without area.
+    for category in coco["categories"]:
+        category["id"] = 7 * category["id"] + 3
+    for annotation in coco["annotations"]:
+        annotation["category_id"] = 7 * annotation["category_id"] + 3
+        del annotation["iscrowd"], annotation["area"]
+    first = coco["images"][0]["id"]
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != first]
+    like = coco["annotations"][0]
+    coco["annotations"] += [{**like, "bbox": box} for box in ([5, 5, 0, 9], [900, 5, 4, 4])]
+    coco["annotations"] += [{**like, "bbox": [0, 0, 30, 30], "iscrowd": 1}]
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(coco))
+    assert train(output, "--coco", annotations, exported.with_suffix(""), "--backend", "auto", "--steps", 3) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [f"warning: 2 of {annotations}'s boxes have no area inside their image; dropped"]
+    figures = figures_of(output)
+    assert len(figures["fused"]["losses"]) == 3
+    # One image in five is held out, at least one.
+    assert figures["fused"]["test"]["images"] == 1
+
+
+def test_labels_follow_the_order_of_category_ids(exported: Path) -> None:
+    coco = json.loads(exported.read_text())
+    coco["categories"] = [{"id": 40, "name": "late"}, {"id": 9, "name": "early"}]
+    coco["annotations"] = [{"image_id": 1, "category_id": 40, "bbox": [1, 2, 3, 4]}]
+    coco["annotations"] += [{"image_id": 2, "category_id": 9, "bbox": [1, 2, 3, 4]}]
+    checked = coco_data._complete(coco, exported, exported.with_suffix(""))
+    data = coco_data.CocoImages(checked, exported.with_suffix(""))
+    assert (data.class_names, data.category_ids) == (("early", "late"), (9, 40))
+    assert [data[i][1]["labels"].tolist() for i in range(3)] == [[2], [1], []]
+    assert data[0][1]["boxes"].tolist() == [[1, 2, 4, 6]]
+    assert data[2][1]["boxes"].shape == (0, 4)
+    found = {"boxes": torch.tensor([[1.0, 2, 4, 6]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
+    assert coco_data.detections_as_coco(1, found, data.category_ids) == [
+        {"image_id": 1, "category_id": 40, "bbox": [1, 2, 3, 4], "score": 0.5}
+    ]
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda coco: coco.pop(key)
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no images": (without("images"), "has no list 'images'"),
+    "no categories": (without("categories"), "has no list 'categories'"),
+    "empty": (lambda coco: coco.update(images=[], annotations=[]), "has no images"),
+    "one image": (lambda coco: coco.update(images=coco["images"][:1], annotations=[]), "at least 2 images"),
+    "no boxes": (lambda coco: coco.update(annotations=[]), "no box to learn from"),
+    "no file name": (lambda coco: coco["images"][1].pop("file_name"), "images[1] has no 'file_name'"),
+    "no box": (lambda coco: coco["annotations"][2].pop("bbox"), "annotations[2] has no 'bbox'"),
+    "short box": (lambda coco: coco["annotations"][0].update(bbox=[1, 2]), "bbox must be 4 finite numbers"),
+    "infinite box": (lambda coco: coco["annotations"][0].update(bbox=[1, 2, 3, 1e999]), "4 finite numbers"),
+    "other image": (lambda coco: coco["annotations"][0].update(image_id=99), "image_id 99 is not in the file"),
+    "other class": (lambda coco: coco["annotations"][0].update(category_id=77), "category_id 77 is not in the file"),
+    "same ids": (lambda coco: coco["images"][0].update(id=2), "images must have distinct ids"),
+    "no such file": (lambda coco: coco["images"][0].update(file_name="gone.png"), "image gone.png of"),
+    "not an entry": (lambda coco: coco["images"].append(3), "images[4] has no 'id'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_malformed_annotations_are_one_clear_line(
+    case: str, exported: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, expected = BROKEN[case]
+    coco = json.loads(exported.read_text())
+    spoil(coco)
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(coco))
+    assert_refused(train(output, "--coco", annotations, exported.with_suffix("")), expected, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "No such file"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "must hold a JSON object")],
+)
+def test_a_file_that_is_no_json_object_is_one_clear_line(
+    content: bytes | None, expected: str, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = tmp_path / "annotations.json"
+    if content is not None:
+        annotations.write_bytes(content)
+    assert_refused(train(output, "--coco", annotations, tmp_path), expected, capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_while_training_is_one_clear_line(
+    workers: int, exported: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in exported.with_suffix("").iterdir():
+        # The header is whole, so that the size can be read.
+        (tmp_path / image.name).write_bytes(image.read_bytes()[:300])
+    code = train(output, "--coco", exported, tmp_path, "--backend", "eager", "--steps", 1, "--workers", workers)
+    assert_refused(code, "cannot read image", capsys)
+
+
+def test_resume_without_a_fitting_checkpoint_is_one_clear_line(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eager = ("--backend", "eager", "--steps", 1)
+    assert_refused(train(output, *eager, "--resume"), "there is no checkpoint", capsys)
+    (output / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert_refused(train(output, *eager, "--resume"), "is not a checkpoint of this script", capsys)
+    assert train(output, *eager) == 0
+    capsys.readouterr()
+    assert_refused(train(output, *eager, "--resume", "--seed", 1), "was trained with seed 0, this run has 1", capsys)
+    assert_refused(train(output, "--compare", "--resume", "--steps", 2), "was written without --compare", capsys)
+
+
+def test_a_backend_that_cannot_serve_is_one_clear_line(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    # Earlier tests may have chosen Triton's interpreter.
+    monkeypatch.setattr(backends, "_chosen", {})
+    assert_refused(train(output, "--backend", "triton", "--steps", 1), "triton", capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--steps", "0"), ("--lr", "nan"), ("--compare", "--backend", "eager"), ("--image-size", "8")]
+)
+def test_arguments_that_make_no_sense_are_refused(
+    arguments: tuple[str, ...], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train(output, *arguments)
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def assert_refused(code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2 and one line of error; what a progress bar had drawn ends in a line of its own."""
+    printed = capsys.readouterr().err
+    errors = [line for line in printed.splitlines() if line.strip() and not line.lstrip("\r").startswith("train:")]
+    assert code == 2
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert expected in errors[0]
+    assert "Traceback" not in printed
