@@ -127,3 +127,11 @@ def test_triton_on_cpu_tensors_needs_its_interpreter():
     assert done.returncode == 1
     message = "BackendUnavailableError: backend 'triton' cannot serve cpu tensors: triton serves cpu tensors only"
     assert message in done.stderr
+
+
+def test_readmes_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(code.group(1), scope)
+    assert [m.shape for m in scope["merged"]] == [lateral.shape for lateral in scope["laterals"]]
+    assert "fpn_fast: 1 swapped" in capsys.readouterr().out
