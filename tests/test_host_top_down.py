@@ -161,11 +161,18 @@ def test_forward_and_backward(shape, layout, mode, dtype, average):
     check_backward(grads, laterals, sums, mode, average)
 
 
-@pytest.mark.parametrize(("shape", "mode"), [("doubled", "nearest"), ("odd", "nearest"), ("odd", "bilinear")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mode"),
+    [
+        ("doubled", torch.float32, "nearest"),
+        ("doubled", torch.bfloat16, "nearest"),
+        ("odd", torch.float32, "nearest"),
+        ("odd", torch.float16, "bilinear"),
+    ],
+)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["along_columns", "along_channels"])
 @pytest.mark.parametrize("names", [*([name] for name in LAYOUTS), list(LAYOUTS)], ids=[*LAYOUTS, "mixed"])
-def test_any_layout(names, channels_last, dtype, shape, mode):
+def test_any_layout(names, channels_last, shape, dtype, mode):
     """Whichever axis the threads run along, and whatever the strides: slower at most."""
     layouts = [LAYOUTS[name] for name in names]
     laterals = random_maps(shape, dtype)
@@ -248,17 +255,16 @@ def test_blocks_are_independent(shape, layout, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "mode"),
-    [
-        ("doubled", torch.bfloat16, "nearest"),
-        ("odd", torch.float32, "nearest"),
-        ("odd", torch.float16, "bilinear"),
-        ("downsampling", torch.float64, "nearest"),
-    ],
+    ("shape", "dtype", "mode"), [("doubled", torch.bfloat16, "nearest"), ("odd", torch.float16, "bilinear")]
 )
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_no_stray_access_and_no_undefined_arithmetic(layout, shape, dtype, mode):
     both_directions(shape, layout, mode, dtype, flavour="address")
+
+
+@pytest.mark.parametrize("shape", ["odd", "downsampling", "many_channels", "ten_levels"])
+def test_no_stray_access_in_rarer_shapes(shape):
+    both_directions(shape, FORMATS["channels_last"], "nearest", torch.float32, flavour="address")
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])

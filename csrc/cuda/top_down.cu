@@ -14,43 +14,21 @@ namespace {
 // The maps' common layout decides how threads map to elements; any other strides are correct, and slower.
 bool along_channels(const std::vector<Tensor>& maps) { return is_channels_last(maps[0]); }
 
-// Levels [first, last] of a pathway in one launch.
-template <class T, bool kChannelsLast, bool kBilinear>
-void launch_merge(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
-                  size_t first, size_t last, Resample mode, bool average, cudaStream_t stream) {
-  Pathway<T> pathway{};
-  pathway.levels = static_cast<int>(last - first) + 1;
-  pathway.average = average;
-  for (size_t level = first; level <= last; ++level) {
-    const size_t i = level - first;
-    // A launch that is not the pathway's first starts from the map that the one before it merged.
-    pathway.lateral[i] = level == last && last < merged.size() ? read_only(merged[last]) : laterals[level];
-    if (level == last) continue;
-    pathway.merged[i] = merged[level];
-    pathway.rows[i] = make_axis<acc_type<T>>(laterals[level + 1].height, laterals[level].height, mode);
-    pathway.cols[i] = make_axis<acc_type<T>>(laterals[level + 1].width, laterals[level].width, mode);
-  }
-  const LaunchConfig config = top_down_launch<T, kChannelsLast>(pathway);
-  launch(top_down_kernel<T, kChannelsLast, kBilinear>, config, stream, pathway);
+template <class T>
+std::vector<FeatureMap<T>> marked_maps(const std::vector<Tensor>& tensors, bool channels_last) {
+  auto maps = to_feature_maps<T>(tensors);
+  for (auto& map : maps) mark_vectorised(map, channels_last);
+  return maps;
 }
 
 template <class T, bool kChannelsLast>
 void merge(const std::vector<Tensor>& laterals, const std::vector<Tensor>& merged, Resample mode, bool average) {
-  auto lateral_maps = to_feature_maps<const T>(laterals);
-  auto merged_maps = to_feature_maps<T>(merged);
-  for (auto& map : lateral_maps) mark_vectorised(map, kChannelsLast);
-  for (auto& map : merged_maps) mark_vectorised(map, kChannelsLast);
   const cudaStream_t stream = current_stream(laterals[0]);
-  const size_t step = mode == Resample::kNearest ? kMaxLevels - 1 : 1;
-  for (size_t last = merged.size(); last > 0;) {
-    const size_t first = last > step ? last - step : 0;
-    if (mode == Resample::kNearest) {
-      launch_merge<T, kChannelsLast, false>(lateral_maps, merged_maps, first, last, mode, average, stream);
-    } else {
-      launch_merge<T, kChannelsLast, true>(lateral_maps, merged_maps, first, last, mode, average, stream);
-    }
-    last = first;
-  }
+  merge_in_launches<T, kChannelsLast>(marked_maps<const T>(laterals, kChannelsLast),
+                                      marked_maps<T>(merged, kChannelsLast), mode, average,
+                                      [&](auto kernel, const LaunchConfig& config, const Pathway<T>& pathway) {
+                                        launch(kernel, config, stream, pathway);
+                                      });
 }
 
 std::vector<Tensor> top_down_cuda(std::vector<Tensor> laterals, int64_t mode, bool average) {
@@ -66,44 +44,14 @@ std::vector<Tensor> top_down_cuda(std::vector<Tensor> laterals, int64_t mode, bo
   return merged;
 }
 
-// Gradients of laterals first + 1 to last from that of lateral `first`, in one launch.
-template <class T, bool kChannelsLast, bool kBilinear>
-void launch_gather(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums, size_t first,
-                   size_t last, Resample mode, bool average, cudaStream_t stream) {
-  GradientPathway<T> pathway{};
-  pathway.levels = static_cast<int>(last - first) + 1;
-  pathway.grads = pathway.levels - (last == grads.size());
-  pathway.average = average;
-  for (size_t level = first; level <= last; ++level) {
-    const size_t i = level - first;
-    if (level < grads.size()) pathway.grad[i] = i == 0 && first > 0 ? read_only(sums[first - 1]) : grads[level];
-    if (i == 0) continue;
-    pathway.sum[i] = sums[level - 1];
-    const FeatureMap<const T> fine = level == 1 ? grads[0] : read_only(sums[level - 2]);
-    pathway.rows[i - 1] = make_axis<acc_type<T>>(pathway.sum[i].height, fine.height, mode);
-    pathway.cols[i - 1] = make_axis<acc_type<T>>(pathway.sum[i].width, fine.width, mode);
-  }
-  const LaunchConfig config = top_down_backward_launch<T, kChannelsLast>(pathway);
-  launch(top_down_backward_kernel<T, kChannelsLast, kBilinear>, config, stream, pathway);
-}
-
 template <class T, bool kChannelsLast>
 void gather(const std::vector<Tensor>& grads, const std::vector<Tensor>& sums, Resample mode, bool average) {
-  auto grad_maps = to_feature_maps<const T>(grads);
-  auto sum_maps = to_feature_maps<T>(sums);
-  for (auto& map : grad_maps) mark_vectorised(map, kChannelsLast);
-  for (auto& map : sum_maps) mark_vectorised(map, kChannelsLast);
   const cudaStream_t stream = current_stream(grads[0]);
-  const size_t step = mode == Resample::kNearest ? kMaxLevels - 1 : 1;
-  for (size_t first = 0; first < sums.size();) {
-    const size_t last = std::min(first + step, sums.size());
-    if (mode == Resample::kNearest) {
-      launch_gather<T, kChannelsLast, false>(grad_maps, sum_maps, first, last, mode, average, stream);
-    } else {
-      launch_gather<T, kChannelsLast, true>(grad_maps, sum_maps, first, last, mode, average, stream);
-    }
-    first = last;
-  }
+  gather_in_launches<T, kChannelsLast>(marked_maps<const T>(grads, kChannelsLast), marked_maps<T>(sums, kChannelsLast),
+                                       mode, average,
+                                       [&](auto kernel, const LaunchConfig& config, const GradientPathway<T>& pathway) {
+                                         launch(kernel, config, stream, pathway);
+                                       });
 }
 
 std::vector<Tensor> top_down_backward_cuda(std::vector<Tensor> grads, int64_t coarse_height, int64_t coarse_width,

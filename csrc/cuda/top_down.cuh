@@ -10,6 +10,8 @@
 // value once. Bilinear has no such chain (its tree of taps grows fourfold per level) and takes one launch per level.
 #pragma once
 
+#include <vector>
+
 #include "../common/resample.h"
 #include "launch.h"
 #include "vector.cuh"
@@ -278,6 +280,44 @@ __global__ void __launch_bounds__(kTopDownThreads) top_down_kernel(const __grid_
     } else {
       merge_columns(pathway, level, n, c, 2 * row_pair, x);
     }
+  }
+}
+
+// Levels `first` to `last` of a pathway.
+template <class T>
+Pathway<T> part_of(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
+                   size_t first, size_t last, Resample mode, bool average) {
+  Pathway<T> pathway{};
+  pathway.levels = static_cast<int>(last - first) + 1;
+  pathway.average = average;
+  for (size_t level = first; level <= last; ++level) {
+    const size_t i = level - first;
+    // A launch that is not the first starts from the map that the one before it merged.
+    pathway.lateral[i] = level == last && last < merged.size() ? read_only(merged[last]) : laterals[level];
+    if (level == last) continue;
+    pathway.merged[i] = merged[level];
+    pathway.rows[i] = make_axis<acc_type<T>>(laterals[level + 1].height, laterals[level].height, mode);
+    pathway.cols[i] = make_axis<acc_type<T>>(laterals[level + 1].width, laterals[level].width, mode);
+  }
+  return pathway;
+}
+
+// Calls `launch(kernel, config, pathway)` for every launch that the pathway takes, coarsest levels first: one, but for
+// bilinear and for more levels than a launch holds.
+template <class T, bool kChannelsLast, class Launch>
+void merge_in_launches(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
+                       Resample mode, bool average, const Launch& launch) {
+  const size_t step = mode == Resample::kNearest ? kMaxLevels - 1 : 1;
+  for (size_t last = merged.size(); last > 0;) {
+    const size_t first = last > step ? last - step : 0;
+    Pathway<T> pathway = part_of(laterals, merged, first, last, mode, average);
+    const LaunchConfig config = top_down_launch<T, kChannelsLast>(pathway);
+    if (mode == Resample::kNearest) {
+      launch(top_down_kernel<T, kChannelsLast, false>, config, pathway);
+    } else {
+      launch(top_down_kernel<T, kChannelsLast, true>, config, pathway);
+    }
+    last = first;
   }
 }
 

@@ -242,4 +242,42 @@ __global__ void __launch_bounds__(kTopDownThreads, 2)
   }
 }
 
+// Gradients of laterals first + 1 to `last`, from that of lateral `first`.
+template <class T>
+GradientPathway<T> part_of_gradient(const std::vector<FeatureMap<const T>>& grads,
+                                    const std::vector<FeatureMap<T>>& sums, size_t first, size_t last, Resample mode,
+                                    bool average) {
+  GradientPathway<T> pathway{};
+  pathway.levels = static_cast<int>(last - first) + 1;
+  pathway.grads = pathway.levels - (last == grads.size());
+  pathway.average = average;
+  for (size_t level = first; level <= last; ++level) {
+    const size_t i = level - first;
+    if (level < grads.size()) pathway.grad[i] = i == 0 && first > 0 ? read_only(sums[first - 1]) : grads[level];
+    if (i == 0) continue;
+    pathway.sum[i] = sums[level - 1];
+    const FeatureMap<const T> fine = level == 1 ? grads[0] : read_only(sums[level - 2]);
+    pathway.rows[i - 1] = make_axis<acc_type<T>>(pathway.sum[i].height, fine.height, mode);
+    pathway.cols[i - 1] = make_axis<acc_type<T>>(pathway.sum[i].width, fine.width, mode);
+  }
+  return pathway;
+}
+
+// Calls `launch(kernel, config, pathway)` for every launch that the gradient takes, finest levels first.
+template <class T, bool kChannelsLast, class Launch>
+void gather_in_launches(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
+                        Resample mode, bool average, const Launch& launch) {
+  const size_t step = mode == Resample::kNearest ? kMaxLevels - 1 : 1;
+  for (size_t first = 0; first < sums.size(); first += step) {
+    const size_t last = std::min(first + step, sums.size());
+    GradientPathway<T> pathway = part_of_gradient(grads, sums, first, last, mode, average);
+    const LaunchConfig config = top_down_backward_launch<T, kChannelsLast>(pathway);
+    if (mode == Resample::kNearest) {
+      launch(top_down_backward_kernel<T, kChannelsLast, false>, config, pathway);
+    } else {
+      launch(top_down_backward_kernel<T, kChannelsLast, true>, config, pathway);
+    }
+  }
+}
+
 }  // namespace fpn_fast

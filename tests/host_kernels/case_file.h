@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a test hands to a program and gets back: numbers, then tensors with their whole storage. The program rewrites the
-// file with every storage in order, inputs and the borders around views included, so that a test sees each stray write.
-// All numbers are 64-bit; build.py writes the same format.
+// What a test hands to a program and gets back: numbers, then tensors with their whole storage. The program rewrites
+// the file with every storage in order, inputs and the borders around views included, so that a test sees each stray
+// write. All numbers are 64-bit; run.py writes the same format.
 #pragma once
 
 #include <array>
@@ -45,8 +45,8 @@ struct HostTensor {
   }
   template <class T>
   fpn_fast::FeatureMap<T> map() const {
-    return {data<T>(),  sizes[0],   sizes[1],   static_cast<int>(sizes[2]), static_cast<int>(sizes[3]),
-            strides[0], strides[1], strides[2], strides[3]};
+    return {data<T>(),  sizes[0],   sizes[1],  static_cast<int>(sizes[2]), static_cast<int>(sizes[3]), strides[0],
+            strides[1], strides[2], strides[3]};
   }
 };
 
@@ -98,7 +98,7 @@ class CaseFile {
   std::string path_;
 };
 
-// Calls `body.template operator()<scalar_t>()` for the type that build.py numbers so.
+// Calls `body.template operator()<scalar_t>()` for the type that run.py numbers so.
 template <class Body>
 void dispatch_floating(int64_t type, const Body& body) {
   switch (type) {

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Enough of CUDA to compile the project's .cuh kernels with a C++20 host compiler (`-include host_cuda.h`) and run them,
-// one OS thread per CUDA thread. Under -fsanitize=address,undefined that is a memory checker for kernels, and under
-// -fsanitize=thread a race checker, with no GPU.
+// Enough of CUDA to compile the project's .cuh kernels with a C++20 host compiler (`-include host_cuda.h`) and run
+// them, one OS thread per CUDA thread. Under -fsanitize=address,undefined that is a memory checker for kernels, and
+// under -fsanitize=thread a race checker, with no GPU.
 //
 // Note [What the host machine checks]
 // - Blocks run one after another, so that `__shared__` can be a static variable. Between blocks every thread waits, and
 //   so a conflict between two blocks is no data race here. HOST_CUDA_ONLY_BLOCK=i runs that block alone: what blocks
-//   write has to be disjoint, and what one writes the same as in company. A kernel that never waits can be launched with
-//   Blocks::kUnordered, where nothing waits between blocks either and their conflicts are data races.
+//   write has to be disjoint, and what one writes the same as in company. A kernel that never waits can be launched
+//   with Blocks::kUnordered, where nothing waits between blocks either and their conflicts are data races.
 // - A thread that returns leaves its block's and its warp's barriers, as on a GPU: the others do not wait for it.
 // - A shuffle or vote waits for the live threads of the caller's whole warp, so its mask has to name them all.
 // - Vector types have the alignment of their GPU access, and UBSan reports an address that does not.
 // - A block or grid that a GPU would refuse to launch ends the program.
-// Not here: dynamic shared memory, memory fences, streams. `volatile` and warp-synchronous code without __syncwarp() are
-// data races here as they are on a GPU.
+// Not here: dynamic shared memory, memory fences, streams. `volatile` and warp-synchronous code without __syncwarp()
+// are data races here as they are on a GPU.
 #pragma once
 
 #include <algorithm>
@@ -51,10 +51,10 @@ inline constinit thread_local uint3 threadIdx{}, blockIdx{};
 inline constinit thread_local dim3 blockDim{}, gridDim{};
 constexpr int warpSize = 32;
 
-#define HOST_CUDA_VECTORS(scalar, name)                                       \
-  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };                \
-  struct alignas(16) name##4 { scalar x, y, z, w; };                          \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }        \
+#define HOST_CUDA_VECTORS(scalar, name)                                \
+  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };         \
+  struct alignas(16) name##4 { scalar x, y, z, w; };                   \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; } \
   inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 HOST_CUDA_VECTORS(float, float)
 HOST_CUDA_VECTORS(int, int)

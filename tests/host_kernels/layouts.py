@@ -12,10 +12,10 @@ from .run import storage_bytes
 
 @dataclass(frozen=True)
 class Layout:
-    """`order` from the outermost axis to the innermost; `border` elements on both sides of an axis; then `offset`."""
+    """Axes from the outermost to the innermost, elements of border before and after each, and elements before all."""
 
     order: str
-    border: dict[str, int] = field(default_factory=dict)
+    border: dict[str, tuple[int, int]] = field(default_factory=dict)
     offset: int = 0
 
     @property
@@ -29,25 +29,29 @@ LAYOUTS = {
     # An address that 16-byte accesses are not allowed on.
     "channels_first-misaligned": Layout("nchw", offset=1),
     "channels_last-misaligned": Layout("nhwc", offset=1),
-    "channels_first-cropped": Layout("nchw", {"n": 1, "c": 1, "h": 1, "w": 3}),
-    "channels_last-cropped": Layout("nhwc", {"n": 1, "c": 3, "h": 1, "w": 1}),
+    "channels_first-cropped": Layout("nchw", {"n": (1, 1), "c": (1, 1), "h": (1, 1), "w": (3, 3)}),
+    "channels_last-cropped": Layout("nhwc", {"n": (1, 1), "c": (3, 3), "h": (1, 1), "w": (1, 1)}),
+    # Only the first row or pixel is where 16-byte accesses are allowed.
+    "channels_first-uneven": Layout("nchw", {"w": (0, 1)}),
+    "channels_last-uneven": Layout("nhwc", {"c": (0, 1)}),
     # Strides and address stay multiples of 16 bytes, and the map stays vectorised where its size allows.
-    "channels_first-padded": Layout("nchw", {"n": 1, "c": 2, "h": 1, "w": 8}),
-    "channels_last-padded": Layout("nhwc", {"n": 1, "c": 8, "h": 1, "w": 1}),
-    "scrambled": Layout("wcnh", {"h": 1}),
+    "channels_first-padded": Layout("nchw", {"n": (1, 1), "c": (2, 2), "h": (1, 1), "w": (8, 8)}),
+    "channels_last-padded": Layout("nhwc", {"n": (1, 1), "c": (8, 8), "h": (1, 1), "w": (1, 1)}),
+    "scrambled": Layout("wcnh", {"h": (1, 1)}),
 }
 
 
 def poisoned(size: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     """A map whose whole storage is 0xFF: NaN in every floating type."""
-    borders = [2 * layout.border.get(axis, 0) for axis in layout.order]
-    extents = [size["nchw".index(axis)] + border for axis, border in zip(layout.order, borders, strict=True)]
-    elements = layout.offset + torch.Size(extents).numel()
+    borders = [layout.border.get(axis, (0, 0)) for axis in "nchw"]
+    extents = {axis: sum(border) + length for axis, border, length in zip("nchw", borders, size, strict=True)}
+    shape = [extents[axis] for axis in layout.order]
+    elements = layout.offset + torch.Size(shape).numel()
     storage = torch.full((elements * dtype.itemsize,), 0xFF, dtype=torch.uint8).view(dtype)
-    whole = storage[layout.offset :].view(extents).permute([layout.order.index(axis) for axis in "nchw"])
-    for dim, axis in enumerate("nchw"):
-        whole = whole.narrow(dim, layout.border.get(axis, 0), size[dim])
-    return whole
+    tensor = storage[layout.offset :].view(shape).permute([layout.order.index(axis) for axis in "nchw"])
+    for dim, (before, _) in enumerate(borders):
+        tensor = tensor.narrow(dim, before, size[dim])
+    return tensor
 
 
 def place(values: torch.Tensor, layout: Layout) -> torch.Tensor:
