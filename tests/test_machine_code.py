@@ -199,18 +199,15 @@ def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernels(kernel, arch):
-    faults = {
-        str(instance): found
-        for instance, code in compiled(kernel, arch).items()
-        if (
-            found := code.faults(
-                vectorised=instance.is_vectorised,
-                reads_own_writes=kernel.reads_own_writes,
-                registers=kernel.registers,
-            )
+    faults = []
+    for instance, code in compiled(kernel, arch).items():
+        found = code.faults(
+            vectorised=instance.is_vectorised,
+            reads_own_writes=kernel.reads_own_writes,
+            registers=kernel.registers,
         )
-    }
-    assert not faults
+        faults += [f"{instance}: {fault}" for fault in found]
+    assert not faults, "\n".join(faults)
 
 
 def test_every_kernel_is_here():

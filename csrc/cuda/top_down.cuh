@@ -159,19 +159,23 @@ __device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway,
     if (y >= merged.height || x >= merged.width) continue;
     const auto rows = bilinear_source(pathway.rows[0], y);
     const auto cols = bilinear_source(pathway.cols[0], x);
-    acc_type<T> taps[4][kVec<T>], values[kVec<T>];
+    acc_type<T> values[kVec<T>], blend[kVec<T>];
     load(lateral.at(n, c, y, x), lateral.stride_c, count, lateral.vectorised, values);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int tap_y = j / 2 ? rows.hi : rows.lo, tap_x = j % 2 ? cols.hi : cols.lo;
-      load(top.at(n, c, tap_y, tap_x), top.stride_c, count, top.vectorised, taps[j]);
+    for (int j = 0; j < kVec<T>; ++j) blend[j] = 0;
+    // Row after row, for the registers' sake as well.
+#pragma unroll 1
+    for (int row = 0; row < 2; ++row) {
+      const int tap_y = row ? rows.hi : rows.lo;
+      const acc_type<T> weight = row ? rows.weight_hi : rows.weight_lo;
+      acc_type<T> left[kVec<T>], right[kVec<T>];
+      load(top.at(n, c, tap_y, cols.lo), top.stride_c, count, top.vectorised, left);
+      load(top.at(n, c, tap_y, cols.hi), top.stride_c, count, top.vectorised, right);
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) blend[j] += weight * (cols.weight_lo * left[j] + cols.weight_hi * right[j]);
     }
 #pragma unroll
-    for (int j = 0; j < kVec<T>; ++j) {
-      const acc_type<T> upper = cols.weight_lo * taps[0][j] + cols.weight_hi * taps[1][j];
-      const acc_type<T> lower = cols.weight_lo * taps[2][j] + cols.weight_hi * taps[3][j];
-      values[j] = fuse<T>(values[j], rows.weight_lo * upper + rows.weight_hi * lower, pathway.average);
-    }
+    for (int j = 0; j < kVec<T>; ++j) values[j] = fuse<T>(values[j], blend[j], pathway.average);
     store(merged.at(n, c, y, x), merged.stride_c, count, merged.vectorised, values);
   }
 }
@@ -246,7 +250,7 @@ __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway
 }
 
 template <class T, bool kChannelsLast, bool kBilinear>
-__global__ void __launch_bounds__(kTopDownThreads) top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
+__global__ void __launch_bounds__(kTopDownThreads, 3) top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
   int level = 0;
   while (level + 2 < pathway.levels && blockIdx.x >= pathway.tiling[level + 1].first_block) ++level;
   const TopDownTiling& tiling = pathway.tiling[level];

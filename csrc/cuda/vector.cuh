@@ -32,7 +32,12 @@ __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool
     for (int i = 0; i < kVec<T>; ++i) elements[i] = Rounded<T>::from(values[i]);
     uint4 raw;
     memcpy(&raw, elements, sizeof raw);
+#ifdef __CUDA_ARCH__
+    // The plain assignment is merged with the scalar branch below and comes out as scalar stores.
+    __stwb(reinterpret_cast<uint4*>(target), raw);
+#else
     *reinterpret_cast<uint4*>(target) = raw;
+#endif
   } else {
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' own arithmetic and honesty: bytes, refusals, ratios, reports, and the GPU run without a GPU."""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as command_line  # noqa: E402
+from benchmarks import cases, gpu_run, gpu_timing, harness, providers, report, rows, sampling  # noqa: E402
+from benchmarks.conftest import RecordedClock  # noqa: E402
+
+CASE = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.direction == "backward")
+TINY = cases.tiny(CASE)
+
+
+def _case(direction: str, **changes: object) -> cases.Case:
+    fields = {name: getattr(CASE, name) for name in cases.Case.__dataclass_fields__}
+    return cases.Case(**{**fields, "direction": direction, **changes})
+
+
+@pytest.mark.parametrize(
+    ("batch", "dtype", "direction", "expected"),
+    [
+        # Elements of one image at strides 4 to 32, C = 256: 17,203,200 + 4,300,800 + 1,075,200 + 268,800. Forward reads
+        # all and writes the first three; backward reads all and writes the last three.
+        (1, "float32", "forward", 45_427_200 * 4),
+        (1, "float32", "backward", 28_492_800 * 4),
+        (1, "bfloat16", "forward", 45_427_200 * 2),
+        (2, "bfloat16", "backward", 28_492_800 * 2 * 2),
+        (2, "float32", "forward_backward", (45_427_200 + 28_492_800) * 2 * 4),
+    ],
+)
+def test_bytes_of_the_pathway(batch: int, dtype: str, direction: str, expected: int) -> None:
+    assert cases.bytes_moved(_case(direction, batch=batch, dtype=dtype)) == expected
+
+
+@pytest.mark.parametrize(("direction", "elements"), [("forward", 2 * 128 + 32), ("backward", 128 + 32)])
+def test_bytes_of_two_maps(direction: str, elements: int) -> None:
+    two = _case(direction, op="upsample_add", levels=cases.TINY_2_MAPS, channels=8)
+    assert cases.bytes_moved(two) == elements * 4
+
+
+def test_every_configuration_that_is_promised_is_measured() -> None:
+    found = {
+        (case.batch, case.dtype, case.memory_format, case.direction)
+        for case in cases.FAMILIES["top_down"]("cpu")
+        if case.levels == cases.RESNET50_FPN_800X1344 and case.channels == 256
+    }
+    wanted = itertools.product((1, 2), ("float32", "bfloat16"), cases.MEMORY_FORMATS, ("forward", "backward"))
+    assert set(wanted) <= found
+    overhead = {(case.op, case.direction) for case in cases.FAMILIES["top_down"]("cpu") if case.overhead}
+    assert overhead == set(
+        itertools.product(("top_down", "upsample_add"), ("forward", "forward_grad", "forward_backward"))
+    )
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own(device_type: str) -> None:
+    names = [str(case) for family in cases.FAMILIES.values() for case in family(device_type)]
+    assert len(names) == len(set(names))
+
+
+def _one_pixel_wrong(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
+    merged = providers.OPS["top_down"].eager(laterals)
+    wrong = torch.zeros_like(merged[0])
+    wrong[-1, -1, -1, -1] = 0.01
+    return [merged[0] + wrong, *merged[1:]]
+
+
+def _not_a_number(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [merged * float("nan") for merged in providers.OPS["top_down"].eager(laterals)]
+
+
+def _map_missing(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
+    return providers.OPS["top_down"].eager(laterals)[1:]
+
+
+def _raises(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
+    raise RuntimeError("planted")
+
+
+def _no_gradient_of_the_coarsest(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
+    return providers.OPS["top_down"].eager([*laterals[:-1], laterals[-1].detach() + 0 * laterals[-1]])
+
+
+FAULTS = {
+    "one pixel": (_one_pixel_wrong, "forward", "differs from the reference"),
+    "nan": (_not_a_number, "forward", "differs from the reference by nan"),
+    "missing": (_map_missing, "forward", "3 results where the reference has 4"),
+    "raises": (_raises, "forward", "does not run: RuntimeError: planted"),
+    "gradient": (_no_gradient_of_the_coarsest, "backward", "result 3 differs"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_provider_is_refused(fault: str) -> None:
+    function, direction, reason = FAULTS[fault]
+    case = cases.tiny(_case(direction))
+    right = providers.Provider("eager", providers.OPS["top_down"].eager)
+    found, samples = harness.measure(case, "cpu", 0.0, [right, providers.Provider("faulty", function)], max_rounds=2)
+    (refused,) = (row for row in found if row.provider == "faulty")
+    assert reason in refused.refused
+    assert refused.p50 is None
+    assert refused.speedup is None
+    assert harness.refused(found) == [f"{case} faulty: {refused.refused}"]
+    assert all("faulty" not in (row.speedup or {}) for row in found)
+    assert {name for name, _ in samples} == {"eager", harness.COPY}
+
+
+def test_a_refused_row_is_kept_and_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faulty = providers.Provider("cpp", _one_pixel_wrong)
+    right = providers.Provider("eager", providers.OPS["top_down"].eager)
+    monkeypatch.setattr(command_line, "providers", lambda case, device_type, names: [right, faulty])
+    arguments = ["--output", str(tmp_path), "--device", "cpu", "--tiny", "--only", "1344-n1-float32-channels_last-forw"]
+    assert command_line.main(arguments) == 1
+    assert "differs from the reference" in capsys.readouterr().err
+    (path,) = tmp_path.glob("*/top_down.json")
+    results = report.load(path)
+    assert [row["provider"] for row in results["rows"] if "refused" in row] == ["cpp"]
+    assert "| refused |" in report.markdown(results)
+
+
+def test_what_is_right_is_measured(tmp_path: Path) -> None:
+    assert command_line.main(["--output", str(tmp_path), "--device", "cpu", "--tiny", "--providers", "eager,cpp"]) == 0
+    (path,) = tmp_path.glob("*/top_down.json")
+    results = report.load(path)
+    assert results["machine"]["tiny"]
+    assert results["machine"]["not_reached"] == []
+    assert len(report.by_case(results)) == len(cases.FAMILIES["top_down"]("cpu"))
+    for row in results["rows"]:
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["bytes"] == cases.bytes_moved(report.case_of(row))
+        assert ("copy_share" in row) != row["overhead"]
+
+
+def test_rounds_sample_everyone_once_in_changing_order() -> None:
+    order: list[str] = []
+    samplers = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    samples = sampling.interleave(samplers, 60.0, max_rounds=6)
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 6, "b": 6, "c": 6}
+    assert "".join(order) == "abc" + "bca" + "cab" + "cba" + "acb" + "bac"
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # The machine is ten times slower in two rounds of five: every round still says two.
+    slow = [2.0, 20.0, 2.0, 20.0, 2.0]
+    fast = [1.0, 10.0, 1.0, 10.0, 1.0]
+    assert sampling.ratio(slow, fast) == 2.0
+    assert sampling.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert sampling.quantile([1.0, 2.0, 3.0], 0.2) == pytest.approx(1.4)
+
+
+def test_recorded_clock_gives_one_sample_a_pair_of_readings() -> None:
+    clock = RecordedClock()
+    for samples in ([0.5, 0.25], [2.0]):
+        clock.load(samples)
+        taken = []
+        for _ in samples:
+            start = clock()
+            taken.append(clock() - start)
+        assert taken == samples
+
+
+class _CpuInPlaceOfGpu(gpu_timing.GpuClock):
+    def __init__(self, captures: bool) -> None:
+        self.captures = captures
+
+    def on_stream(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed(self, run: gpu_timing.Step) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def capture(self, run: gpu_timing.Step) -> gpu_timing.Step:
+        if not self.captures:
+            raise RuntimeError("cannot be captured")
+        return run
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_gpu_metrics_take_turns_over_all_sets(captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timing, "_clocks", [_CpuInPlaceOfGpu(captures)])
+    op = providers.OPS["top_down"]
+    inputs = [op.inputs(TINY, torch.device("cpu")) for _ in range(5)]
+    grads = [providers.output_grads(TINY, each) for each in inputs]
+    found = gpu_timing.measurements(TINY, providers.Provider("eager", op.eager), inputs, grads)
+    method = "graph" if captures else "events"
+    assert {name: m.method for name, m in found.items()} == {"gpu_cold": method, "gpu_warm": method, "wall": "clock"}
+    assert found["gpu_cold"].calls % 5 == 0
+    assert all(measurement.sample() > 0 for measurement in found.values())
+
+
+def test_results_of_a_set_live_until_its_next_turn() -> None:
+    made: list[int] = []
+    steps = [lambda i=i: made.append(i) or object() for i in range(3)]
+    gpu_timing.in_turn(steps, 7)()
+    assert made == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_l2_kernel_reads_everything_every_turn() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.l2_read import l2_read_kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no CUDA device, and Triton was imported without its interpreter")
+    source = torch.randn(6 * 64, device=device)
+    sums = torch.empty(4, device=device)
+    l2_read_kernel[(4,)](source, sums, 6, 5, BLOCK=64)
+    torch.testing.assert_close(sums.sum(), 5 * source.sum(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Results of a machine that never was: eager 4 ms, compile 3 ms, cpp 1.5 ms, one refused row, call overhead."""
+    machine = {
+        "device_type": "cpu",
+        "device": "Abacus 9",
+        "threads": 2,
+        "torch": "2.11.0",
+        "commit": "0123abc",
+        "date": "2026-01-02",
+        "allocator": {},
+    }
+    kept = rows.Results(tmp_path / "results", "top_down", machine)
+    forward, backward = _case("forward"), _case("backward")
+    bytes_ = cases.bytes_moved(forward)
+
+    def row(case: cases.Case, name: str, time_us: float, **fields: object) -> rows.Row:
+        return rows.Row(case, name, "wall", "clock", bytes_, time_us, time_us, time_us, 9, 1, **fields)
+
+    tiny = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.overhead)
+    kept.add(
+        [
+            row(forward, "eager", 4000.0, speedup={"compile": 0.75, "cpp": 0.375}),
+            row(forward, "compile", 3000.0, speedup={"eager": 1.333}),
+            row(forward, "cpp", 1500.0, speedup={"eager": 2.667, "compile": 2.0}, copy_share=0.8, copy_gb_per_s=12.0),
+            row(forward, "copy", 1200.0, copy_share=1.0, copy_gb_per_s=15.14),
+            row(backward, "eager", 2000.0, speedup={}),
+            rows.Row(backward, "cpp", "none", "none", bytes_, refused="result 1 differs"),
+            row(tiny, "eager", 20.0, speedup={"cpp": 1.25}),
+            row(tiny, "cpp", 25.0, speedup={"eager": 0.8}),
+        ]
+    )
+    return kept.path
+
+
+def test_table(results: Path) -> None:
+    text = report.markdown(report.load(results))
+    assert (
+        "| top_down | resnet50_fpn_800x1344 | 1 | float32 | channels_first | forward | 4 ms | 3 ms | 1.5 ms "
+        "| 2.67x | 2.00x | 80% |\n" in text
+    )
+    assert "| channels_first | backward | 2 ms |  | refused |  |  |  |\n" in text
+    assert "| top_down | tiny_3_levels | 1 | float32 | channels_first | forward | 20 us | 25 us | 0.80x |\n" in text
+    assert "Abacus 9, 2 threads, torch 2.11.0, commit 0123abc, 2026-01-02: median wall time" in text
+    assert "Refused, their results being wrong: " + str(_case("backward")) + " cpp." in text
+
+
+def test_only_named_cases_are_shown(results: Path) -> None:
+    text = report.markdown(report.load(results), ("800x1344", "forward"))
+    assert text.count("| top_down |") == 1
+
+
+@pytest.mark.parametrize("machine", ["cpu", "abacus-9-2-threads"])
+def test_readme_block_is_made_from_the_results(
+    machine: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n<!-- benchmark:top_down {machine} -->\n<!-- /benchmark -->\nafter\n")
+    options = ["--readme", str(readme), "--results", str(results.parents[1])]
+    assert report.main([*options, "--check"]) == 1
+    assert report.main(options) == 0
+    written = readme.read_text()
+    assert written.startswith("before\n<!-- benchmark:top_down ")
+    assert written.endswith("<!-- /benchmark -->\nafter\n")
+    assert "| 4 ms | 3 ms | 1.5 ms |" in written
+    assert report.main([*options, "--check"]) == 0
+    readme.write_text(written.replace("2.67x", "2.68x"))
+    assert report.main([*options, "--check"]) == 1
+    assert "differ" in capsys.readouterr().out
+
+
+def test_a_readme_block_without_results_is_an_error(results: Path) -> None:
+    with pytest.raises(ValueError, match="top_down on cuda: expected one results file"):
+        report.render_readme("<!-- benchmark:top_down cuda -->\n<!-- /benchmark -->", results.parents[1])
+
+
+def test_targets_name_what_is_missed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--targets", str(results)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"met    {_case('forward')}: 2.67x eager, wants 2.0x" in lines
+    assert f"MISSED {_case('backward')}: no figure eager, wants 2.0x" in lines
+    assert any(line.startswith("MISSED top_down-tiny_3_levels") and "0.80x eager, wants 1.0x" in line for line in lines)
+
+
+def test_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert report.main(["--plot", str(results)]) == 0
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    budget = 300
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_run.py", "--output", str(tmp_path), "--dry-run", "--budget", str(budget)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=budget + 10,
+    )
+    log = (tmp_path / "gpu_run.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log[-4000:]
+    assert time.monotonic() - start < budget
+    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
+    assert {name: entry["status"] for name, entry in sections.items()} == dict.fromkeys(
+        ("environment", "ceilings", "tests", "sanitizer", "benchmarks"), "ok"
+    )
+    results = {name: entry["results"] for name, entry in sections.items()}
+    no_gpu = "skipped: no GPU"
+    assert results["environment"]["gpu"] == results["environment"]["kernels"] == no_gpu
+    assert {results["ceilings"][name] for name in ("l2_read", "graph", "launch")} == {no_gpu}
+    assert results["ceilings"]["copy"]["device_type"] == "cpu"
+    assert results["tests"]["gpu"] == no_gpu
+    assert "passed" not in results["tests"]
+    assert {results["sanitizer"][tool] for tool in ("memcheck", "racecheck")} == {no_gpu}
+    assert results["benchmarks"]["gpu"] == no_gpu
+    assert results["benchmarks"]["top_down"] == {"cases": 2, "not_reached": [], "refused": []}
+    (rows_file,) = results["benchmarks"]["files"]
+    measured = report.load(tmp_path / rows_file)
+    assert measured["machine"]["tiny"]
+    assert {row["provider"] for row in measured["rows"]} >= {"eager", "compile", "copy"}
+    assert {row["metric"] for row in measured["rows"]} == {"wall"}
+
+
+def test_too_small_a_budget_skips_sections_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_run.main(["--output", str(tmp_path), "--dry-run", "--budget", "4"]) == 0
+    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
+    assert {name: entry["status"] for name, entry in sections.items()} == dict.fromkeys(
+        ("environment", "ceilings", "tests", "sanitizer", "benchmarks"), "skipped"
+    )
+    assert sections["tests"]["reason"] == "3 s of 4 s left, needs 20 s"
+    assert "benchmarks   skipped" in capsys.readouterr().out
+
+
+def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(run: gpu_run.Run) -> tuple[dict, str | None]:
+        code, output = run.command([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"])
+        return {"code": code, "output": output.splitlines()[-1]}, "stopped" if code is None else None
+
+    def breaks(run: gpu_run.Run) -> tuple[dict, str | None]:
+        raise KeyError("planted")
+
+    def works(run: gpu_run.Run) -> tuple[dict, str | None]:
+        return {"left": run.section_left()}, None
+
+    chosen = (
+        gpu_run.Section("tests", hangs, 0, 0.15),
+        gpu_run.Section("sanitizer", breaks, 0, 1),
+        gpu_run.Section("ceilings", works, 0, 1),
+        gpu_run.Section("benchmarks", works, 1000, 1),
+    )
+    monkeypatch.setattr(gpu_run, "SECTIONS", chosen)
+    start = time.monotonic()
+    assert gpu_run.main(["--output", str(tmp_path), "--dry-run", "--budget", "20"]) == 1
+    assert time.monotonic() - start < 20
+    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
+    assert sections["tests"]["status"] == "failed"
+    assert sections["tests"]["results"]["code"] is None
+    assert sections["sanitizer"]["reason"] == "KeyError: 'planted'"
+    assert sections["ceilings"]["status"] == "ok"
+    assert sections["benchmarks"]["status"] == "skipped"
+    assert "needs 1000 s" in sections["benchmarks"]["reason"]
+
+
+def test_without_a_gpu_nothing_is_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "SECTIONS", (gpu_run.Section("tests", lambda run: ({}, None), 0, 1),))
+    assert gpu_run.main(["--output", str(tmp_path), "--only", "tests"]) == 1
+    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
+    assert sections == {"tests": {"status": "skipped", "reason": "no GPU; --dry-run walks the run without one"}}
+
+
+def test_a_prebuilt_library_is_named_with_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "library").mkdir()
+    options = argparse.Namespace(
+        output=tmp_path / "out", budget=10, dry_run=False, library=str(tmp_path / "library"), only=[]
+    )
+    results, problem = gpu_run.gpu_sections.library(gpu_run.Run(options))
+    assert results["files"] == []
+    assert problem == f"{tmp_path / 'library'} lacks _C.abi3.so, _C_cuda.abi3.so"
