@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import importlib
@@ -121,7 +122,7 @@ def slug(machine: dict[str, Any]) -> str:
 class _KernelAttributes(ctypes.Structure):
     """csrc/cuda/kernel_attributes.h: struct KernelAttributes."""
 
-    _fields_ = [  # noqa: RUF012  ctypes reads a plain list
+    _fields_ = [
         ("name", ctypes.c_char * 128),
         ("threads", ctypes.c_int),
         ("registers", ctypes.c_int),
@@ -162,5 +163,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__)
+    parser.add_argument("--json", type=Path, help="file for the result; by default it is printed")
+    options = parser.parse_args(arguments)
+    text = json.dumps(environment(), indent=1)
+    print(text) if options.json is None else options.json.write_text(text)
+    return 0
+
+
 if __name__ == "__main__":
-    json.dump(environment(), sys.stdout, indent=1)
+    sys.exit(main())

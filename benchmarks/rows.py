@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.machine import slug
 
 
 @dataclass
@@ -57,20 +58,28 @@ def as_dict(row: Row) -> dict[str, Any]:
     return {key: _short(value) for key, value in fields.items() if value is not None}
 
 
-def write_json(path: Path, text: str) -> None:
-    """Writes all of `text` or nothing, whenever the process ends."""
+def write_text(path: Path, text: str) -> None:
+    """Writes all of `text` or, if the process ends before, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(text)
     os.replace(unfinished, path)
 
 
-def save(path: Path, machine: dict[str, Any], rows: list[Row]) -> None:
-    """Writes a results file."""
-    lines = ",\n".join(json.dumps(as_dict(row)) for row in rows)
-    write_json(path, f'{{"machine": {json.dumps(machine, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+class Results:
+    """The rows of one family on one machine, in a file that is complete after every case."""
 
+    def __init__(self, folder: Path, family: str, machine: dict[str, Any]) -> None:
+        self.path = folder / slug(machine) / f"{family}.json"
+        self.machine = dict(machine)
+        self.rows: list[Row] = []
 
-def load(path: Path) -> dict[str, Any]:
-    """A results file: its machine and its rows, as plain data."""
-    return json.loads(path.read_text())
+    def add(self, rows: list[Row]) -> None:
+        """Adds a case's rows and writes the file."""
+        self.rows += rows
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file."""
+        lines = ",\n".join(json.dumps(as_dict(row)) for row in self.rows)
+        write_text(self.path, f'{{"machine": {json.dumps(self.machine, indent=1)},\n"rows": [\n{lines}\n]}}\n')

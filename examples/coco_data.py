@@ -50,7 +50,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
         coco = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(coco, dict):
         raise DataError(f"{path} must hold a JSON object, got a {type(coco).__name__}")
@@ -160,8 +160,12 @@ def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
         x2, y2 = min(image["width"], x + width), min(image["height"], y + height)
         if x2 <= x1 or y2 <= y1:
             continue
-        area = annotation.get("area", (x2 - x1) * (y2 - y1))
-        filled = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area, "iscrowd": int(annotation.get("iscrowd", 0))}
+        area = annotation.get("area")
+        filled = {
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": area if isinstance(area, int | float) else (x2 - x1) * (y2 - y1),
+            "iscrowd": 1 if annotation.get("iscrowd") else 0,
+        }
         annotations.append({**annotation, **filled, "id": len(annotations) + 1})
     dropped = len(coco["annotations"]) - len(annotations)
     if dropped:
@@ -185,7 +189,7 @@ class StepBatches(Sampler[list[int]]):
         self.length, self.batch_size, self.seed, self.first, self.last = length, batch_size, seed, first, last
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return max(0, self.last - self.first)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)

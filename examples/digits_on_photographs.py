@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
 
 FloatArray = NDArray[np.float32]
 
@@ -128,13 +129,13 @@ def _ink(digit: FloatArray, longer_side: int, rng: np.random.Generator) -> Float
     canvas = 160
     padded = Image.fromarray(np.pad(digit, 1))
     smooth = padded.resize((canvas, canvas), Image.Resampling.BICUBIC)
-    slant = rng.uniform(-0.2, 0.2)
-    smooth = smooth.transform(
-        (canvas, canvas),
-        Image.Transform.AFFINE,
-        (1, slant, -slant * canvas / 2, 0, 1, 0),
-        Image.Resampling.BICUBIC,
-    ).rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+    slant, angle = rng.uniform(-0.2, 0.2), np.deg2rad(rng.uniform(-12, 12))
+    # From a pixel of the result to its source, about the centre: turned, then slanted.
+    turn = np.asarray([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    linear = np.asarray([[1, slant], [0, 1]]) @ turn
+    offset = canvas / 2 * (1 - linear.sum(axis=1))
+    affine = (*linear[0], offset[0], *linear[1], offset[1])
+    smooth = smooth.transform((canvas, canvas), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     # A smooth step turns the blur of the enlargement into a stroke with an edge; its place is the pen's width.
     low = rng.uniform(0.12, 0.32)
     step = ((np.asarray(smooth) - low) / 0.25).clip(0, 1)
@@ -245,7 +246,7 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         scene = self.scene(index)
-        image = torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255
+        image = F.to_dtype(torch.from_numpy(scene.image).permute(2, 0, 1), torch.float32, scale=True)
         target = {
             "boxes": torch.from_numpy(scene.boxes),
             "labels": torch.from_numpy(scene.labels),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,8 +86,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compare sets a backend beside eager: take --backend auto, cpp, triton or reference")
     if args.image_size < 64:
         parser.error(f"--image-size must be at least 64, got {args.image_size}")
-    if args.workers < 0 or args.seed < 0:
-        parser.error("--workers and --seed must not be negative")
+    if args.workers < 0:
+        parser.error(f"--workers must not be negative, got {args.workers}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be at least 0 and below 2**32, got {args.seed}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch finds no CUDA device")
     return args
@@ -174,8 +177,10 @@ def run(args: argparse.Namespace) -> int:
         if ended == "interrupted":
             print(f"interrupted after {len(tracks[0].losses)} steps; go on with --resume", file=sys.stderr)
             return 130
+        # Paths become text; numbers, flags and None stay as they are.
+        arguments = json.loads(json.dumps(vars(args), default=str))
         facts = {
-            "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "arguments": arguments,
             "backend": serving,
             "ended_by": ended,
         }

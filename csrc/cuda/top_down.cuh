@@ -42,6 +42,8 @@ struct Pathway {
 
 // 8 warps: enough for four 16-byte loads per thread to cover the latency of HBM at full occupancy.
 constexpr int kTopDownThreads = 256;
+// Allows 80 registers: 24 warps on a multiprocessor. At 2 the compiler takes up to 124; left alone it spills at 64.
+constexpr int kTopDownBlocks = 3;
 
 // Fills the tilings and gives the launch.
 template <class T, bool kChannelsLast>
@@ -250,7 +252,8 @@ __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway
 }
 
 template <class T, bool kChannelsLast, bool kBilinear>
-__global__ void __launch_bounds__(kTopDownThreads, 3) top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
+__global__ void __launch_bounds__(kTopDownThreads, kTopDownBlocks)
+    top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
   int level = 0;
   while (level + 2 < pathway.levels && blockIdx.x >= pathway.tiling[level + 1].first_block) ++level;
   const TopDownTiling& tiling = pathway.tiling[level];

@@ -193,7 +193,7 @@ __device__ __forceinline__ Range region(const Axis<T>* axes, int coarsest, int l
 }
 
 template <class T, bool kChannelsLast, bool kBilinear>
-__global__ void __launch_bounds__(kTopDownThreads, 3)
+__global__ void __launch_bounds__(kTopDownThreads, kTopDownBlocks)
     top_down_backward_kernel(const __grid_constant__ GradientPathway<T> pathway) {
   const int coarsest = kBilinear ? 1 : pathway.levels - 1;
   const FeatureMap<T>& coarsest_map = pathway.sum[coarsest];

@@ -33,8 +33,10 @@ __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool
     uint4 raw;
     memcpy(&raw, elements, sizeof raw);
 #ifdef __CUDA_ARCH__
-    // The plain assignment is merged with the scalar branch below and comes out as scalar stores.
-    __stwb(reinterpret_cast<uint4*>(target), raw);
+    // A plain assignment is merged with the scalar branch below, and comes out as scalar stores.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(raw.x), "r"(raw.y), "r"(raw.z),
+                 "r"(raw.w)
+                 : "memory");
 #else
     *reinterpret_cast<uint4*>(target) = raw;
 #endif

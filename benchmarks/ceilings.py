@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU can do at best: ``python -m benchmarks.ceilings`` prints it as JSON. Without one it says so.
+
+- copy: a gigabyte from one buffer to another, counting what is read and what is written.
+- l2_read: 24 MB read over and over past the first cache; they fit in the L2 of every data-centre GPU since 2020.
+- graph: GPU time and wall time of the replay of a CUDA graph of one tiny kernel, and what each further node adds.
+- launch: wall time of launching a tiny kernel through PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_timing import clock
+
+NO_GPU = "skipped: no GPU"
+COPY_BYTES = 10**9
+L2_READ_BYTES = 24 << 20
+#: Enough for a launch of a millisecond at 6 TB/s.
+L2_READ_TURNS = 256
+GRAPH_NODES = 101
+REPEATS = 21
+
+
+def _median(sample: Callable[[], float], repeats: int = REPEATS) -> float:
+    sample()
+    return statistics.median(sample() for _ in range(repeats))
+
+
+def _wall(run: Callable[[], Any], wait: Callable[[], Any]) -> float:
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def copy(device_type: str, bytes_copied: int) -> dict[str, Any]:
+    """Copy bandwidth in GB/s, reads and writes together."""
+    source = torch.randn(bytes_copied // 4, device=device_type)
+    target = torch.zeros_like(source)
+    if device_type == "cuda":
+        gpu = clock()
+        gpu.synchronize()
+
+        def sample() -> float:
+            with gpu.on_stream():
+                return gpu.elapsed(lambda: target.copy_(source))
+    else:
+
+        def sample() -> float:
+            return _wall(lambda: target.copy_(source), lambda: None)
+
+    seconds = _median(sample)
+    return {"device_type": device_type, "bytes": bytes_copied, "gb_per_s": 2 * bytes_copied / seconds / 1e9}
+
+
+def l2_read() -> dict[str, Any]:
+    """L2 read rate in GB/s."""
+    if importlib.util.find_spec("triton") is None:
+        return {"gb_per_s": None, "problem": "triton is not installed"}
+    from benchmarks.l2_read import BLOCK, WARPS, l2_read_kernel
+
+    blocks = L2_READ_BYTES // 4 // BLOCK
+    source = torch.randn(blocks * BLOCK, device="cuda")
+    # Eight programs of eight warps fill a multiprocessor.
+    programs = 8 * torch.cuda.get_device_properties().multi_processor_count
+    sums = torch.empty(programs, device="cuda")
+    gpu = clock()
+    gpu.synchronize()
+
+    def sample() -> float:
+        with gpu.on_stream():
+            return gpu.elapsed(
+                lambda: l2_read_kernel[(programs,)](source, sums, blocks, L2_READ_TURNS, BLOCK=BLOCK, num_warps=WARPS)
+            )
+
+    seconds = _median(sample)
+    error = abs(sums.double().sum() / L2_READ_TURNS - source.double().sum()).item() / source.double().abs().sum().item()
+    if not error < 1e-4:
+        return {"gb_per_s": None, "problem": f"the kernel's sum is wrong by {error:.3g} of the sum of magnitudes"}
+    return {"bytes": L2_READ_BYTES, "turns": L2_READ_TURNS, "gb_per_s": L2_READ_BYTES * L2_READ_TURNS / seconds / 1e9}
+
+
+def graph() -> dict[str, Any]:
+    """Replay latency and cost per node, microseconds."""
+    gpu = clock()
+    value = torch.zeros(1, device="cuda")
+    value.add_(1)
+    gpu.synchronize()
+
+    def replay_of(nodes: int) -> Callable[[], Any]:
+        def run() -> None:
+            for _ in range(nodes):
+                value.add_(1)
+
+        return gpu.capture(run)
+
+    def gpu_seconds(replay: Callable[[], Any]) -> float:
+        with gpu.on_stream():
+            return gpu.elapsed(replay)
+
+    one, many = replay_of(1), replay_of(GRAPH_NODES)
+    first, last = (_median(lambda r=r: gpu_seconds(r)) for r in (one, many))
+    return {
+        "one_node_gpu_us": first * 1e6,
+        "one_node_wall_us": _median(lambda: _wall(one, gpu.synchronize)) * 1e6,
+        "further_node_gpu_us": (last - first) / (GRAPH_NODES - 1) * 1e6,
+    }
+
+
+def launch() -> dict[str, Any]:
+    """Wall time per launch, microseconds, of launches issued back to back."""
+    value = torch.zeros(1, device="cuda")
+
+    def run() -> None:
+        for _ in range(1000):
+            value.add_(1)
+
+    return {"wall_us": _median(lambda: _wall(run, torch.cuda.synchronize)) * 1e3}
+
+
+def attempt(part: Callable[[], dict[str, Any]]) -> Any:
+    """`part`'s result; a part that fails says so and leaves the others be."""
+    if not torch.cuda.is_available():
+        return NO_GPU
+    try:
+        return part()
+    except Exception as error:
+        return {"problem": f"{type(error).__name__}: {error}"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__)
+    parser.add_argument("--json", type=Path, help="file for the result; by default it is printed")
+    options = parser.parse_args(arguments)
+    has_gpu = torch.cuda.is_available()
+    found = {
+        # Without a GPU a small copy on the CPU walks the code; device_type says so.
+        "copy": attempt(lambda: copy("cuda", COPY_BYTES)) if has_gpu else copy("cpu", 1 << 20),
+        "l2_read": attempt(l2_read),
+        "graph": attempt(graph),
+        "launch": attempt(launch),
+    }
+    text = json.dumps(found, indent=1)
+    print(text) if options.json is None else options.json.write_text(text)
+    return 1 if any(isinstance(part, dict) and "problem" in part for part in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

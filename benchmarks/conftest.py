@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures each case once, all providers in the same rounds, and hands every test its provider's part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import FAMILIES, Case
+from benchmarks.harness import Samples, measure
+from benchmarks.machine import facts
+from benchmarks.providers import providers
+from benchmarks.rows import Results, Row
+
+#: The metric that a test hands to pytest-benchmark.
+METRIC = {"cpu": "wall", "cuda": "gpu_cold"}
+
+
+class RecordedClock:
+    """A timer for pytest-benchmark that reads out samples taken already.
+
+    pytest-benchmark times one function after the other; here the providers of a case are sampled in turn, on a GPU by
+    events, so its rounds are read from the samples: one from each pair of its readings of the clock.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.samples: Iterator[float] = iter(())
+        self.started = False
+
+    def load(self, samples: list[float]) -> None:
+        """Makes `samples` the next rounds."""
+        self.samples, self.started = iter(samples), False
+
+    def __call__(self) -> float:
+        if self.started:
+            self.now += next(self.samples)
+        self.started = not self.started
+        return self.now
+
+
+CLOCK = RecordedClock()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fpn_fast benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--case-seconds", type=float, default=4.0, help="time for each case, beyond warming up")
+    group.addoption("--results", type=Path, help="folder for <machine>/<family>.json; without it no rows are kept")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `case` and `provider` gets those of the family that its module is named after."""
+    if {"case", "provider"} <= set(metafunc.fixturenames):
+        device_type = metafunc.config.getoption("--device")
+        family = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
+        pairs = [(c, p.name) for c in FAMILIES[family](device_type) for p in providers(c, device_type)]
+        metafunc.parametrize(("case", "provider"), pairs, ids=[f"{case}-{name}" for case, name in pairs])
+
+
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return facts(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="module")
+def measured(
+    request: pytest.FixtureRequest, machine: dict[str, Any]
+) -> Callable[[Case], tuple[dict[tuple[str, str], Row], Samples]]:
+    """A case's rows and samples by (provider, metric). It is measured when it is first asked for."""
+    options = request.config.option
+    family = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    results = None if options.results is None else Results(options.results, family, machine)
+    latest: dict[Case, tuple[dict[tuple[str, str], Row], Samples]] = {}
+
+    def of(case: Case) -> tuple[dict[tuple[str, str], Row], Samples]:
+        if case not in latest:
+            rows, samples = measure(case, options.device, options.case_seconds)
+            if results is not None:
+                results.add(rows)
+            latest.clear()
+            latest[case] = {(row.provider, row.metric): row for row in rows}, samples
+        return latest[case]
+
+    return of

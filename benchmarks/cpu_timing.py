@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a case is measured on a CPU, in the rounds of harness.py. There is one metric:
+
+- wall: what a caller waits. Each call allocates its outputs and drops them, as a caller's would: a large one comes from
+  the system afresh and is paged in while it is written. That is what users see, so it is reported as it is. The
+  variables in machine.ALLOCATOR_VARIABLES change it; results under such a setting go to a folder of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, bytes_moved
+from benchmarks.providers import Provider, bind, running
+from benchmarks.sampling import Measurement
+
+#: A sample this long is read to a per mille by a clock of a microsecond.
+SAMPLE_SECONDS = 0.003
+
+
+def input_sets(case: Case) -> int:
+    """One: between two calls on the same maps the other providers run, and large maps do not fit a cache."""
+    return 1
+
+
+def _clock_measurement(step: Callable[[], Any], state: Callable[[], Any]) -> Measurement:
+    def seconds(calls: int) -> float:
+        with state():
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            return (time.perf_counter() - start) / calls
+
+    calls = 1
+    # Twice: the first call after a pause is slow, and of a tiny case says little of the ones that follow.
+    for _ in range(2):
+        calls = max(1, round(SAMPLE_SECONDS / max(seconds(calls), 1e-9)))
+    return Measurement("clock", calls, lambda: seconds(calls))
+
+
+def measurements(
+    case: Case, provider: Provider, inputs: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]]
+) -> dict[str, Measurement]:
+    """The metrics of `provider`, warm."""
+    with running(case, provider):
+        step = bind(case, provider.function, inputs[0], grads[0])
+    return {"wall": _clock_measurement(step, lambda: running(case, provider))}
+
+
+def copy_measurement(case: Case) -> dict[str, Measurement]:
+    """A copy, into a buffer that is there already, that reads and writes as many bytes as `case` must."""
+    source = torch.randn(bytes_moved(case) // 8)
+    target = torch.zeros_like(source)
+    return {"wall": _clock_measurement(lambda: target.copy_(source), torch.no_grad)}
+
+
+def peak_bytes(step: Callable[[], Any]) -> int | None:
+    """Memory that one call takes at its peak; None where the system does not say (Linux does)."""
+
+    def resident(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition(f"{name}:")[2].split()[0]) * 1024
+
+    try:
+        # Sets the high-water mark back to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        step()
+        return max(0, resident("VmHWM") - before)
+    except (OSError, ValueError, IndexError):
+        return None
