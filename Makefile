@@ -36,7 +36,9 @@ test: build  ## all tests that this machine can run
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --case-seconds 2 \
+		--results output/benchmarks -q
+	$(BIN)/python benchmarks/report.py --results output/benchmarks --plot
 
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy
 	$(BIN)/ruff check $(PYTHON_FILES)

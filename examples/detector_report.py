@@ -22,6 +22,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -211,6 +212,7 @@ def draw_losses(tracks: list[Track], path: Path) -> None:
         lower.set_ylabel(f"{tracks[1].name} − {tracks[0].name}")
         lower.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes[-1, 0].set_xlabel("step")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for each in axes[:, 0]:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(axis="y", alpha=0.25)
