@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import cpu_timing, gpu_timing
 from benchmarks.cases import Case, bytes_moved
-from benchmarks.providers import OPS, Provider, bind, output_grads, parity_problem, providers, running
+from benchmarks.providers import OPS, Expectation, Provider, bind, expectation, output_grads, providers, running
 from benchmarks.rows import Row
 from benchmarks.sampling import MAX_ROUNDS, Measurement, interleave, quantile, ratio
 
@@ -50,14 +50,19 @@ def _reason(error: Exception) -> str:
 
 
 def prepare(
-    case: Case, provider: Provider, timing: Any, inputs: list[list[Tensor]], grads: list[list[Tensor]]
+    case: Case,
+    provider: Provider,
+    timing: Any,
+    inputs: list[list[Tensor]],
+    grads: list[list[Tensor]],
+    expected: Expectation,
 ) -> Ready | str:
     """`provider` warm and checked, or why it is refused."""
     try:
         with running(case, provider):
             step = bind(case, provider.function, inputs[0], grads[0])
             step()
-            problem = parity_problem(case, step, inputs[0], grads[0])
+            problem = expected.problem(step())
             if problem is not None:
                 return problem
             peak = None if case.overhead else timing.peak_bytes(step)
@@ -87,16 +92,18 @@ def measure(
     inputs = [OPS[case.op].inputs(case, device) for _ in range(timing.input_sets(case))]
     grads = [output_grads(case, each) for each in inputs]
 
+    expected = expectation(case, inputs[0], grads[0])
     rows: list[Row] = []
     ready: dict[str, Ready] = {}
     for provider in providers(case, device_type) if candidates is None else candidates:
-        found = prepare(case, provider, timing, inputs, grads)
+        found = prepare(case, provider, timing, inputs, grads, expected)
         if isinstance(found, Ready):
             ready[provider.name] = found
         else:
             rows.append(Row(case, provider.name, "none", "none", bytes_moved(case), refused=found))
     if not ready:
         return rows, {}
+    del expected
     if not case.overhead:
         ready[COPY] = Ready(timing.copy_measurement(case), None)
 

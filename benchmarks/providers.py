@@ -126,28 +126,43 @@ def bind(
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
-def parity_problem(
-    case: Case, step: Callable[[], Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
-) -> str | None:
-    """What is wrong with the result of `step`; None where it is right.
+@dataclass(frozen=True)
+class Expectation:
+    """The right results of a case in float64, their dtype, and how far from them each may be."""
 
-    Right is an error against the float64 reference of at most twice the reference's own in the case's dtype, plus one
-    rounding of the largest value.
-    """
+    results: list[Tensor]
+    bounds: list[float]
+    dtype: torch.dtype
+
+    def problem(self, actual: Any) -> str | None:
+        """What is wrong with the result of a step; None where it is right."""
+        actual = listed(actual)
+        if len(actual) != len(self.results):
+            return f"{len(actual)} results where the reference has {len(self.results)}"
+        for i, (result, exact, bound) in enumerate(zip(actual, self.results, self.bounds, strict=True)):
+            if result.shape != exact.shape or result.dtype != self.dtype:
+                return f"result {i} is {result.dtype} {tuple(result.shape)}, not {self.dtype} {tuple(exact.shape)}"
+            error = _largest(result.detach().double() - exact)
+            # Written so that a NaN is an error.
+            if not error <= bound:
+                return f"result {i} differs from the reference by {error:.3g}, more than {bound:.3g}"
+        return None
+
+
+def _largest(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, ord=torch.inf).item()
+
+
+def expectation(case: Case, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Expectation:
+    """What `case` must give: within twice the reference's own error in the case's dtype, plus one rounding."""
     function = OPS[case.op].reference
     with torch.set_grad_enabled(case.direction != "forward"):
-        expected = listed(bind(case, function, [t.double() for t in inputs], [g.double() for g in grads])())
+        exact = listed(bind(case, function, [t.double() for t in inputs], [g.double() for g in grads])())
         own = listed(bind(case, function, inputs, grads)())
-    actual = listed(step())
-    if len(actual) != len(expected):
-        return f"{len(actual)} results where the reference has {len(expected)}"
-    for i, (result, same_dtype, exact) in enumerate(zip(actual, own, expected, strict=True)):
-        if result.shape != exact.shape or result.dtype != same_dtype.dtype:
-            return f"result {i} is {result.dtype} {tuple(result.shape)}, not {same_dtype.dtype} {tuple(exact.shape)}"
-        error = (result.double() - exact).abs().max().item()
-        rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
-        bound = 2 * (same_dtype.double() - exact).abs().max().item() + rounding
-        # Written so that a NaN is an error.
-        if not error <= bound:
-            return f"result {i} differs from the reference by {error:.3g}, more than {bound:.3g}"
-    return None
+    exact = [result.detach() for result in exact]
+    dtype = inputs[0].dtype
+    bounds = [
+        2 * _largest(same.detach().double() - right) + torch.finfo(dtype).eps * _largest(right)
+        for same, right in zip(own, exact, strict=True)
+    ]
+    return Expectation(exact, bounds, dtype)

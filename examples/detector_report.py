@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import statistics
 import time
@@ -232,6 +233,7 @@ def _machine(settings: Settings) -> dict[str, Any]:
         "device": settings.device.type,
         "device_name": name,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -152,18 +152,6 @@ def test_nearest_sources_are_interpolates():
             assert torch.equal(nearest_sources(size_in, size_out).float(), expected)
 
 
-def test_tiny_maps_with_gradients_take_the_cheaper_route_only_by_automatic_choice():
-    laterals = [m.requires_grad_() for m in (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 4, 4))]
-    automatic = ops.upsample_add(*laterals)
-    with backends.use("cpp"):
-        named = ops.upsample_add(*laterals)
-    assert "TopDown" not in type(automatic.grad_fn).__name__
-    assert "TopDown" in type(named.grad_fn).__name__
-    assert torch.equal(automatic, named)
-    large = [m.requires_grad_() for m in (torch.randn(1, 4, 64, 64), torch.randn(1, 4, 32, 32))]
-    assert "TopDown" in type(ops.upsample_add(*large).grad_fn).__name__
-
-
 def test_autocast_promotes_to_the_widest():
     laterals = [torch.randn(1, 4, 4, 4, dtype=torch.bfloat16), torch.randn(1, 4, 2, 2)]
     with pytest.raises(TypeError, match="of one dtype outside autocast"):

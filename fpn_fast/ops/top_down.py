@@ -16,9 +16,6 @@ from fpn_fast.ops._registration import register_op, traced
 
 # csrc/common/resample.h: enum class Resample.
 _NEAREST, _BILINEAR, _BILINEAR_ALIGN_CORNERS = 0, 1, 2
-# With gradients a call of ours costs what three levels of eager PyTorch cost, and below some 4,096 elements (measured on
-# a CPU) nothing else counts: left to itself the library takes the cheaper of the two, for the same values.
-_TINY_ELEMENTS, _TINY_LEVELS = 4096, 3
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -86,9 +83,6 @@ def _merge(backend: str, laterals: list[Tensor], mode: int, average: bool) -> Se
     if traced():
         return forward(laterals, mode, average)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*laterals):
-        if len(laterals) <= _TINY_LEVELS and laterals[0].numel() < _TINY_ELEMENTS and laterals[0].is_cpu:
-            if backends.requested() == "auto":
-                return _merge("reference", laterals, mode, average)
         # Several times cheaper per call than the registered rule, and the same formula.
         return _TopDown.apply(backend, mode, average, *laterals)
     with torch._C._AutoDispatchBelowAutograd():
