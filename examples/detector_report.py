@@ -36,6 +36,7 @@ MERGE_REPEATS = 40
 EVALUATION_BATCH = 4
 PICTURES = 8
 SHOWN_SCORE = 0.3
+SHOWN_AT_LEAST = 2
 
 
 def eager_merge(laterals: list[Tensor]) -> list[Tensor]:
@@ -174,11 +175,16 @@ def draw_detections(data: DetectionData, detections: list[dict[str, Tensor]], na
         for box in target["boxes"].tolist():
             _draw_box(axes, box, "white", "--")
         shown = found["scores"] >= SHOWN_SCORE
+        # Best first; a model that has learned little still shows where it looks, and its scores say how little.
+        shown[:SHOWN_AT_LEAST] = True
         for box, label, score in zip(
             *(found[key][shown].tolist() for key in ("boxes", "labels", "scores")), strict=True
         ):
             _draw_box(axes, box, palette[label % len(palette)], "-", f"{data.class_names[label - 1]}  {score:.2f}")
-    figure.suptitle(f"{name} model: detections scoring {SHOWN_SCORE} or more; dashed white: annotated", fontsize=11)
+    figure.suptitle(
+        f"{name} model: detections scoring {SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}; dashed white: annotated",
+        fontsize=11,
+    )
     figure.savefig(path)
 
 
