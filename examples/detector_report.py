@@ -174,17 +174,15 @@ def draw_detections(data: DetectionData, detections: list[dict[str, Tensor]], na
         axes.set_axis_off()
         for box in target["boxes"].tolist():
             _draw_box(axes, box, "white", "--")
-        shown = found["scores"] >= SHOWN_SCORE
+        kept = found["scores"] >= SHOWN_SCORE
         # Best first; a model that has learned little still shows where it looks, and its scores say how little.
-        shown[:SHOWN_AT_LEAST] = True
+        kept[:SHOWN_AT_LEAST] = True
         for box, label, score in zip(
-            *(found[key][shown].tolist() for key in ("boxes", "labels", "scores")), strict=True
+            *(found[key][kept].tolist() for key in ("boxes", "labels", "scores")), strict=True
         ):
             _draw_box(axes, box, palette[label % len(palette)], "-", f"{data.class_names[label - 1]}  {score:.2f}")
-    figure.suptitle(
-        f"{name} model: detections scoring {SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}; dashed white: annotated",
-        fontsize=11,
-    )
+    shown = f"{SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}"
+    figure.suptitle(f"{name} model: detections scoring {shown}; dashed white: annotated", fontsize=11)
     figure.savefig(path)
 
 
