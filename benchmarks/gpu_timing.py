@@ -105,6 +105,7 @@ def gpu_measurement(steps: Sequence[Step], state: Callable[[], Any]) -> Measurem
 
         return run
 
+    gpu.synchronize()
     once = in_turn(steps, len(steps))
     seconds = [inside(lambda: gpu.elapsed(once))() for _ in range(2)][-1] / len(steps)
     wanted = min(MAX_CALLS, REPLAY_SECONDS / max(seconds, 1e-9))

@@ -67,8 +67,9 @@ def clocks() -> dict[str, str] | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    device = torch.cuda.get_device_properties().uuid
-    query = [tool, f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id=GPU-{device}"]
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    device = torch.cuda.current_device() if uuid is None else f"GPU-{uuid}"
+    query = [tool, f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id={device}"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -144,12 +145,15 @@ def kernels() -> list[dict[str, Any]] | str:
     except ImportError:
         # It serves one Python version; the library it asks serves all of them.
         read = ctypes.CDLL(path).fpn_fast_kernel_attributes
+    except RuntimeError as error:
+        return f"skipped: {error}"
     found = []
     attributes = _KernelAttributes()
-    while read(len(found), ctypes.byref(attributes)) == 0:
+    while (status := read(len(found), ctypes.byref(attributes))) == 0:
         kernel = {name: getattr(attributes, name) for name, _ in _KernelAttributes._fields_}
         found.append({**kernel, "name": attributes.name.decode()})
-    return found
+    # Past the last kernel the status is -1; above 0 it is the CUDA runtime's.
+    return found if status < 0 else f"skipped: the CUDA runtime gives error {status}"
 
 
 def environment() -> dict[str, Any]:

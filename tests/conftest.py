@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 
 def _round_to_bfloat16_in_the_interpreter() -> None:
-    """Triton's interpreter cuts a float32 off where a GPU rounds it to nearest even; mend that, not the kernels."""
+    """Triton's interpreter cuts a float32 off where a GPU rounds it to nearest even; mend that, not kernels."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -22,6 +22,9 @@ def _round_to_bfloat16_in_the_interpreter() -> None:
         if from_type == tl.float32 and to_type == tl.bfloat16:
             source = torch.from_numpy(values.astype("float32", copy=True))
             return source.bfloat16().view(torch.uint16).numpy()
+        if from_type == tl.bfloat16 and to_type == tl.float32:
+            # Its own conversion gets subnormals wrong; this one is a shift.
+            return values.astype("uint32") << 16
         return convert(values, from_type, to_type, rounding_mode)
 
     interpreter._convert_float = rounded
