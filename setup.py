@@ -17,7 +17,13 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the library may use: it loads under this one and every later one.
 TORCH_TARGET = "0x020b000000000000"
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/top_down.cpp", "csrc/cpu/top_down_backward.cpp"]
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cpu/multiscale_roi_align.cpp",
+    "csrc/cpu/multiscale_roi_align_backward.cpp",
+    "csrc/cpu/top_down.cpp",
+    "csrc/cpu/top_down_backward.cpp",
+]
 CUDA_SOURCES = ["csrc/cuda/kernel_table.cu", "csrc/cuda/top_down.cu"]
 # A checkout builds for the H100 and H200; a wheel for every GPU from Turing on.
 DEVELOPMENT_ARCHS = "9.0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run is reported by: AP, merge times, two pictures, a JSON file and a short table."""
+"""What a training run is reported by: AP, merge and pooler times, two pictures, a JSON file and a short table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Merge = Callable[[list[Tensor]], Sequence[Tensor]]
 COLOURS = {"eager": "#d95f02", "fused": "#1b6ca8"}
 # The first steps pay for allocations and, on CUDA, for choosing convolution algorithms.
 WARMUP_STEPS_LEFT_OUT = 2
-MERGE_REPEATS = 40
+REPEATS = 40
+UNCOUNTED_REPEATS = 5
+# The reference backend's pooler is a loop over RoIs in Python: there fewer repeats have to do.
+TIMING_SECONDS = 10
 EVALUATION_BATCH = 4
 PICTURES = 8
 SHOWN_SCORE = 0.3
@@ -71,28 +74,83 @@ def laterals_of(track: Track, images: list[Tensor], settings: Settings) -> list[
 
 
 def merge_seconds(tracks: list[Track], images: list[Tensor], settings: Settings) -> dict[str, Any]:
-    """Median seconds of each track's merge, forward and backward, on its own model's laterals for one batch.
-
-    The tracks take turns, so that noise of the machine hits both alike.
-    """
-    cases: list[tuple[Track, Merge, list[Tensor], list[Tensor]]] = []
+    """Median seconds of each track's merge, forward and backward, on its own model's laterals for one batch."""
+    runs: dict[str, Callable[[], object]] = {}
     for track in tracks:
         laterals = [lateral.detach().requires_grad_() for lateral in laterals_of(track, images, settings)]
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         gradients = [torch.empty_like(lateral).normal_(generator=generator) for lateral in laterals]
-        cases.append((track, _merge_of(track), laterals, gradients))
-    times: dict[str, list[float]] = {track.name: [] for track in tracks}
-    for repeat in range(MERGE_REPEATS + 5):
-        for track, merge, laterals, gradients in cases if repeat % 2 == 0 else cases[::-1]:
+        runs[track.name] = _merge_run(_merge_of(track), laterals, gradients)
+    shapes = [list(lateral.shape) for lateral in laterals]
+    return {**_median_seconds(runs, settings), "laterals": shapes, "dtype": str(laterals[0].dtype)}
+
+
+def _merge_run(merge: Merge, laterals: list[Tensor], gradients: list[Tensor]) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(merge(laterals), laterals, gradients)
+
+
+def pooler_seconds(tracks: list[Track], batch: Batch, settings: Settings) -> dict[str, Any]:
+    """Median seconds of each track's RoI pooler, forward and backward, on what its own model gives it in training."""
+    runs: dict[str, Callable[[], object]] = {}
+    for track in tracks:
+        maps, boxes, image_shapes = pooler_inputs_of(track, batch, settings)
+        runs[track.name] = _pooler_run(track.model.roi_heads.box_roi_pool, maps, boxes, image_shapes, settings)
+    features = list(maps.values())
+    shapes = [list(feature.shape) for feature in features]
+    count = sum(len(each) for each in boxes)
+    return {**_median_seconds(runs, settings), "maps": shapes, "boxes": count, "dtype": str(features[0].dtype)}
+
+
+@torch.no_grad()
+def pooler_inputs_of(
+    track: Track, batch: Batch, settings: Settings
+) -> tuple[dict[str, Tensor], list[Tensor], list[tuple[int, int]]]:
+    """What the track's pooler is called with in training: maps by name, ``[N, 256, H_l, W_l]``, boxes, image shapes."""
+    arguments: list[Any] = []
+    pooler = track.model.roi_heads.box_roi_pool
+    handle = pooler.register_forward_pre_hook(lambda module, inputs: arguments.extend(inputs))
+    try:
+        losses_of(track.model, to_device(batch, settings.device), 0, settings)
+    finally:
+        handle.remove()
+    maps, boxes, image_shapes = arguments
+    return {name: maps[name] for name in pooler.featmap_names}, boxes, image_shapes
+
+
+def _pooler_run(
+    pooler: Callable[..., Tensor],
+    maps: dict[str, Tensor],
+    boxes: list[Tensor],
+    image_shapes: list[tuple[int, int]],
+    settings: Settings,
+) -> Callable[[], object]:
+    leaves = {name: feature.detach().requires_grad_() for name, feature in maps.items()}
+
+    def run() -> object:
+        with settings.autocast():
+            pooled = pooler(leaves, boxes, image_shapes)
+        return torch.autograd.grad(pooled, list(leaves.values()), torch.ones_like(pooled))
+
+    return run
+
+
+def _median_seconds(runs: dict[str, Callable[[], object]], settings: Settings) -> dict[str, Any]:
+    """The runs take turns, so that noise of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    began, repeat = time.perf_counter(), 0
+    while repeat <= UNCOUNTED_REPEATS or (
+        repeat < UNCOUNTED_REPEATS + REPEATS and time.perf_counter() - began < TIMING_SECONDS
+    ):
+        for name in list(runs) if repeat % 2 == 0 else list(runs)[::-1]:
             settings.synchronize()
             started = time.perf_counter()
-            torch.autograd.grad(merge(laterals), laterals, gradients)
+            runs[name]()
             settings.synchronize()
-            if repeat >= 5:
-                times[track.name].append(time.perf_counter() - started)
-    shapes = [list(lateral.shape) for lateral in cases[0][2]]
+            if repeat >= UNCOUNTED_REPEATS:
+                times[name].append(time.perf_counter() - started)
+        repeat += 1
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"median_seconds": medians, "repeats": MERGE_REPEATS, "laterals": shapes, "dtype": str(cases[0][2][0].dtype)}
+    return {"median_seconds": medians, "repeats": repeat - UNCOUNTED_REPEATS}
 
 
 def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Settings) -> dict[str, float]:
@@ -254,10 +312,11 @@ def report(
 ) -> str:
     """Measures, writes detections.png, loss_curves.png and figures.json into `output`; returns the table to print.
 
-    batch: one of training's, on which the merge is timed.
+    batch: one of training's, on which the merge and the pooler are timed.
     """
     figures: dict[str, Any] = {**facts, **_machine(settings), "steps": len(tracks[0].losses)}
     figures["merge"] = merge_seconds(tracks, batch[0], settings)
+    figures["pooler"] = pooler_seconds(tracks, batch, settings)
     precisions, detections = evaluate(tracks, test, test_seconds, settings)
     for track in tracks:
         step_seconds = statistics.median(track.seconds[WARMUP_STEPS_LEFT_OUT:] or track.seconds)
@@ -288,13 +347,17 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
         values = (figures[name]["test"][key] for key in keys)
         return " / ".join("-" if value is None else f"{value:.3f}" for value in values)
 
-    merges = figures["merge"]["median_seconds"]
     steps = {name: figures[name]["step_seconds_median"] for name in names}
+    # (text, seconds, digits of the milliseconds)
+    times = [
+        ("step time, median", steps, 1),
+        ("merge time, forward + backward", figures["merge"]["median_seconds"], 3),
+        ("pooler time, forward + backward", figures["pooler"]["median_seconds"], 3),
+    ]
     last = min(20, figures["steps"])
     rows = [
         ["", *names],
-        ["step time, median", *(f"{1e3 * steps[name]:.1f} ms" for name in names)],
-        ["merge time, forward + backward", *(f"{1e3 * merges[name]:.3f} ms" for name in names)],
+        *([text, *(f"{1e3 * seconds[name]:.{digits}f} ms" for name in names)] for text, seconds, digits in times),
         ["AP / AP50 on the test split", *(precision(name, ("AP", "AP50")) for name in names)],
         ["AP small / medium / large", *(precision(name, ("AP_small", "AP_medium", "AP_large")) for name in names)],
         ["loss, first step", *(f"{figures[name]['losses'][0]:.4f}" for name in names)],
@@ -302,8 +365,8 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
     ]
     if len(names) == 2:
         rows[0].append("eager/fused")
-        rows[1].append(f"{steps['eager'] / steps['fused']:.2f}x")
-        rows[2].append(f"{merges['eager'] / merges['fused']:.2f}x")
+        for row, (_, seconds, _) in zip(rows[1:], times, strict=False):
+            row.append(f"{seconds['eager'] / seconds['fused']:.2f}x")
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     # zip ends with the shorter row: only the times have a ratio.
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]

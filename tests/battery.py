@@ -50,7 +50,8 @@ class Case:
 class Op:
     """What the battery needs of an op: `function(maps, **options)` gives maps, as does `reference`.
 
-    raw(backend, maps, case): arguments of the registered op, for opcheck.
+    raw(backend, maps, case): the registered op and its arguments, for opcheck.
+    twice: whether it can be differentiated twice; if not it says so.
     """
 
     function: Callable[..., list[Tensor]]
@@ -58,6 +59,7 @@ class Op:
     raw: Callable[[str, list[Tensor], Case], tuple[Any, tuple[Any, ...]]]
     check_forward: Callable[..., None]
     check_backward: Callable[..., None]
+    twice: bool = True
 
 
 def poison(like: list[Tensor]) -> None:
@@ -74,11 +76,15 @@ def gradients(function: Callable[..., list[Tensor]], maps: list[Tensor], options
 
 @pytest.mark.parametrize("target", TARGETS)
 class Battery:
-    """Subclasses set `op`, `cases`, and `tiny`, a case small enough for numerical gradients."""
+    """Subclasses set `op`, `cases`, and `tiny`, a case small enough for numerical gradients.
+
+    derivatives: options to check numerically; by default those of all cases.
+    """
 
     op: Op
     cases: list[Case]
     tiny: Case
+    derivatives: tuple[dict[str, Any], ...] = ()
 
     @pytest.fixture(autouse=True)
     def _backend(self, target):
@@ -188,12 +194,28 @@ class Battery:
 
     def test_gradcheck(self, target):
         maps = self.tiny.inputs(torch.float64, target[1], torch.contiguous_format, grad=True)
-        # The interpreter takes a thousand times longer, so there one random direction stands for the whole Jacobian.
-        fast = target == ("triton", "cpu")
-        for options in {str(c.options): c.options for c in self.cases}.values():
+        # Elsewhere one random direction stands for the whole Jacobian: the interpreter takes a thousand times longer.
+        fast = target[0] != "cpp"
+        for options in self.derivatives or {str(c.options): c.options for c in self.cases}.values():
             function = lambda *m, options=options: tuple(self.op.function(m, **options))  # noqa: E731
             assert torch.autograd.gradcheck(function, maps, fast_mode=fast)
-            assert torch.autograd.gradgradcheck(function, maps, fast_mode=fast)
+            if self.op.twice:
+                assert torch.autograd.gradgradcheck(function, maps, fast_mode=fast)
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_second_derivative_is_refused(self, target, compiled):
+        if self.op.twice:
+            pytest.skip("differentiable twice")
+        maps = self.tiny.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
+        function = lambda m: self.op.function(m, **self.tiny.options)  # noqa: E731
+        outputs = (torch.compile(function, fullgraph=True) if compiled else function)(maps)
+        seeds = [torch.ones_like(o).requires_grad_() for o in outputs]
+
+        def penalise():
+            sum(g.sum() for g in torch.autograd.grad(outputs, maps, seeds, create_graph=True)).backward()
+
+        with pytest.raises(RuntimeError, match=r"twice|double backward"):
+            penalise()
 
     def test_opcheck(self, target):
         backend, device = target

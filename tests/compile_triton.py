@@ -5,11 +5,13 @@ because the tests around it run Triton's interpreter: `python compile_triton.py 
 import json
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction, driver
 
-from fpn_fast.triton import _resample, top_down
+from fpn_fast.triton import _resample, multiscale_roi_align, top_down
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -47,6 +49,62 @@ def compile_kernel(kernel, dtype, arch, channels_last, mode):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+class Driver:
+    """What a launch asks of a GPU before it compiles."""
+
+    def __init__(self, arch):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
+    """The kernels that the op and its gradient launch, for a pyramid of 256 channels."""
+    compiled = []
+
+    def launch(kernel, grid):
+        return lambda *arguments, **options: compiled.append(
+            (kernel, kernel.run(*arguments, grid=grid, warmup=True, **options))
+        )
+
+    JITFunction.__getitem__ = launch
+    driver.set_active(Driver(arch))
+    dtype, form = getattr(torch, dtype), torch.channels_last if channels_last else torch.contiguous_format
+    sizes, scales, thresholds = [(25, 40), (13, 20)], [1 / 16, 1 / 32], [448.0**2]
+    maps = [torch.empty(1, 256, *size, dtype=dtype).contiguous(memory_format=form) for size in sizes]
+    rois = torch.zeros(2, 5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    options = (scales, thresholds, sampling_ratio, False)
+    out = multiscale_roi_align.multiscale_roi_align(maps, rois, None, 7, 7, *options)
+    # One map: the kernel is the same for every one.
+    multiscale_roi_align.multiscale_roi_align_backward(
+        out, rois, None, 1, [*sizes[0]], scales[:1], [], *options[2:], channels_last
+    )
+    return compiled
+
+
+def row(kernel, compiled, arch, dtype, channels_last, mode):
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "arch": arch,
+        "dtype": dtype,
+        "channels_last": channels_last,
+        "mode": mode,
+        "cubin_bytes": len(compiled.asm["cubin"]),
+        "wide_loads": ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b64"),
+        "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
+        "atomics": ptx.count("atom.") + ptx.count("red.global"),
+        "local": ptx.count(".local"),
+    }
+
+
 def main():
     rows = []
     modes = {"nearest": _resample.NEAREST.value, "bilinear": _resample.BILINEAR.value}
@@ -59,21 +117,14 @@ def main():
                 ("float64", False, "bilinear"),
             ]:
                 compiled = compile_kernel(kernel, dtype, arch, channels_last, modes[mode])
-                ptx = compiled.asm["ptx"]
-                rows.append(
-                    {
-                        "kernel": kernel.__name__,
-                        "arch": arch,
-                        "dtype": dtype,
-                        "channels_last": channels_last,
-                        "mode": mode,
-                        "cubin_bytes": len(compiled.asm["cubin"]),
-                        "wide_loads": ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b64"),
-                        "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
-                        "atomics": ptx.count("atom.") + ptx.count("red.global"),
-                        "local": ptx.count(".local"),
-                    }
-                )
+                rows.append(row(kernel, compiled, arch, dtype, channels_last, mode))
+        for dtype, channels_last, sampling_ratio in [
+            ("bfloat16", True, 2),
+            ("float32", False, -1),
+            ("float64", True, 3),
+        ]:
+            for kernel, compiled in compile_roi_align(dtype, arch, channels_last, sampling_ratio):
+                rows.append(row(kernel, compiled, arch, dtype, channels_last, f"sampling_ratio {sampling_ratio}"))
     print(json.dumps(rows))
 
 

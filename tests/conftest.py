@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import os
 
 import pytest
@@ -30,12 +31,47 @@ def _round_to_bfloat16_in_the_interpreter() -> None:
     interpreter._convert_float = rounded
 
 
+def _patch_once_in_the_interpreter() -> None:
+    """Triton's interpreter replaces the functions of triton.language at every call of a function of a kernel, which
+    takes longer than the call. Once is enough, where no kernel is compiled in this process."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if not patched.issuperset(map(id, seen)):
+            patched.update(map(id, seen))
+            patch(function)
+        # Of nothing, for the interpreter to undo when the kernel ends.
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+    # Its check of every sum of integers doubles their cost; tests of it have no tensor of 2^31 elements.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_to_bfloat16_in_the_interpreter()
+    _patch_once_in_the_interpreter()
+    import fpn_fast.triton.multiscale_roi_align
     import fpn_fast.triton.top_down
 
     # The interpreter's time goes by programs, not elements: fewer, larger ones, still several for each launch.
     fpn_fast.triton.top_down.BLOCK_ELEMENTS = 4096
+    fpn_fast.triton.multiscale_roi_align.BLOCK_BYTES = 32768
+    fpn_fast.triton.multiscale_roi_align.BLOCK_SAMPLES = 16
+    fpn_fast.triton.multiscale_roi_align.TILE_SIZE = 32
+    fpn_fast.triton.multiscale_roi_align.BLOCK_GRAD_BYTES = 32768 * 4
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A GPU's arithmetic with infinities and NaN warns nobody.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

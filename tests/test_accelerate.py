@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
 
 import fpn_fast
 
 SIZE = {"min_size": 64, "max_size": 96}
+FPN = ("backbone.fpn", "torchvision.FeaturePyramidNetwork")
+POOLER = ("roi_heads.box_roi_pool", "torchvision.MultiScaleRoIAlign")
 
 
 def detector(kind):
@@ -22,38 +25,55 @@ def detector(kind):
     return RetinaNet(backbone, num_classes=4, **SIZE)
 
 
-def batch():
+def batch(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, 60, 90, generator=generator), torch.rand(3, 64, 70, generator=generator)]
-    boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]])
+    images = [torch.rand(3, *size, generator=generator, dtype=dtype) for size in ((60, 90), (64, 70))]
+    boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
     return images, [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
 
 
-def losses_and_gradients(model):
+def losses_and_gradients(model, dtype):
     model.zero_grad()
     torch.manual_seed(5)
-    losses = model(*batch())
+    losses = model(*batch(dtype))
     sum(losses.values()).backward()
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
-def test_same_detections_losses_and_gradients(kind):
-    plain = detector(kind)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "swapped"),
+    [
+        # The pooler rounds in another order: in float64 that is too little to change a decision.
+        ("faster_rcnn", torch.float64, [FPN, POOLER]),
+        ("retinanet", torch.float32, [FPN]),
+    ],
+    ids=["faster_rcnn", "retinanet"],
+)
+def test_same_detections_losses_and_gradients(kind, dtype, swapped):
+    plain = detector(kind).to(dtype)
     fast = copy.deepcopy(plain)
     report = fpn_fast.accelerate(fast)
-    assert [(e.name, e.module) for e in report.swapped] == [("backbone.fpn", "torchvision.FeaturePyramidNetwork")]
-    expected, expected_grads = losses_and_gradients(plain)
-    losses, grads = losses_and_gradients(fast)
+    assert [(e.name, e.module) for e in report.swapped] == swapped
+    expected, expected_grads = losses_and_gradients(plain, dtype)
+    losses, grads = losses_and_gradients(fast, dtype)
+    rounding = 1e-6 if dtype == torch.float32 else 1e-13
     assert losses.keys() == expected.keys()
     for name in losses:
-        torch.testing.assert_close(losses[name], expected[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(losses[name], expected[name], rtol=rounding, atol=rounding / 10)
     assert grads.keys() == expected_grads.keys()
     for name in grads:
         scale = expected_grads[name].abs().max().item()
-        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
-    for a, b in zip(fast.eval()(batch()[0]), plain.eval()(batch()[0]), strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in b)
+        torch.testing.assert_close(
+            grads[name], expected_grads[name], rtol=1e3 * rounding, atol=1e2 * rounding * scale, msg=name
+        )
+    images = batch(dtype)[0]
+    for ours, theirs in zip(fast.eval()(images), plain.eval()(images), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            if POOLER in swapped:
+                torch.testing.assert_close(ours[key], theirs[key], rtol=1e2 * rounding, atol=1e2 * rounding)
+            else:
+                assert torch.equal(ours[key], theirs[key])
 
 
 def test_keeps_everything_and_is_undone():
@@ -77,8 +97,9 @@ def test_keeps_everything_and_is_undone():
     assert ("backbone.fpn", "fused already") in [(e.name, e.note) for e in again.left]
 
     undone = fpn_fast.restore(model)
-    assert [e.name for e in undone.swapped] == ["backbone.fpn"]
+    assert [e.name for e in undone.swapped] == ["backbone.fpn", "roi_heads.box_roi_pool"]
     assert type(model.backbone.fpn) is FeaturePyramidNetwork
+    assert type(model.roi_heads.box_roi_pool) is MultiScaleRoIAlign
     assert fpn_fast.restore(model).swapped == []
 
 
@@ -92,16 +113,17 @@ def test_checkpoints_go_both_ways_and_copies_stay_fused():
     buffer.seek(0)
     for again in (copy.deepcopy(fast), torch.load(buffer, weights_only=False)):
         assert type(again.backbone.fpn) is fpn_fast.nn.FeaturePyramidNetwork
+        assert type(again.roi_heads.box_roi_pool) is fpn_fast.nn.MultiScaleRoIAlign
 
 
 def test_report_says_what_was_left_and_why():
     model = detector("faster_rcnn")
     report = fpn_fast.accelerate(model)
     left = {e.name: e.note for e in report.left}
-    assert left["roi_heads.box_roi_pool"] == "no fused form in this version"
-    assert set(left) == {"rpn", "rpn.anchor_generator", "roi_heads.box_roi_pool"}
+    assert left["rpn.anchor_generator"] == "no fused form in this version"
+    assert set(left) == {"rpn", "rpn.anchor_generator"}
     text = str(report)
-    assert text.splitlines()[0] == "fpn_fast: 1 swapped, 3 left"
+    assert text.splitlines()[0] == "fpn_fast: 2 swapped, 2 left"
     assert "now fpn_fast.FeaturePyramidNetwork" in text
     assert report.as_dict()["swapped"][0]["name"] == "backbone.fpn"
 
@@ -116,12 +138,16 @@ def test_subclasses_are_left():
     assert report.left[0].note == "a subclass of torchvision.FeaturePyramidNetwork, which may compute something else"
 
 
-def test_a_pyramid_by_itself_and_models_without_one():
+def test_modules_by_themselves_and_models_without_one():
     fpn = FeaturePyramidNetwork([8], 4)
     assert fpn_fast.accelerate(fpn).swapped[0].name == ""
     assert type(fpn) is fpn_fast.nn.FeaturePyramidNetwork
     assert str(fpn_fast.accelerate(nn.Linear(2, 2))) == "fpn_fast: nothing in this model has a fused form"
-    assert len(fpn_fast.accelerate(MultiScaleRoIAlign(["0"], 7, 2)).left) == 1
+    assert len(fpn_fast.accelerate(AnchorGenerator()).left) == 1
+    for pooler in (MultiScaleRoIAlign(["0"], 7, 2), RoIAlign(7, 0.25, 2)):
+        kind = type(pooler).__name__
+        assert fpn_fast.accelerate(pooler).swapped[0].note == f"now fpn_fast.{kind}"
+        assert type(pooler) is getattr(fpn_fast.nn, kind)
     for function in (fpn_fast.accelerate, fpn_fast.restore):
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
             function({})

@@ -8,7 +8,6 @@ from battery import Battery, Case, Op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fpn_fast import backends, ops, reference
-from fpn_fast.ops import _registration
 from fpn_fast.ops.top_down import _BACKWARD, _FORWARD
 from fpn_fast.reference.top_down import nearest_sources
 
@@ -171,7 +170,7 @@ def test_schemas_of_both_namespaces_are_equal():
     pytest.importorskip("triton")
     for forms in (_FORWARD, _BACKWARD):
         schemas = {str(op._schema).partition("::")[2] for op in forms.values()}
-        assert len(forms) == len(_registration.NAMESPACES)
+        assert set(forms) == {"cpp", "triton"}
         assert len(schemas) == 1
 
 

@@ -202,7 +202,7 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
     figures = figures_of(output)
     eager, fused = figures["eager"], figures["fused"]
     assert eager["swapped"] is None
-    assert "backbone.fpn" in [entry["name"] for entry in fused["swapped"]["swapped"]]
+    assert [entry["name"] for entry in fused["swapped"]["swapped"]] == ["backbone.fpn", "roi_heads.box_roi_pool"]
     assert len(eager["losses"]) == len(fused["losses"]) == figures["steps"] == 3
     # Loss of a few units in float32, from some 10^3 terms: rounding alone.
     difference = figures["loss_difference"]
@@ -213,6 +213,9 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
     assert difference["at_equal_weights"]["gradient_relative"] <= 1e-3
     assert set(figures["merge"]["median_seconds"]) == {"eager", "fused"}
     assert [shape[1] for shape in figures["merge"]["laterals"]] == [256] * 4
+    assert set(figures["pooler"]["median_seconds"]) == {"eager", "fused"}
+    assert [shape[1] for shape in figures["pooler"]["maps"]] == [256] * 4
+    assert 0 < figures["pooler"]["boxes"] <= 128
     assert all(len(track["step_seconds"]) == 3 and min(track["step_seconds"]) > 0 for track in (eager, fused))
     assert eager["test"]["images"] == fused["test"]["images"] == 2
     for picture in ("detections.png", "loss_curves.png"):
@@ -221,7 +224,14 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
             assert len(image.convert("L").histogram()) - image.convert("L").histogram().count(0) > 20
         assert str(output / picture) in figures["pictures"]
     printed = capsys.readouterr().out
-    for wanted in ("step time", "merge time", "largest loss difference", "detections.png", "figures.json"):
+    for wanted in (
+        "step time",
+        "merge time",
+        "pooler time",
+        "largest loss difference",
+        "detections.png",
+        "figures.json",
+    ):
         assert wanted in printed
 
 
@@ -236,7 +246,7 @@ def test_a_time_budget_ends_a_run_that_amp_can_go_on_from(output: Path) -> None:
     figures = figures_of(output)
     assert figures["ended_by"] == "time budget"
     assert figures["steps"] == 1
-    assert figures["merge"]["dtype"] == "torch.bfloat16"
+    assert figures["merge"]["dtype"] == figures["pooler"]["dtype"] == "torch.bfloat16"
     # Another backend may go on: the weights are the same.
     assert train(output, "--amp", "--steps", 2, "--resume", "--backend", "eager") == 0
     resumed = figures_of(output)["eager"]["losses"]

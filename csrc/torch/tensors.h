@@ -47,11 +47,11 @@ inline bool is_channels_last(const Tensor& map) {
   return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous();
 }
 
-// An unwritten map of the type, device, batch and channels of `like`. Through the C shim, because torch::stable::empty
-// looks its operator up by name, which costs a call on tiny maps more than the rest of it together.
-inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
+// Unwritten maps of the type, device and channels of `like`. Through the C shim, because torch::stable::empty looks its
+// operator up by name, which costs a call on tiny maps more than the rest of it together.
+inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int64_t width, bool channels_last) {
   const int64_t channels = like.size(1);
-  const int64_t sizes[4] = {like.size(0), channels, height, width};
+  const int64_t sizes[4] = {batch, channels, height, width};
   const int64_t image = std::max<int64_t>(channels, 1) * height * width;
   const int64_t first[4] = {image, height * width, width, 1};
   const int64_t last[4] = {image, 1, width * channels, channels};
@@ -62,6 +62,11 @@ inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, channels_last ? last : first, dtype, device_type,
                                                          like.get_device_index(), &map));
   return Tensor(map);
+}
+
+// The same with the batch of `like`.
+inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
+  return empty_maps(like, like.size(0), height, width, channels_last);
 }
 
 template <class T>

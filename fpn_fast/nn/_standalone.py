@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the feature pyramid needs of torchvision, for machines without it: same keys, initialisation and results."""
+"""What our modules need of torchvision, for machines without it: same keys, initialisation and attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fpn_fast import ops
+from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 
 class ExtraFPNBlock(nn.Module):
@@ -97,3 +100,68 @@ class FeaturePyramidNetwork(nn.Module):
                         if old in state_dict:
                             state_dict[f"{prefix}{blocks}.{i}.0.{name}"] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+
+class RoIAlign(nn.Module):
+    """Arguments of a RoIAlign; fpn_fast.nn.RoIAlign adds the forward."""
+
+    def __init__(
+        self, output_size: int | tuple[int, int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned})"
+        )
+
+
+class LevelMapper:
+    """The levels of boxes in a pyramid of levels k_min to k_max; eps is torchvision's and cannot be chosen."""
+
+    eps = 1e-6
+
+    def __init__(self, k_min: int, k_max: int, canonical_scale: int = 224, canonical_level: int = 4) -> None:
+        self.k_min = k_min
+        self.k_max = k_max
+        self.s0 = canonical_scale
+        self.lvl0 = canonical_level
+
+    def __call__(self, boxlists: Sequence[Tensor]) -> Tensor:
+        """[L_i, 4] of each image -> [sum of L_i] int64, 0 for level k_min."""
+        scales = [2.0**-level for level in range(self.k_min, self.k_max + 1)]
+        rois = rois_of_images(boxlists)
+        return ops.assign_levels(rois, scales, canonical_scale=self.s0, canonical_level=self.lvl0)
+
+
+class MultiScaleRoIAlign(nn.Module):
+    """Arguments of a pooler and what it keeps; fpn_fast.nn.MultiScaleRoIAlign adds the forward."""
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int | tuple[int, int] | list[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        self.featmap_names = featmap_names
+        self.sampling_ratio = sampling_ratio
+        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+        self.scales: list[float] | None = None
+        self.map_levels: LevelMapper | None = None
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(featmap_names={self.featmap_names}, output_size={self.output_size}, "
+            f"sampling_ratio={self.sampling_ratio})"
+        )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives an op of both namespaces its fake and autograd rules in one call.
+"""Gives an op of every namespace its fake and autograd rules in one call.
 
-The dispatcher has one CUDA slot for each op, so the compiled ops live in ``fpn_fast::`` and the Triton ones in
-``fpn_fast_triton::``, with equal schemas.
+The dispatcher has one CUDA slot for each op, so the compiled ops live in ``fpn_fast::``, the Triton ones in
+``fpn_fast_triton::``, and where plain PyTorch cannot be traced the reference in ``fpn_fast_reference::``, with equal
+schemas.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from fpn_fast import _library, backends
+from fpn_fast.ops._schemas import SCHEMAS
 
 #: Backend -> namespace, of the backends that are torch ops.
-NAMESPACES = {"cpp": "fpn_fast", "triton": "fpn_fast_triton"}
+NAMESPACES = {"cpp": "fpn_fast", "triton": "fpn_fast_triton", "reference": "fpn_fast_reference"}
+_reference_library = torch.library.Library("fpn_fast_reference", "DEF")
 
 
 def _has_ops(backend: str) -> bool:
@@ -30,16 +33,24 @@ def register_op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[[str], Callable[..., Any]],
+    reference: Callable[..., Any] | None = None,
 ) -> dict[str, torch._ops.OpOverload]:
     """Registers the rules of op `name` in every namespace that has it.
 
     backward: given a backend's name, the op's backward, so that a gradient is computed by the backend of its forward.
+    reference: the op in plain PyTorch, where that looks at numbers and so has to be an op for a tracer; None where a
+        tracer can follow it.
 
     Returns: backend -> op.
     """
     found = {}
     for backend, namespace in NAMESPACES.items():
-        if not _has_ops(backend):
+        if backend == "reference":
+            if reference is None:
+                continue
+            _reference_library.define(name + SCHEMAS[name])
+            _reference_library.impl(name, reference, "CompositeExplicitAutograd")
+        elif not _has_ops(backend):
             continue
         if backend == "triton":
             import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
+from fpn_fast.ops._checks import check_maps
 from fpn_fast.ops._registration import register_op, traced
 
 # csrc/common/resample.h: enum class Resample.
 _NEAREST, _BILINEAR, _BILINEAR_ALIGN_CORNERS = 0, 1, 2
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def top_down(
@@ -118,39 +118,7 @@ def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
 
 
 def _check_laterals(laterals: list[Tensor]) -> list[Tensor]:
-    if not laterals:
-        raise ValueError("laterals must hold at least one map, got an empty sequence")
-    for i, lateral in enumerate(laterals):
-        if not isinstance(lateral, Tensor):
-            raise TypeError(f"laterals must be tensors, got {type(lateral).__name__} at {i}")
-    first = laterals[0]
-    dtype, device = first.dtype, first.device
-    mixed = False
-    for i, lateral in enumerate(laterals):
-        if lateral.dtype not in _DTYPES:
-            raise TypeError(f"laterals must be float64, float32, float16 or bfloat16, got {lateral.dtype} at {i}")
-        shape = lateral.shape
-        if len(shape) != 4:
-            raise ValueError(f"laterals must be [N, C, H, W], got {tuple(shape)} at {i}")
-        if i == 0:
-            batch, channels = shape[0], shape[1]
-        elif shape[0] != batch or shape[1] != channels:
-            raise ValueError(f"laterals must share N and C, {(batch, channels)}, got {tuple(shape)} at {i}")
-        if shape[2] < 1 or shape[3] < 1:
-            raise ValueError(f"laterals must have at least 1 x 1 pixel, got {tuple(shape)} at {i}")
-        if lateral.device != device:
-            raise ValueError(f"laterals must be on one device, {device}, got {lateral.device} at {i}")
-        mixed |= lateral.dtype != dtype
-    return _promote(laterals) if mixed else laterals
-
-
-def _promote(laterals: list[Tensor]) -> list[Tensor]:
-    if not torch.is_autocast_enabled(laterals[0].device.type):
-        raise TypeError(f"laterals must be of one dtype outside autocast, got {[str(m.dtype) for m in laterals]}")
-    widest = laterals[0].dtype
-    for lateral in laterals[1:]:
-        widest = torch.promote_types(widest, lateral.dtype)
-    return [lateral.to(widest) for lateral in laterals]
+    return check_maps(laterals, "laterals")
 
 
 def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:

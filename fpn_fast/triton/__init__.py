@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from fpn_fast import backends
+from fpn_fast.ops._schemas import SCHEMAS
 
-library = torch.library.Library("fpn_fast_triton", "DEF")
+_library = torch.library.Library("fpn_fast_triton", "DEF")
 
-# In the interpreter the kernels also run on CPU tensors.
-DEVICES = ("CUDA", "CPU") if backends.triton_interprets() else ("CUDA",)
 
-from fpn_fast.triton import top_down  # noqa: E402, F401  registers its ops in `library`
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Makes `function` the op `name` on CUDA tensors, and in the interpreter on CPU tensors."""
+    _library.define(name + SCHEMAS[name])
+    for device in ("CUDA", "CPU") if backends.triton_interprets() else ("CUDA",):
+        _library.impl(name, function, device)
+
+
+from fpn_fast.triton import multiscale_roi_align, top_down  # noqa: E402, F401  register their ops

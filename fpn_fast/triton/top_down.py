@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_fast._memory_format import is_channels_last, memory_format
-from fpn_fast.triton import DEVICES, _resample, library
+from fpn_fast.triton import _resample, register
 from fpn_fast.triton._resample import bilinear_source, nearest_source, target_range, target_weight
 
 # 1024 elements, 8 to a thread of 4 warps at 16 bits: one 16-byte access each for bfloat16, two for float32.
@@ -217,10 +217,5 @@ def top_down_backward(
     return sums
 
 
-library.define("top_down(Tensor[] laterals, int mode, bool average) -> Tensor[]")
-library.define(
-    "top_down_backward(Tensor[] grads, SymInt coarse_height, SymInt coarse_width, int mode, bool average) -> Tensor[]"
-)
-for _device in DEVICES:
-    library.impl("top_down", top_down, _device)
-    library.impl("top_down_backward", top_down_backward, _device)
+register("top_down", top_down)
+register("top_down_backward", top_down_backward)

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arithmetic that no compiler contracts to a fused multiply-add, for values that decide something (a level, whether a
+// sample is on the map, how many samples there are): every backend then decides alike. The CPU build contracts nothing.
+#pragma once
+
+#include "host_device.h"
+
+namespace fpn_fast {
+
+#ifdef __CUDA_ARCH__
+HOST_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+HOST_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
+HOST_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+HOST_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+HOST_DEVICE float subtract(float a, float b) { return __fsub_rn(a, b); }
+HOST_DEVICE double subtract(double a, double b) { return __dsub_rn(a, b); }
+HOST_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+HOST_DEVICE double divide(double a, double b) { return __ddiv_rn(a, b); }
+#else
+template <class acc_t>
+HOST_DEVICE acc_t multiply(acc_t a, acc_t b) {
+  return a * b;
+}
+template <class acc_t>
+HOST_DEVICE acc_t add(acc_t a, acc_t b) {
+  return a + b;
+}
+template <class acc_t>
+HOST_DEVICE acc_t subtract(acc_t a, acc_t b) {
+  return a - b;
+}
+template <class acc_t>
+HOST_DEVICE acc_t divide(acc_t a, acc_t b) {
+  return a / b;
+}
+#endif
+
+}  // namespace fpn_fast

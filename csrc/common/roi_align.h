@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// RoIAlign along one axis.
+//
+// Note [RoIAlign is separable]
+// A bin is the mean over a grid of samples, each bilinear. The weights, the border and the rule for samples outside the
+// map act on each axis alone, so out = Wy F Wx^T / count and its gradient dF = Wy^T G Wx / count, where a row of Wy
+// holds the summed weights with which one bin reads each row of the map. What follows makes those rows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "exact.h"
+#include "host_device.h"
+#include "resample.h"
+
+namespace fpn_fast {
+
+// An adaptive grid has a sample for each pixel of a bin. A bin larger than this has none: the mean of what it reads,
+// over as many samples outside of every map, is zero but for rounding.
+constexpr int kMaxAdaptiveSamples = 1 << 20;
+
+// How far float rounding can move the first or last sample on the map from its estimate: coordinates of a bin below
+// 2^20 pixels err by less than two, and samples are more than half a pixel apart.
+constexpr int kSampleMargin = 8;
+
+template <class acc_t>
+struct RoiAxis {
+  acc_t start, bin;  // of the RoI's first bin, and the size of each, in pixels of the map
+  int samples;       // in a bin
+  int size;          // of the map
+};
+
+// [lo, hi] in image pixels, on a map of `size` pixels and `scale` pixels per image pixel.
+template <class acc_t>
+HOST_DEVICE RoiAxis<acc_t> make_roi_axis(acc_t lo, acc_t hi, acc_t scale, int size, int pooled, int sampling_ratio,
+                                         bool aligned) {
+  const acc_t offset = aligned ? acc_t(0.5) : acc_t(0);
+  RoiAxis<acc_t> axis{subtract(multiply(lo, scale), offset), 0, sampling_ratio, size};
+  acc_t extent = subtract(subtract(multiply(hi, scale), offset), axis.start);
+  if (!aligned) extent = extent > 1 ? extent : acc_t(1);
+  axis.bin = divide(extent, static_cast<acc_t>(pooled));
+  if (sampling_ratio <= 0) {
+    axis.samples = axis.bin > 0 && axis.bin <= kMaxAdaptiveSamples ? static_cast<int>(ceil(axis.bin)) : 0;
+  }
+  return axis;
+}
+
+// One over the samples of a bin, in both axes.
+template <class acc_t>
+HOST_DEVICE acc_t inverse_count(const RoiAxis<acc_t>& rows, const RoiAxis<acc_t>& cols) {
+  const acc_t count = static_cast<acc_t>(rows.samples) * static_cast<acc_t>(cols.samples);
+  return 1 / (count > 1 ? count : acc_t(1));
+}
+
+template <class acc_t>
+HOST_DEVICE acc_t sample_coordinate(const RoiAxis<acc_t>& axis, int bin, int sample) {
+  const acc_t within = divide(multiply(sample + acc_t(0.5), axis.bin), static_cast<acc_t>(axis.samples));
+  return add(add(axis.start, multiply(static_cast<acc_t>(bin), axis.bin)), within);
+}
+
+// The pixels that a sample reads, and whether it is on the map; one up to a pixel outside reads the border.
+template <class acc_t>
+HOST_DEVICE bool sample_taps(const RoiAxis<acc_t>& axis, int bin, int sample, Taps<acc_t>& taps) {
+  acc_t coordinate = sample_coordinate(axis, bin, sample);
+  // Written so that NaN fails.
+  if (!(coordinate >= -1 && coordinate <= axis.size)) return false;
+  coordinate = coordinate > 0 ? coordinate : acc_t(0);
+  const int floor = static_cast<int>(coordinate);
+  if (floor >= axis.size - 1) {
+    taps = {axis.size - 1, axis.size - 1, 1, 0};
+  } else {
+    const acc_t weight_hi = coordinate - floor;
+    taps = {floor, floor + 1, 1 - weight_hi, weight_hi};
+  }
+  return true;
+}
+
+// Samples of `bin` that can lie in [lo, hi]: all of them but for large grids.
+template <class acc_t>
+HOST_DEVICE Range samples_between(const RoiAxis<acc_t>& axis, int bin, int lo, int hi) {
+  if (axis.samples <= 2 * kSampleMargin || !(axis.bin > 0)) return {0, axis.samples};
+  const acc_t base = axis.start + static_cast<acc_t>(bin) * axis.bin;
+  const acc_t per_pixel = axis.samples / axis.bin;
+  const auto clamped = [&](acc_t sample) {
+    return sample > 0 ? (sample < axis.samples ? static_cast<int>(sample) : axis.samples) : 0;
+  };
+  return {clamped((lo - base) * per_pixel - kSampleMargin), clamped((hi - base) * per_pixel + kSampleMargin)};
+}
+
+// Samples of `bin` that can be on the map; an adaptive grid may be far larger than that.
+template <class acc_t>
+HOST_DEVICE Range samples_near_map(const RoiAxis<acc_t>& axis, int bin) {
+  return samples_between(axis, bin, -1, axis.size);
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// Multi-level RoIAlign on the CPU. Each RoI's taps are found once for all channels, equal pixels merged. Two loop nests
+// serve every layout:
+//   - pixels (channels_last): a bin is the weighted sum of its pixels' channel vectors, whose accumulators stay in
+//     registers; a task is a run of RoIs;
+//   - planes (channels_first, and any other strides): a task is a plane of one channel, which stays in the core's cache
+//     while all RoIs of its image read it: rows are blended into one vector along W, which the columns' taps then read.
+#include "../torch/multiscale_roi_align.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "huge_pages.h"
+#include "pack.h"
+#include "parallel.h"
+#include "roi_taps.h"
+
+namespace fpn_fast {
+namespace {
+
+template <class T>
+struct PixelTap {
+  const T* pixel;
+  acc_type<T> weight;
+};
+
+// Channels [c, c + kPacks * kPackLanes) of one bin.
+template <int kPacks, class T, class acc_t = acc_type<T>>
+HOST_DEVICE void pool_channels(const std::vector<PixelTap<T>>& taps, acc_t inverse_count, int c, T* out) {
+  Pack<acc_t> sums[kPacks] = {};
+  for (const PixelTap<T>& tap : taps) {
+    for (int i = 0; i < kPacks; ++i) {
+      Pack<acc_t> values;
+      load_pack(tap.pixel + c + i * kPackLanes, values);
+      sums[i] += tap.weight * values;
+    }
+  }
+  for (int i = 0; i < kPacks; ++i) store_pack<T>(out + c + i * kPackLanes, sums[i] * inverse_count);
+}
+
+template <class T, class acc_t = acc_type<T>>
+HOST_DEVICE void pool_pixels(const FeatureMap<const T>& map, const RoiTaps<acc_t>& roi, const FeatureMap<T>& out,
+                             int64_t k, std::vector<PixelTap<T>>& taps) {
+  constexpr int kPacks = 8;
+  const int channels = static_cast<int>(out.channels);
+  const bool adjacent = map.stride_c == 1;
+  for (int ph = 0; ph < out.height; ++ph) {
+    for (int pw = 0; pw < out.width; ++pw) {
+      taps.clear();
+      for (int i = roi.rows.begin[ph]; i < roi.rows.begin[ph + 1]; ++i) {
+        const Tap<acc_t>& row = roi.rows.taps[i];
+        for (int j = roi.cols.begin[pw]; j < roi.cols.begin[pw + 1]; ++j) {
+          const Tap<acc_t>& col = roi.cols.taps[j];
+          taps.push_back({map.at(roi.image, 0, row.pixel, col.pixel), row.weight * col.weight});
+        }
+      }
+      T* bin = out.at(k, 0, ph, pw);
+      int c = 0;
+      if (adjacent) {
+        for (; c + kPacks * kPackLanes <= channels; c += kPacks * kPackLanes) {
+          pool_channels<kPacks>(taps, roi.inverse_count, c, bin);
+        }
+        for (; c + kPackLanes <= channels; c += kPackLanes) pool_channels<1>(taps, roi.inverse_count, c, bin);
+      }
+      for (; c < channels; ++c) {
+        acc_t sum = 0;
+        for (const PixelTap<T>& tap : taps) sum += tap.weight * to_acc(tap.pixel[c * map.stride_c]);
+        bin[c] = Rounded<T>::from(sum * roi.inverse_count);
+      }
+    }
+  }
+}
+
+// A RoI's columns on its map, in whole packs where the map is wide enough.
+template <class acc_t>
+struct Span {
+  int first, width;
+  bool packed;
+
+  HOST_DEVICE Span(const AxisTaps<acc_t>& cols, int map_width, bool adjacent) {
+    const int packs = (cols.last - cols.first) / kPackLanes + 1;
+    packed = adjacent && packs * kPackLanes <= map_width;
+    first = packed ? std::min(cols.first, map_width - packs * kPackLanes) : cols.first;
+    width = packed ? packs * kPackLanes : cols.last - first + 1;
+  }
+};
+
+// One channel of a RoI. `blended` has room for a row of the widest map.
+template <class T, class acc_t = acc_type<T>>
+HOST_DEVICE void pool_plane(const FeatureMap<const T>& map, const RoiTaps<acc_t>& roi, const FeatureMap<T>& out,
+                            int64_t k, int64_t c, acc_t* blended) {
+  const Span<acc_t> span(roi.cols, map.width, false);
+  const T* corner = map.at(roi.image, c, 0, span.first);
+  for (int ph = 0; ph < out.height; ++ph) {
+    for (int x = 0; x < span.width; ++x) {
+      acc_t sum = 0;
+      for (int i = roi.rows.begin[ph]; i < roi.rows.begin[ph + 1]; ++i) {
+        const Tap<acc_t>& row = roi.rows.taps[i];
+        sum += row.weight * to_acc(corner[row.pixel * map.stride_h + x * map.stride_w]);
+      }
+      blended[x] = sum;
+    }
+    T* out_row = out.at(k, c, ph, 0);
+    for (int pw = 0; pw < out.width; ++pw) {
+      acc_t sum = 0;
+      for (int j = roi.cols.begin[pw]; j < roi.cols.begin[pw + 1]; ++j) {
+        sum += roi.cols.taps[j].weight * blended[roi.cols.taps[j].pixel - span.first];
+      }
+      out_row[pw * out.stride_w] = Rounded<T>::from(sum * roi.inverse_count);
+    }
+  }
+}
+
+// kPackLanes channels of a RoI, from `c` on: rows are blended as vectors along W, columns as vectors of channels.
+// `blended` has room for a row of the widest map, a pack an element; `pooled` for the bins, and a pack more.
+template <class T, class acc_t = acc_type<T>>
+HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t>& roi, const Span<acc_t>& span,
+                             const FeatureMap<T>& out, int64_t k, int64_t c, acc_t* blended, acc_t* pooled) {
+  const T* corner = map.at(roi.image, c, 0, span.first);
+  const int bins = out.height * out.width;
+  const int row_of_bins = bins + kPackLanes;
+  for (int ph = 0; ph < out.height; ++ph) {
+    const Tap<acc_t>* rows = roi.rows.taps + roi.rows.begin[ph];
+    const int count = roi.rows.begin[ph + 1] - roi.rows.begin[ph];
+    for (int x = 0; x < span.width; x += kPackLanes) {
+      Pack<acc_t> sums[kPackLanes];
+      for (int channel = 0; channel < kPackLanes; ++channel) {
+        const T* column = corner + channel * map.stride_c + x;
+        sums[channel] = Pack<acc_t>{};
+        for (int row = 0; row < count; ++row) {
+          Pack<acc_t> values;
+          load_pack(column + rows[row].pixel * map.stride_h, values);
+          sums[channel] += rows[row].weight * values;
+        }
+      }
+      transpose<acc_t>(sums);
+      std::memcpy(blended + x * kPackLanes, sums, sizeof sums);
+    }
+    for (int pw = 0; pw < out.width; pw += kPackLanes) {
+      Pack<acc_t> sums[kPackLanes] = {};
+      for (int i = 0; i < kPackLanes && pw + i < out.width; ++i) {
+        for (int j = roi.cols.begin[pw + i]; j < roi.cols.begin[pw + i + 1]; ++j) {
+          Pack<acc_t> values;
+          load_pack(blended + (roi.cols.taps[j].pixel - span.first) * kPackLanes, values);
+          sums[i] += roi.cols.taps[j].weight * values;
+        }
+        sums[i] *= roi.inverse_count;
+      }
+      transpose<acc_t>(sums);
+      // What a pack has beyond the row is overwritten by the next row, or lies in the spare pack.
+      for (int channel = 0; channel < kPackLanes; ++channel) {
+        store_pack<acc_t>(pooled + channel * row_of_bins + ph * out.width + pw, sums[channel]);
+      }
+    }
+  }
+  for (int channel = 0; channel < kPackLanes; ++channel) {
+    T* target = out.at(k, c + channel, 0, 0);
+    const acc_t* source = pooled + channel * row_of_bins;
+    FPN_FAST_IVDEP
+    for (int i = 0; i < bins; ++i) target[i] = Rounded<T>::from(source[i]);
+  }
+}
+
+template <class T>
+void clear_row(const FeatureMap<T>& out, int64_t k) {
+  // The output is dense in either format.
+  std::memset(out.at(k, 0, 0, 0), 0, sizeof(T) * out.channels * out.height * out.width);
+}
+
+template <class T, class acc_t = acc_type<T>>
+void pool(const std::vector<FeatureMap<const T>>& maps, const RoiAlignArguments<acc_t>& arguments,
+          const FeatureMap<T>& out) {
+  const RoiTapTable<acc_t> rois(arguments, map_sizes(maps));
+  const int64_t bins = int64_t{out.height} * out.width;
+  if (channels_adjacent(out)) {
+    parallel_rows(rois.size(), 8 * bins * out.channels, [&](int64_t begin, int64_t end) {
+      std::vector<PixelTap<T>> taps;
+      for (int64_t k = begin; k < end; ++k) {
+        rois[k].reads_nothing() ? clear_row(out, k) : pool_pixels(maps[rois[k].level], rois[k], out, k, taps);
+      }
+    });
+    return;
+  }
+  for (int64_t k = 0; k < rois.size(); ++k) {
+    if (rois[k].reads_nothing()) clear_row(out, k);
+  }
+  int widest = 0;
+  for (const auto& map : maps) widest = std::max(widest, map.width);
+  auto images = rois_by_image(rois, arguments.batch);
+  for (auto& image : images) {
+    // Down each map: what one RoI read is still in cache for the next.
+    std::sort(image.begin(), image.end(), [&](int64_t a, int64_t b) {
+      return std::pair(rois[a].level, rois[a].rows.first) < std::pair(rois[b].level, rois[b].rows.first);
+    });
+  }
+  const int64_t rois_per_image = rois.size() / std::max<int64_t>(arguments.batch, 1) + 1;
+  // A task is a group of channels of an image, whose planes stay in cache.
+  const int64_t groups = (out.channels + kPackLanes - 1) / kPackLanes;
+  parallel_rows(arguments.batch * groups, 64 * bins * rois_per_image, [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> blended(kPackLanes * (widest + kPackLanes)), pooled(kPackLanes * (bins + kPackLanes));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % groups * kPackLanes, last = std::min(first + kPackLanes, out.channels);
+      for (const int64_t k : images[task / groups]) {
+        const RoiTaps<acc_t>& roi = rois[k];
+        const FeatureMap<const T>& map = maps[roi.level];
+        const Span<acc_t> span(roi.cols, map.width, map.stride_w == 1 && last - first == kPackLanes);
+        if (span.packed) {
+          pool_planes(map, roi, span, out, k, first, blended.data(), pooled.data());
+        } else {
+          for (int64_t c = first; c < last; ++c) {
+            pool_plane(map, roi, out, k, c, blended.data());
+          }
+        }
+      }
+    }
+  });
+}
+
+Tensor multiscale_roi_align_cpu(std::vector<Tensor> features, Tensor rois, std::optional<Tensor> levels,
+                                int64_t pooled_height, int64_t pooled_width, std::vector<double> scales,
+                                std::vector<double> thresholds, int64_t sampling_ratio, bool aligned) {
+  Tensor pooled = empty_pooled(features, rois, levels, pooled_height, pooled_width, scales, thresholds, sampling_ratio);
+  if (pooled.numel() == 0) return pooled;
+  dispatch_floating(features[0].scalar_type(), "multiscale_roi_align", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    advise_huge_pages(pooled.data_ptr(), pooled.numel() * sizeof(T));
+    pool<T>(to_feature_maps<const T>(features),
+            roi_align_arguments<acc_type<T>>(rois, levels, features[0].size(0), features[0].size(1), pooled_height,
+                                             pooled_width, scales, thresholds, sampling_ratio, aligned),
+            to_feature_map<T>(pooled));
+  });
+  return pooled;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
+  library.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align_cpu));
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levels of RoIs and RoIAlign along one axis: the twin of csrc/common/levels.h and roi_align.h, with their names.
+
+A kernel that calls these is compiled without contraction to fused multiply-adds (:data:`EXACT`), for they decide: which
+map, how many samples, whether one is on the map. What is summed asks for ``tl.fma`` itself.
+
+SAMPLES is the number of samples along each axis of a bin where the compiler is to know it, and 0 otherwise.
+"""
+
+import triton
+import triton.language as tl
+
+from fpn_fast.triton._resample import divide
+
+#: Launch options of kernels that use this file; the interpreter, which contracts nothing, ignores them.
+EXACT = {"enable_fp_fusion": False}
+
+MAX_ADAPTIVE_SAMPLES = tl.constexpr(1 << 20)
+SAMPLE_MARGIN = tl.constexpr(8)
+
+
+@triton.jit
+def locate_roi(image, x1, y1, x2, y2, given, thresholds, batch, LEVELS: tl.constexpr, HAS_LEVELS: tl.constexpr):
+    """(level, image) of each RoI; level -1: none."""
+    known = (image > -1) & (image < batch.to(image.dtype))
+    known = known & (x1 == x1) & (y1 == y1) & (x2 == x2) & (y2 == y2)
+    if HAS_LEVELS:
+        level = tl.where((given >= 0) & (given < LEVELS), given, -1).to(tl.int32)
+    elif LEVELS == 1:
+        level = tl.zeros_like(image).to(tl.int32)
+    else:
+        area = (x2.to(tl.float32) - x1.to(tl.float32)) * (y2.to(tl.float32) - y1.to(tl.float32))
+        level = tl.zeros_like(image).to(tl.int32)
+        for i in tl.static_range(len(thresholds)):
+            level += (area >= thresholds[i]).to(tl.int32)
+        level = tl.where((area >= 0) & (level < LEVELS), level, -1)
+    return tl.where(known, level, -1), tl.where(known, image, 0).to(tl.int32)
+
+
+@triton.jit
+def roi_extent(lo, hi, scale, ALIGNED: tl.constexpr):
+    """(start, extent) of the RoI in pixels of the map."""
+    if ALIGNED:
+        start = lo * scale - 0.5
+        return start, hi * scale - 0.5 - start
+    else:
+        start = lo * scale
+        extent = hi * scale - start
+        return start, tl.where(extent > 1, extent, 1.0)
+
+
+@triton.jit
+def make_roi_axis(
+    lo, hi, scale, sampling_ratio, pooled: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr
+):
+    """(start, bin, samples): of the RoI's first bin, the size of each, in pixels of the map, and the samples in one."""
+    start, extent = roi_extent(lo, hi, scale, ALIGNED)
+    bin_size = divide(extent, tl.full((), pooled, tl.int32), ACC)
+    if SAMPLES > 0:
+        samples = tl.full((), SAMPLES, tl.int32)
+    else:
+        adaptive = (bin_size > 0) & (bin_size <= MAX_ADAPTIVE_SAMPLES)
+        samples = tl.ceil(tl.where(adaptive, bin_size, 0.0)).to(tl.int32)
+        samples = tl.where(sampling_ratio > 0, sampling_ratio, samples)
+    return start, bin_size, samples
+
+
+@triton.jit
+def inverse_count(row_samples, col_samples, ACC: tl.constexpr):
+    """One over the samples of a bin, in both axes."""
+    count = row_samples.to(ACC) * col_samples.to(ACC)
+    return divide(tl.full((), 1, tl.int32), tl.maximum(count, 1.0), ACC)
+
+
+@triton.jit
+def sample_within(bin_size, samples, sample, SAMPLES: tl.constexpr, ACC: tl.constexpr):
+    """How far into its bin a sample lies."""
+    within = (sample.to(ACC) + 0.5) * bin_size
+    if SAMPLES == 1 or SAMPLES == 2 or SAMPLES == 4:
+        # The same number as the quotient, for less.
+        within = within * (1.0 / SAMPLES)
+    else:
+        within = divide(within, samples, ACC)
+    return within
+
+
+@triton.jit
+def sample_coordinate(start, bin_size, samples, bin, sample, SAMPLES: tl.constexpr, ACC: tl.constexpr):
+    return start + bin.to(ACC) * bin_size + sample_within(bin_size, samples, sample, SAMPLES, ACC)
+
+
+@triton.jit
+def sample_taps(start, bin_size, samples, size, bin, sample, SAMPLES: tl.constexpr, ACC: tl.constexpr):
+    """(lo, hi, weight_lo, weight_hi, on_map): the pixels that a sample reads; one up to a pixel outside the map reads
+    the border."""
+    coordinate = sample_coordinate(start, bin_size, samples, bin, sample, SAMPLES, ACC)
+    on_map = (coordinate >= -1) & (coordinate <= size)
+    coordinate = tl.where(on_map & (coordinate > 0), coordinate, 0.0)
+    lo = tl.minimum(coordinate.to(tl.int32), size - 1)
+    hi = tl.minimum(lo + 1, size - 1)
+    weight_hi = tl.where(hi > lo, coordinate - lo.to(ACC), 0.0)
+    return lo, hi, 1 - weight_hi, weight_hi, on_map
+
+
+@triton.jit
+def clamped(value, end):
+    """`value` as an integer in [0, end]; 0 for NaN."""
+    return tl.where(value > 0, tl.where(value < end, value, end), 0.0).to(tl.int32)
+
+
+@triton.jit
+def samples_near_map(start, bin_size, samples, size, bin, ACC: tl.constexpr):
+    """[first, last) of the samples of `bin` that can be on the map."""
+    all_of_them = (samples <= 2 * SAMPLE_MARGIN) | ~(bin_size > 0)
+    base = start + bin.to(ACC) * bin_size
+    per_pixel = divide(samples, tl.where(bin_size > 0, bin_size, 1.0), ACC)
+    first = clamped((-1 - base) * per_pixel - SAMPLE_MARGIN, samples)
+    last = clamped((size - base) * per_pixel + SAMPLE_MARGIN, samples)
+    return tl.where(all_of_them, 0, first), tl.where(all_of_them, samples, last)
+
+
+# What follows is the inverse, for gradients that are gathered: what reads a pixel. Ranges may be too large, for what
+# does not read it weighs nothing, and never too small.
+
+
+@triton.jit
+def rounding_margin(start, extent):
+    """More pixels than rounding can move a sample by: coordinates are sums of these, each rounded to 24 bits."""
+    return (tl.abs(start) + tl.abs(extent) + 1) * (1.0 / (1 << 20))
+
+
+@triton.jit
+def reads_between(start, extent, begin, end):
+    """Whether a sample of the RoI can read pixels in [begin, end]."""
+    margin = rounding_margin(start, extent) + 1
+    low, high = tl.minimum(start, start + extent) - margin, tl.maximum(start, start + extent) + margin
+    # Of an infinite RoI no coordinate is on the map.
+    return (low <= end) & (high >= begin) & (tl.abs(extent) < float("inf"))
+
+
+@triton.jit
+def bins_near_pixel(start, bin_size, pixel, pooled: tl.constexpr, ACC: tl.constexpr):
+    """[first, last) of the bins that can read `pixel`."""
+    margin = rounding_margin(start, bin_size * pooled) + 1
+    per_pixel = divide(tl.full((), 1, tl.int32), tl.where(bin_size > 0, bin_size, 1.0), ACC)
+    # A thousandth of a bin for the rounding of the product, which is at most 1024 bins.
+    first = clamped((pixel.to(ACC) - margin - start) * per_pixel - 1.0 / 1024, pooled)
+    last = clamped((pixel.to(ACC) + margin - start) * per_pixel + (1 + 1.0 / 1024), pooled)
+    return tl.where(bin_size > 0, first, 0), tl.where(bin_size > 0, last, pooled)
+
+
+@triton.jit
+def bin_weight(
+    start, bin_size, samples, size, bin, pixel, pooled: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr
+):
+    """The summed weights with which the samples of `bin` read `pixel`, those of :func:`sample_taps`."""
+    base = start + bin.to(ACC) * bin_size
+    before, after = (pixel - 1).to(ACC), (pixel + 1).to(ACC)
+    first, last, most = tl.zeros_like(pixel), tl.zeros_like(pixel) + samples, samples
+    if (samples > 2 * SAMPLE_MARGIN) & (bin_size > 0):
+        first, last = samples_near_map(start, bin_size, samples, size, bin, ACC)
+        # Of those, the ones near the pixel; two more for the rounding of the product.
+        margin = rounding_margin(start, bin_size * pooled)
+        per_pixel = divide(samples, bin_size, ACC)
+        first = tl.maximum(first, clamped((before - margin - base) * per_pixel - 2, samples))
+        last = tl.minimum(last, clamped((after + margin - base) * per_pixel + 2, samples))
+        most = tl.max(last - first)
+    total = tl.zeros_like(before)
+    for i in range(most):
+        sample = first + i
+        coordinate = base + sample_within(bin_size, samples, sample, SAMPLES, ACC)
+        reads = (coordinate >= -1) & (coordinate <= size) & (sample < last)
+        coordinate = tl.minimum(tl.maximum(coordinate, 0.0), (size - 1).to(ACC))
+        # A tent over the pixel, by the side that is exact.
+        weight = tl.maximum(tl.minimum(coordinate - before, after - coordinate), 0.0)
+        total += tl.where(reads, weight, 0.0)
+    return total

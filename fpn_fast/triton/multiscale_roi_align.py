@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-level RoIAlign in Triton: one launch for all maps forward, one for each map's gradient; any strides.
+
+Forward, a program owns some bins of one RoI and some channels. It chooses the map itself, and walks through the samples
+of its bins, all bins at a time. Backward, a program owns a tile of pixels of one image's gradient and some channels. It
+walks through the RoIs in ascending order, skips those that do not read the tile, and for each of the others gathers,
+all pixels at a time, the bins that read a pixel, of which there are few. So every element is written once, in its final
+type, and is the same in every run.
+
+The innermost axis of a program's elements is what is adjacent in memory: channels (channels_last), or bins and columns
+of a row (channels_first).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast.triton import register
+from fpn_fast.triton._roi_align import (
+    EXACT,
+    bin_weight,
+    bins_near_pixel,
+    inverse_count,
+    locate_roi,
+    make_roi_axis,
+    reads_between,
+    roi_extent,
+    sample_taps,
+    samples_near_map,
+)
+from fpn_fast.triton.top_down import multiple
+
+# Of output: 32 bytes to a thread of 4 warps, so that the 4 taps of a sample are 8 accesses of 16 bytes in flight. In
+# channels_first every element has a pointer of its own, and bfloat16 as many as float32.
+BLOCK_BYTES = 4096
+BLOCK_BINS = 64
+NUM_WARPS = 4
+# Samples along a row of a bin at a time: a GPU has enough to do with the bins.
+BLOCK_SAMPLES = 1
+
+# Of gradient: 64 bytes to a thread of 8 warps, which keeps its sums in registers through all RoIs: 8 x 8 pixels of 128
+# bfloat16 channels, twice as many columns in channels_first.
+BLOCK_GRAD_BYTES = 16384
+TILE_SIZE = 8
+NUM_WARPS_BACKWARD = 8
+# RoIs whose level is found at a time, 2 to a thread.
+BLOCK_ROIS = 512
+
+
+@triton.jit
+def decoded(number):
+    """See :func:`_encoded`."""
+    return (number - 3) >> 1
+
+
+@triton.jit
+def roi_at(rois, k):
+    """(image, x1, y1, x2, y2) of RoIs k, of a scalar or a vector."""
+    row = rois + k.to(tl.int64) * 5
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def scale_of(number, ACC: tl.constexpr):
+    """See :func:`_scale_argument`."""
+    if ACC == tl.float64:
+        return number.to(tl.float64, bitcast=True)
+    else:
+        return number
+
+
+@triton.jit(do_not_specialize=["batch", "count", "C", "sampling_ratio"])
+def multiscale_roi_align_kernel(
+    features, geometry, scales, thresholds, rois, levels, out, batch, count, C, sampling_ratio,
+    PH: tl.constexpr, PW: tl.constexpr, LEVELS: tl.constexpr, HAS_LEVELS: tl.constexpr, SAMPLES: tl.constexpr,
+    ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT_C: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_BINS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """out [count, C, PH, PW] = Wy F Wx^T / samples, of the map of each RoI; zero where a RoI has none."""
+    BIN_BLOCKS: tl.constexpr = (PH * PW + BLOCK_BINS - 1) // BLOCK_BINS
+    k = tl.program_id(0) // BIN_BLOCKS
+    first_bin = tl.program_id(0) % BIN_BLOCKS * BLOCK_BINS
+    image, x1, y1, x2, y2 = roi_at(rois, k)
+    given = k
+    if HAS_LEVELS:
+        given = tl.load(levels + k)
+    level, image = locate_roi(image, x1, y1, x2, y2, given, thresholds, batch, LEVELS, HAS_LEVELS)
+
+    feature, scale = features[0], scale_of(scales[0], ACC)
+    height, width = decoded(geometry[0][0]), decoded(geometry[0][1])
+    stride_n, stride_c = decoded(geometry[0][2]).to(tl.int64), decoded(geometry[0][3]).to(tl.int64)
+    stride_h, stride_w = decoded(geometry[0][4]).to(tl.int64), decoded(geometry[0][5]).to(tl.int64)
+    for i in tl.static_range(1, LEVELS):
+        here = level == i
+        feature, scale = tl.where(here, features[i], feature), tl.where(here, scale_of(scales[i], ACC), scale)
+        height = tl.where(here, decoded(geometry[i][0]), height)
+        width = tl.where(here, decoded(geometry[i][1]), width)
+        stride_n = tl.where(here, decoded(geometry[i][2]).to(tl.int64), stride_n)
+        stride_c = tl.where(here, decoded(geometry[i][3]).to(tl.int64), stride_c)
+        stride_h = tl.where(here, decoded(geometry[i][4]).to(tl.int64), stride_h)
+        stride_w = tl.where(here, decoded(geometry[i][5]).to(tl.int64), stride_w)
+    if UNIT_C:
+        C = multiple(C, VEC)
+        stride_n, stride_h, stride_w = multiple(stride_n, VEC), multiple(stride_h, VEC), multiple(stride_w, VEC)
+
+    row_start, row_bin, row_samples = make_roi_axis(y1, y2, scale, sampling_ratio, PH, SAMPLES, ALIGNED, ACC)
+    col_start, col_bin, col_samples = make_roi_axis(x1, x2, scale, sampling_ratio, PW, SAMPLES, ALIGNED, ACC)
+    unit = inverse_count(row_samples, col_samples, ACC)
+
+    bins = first_bin + tl.arange(0, BLOCK_BINS)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if CHANNELS_LAST:
+        bins, channels = bins[:, None, None], channels[None, None, :]
+        total = tl.zeros([BLOCK_BINS, BLOCK_S, BLOCK_C], dtype=ACC)
+    else:
+        bins, channels = bins[None, None, :], channels[:, None, None]
+        total = tl.zeros([BLOCK_C, BLOCK_S, BLOCK_BINS], dtype=ACC)
+    inside = (bins < PH * PW) & (channels < C)
+    ph, pw = bins // PW, bins % PW
+    if SAMPLES > 0:
+        row_first, row_last = tl.zeros_like(ph), row_samples
+        col_first, col_last = tl.zeros_like(pw), col_samples
+        row_most, col_most = row_samples, col_samples
+    else:
+        row_first, row_last = samples_near_map(row_start, row_bin, row_samples, height, ph, ACC)
+        col_first, col_last = samples_near_map(col_start, col_bin, col_samples, width, pw, ACC)
+        row_most, col_most = tl.max(row_last - row_first), tl.max(col_last - col_first)
+    # Without a level no sample is read.
+    row_most = tl.where(level >= 0, row_most, 0)
+
+    feature += image.to(tl.int64) * stride_n
+    if UNIT_C:
+        feature += channels
+    else:
+        feature += channels.to(tl.int64) * stride_c
+    for i in range(row_most):
+        sample = row_first + i
+        y_lo, y_hi, y_weight_lo, y_weight_hi, y_on_map = sample_taps(
+            row_start, row_bin, row_samples, height, ph, sample, SAMPLES, ACC
+        )
+        y_on_map = y_on_map & (sample < row_last)
+        above, below = feature + y_lo.to(tl.int64) * stride_h, feature + y_hi.to(tl.int64) * stride_h
+        # A row by itself: a sum of sums errs less than one of thousands of samples.
+        row = tl.zeros_like(total)
+        for j in range(0, col_most, BLOCK_S):
+            sample = col_first + j + tl.arange(0, BLOCK_S)[None, :, None]
+            x_lo, x_hi, x_weight_lo, x_weight_hi, x_on_map = sample_taps(
+                col_start, col_bin, col_samples, width, pw, sample, SAMPLES, ACC
+            )
+            mask = inside & y_on_map & x_on_map & (sample < col_last)
+            left, right = x_lo.to(tl.int64) * stride_w, x_hi.to(tl.int64) * stride_w
+            a = tl.load(above + left, mask=mask, other=0.0).to(ACC)
+            b = tl.load(above + right, mask=mask, other=0.0).to(ACC)
+            c = tl.load(below + left, mask=mask, other=0.0).to(ACC)
+            d = tl.load(below + right, mask=mask, other=0.0).to(ACC)
+            row = tl.fma(y_weight_lo * x_weight_lo, a, row)
+            row = tl.fma(y_weight_lo * x_weight_hi, b, row)
+            row = tl.fma(y_weight_hi * x_weight_lo, c, row)
+            row = tl.fma(y_weight_hi * x_weight_hi, d, row)
+        total += row
+
+    pooled = (tl.sum(total, axis=1, keep_dims=True) * unit).to(out.dtype.element_ty)
+    if CHANNELS_LAST:
+        offset = (k.to(tl.int64) * (PH * PW) + bins) * C + channels
+    else:
+        offset = (k.to(tl.int64) * C + channels) * (PH * PW) + bins
+    tl.store(out + offset, pooled, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grad_k", "grad_c", "grad_h", "grad_w", "batch", "count", "C", "H", "W", "level", "sampling_ratio"
+    ]
+)  # fmt: skip
+def multiscale_roi_align_backward_kernel(
+    grad, grad_k, grad_c, grad_h, grad_w, rois, levels, thresholds, out, batch, count, C, H, W, level, scale,
+    sampling_ratio,
+    PH: tl.constexpr, PW: tl.constexpr, LEVELS: tl.constexpr, HAS_LEVELS: tl.constexpr, SAMPLES: tl.constexpr,
+    ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT_C: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [batch, C, H, W], the gradient of map `level`: Wy^T G Wx / samples, summed over its RoIs."""
+    scale = scale_of(scale, ACC)
+    if CHANNELS_LAST:
+        C = multiple(C, VEC)
+    else:
+        W = multiple(W, VEC)
+    if UNIT_C:
+        grad_k, grad_h, grad_w = multiple(grad_k, VEC), multiple(grad_h, VEC), multiple(grad_w, VEC)
+    tiles_h, tiles_w = tl.cdiv(H, TILE_H), tl.cdiv(W, TILE_W)
+    tile = tl.program_id(0)
+    n = tile // (tiles_h * tiles_w)
+    top = tile // tiles_w % tiles_h * TILE_H
+    left = tile % tiles_w * TILE_W
+    rows, cols = top + tl.arange(0, TILE_H), left + tl.arange(0, TILE_W)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if CHANNELS_LAST:
+        y, x, channels = rows[:, None, None], cols[None, :, None], channels[None, None, :]
+        total = tl.zeros([TILE_H, TILE_W, BLOCK_C], dtype=ACC)
+    else:
+        y, x, channels = rows[None, :, None], cols[None, None, :], channels[:, None, None]
+        total = tl.zeros([BLOCK_C, TILE_H, TILE_W], dtype=ACC)
+    if UNIT_C:
+        grad += channels
+    else:
+        grad += channels.to(tl.int64) * grad_c
+
+    for begin in range(0, count, BLOCK_K):
+        candidates = begin + tl.arange(0, BLOCK_K)
+        # Past the end, the last one again: it is not counted.
+        valid = tl.minimum(candidates, count - 1)
+        image, left_of, top_of, right_of, bottom_of = roi_at(rois, valid)
+        given = valid
+        if HAS_LEVELS:
+            given = tl.load(levels + valid)
+        its_level, image = locate_roi(
+            image, left_of, top_of, right_of, bottom_of, given, thresholds, batch, LEVELS, HAS_LEVELS
+        )
+        start, extent = roi_extent(top_of, bottom_of, scale, ALIGNED)
+        reads = reads_between(start, extent, top, top + TILE_H - 1)
+        start, extent = roi_extent(left_of, right_of, scale, ALIGNED)
+        reads = reads & reads_between(start, extent, left, left + TILE_W - 1)
+        reads = reads & (candidates < count) & (its_level == level) & (image == n)
+        k = begin - 1
+        for _ in range(tl.sum(reads.to(tl.int32))):
+            k = tl.min(tl.where(reads & (candidates > k), candidates, count))
+            _, x1, y1, x2, y2 = roi_at(rois, k)
+            row_start, row_bin, row_samples = make_roi_axis(y1, y2, scale, sampling_ratio, PH, SAMPLES, ALIGNED, ACC)
+            col_start, col_bin, col_samples = make_roi_axis(x1, x2, scale, sampling_ratio, PW, SAMPLES, ALIGNED, ACC)
+            unit = inverse_count(row_samples, col_samples, ACC)
+            row_first, row_last = bins_near_pixel(row_start, row_bin, y, PH, ACC)
+            col_first, col_last = bins_near_pixel(col_start, col_bin, x, PW, ACC)
+            pooled = grad + k.to(tl.int64) * grad_k
+            for i in range(tl.max(row_last - row_first)):
+                ph = row_first + i
+                row_weight = bin_weight(row_start, row_bin, row_samples, H, ph, y, PH, SAMPLES, ACC) * unit
+                row_weight = tl.where(ph < row_last, row_weight, 0.0)
+                row = pooled + ph.to(tl.int64) * grad_h
+                for j in range(tl.max(col_last - col_first)):
+                    pw = col_first + j
+                    weight = bin_weight(col_start, col_bin, col_samples, W, pw, x, PW, SAMPLES, ACC)
+                    weight = row_weight * tl.where(pw < col_last, weight, 0.0)
+                    mask = (weight != 0) & (channels < C)
+                    value = tl.load(row + pw.to(tl.int64) * grad_w, mask=mask, other=0.0).to(ACC)
+                    total = tl.fma(weight, value, total)
+
+    if CHANNELS_LAST:
+        offset = ((n.to(tl.int64) * H + y) * W + x) * C + channels
+    else:
+        offset = ((n.to(tl.int64) * C + channels) * H + y) * W + x
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=(y < H) & (x < W) & (channels < C))
+
+
+def _encoded(number: int) -> int:
+    """An integer in a tuple argument. Triton compiles a variant for each pattern of those that are 1 or multiples of
+    16, and maps have any sizes; these are odd and greater than 1."""
+    return 2 * number + 3
+
+
+def _scale_argument(scale: float, dtype: torch.dtype) -> float | int:
+    """A scale, which the launcher rounds to float32; where it may not, its bits."""
+    return struct.unpack("q", struct.pack("d", scale))[0] if dtype == torch.float64 else scale
+
+
+def _constants(
+    tensor: Tensor, pooled: tuple[int, int], levels: Tensor | None, maps: int, sampling_ratio: int, aligned: bool
+) -> dict[str, object]:
+    return {
+        "PH": pooled[0],
+        "PW": pooled[1],
+        "LEVELS": maps,
+        "HAS_LEVELS": levels is not None,
+        "SAMPLES": sampling_ratio if 1 <= sampling_ratio <= 4 else 0,
+        "ALIGNED": aligned,
+        "ACC": tl.float64 if tensor.dtype == torch.float64 else tl.float32,
+        **EXACT,
+    }
+
+
+def _unit_channels(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.stride(1) == 1 for tensor in tensors)
+
+
+def _vector_width(tensors: Sequence[Tensor]) -> int:
+    """The power of two, at most 16, that divides the channels of `tensors` and their strides but the channels'."""
+    return math.gcd(16, tensors[0].size(1), *(t.stride(d) for t in tensors for d in (0, 2, 3)))
+
+
+def multiscale_roi_align(
+    features: list[Tensor],
+    rois: Tensor,
+    levels: Tensor | None,
+    pooled_height: int,
+    pooled_width: int,
+    scales: list[float],
+    thresholds: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """See fpn_fast/ops/multiscale_roi_align.py."""
+    first = features[0]
+    batch, channels = first.shape[:2]
+    count, bins = rois.size(0), pooled_height * pooled_width
+    out = torch.empty(
+        (count, channels, pooled_height, pooled_width),
+        dtype=first.dtype,
+        device=first.device,
+        memory_format=memory_format(first),
+    )
+    if out.numel() == 0:
+        return out
+    channels_last = is_channels_last(first)
+    unit_c = _unit_channels(features)
+    elements = BLOCK_BYTES // (first.element_size() if channels_last else max(first.element_size(), 4))
+    if channels_last:
+        block_c = min(triton.next_power_of_2(channels), elements // 4)
+        block_bins = min(triton.next_power_of_2(bins), elements // block_c)
+    else:
+        block_bins = min(triton.next_power_of_2(bins), BLOCK_BINS)
+        block_c = min(triton.next_power_of_2(channels), elements // block_bins)
+    constants = _constants(first, (pooled_height, pooled_width), levels, len(features), sampling_ratio, aligned)
+    known_samples = constants["SAMPLES"] or BLOCK_SAMPLES
+    with torch.cuda.device_of(first):
+        multiscale_roi_align_kernel[count * triton.cdiv(bins, block_bins), triton.cdiv(channels, block_c)](
+            tuple(features),
+            tuple(tuple(map(_encoded, (*feature.shape[2:], *feature.stride()))) for feature in features),
+            tuple(_scale_argument(scale, first.dtype) for scale in scales),
+            tuple(thresholds),
+            rois, rois if levels is None else levels, out, batch, count, channels, sampling_ratio,
+            CHANNELS_LAST=channels_last, UNIT_C=unit_c, VEC=_vector_width(features) if unit_c else 1,
+            BLOCK_BINS=block_bins, BLOCK_C=block_c, BLOCK_S=min(triton.next_power_of_2(known_samples), BLOCK_SAMPLES),
+            num_warps=NUM_WARPS, **constants,
+        )  # fmt: skip
+    return out
+
+
+def multiscale_roi_align_backward(
+    grad: Tensor,
+    rois: Tensor,
+    levels: Tensor | None,
+    batch: int,
+    sizes: list[int],
+    scales: list[float],
+    thresholds: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    channels_last: bool,
+) -> list[Tensor]:
+    """See fpn_fast/ops/multiscale_roi_align.py."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    count, channels, pooled_height, pooled_width = grad.shape
+    constants = _constants(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
+    unit_c = channels_last and _unit_channels([grad])
+    elements = BLOCK_GRAD_BYTES // (grad.element_size() if channels_last else max(grad.element_size(), 4))
+    tile_h, tile_w = TILE_SIZE, TILE_SIZE if channels_last else 2 * TILE_SIZE
+    block_c = min(triton.next_power_of_2(channels), max(elements // (tile_h * tile_w), 1))
+    outs = []
+    for level, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+        out = torch.empty((batch, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=form)
+        outs.append(out)
+        if out.numel() == 0:
+            continue
+        tiles = batch * triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
+        if not channels_last:
+            vec = math.gcd(16, width)
+        else:
+            vec = _vector_width([grad]) if unit_c else math.gcd(16, channels)
+        with torch.cuda.device_of(out):
+            multiscale_roi_align_backward_kernel[tiles, triton.cdiv(channels, block_c)](
+                grad, *grad.stride(), rois, rois if levels is None else levels, tuple(thresholds), out,
+                batch, count, channels, height, width, level, _scale_argument(scales[level], grad.dtype),
+                sampling_ratio, CHANNELS_LAST=channels_last, UNIT_C=unit_c, VEC=vec,
+                TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block_c, BLOCK_K=BLOCK_ROIS,
+                num_warps=NUM_WARPS_BACKWARD, **constants,
+            )  # fmt: skip
+    return outs
+
+
+register("multiscale_roi_align", multiscale_roi_align)
+register("multiscale_roi_align_backward", multiscale_roi_align_backward)

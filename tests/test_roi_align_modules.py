@@ -1,0 +1,725 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The RoI pooling modules against the libraries that they replace, or a plain statement of what those do."""
+
+import copy
+import doctest
+import io
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import tolerances
+import torch
+import torchvision
+from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops.poolers import LevelMapper, initLevelMapper
+
+import fpn_fast
+from fpn_fast.nn import MultiScaleRoIAlign, RoIAlign, _standalone
+from fpn_fast.nn.detectron2 import ROIPooler
+from fpn_fast.nn.mmdet import SingleRoIExtractor
+
+NAMES = ["0", "1", "2", "3"]
+SIZES = [(25, 43), (13, 22), (7, 11), (4, 6)]
+SHAPES = [(100, 170), (96, 160), (100, 140)]
+SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+SIZE = max(map(max, SIZES))
+HALVES = [torch.float16, torch.bfloat16]
+LAST = torch.channels_last
+
+
+def pyramid(dtype=torch.float32, channels=3, batch=3, grad=False, form=torch.contiguous_format):
+    generator = torch.Generator().manual_seed(1)
+    return OrderedDict(
+        (
+            name,
+            torch.randn(batch, channels, *size, generator=generator).to(dtype, memory_format=form).requires_grad_(grad),
+        )
+        for name, size in zip([*NAMES, "pool"], [*SIZES, (2, 3)], strict=True)
+    )
+
+
+def boxes(dtype=torch.float32, counts=(14, 0, 9)):
+    """Of 8 to 900 pixels, so of every level, and reaching out of the images; some without area, some inverted twice."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for count in counts:
+        centre = torch.rand(count, 2, generator=generator) * 150
+        half = 4 * 2 ** (torch.rand(count, 2, generator=generator) * 6.8)
+        found.append(torch.cat([centre - half, centre + half], 1).to(dtype))
+    if counts[0] > 4:
+        found[0][:5] = torch.tensor(
+            [[5, 6, 5, 60], [7, 7, 7, 7], [60, 50, 20, 10], [-300, -200, 300, 300], [-90, -90, 30, 29]]
+        )
+    return found
+
+
+def grads(pooled, features):
+    # Quarters, the same in every type.
+    seed = torch.randint(-8, 9, pooled.shape, generator=torch.Generator().manual_seed(3)) / 4
+    return torch.autograd.grad(pooled, features, seed.to(pooled.dtype))
+
+
+def everything(dtype):
+    return pyramid(dtype, grad=True), boxes(dtype)
+
+
+def assert_same_pooling(ours, theirs, dtype, names=NAMES, shapes=SHAPES, make=everything):
+    """Outputs and gradients. make: dtype -> (maps by name, boxes), the same numbers whatever the type."""
+    results = []
+    for module, kind in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
+        maps, rois = make(kind)
+        pooled = module(maps, rois, shapes)
+        results.append([pooled, *grads(pooled, [map for name, map in maps.items() if name in names])])
+    assert ours.scales == theirs.scales
+    assert vars(ours.map_levels) == vars(theirs.map_levels)
+    for out, plain, exact in zip(*results, strict=True):
+        assert out.dtype == dtype
+        tolerances.assert_not_worse(out, plain, exact, size=SIZE)
+    return results[0][0]
+
+
+def pair(*arguments, **options):
+    return MultiScaleRoIAlign(*arguments, **options), torchvision.ops.MultiScaleRoIAlign(*arguments, **options)
+
+
+# MultiScaleRoIAlign
+
+
+def test_the_boxes_are_of_every_level():
+    levels = LevelMapper(2, 5)(boxes())
+    assert set(levels.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, LAST], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("size", "ratio"), [(7, 2), ((3, 5), 0), ([4, 2], -1)])
+def test_same_output_and_gradients_as_torchvision(size, ratio, dtype, form):
+    def make(dtype):
+        return pyramid(dtype, grad=True, form=form), boxes(dtype)
+
+    pooled = assert_same_pooling(*pair(NAMES, size, ratio), dtype, make=make)
+    assert pooled.is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize(("scale", "level"), [(40, 4), (224, 3), (100, 5)])
+def test_canonical_scale_and_level(scale, level):
+    assert_same_pooling(*pair(NAMES, 3, 2, canonical_scale=scale, canonical_level=level), torch.float32)
+
+
+@pytest.mark.parametrize("names", [["1"], ["3", "1"], ["2", "0"], ["pool", "1", "0"]], ids="-".join)
+def test_names_choose_maps_in_the_order_of_the_dict(names):
+    # Where a level between two maps is left out, torchvision's boxes of the last level have no map.
+    assert_same_pooling(*pair(names, 3, 2), torch.float32, names=names)
+
+
+def test_maps_and_boxes_of_one_image():
+    def one(dtype):
+        return pyramid(dtype, batch=1, grad=True), boxes(dtype, (9,))
+
+    assert_same_pooling(*pair(NAMES, 7, 2), torch.float32, shapes=SHAPES[:1], make=one)
+
+
+@pytest.mark.parametrize("names", [NAMES, ["1"]], ids=["four_maps", "one_map"])
+def test_no_boxes(names):
+    ours, theirs = pair(names, (3, 5), 2)
+    maps = pyramid(grad=True)
+    pooled = ours(maps, boxes(counts=(0, 0, 0)), SHAPES)
+    assert pooled.shape == theirs(maps, boxes(counts=(0, 0, 0)), SHAPES).shape == (0, 3, 3, 5)
+    for map in torch.autograd.grad(pooled.sum(), [maps[name] for name in names]):
+        assert not map.any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_scales_stay_those_of_the_first_call(count):
+    ours, theirs = pair(NAMES, 3, 2)
+    for module in (ours, theirs):
+        module(pyramid(), boxes(), SHAPES)
+
+    def fewer(dtype):
+        return OrderedDict(list(pyramid(dtype, grad=True).items())[4 - count : 4]), boxes(dtype)
+
+    # Image shapes are not looked at again.
+    assert_same_pooling(ours, theirs, torch.float32, make=fewer, shapes=[])
+    assert ours.scales == SCALES
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_scales_of_fewer_maps_leave_the_coarse_maps_unused(count):
+    def make(dtype):
+        maps, rois = everything(dtype)
+        # Of several maps a box inverted along one axis has no level, even if only one of them is used.
+        rois[0][5] = torch.tensor([70, 10, 20, 50])
+        return OrderedDict((name, map if name in NAMES[:count] else map.detach()) for name, map in maps.items()), rois
+
+    ours, theirs = pair(NAMES, 3, 2)
+    for module in (ours, theirs):
+        module(OrderedDict(list(pyramid().items())[:count]), boxes(), SHAPES)
+    assert_same_pooling(ours, theirs, torch.float32, names=NAMES[:count], shapes=[], make=make)
+
+
+@pytest.mark.parametrize(
+    "mapper",
+    [initLevelMapper(2, 5, 100, 4), initLevelMapper(2, 5, 60, 3, eps=0.4), initLevelMapper(3, 4), lambda boxes: THIRD],
+    ids=["constants", "eps", "levels", "function"],
+)
+def test_a_level_mapper_put_there_by_hand_is_used(mapper):
+    for module in (poolers := pair(NAMES, 3, 2)):
+        module.scales, module.map_levels = list(SCALES), mapper
+    out, expected = (m(pyramid(torch.float64), boxes(torch.float64), []) for m in poolers)
+    tolerances.assert_not_worse(out, expected, expected, size=SIZE)
+
+
+THIRD = torch.arange(23) // 8
+
+
+def test_scale_inference_equals_torchvisions():
+    for height in (1, 2, 3, 5, 11, 12, 25, 45, 46, 90, 91, 181, 182, 400):
+        for whole in (1, 2, 64, 100, 127, 128, 129, 511, 512, 800, 1333):
+            ours, theirs = pair(["0"], 1, 1)
+            for module in (ours, theirs):
+                module({"0": torch.zeros(1, 1, height, 4)}, [torch.zeros(0, 4)], [(whole, 16), (1, 1)])
+            assert ours.scales == theirs.scales
+            assert vars(ours.map_levels) == vars(theirs.map_levels)
+
+
+def test_rows_of_boxes_that_have_no_level_are_zero():
+    # torchvision's kernel crashes on NaN.
+    bad = torch.tensor([[float("nan"), 0, 9, 9], [9, 0, 0, 9], [0, 0, float("inf"), 9], [1, 2, 30, 40]])
+    pooled = MultiScaleRoIAlign(NAMES, 2, 2)(pyramid(batch=1), [bad], SHAPES[:1])
+    assert pooled.flatten(1).any(1).tolist() == [False, False, False, True]
+
+
+def test_swapped_after_its_first_call_and_back():
+    module = torchvision.ops.MultiScaleRoIAlign(NAMES, 3, 2)
+    before = module(pyramid(), boxes(), SHAPES)
+    mapper = module.map_levels
+    fpn_fast.accelerate(module)
+    assert type(module) is MultiScaleRoIAlign
+    fused = module(pyramid(), boxes(), [])
+    assert module.map_levels is mapper
+    fpn_fast.restore(module)
+    assert torch.equal(module(pyramid(), boxes(), []), before)
+    exact = module(OrderedDict((n, m.double()) for n, m in pyramid().items()), [box.double() for box in boxes()], [])
+    tolerances.assert_not_worse(fused, before, exact, size=SIZE)
+    # First called as ours: what it kept serves torchvision's.
+    module = MultiScaleRoIAlign(NAMES, 3, 2)
+    module(pyramid(), boxes(), SHAPES)
+    fpn_fast.restore(module)
+    assert torch.equal(module(pyramid(), boxes(), []), before)
+
+
+def test_errors():
+    pooler = MultiScaleRoIAlign(NAMES, 3, 2)
+    with pytest.raises(ValueError, match="image_shapes must have"):
+        pooler(pyramid(), boxes(), [])
+    with pytest.raises(ValueError, match=r"maps of featmap_names \['0', '1', '2', '3'\], got \['a'\]"):
+        pooler({"a": torch.rand(1, 1, 4, 4)}, boxes(), SHAPES)
+    with pytest.raises(ValueError, match="finest first"):
+        MultiScaleRoIAlign(NAMES, 3, 2)(OrderedDict(reversed(pyramid().items())), boxes(), SHAPES)
+    with pytest.raises(ValueError, match=r"boxes must be \[L, 4\]"):
+        pooler(pyramid(), [torch.rand(3, 5)], SHAPES)
+
+
+# Types
+
+
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_autocast_keeps_features_half_and_boxes_exact(ratio):
+    maps = pyramid(torch.bfloat16, grad=True)
+    rois = boxes()
+    ours, theirs = pair(NAMES, 7, ratio)
+    exact = theirs(OrderedDict((n, m.double()) for n, m in maps.items()), [box.double() for box in rois], SHAPES)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, plain = ours(maps, rois, SHAPES), theirs(maps, rois, SHAPES)
+    assert pooled.dtype == plain.dtype == torch.bfloat16
+    # torchvision makes float32 copies of the maps and rounds once, too.
+    tolerances.assert_not_worse(pooled, plain, exact, size=SIZE)
+    # Without autocast torchvision has no bfloat16.
+    assert torch.equal(ours(maps, rois, SHAPES), pooled)
+    # With boxes in bfloat16, as an extractor that follows its features has them, the result is another one.
+    rounded = ours(maps, [box.bfloat16() for box in rois], SHAPES)
+    error, rounding = ((each.double() - exact).abs().max() for each in (pooled, rounded))
+    assert error < rounding / 10
+
+
+def test_autocast_with_maps_of_several_types():
+    maps = pyramid()
+    maps["0"] = maps["0"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, plain = (module(maps, boxes(), SHAPES) for module in pair(NAMES, 7, 2))
+    exact = torchvision.ops.MultiScaleRoIAlign(NAMES, 7, 2)(
+        OrderedDict((n, m.double()) for n, m in maps.items()), [box.double() for box in boxes()], SHAPES
+    )
+    assert pooled.dtype == plain.dtype == torch.bfloat16
+    tolerances.assert_not_worse(pooled, plain, exact, size=SIZE)
+
+
+def test_no_host_waits():
+    """FakeTensorMode refuses what depends on numbers that only a GPU knows; it needs none."""
+    with FakeTensorMode():
+        maps = {name: torch.empty(2, 8, *size, device="cuda") for name, size in zip(NAMES, SIZES, strict=True)}
+        rois = [torch.empty(5, 4, device="cuda"), torch.empty(0, 4, device="cuda")]
+        ours, theirs = pair(NAMES, 7, 2)
+        pooled = ours(maps, rois, SHAPES[:2])
+        assert (pooled.shape, pooled.device.type, ours.scales) == ((5, 8, 7, 7), "cuda", SCALES)
+        with pytest.raises(DynamicOutputShapeException):
+            theirs(maps, rois, SHAPES[:2])
+        ours.map_levels = initLevelMapper(2, 5, eps=0.1)
+        assert ours(maps, rois, []).shape == (5, 8, 7, 7)
+        features, levels = list(maps.values()), SCALES
+        for strict in (False, True):
+            halves = [feature.half() for feature in features]
+            pooler = ROIPooler(7, levels, 0, "ROIAlignV2", strict=strict)
+            assert pooler(halves, rois).shape == (5, 8, 7, 7)
+            extractor = SingleRoIExtractor(ROI_LAYER, 8, STRIDES, strict=strict)
+            assert extractor(halves, torch.empty(5, 5, device="cuda"), 1.5).shape == (5, 8, 7, 7)
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    ours = MultiScaleRoIAlign(NAMES, 3, 2)
+    compiled = torch.compile(ours, fullgraph=True)
+    # The first call infers scales.
+    for counts in ((4, 0, 3), (9, 2, 1), (6, 1, 8)):
+        maps, rois = pyramid(grad=True), boxes(counts=counts)
+        features = list(maps.values())[:4]
+        pooled, expected = compiled(maps, rois, SHAPES), ours(maps, rois, SHAPES)
+        assert torch.equal(pooled, expected)
+        for a, b in zip(grads(pooled, features), grads(expected, features), strict=True):
+            assert torch.equal(a, b)
+    assert ours.scales == SCALES
+
+
+def test_compiles_whole_with_levels_given_and_one_map():
+    for build in (
+        lambda: (MultiScaleRoIAlign(["1"], 3, 2), (pyramid(grad=True), boxes(), SHAPES)),
+        lambda: (ROIPooler(3, SCALES, 2, "ROIAlignV2", strict=True), (list(pyramid(grad=True).values())[:4], boxes())),
+    ):
+        torch._dynamo.reset()
+        module, arguments = build()
+        pooled, expected = torch.compile(module, fullgraph=True)(*arguments), module(*arguments)
+        assert torch.equal(pooled, expected)
+        maps = arguments[0]
+        features = [maps["1"]] if isinstance(maps, dict) else maps
+        for a, b in zip(grads(pooled, features), grads(expected, features), strict=True):
+            assert torch.equal(a, b)
+
+
+# As modules
+
+
+@pytest.mark.parametrize("round_trip", ["deepcopy", "pickle", "save"])
+@pytest.mark.parametrize("called", [False, True])
+def test_copies(called, round_trip):
+    ours = MultiScaleRoIAlign(NAMES, 3, 2)
+    if called:
+        ours(pyramid(), boxes(), SHAPES)
+    if round_trip == "deepcopy":
+        again = copy.deepcopy(ours)
+    elif round_trip == "pickle":
+        again = pickle.loads(pickle.dumps(ours))
+    else:
+        buffer = io.BytesIO()
+        torch.save(ours, buffer)
+        buffer.seek(0)
+        again = torch.load(buffer, weights_only=False)
+    assert type(again) is MultiScaleRoIAlign
+    assert again.scales == ours.scales == (SCALES if called else None)
+    assert torch.equal(again(pyramid(), boxes(), SHAPES), ours(pyramid(), boxes(), SHAPES))
+
+
+def test_same_attributes_text_and_state_as_torchvision():
+    ours, theirs = pair(NAMES, 7, 2, canonical_scale=200)
+    roi_aligns = [kind((7, 5), 0.25, 2, aligned=True) for kind in (RoIAlign, torchvision.ops.RoIAlign)]
+    alone = [_standalone.MultiScaleRoIAlign(NAMES, 7, 2, canonical_scale=200)]
+    alone.append(_standalone.RoIAlign((7, 5), 0.25, 2, aligned=True))
+    for a, b, c in zip((ours, roi_aligns[0]), (theirs, roi_aligns[1]), alone, strict=True):
+        assert isinstance(a, type(b))
+        public = [{k: v for k, v in vars(m).items() if not k.startswith("_") and k != "training"} for m in (a, b, c)]
+        assert public[0] == public[1] == public[2]
+        assert repr(a) == repr(b) == repr(c)
+        assert not a.state_dict()
+    assert _standalone.MultiScaleRoIAlign(NAMES, [7, 5], 2).output_size == (7, 5)
+
+
+def test_the_standalone_level_mapper_is_torchvisions():
+    for arguments in ((2, 5), (3, 4, 100), (2, 5, 60, 3)):
+        mapper, expected = _standalone.LevelMapper(*arguments), LevelMapper(*arguments)
+        assert {**vars(mapper), "eps": mapper.eps} == vars(expected)
+        assert torch.equal(mapper(boxes()), expected(boxes()))
+
+
+def test_works_without_torchvision():
+    """In a process where torchvision cannot be imported."""
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "import torch, fpn_fast\n"
+        "from fpn_fast import nn\n"
+        "pooler = nn.MultiScaleRoIAlign(['a', 'b'], 3, 2)\n"
+        "maps = {'a': torch.rand(1, 8, 16, 16), 'b': torch.rand(1, 8, 8, 8)}\n"
+        "boxes = [torch.tensor([[3.0, 4, 50, 60]])]\n"
+        "print(pooler(maps, boxes, [(64, 64)]).shape, pooler.scales, pooler.map_levels(boxes).tolist())\n"
+        "print(nn.RoIAlign(2, 0.25, 2)(maps['a'], boxes).shape)\n"
+        "print(nn.detectron2.ROIPooler(2, (1 / 4, 1 / 8), 0, 'ROIAlign')(list(maps.values()), boxes).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "torch.Size([1, 8, 3, 3]) [0.25, 0.125] [0]",
+        "torch.Size([1, 8, 2, 2])",
+        "torch.Size([1, 8, 2, 2])",
+    ]
+
+
+@pytest.mark.parametrize("module", [fpn_fast.nn.roi_align, fpn_fast.nn.detectron2, fpn_fast.nn.mmdet])
+def test_doctests(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted >= 3
+
+
+# RoIAlign
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["tensor", "list"])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_roi_align_equals_torchvisions(ratio, aligned, as_list):
+    arguments = ((3, 5), 0.25, ratio, aligned)
+    results = []
+    for kind, dtype in (
+        (RoIAlign, torch.float32),
+        (torchvision.ops.RoIAlign, torch.float32),
+        (torchvision.ops.RoIAlign, torch.float64),
+    ):
+        feature = pyramid()["0"].to(dtype).requires_grad_()
+        rois = [box.to(dtype) for box in boxes()]
+        rois = rois if as_list else rois_of(rois)
+        pooled = kind(*arguments)(feature, rois)
+        results.append((pooled, *grads(pooled, [feature])))
+    for out, plain, exact in zip(*results, strict=True):
+        tolerances.assert_not_worse(out, plain, exact, size=SIZE)
+    module = torchvision.ops.RoIAlign(*arguments)
+    assert len(fpn_fast.accelerate(module).swapped) == 1
+    assert torch.equal(module(pyramid()["0"], boxes()), results[0][0])
+
+
+# Whole detectors
+
+
+def backbone():
+    widths, strides = (3, 8, 8, 8, 8), (4, 2, 2, 2)
+    layers = [nn.Sequential(nn.Conv2d(widths[i], widths[i + 1], 3, strides[i], padding=1), nn.ReLU()) for i in range(4)]
+    return BackboneWithFPN(nn.Sequential(*layers), dict(zip(NAMES, NAMES, strict=True)), [8] * 4, 16)
+
+
+DETECTORS = {
+    "faster": (FasterRCNN, ["box_roi_pool"]),
+    "mask": (MaskRCNN, ["box_roi_pool", "mask_roi_pool"]),
+    "keypoint": (KeypointRCNN, ["box_roi_pool", "keypoint_roi_pool"]),
+}
+
+
+def detector(kind):
+    torch.manual_seed(0)
+    # Few RoIs and narrow heads, for machines with few cores.
+    options = {
+        "min_size": 64,
+        "max_size": 96,
+        "rpn_post_nms_top_n_train": 40,
+        "rpn_post_nms_top_n_test": 40,
+        "box_batch_size_per_image": 16,
+        "box_detections_per_img": 10,
+        # Boxes of pictures this small are of several levels.
+        "box_roi_pool": torchvision.ops.MultiScaleRoIAlign(NAMES, 7, 2, canonical_scale=40),
+        "box_head": TwoMLPHead(16 * 7 * 7, 32),
+        "box_predictor": FastRCNNPredictor(32, 3),
+    }
+    if kind is KeypointRCNN:
+        options |= {"keypoint_head": KeypointRCNNHeads(16, (16,)), "keypoint_predictor": KeypointRCNNPredictor(16, 3)}
+    if kind is MaskRCNN:
+        options |= {"mask_head": MaskRCNNHeads(16, (16,), 1), "mask_predictor": MaskRCNNPredictor(16, 16, 3)}
+    return kind(backbone(), **options)
+
+
+def float32_keypoints(roi_heads, arguments):
+    """torchvision resizes keypoints to the type of the images, and then takes float32 only."""
+    for target in arguments[3] or ():
+        target["keypoints"] = target["keypoints"].float()
+
+
+def training_batch(dtype):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(60, 90), (64, 70)]
+    images = [torch.rand(3, *size, generator=generator, dtype=dtype) for size in sizes]
+    found = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
+    points = torch.tensor(
+        [[[10.0, 9, 1], [30, 40, 1], [20, 20, 0]], [[25, 12, 1], [50, 40, 1], [30, 30, 1]]], dtype=dtype
+    )
+    targets = []
+    for size in sizes:
+        masks = torch.zeros(2, *size, dtype=torch.uint8)
+        masks[0, 5:45, 5:40] = masks[1, 10:50, 20:60] = 1
+        targets.append({"boxes": found, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": points})
+    return images, targets
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_compute_the_same(name):
+    """In float64: rounding, some 1e-13 of the pooled features, cannot change a decision, and hides nothing else."""
+    kind, poolers = DETECTORS[name]
+    plain = detector(kind).double()
+    plain.roi_heads.register_forward_pre_hook(float32_keypoints)
+    fast = copy.deepcopy(plain)
+    report = fpn_fast.accelerate(fast)
+    assert [entry.name for entry in report.swapped[1:]] == [f"roi_heads.{pooler}" for pooler in poolers]
+    results = []
+    for model in (fast, plain):
+        torch.manual_seed(5)
+        losses = model(*training_batch(torch.float64))
+        sum(losses.values()).backward()
+        with torch.no_grad():
+            found = model.eval()(training_batch(torch.float64)[0])
+        results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found))
+    (losses, gradients, found), (losses_plain, gradients_plain, found_plain) = results
+    assert losses.keys() == losses_plain.keys()
+    # What comes after the poolers may enlarge an error a thousandfold, hardly more.
+    for key in losses:
+        torch.testing.assert_close(losses[key], losses_plain[key], rtol=1e-10, atol=0)
+    assert gradients.keys() == gradients_plain.keys()
+    # The bias of a softmax over a map has no gradient but rounding: one scale for all.
+    scale = max(gradient.abs().max().item() for gradient in gradients_plain.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_plain[key], rtol=0, atol=1e-10 * scale, msg=key)
+    assert sum(len(each["boxes"]) for each in found_plain) > 0
+    for a, b in zip(found, found_plain, strict=True):
+        assert a.keys() == b.keys()
+        for key in b:
+            scale = b[key].abs().max().item() if b[key].is_floating_point() and b[key].numel() else 0
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-10 * scale, msg=key)
+
+
+def test_a_detector_is_built_with_ours():
+    pooler = MultiScaleRoIAlign(NAMES, 7, 2)
+    assert FasterRCNN(backbone(), num_classes=3, box_roi_pool=pooler).roi_heads.box_roi_pool is pooler
+    assert MaskRCNN(backbone(), num_classes=3, mask_roi_pool=pooler).roi_heads.mask_roi_pool is pooler
+
+
+# detectron2 and mmdetection, by what their sources say. Where a rounding of theirs is not the subject all is float64.
+
+
+def rois_of(found):
+    return torch.cat([torch.cat([torch.full_like(box[:, :1], i), box], 1) for i, box in enumerate(found)])
+
+
+def pool_by_level(maps, rois, levels, size, scales, ratio, aligned, dtype):
+    """torchvision's RoIAlign level by level, computed in `dtype`: [K, C, *size]; zero where a level has no map."""
+    pooled = torch.zeros(len(rois), maps[0].size(1), *size, dtype=dtype)
+    for level, (map, scale) in enumerate(zip(maps, scales, strict=True)):
+        chosen = levels == level
+        pooled[chosen] = torchvision.ops.roi_align(map.to(dtype), rois[chosen].to(dtype), size, scale, ratio, aligned)
+    return pooled
+
+
+def detectron2_pool(maps, found, size, scales, ratio, aligned, dtype, canonical=(224, 4), rounding=None):
+    boxes = torch.cat(found)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    level = torch.floor(canonical[1] + torch.log2(torch.sqrt(area) / canonical[0] + 1e-8))
+    first, last = -int(torch.tensor(scales[0]).log2()), -int(torch.tensor(scales[-1]).log2())
+    levels = level.clamp(first, last).long() - first
+    rois = rois_of(found)
+    rois = rois.to(rounding) if rounding else rois
+    return pool_by_level(maps, rois, levels, size, scales, ratio, aligned, dtype)
+
+
+def mmdet_pool(maps, rois, size, strides, ratio, aligned, dtype, finest_scale=56, factor=None, rounding=None):
+    rois = rois.to(rounding) if rounding else rois
+    scale = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
+    levels = torch.floor(torch.log2(scale / finest_scale + 1e-6)).clamp(0, len(maps) - 1).long()
+    if factor is not None:
+        centre, extent = (rois[:, 1:3] + rois[:, 3:]) * 0.5, (rois[:, 3:] - rois[:, 1:3]) * factor
+        rois = torch.cat([rois[:, :1], centre - extent * 0.5, centre + extent * 0.5], 1)
+    return pool_by_level(maps, rois, levels, size, [1 / stride for stride in strides], ratio, aligned, dtype)
+
+
+ROI_LAYER = {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0}
+STRIDES = [4, 8, 16, 32]
+
+
+def assert_pools_as(module, statement, dtype):
+    """Class 3, outputs and gradients of module(maps) and of statement(maps, the type to compute in)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    results = []
+    for function, kind in (
+        (module, dtype),
+        (lambda maps: statement(maps, wide).to(dtype), dtype),
+        (lambda maps: statement(maps, torch.float64), torch.float64),
+    ):
+        maps = [map.to(dtype).to(kind).requires_grad_() for map in list(pyramid().values())[:4]]
+        pooled = function(maps)
+        results.append([pooled, *grads(pooled, maps)])
+    for out, plain, exact in zip(*results, strict=True):
+        assert out.dtype == dtype
+        tolerances.assert_not_worse(out, plain, exact, size=SIZE)
+    return results[0][0], results[2][0]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "size", "ratio", "canonical"),
+    [("ROIAlignV2", 7, 0, (224, 4)), ("ROIAlign", (3, 5), 2, (100, 3)), ("ROIAlignV2", [2, 2], 2, (60, 4))],
+)
+def test_roi_pooler_is_detectron2s(kind, size, ratio, canonical, dtype, strict):
+    found, both = boxes(), (size, size) if isinstance(size, int) else tuple(size)
+    pooler = ROIPooler(size, SCALES, ratio, kind, *canonical, strict=strict)
+
+    def statement(maps, compute, rounded=strict):
+        rounding = dtype if rounded else None
+        return detectron2_pool(maps, found, both, SCALES, ratio, kind == "ROIAlignV2", compute, canonical, rounding)
+
+    # Half of the images have detectron2's Boxes.
+    given = [found[0], SimpleNamespace(tensor=found[1]), SimpleNamespace(tensor=found[2])]
+    pooled, exact = assert_pools_as(lambda maps: pooler(maps, given), statement, dtype)
+    assert pooled.shape == (23, 3, *both)
+    if dtype in HALVES:
+        other = statement([map.to(dtype) for map in list(pyramid().values())[:4]], torch.float64, not strict)
+        assert (pooled - exact).abs().max() < (pooled - other).abs().max() / 10
+
+
+def test_roi_pooler_of_one_map_and_of_nothing():
+    found, maps = boxes(), list(pyramid(grad=True).values())
+    pooler = ROIPooler(3, (1 / 8,), 2, "ROIAlignV2")
+    expected = torchvision.ops.roi_align(maps[1].double(), rois_of(found).double(), 3, 1 / 8, 2, True)
+    plain = torchvision.ops.roi_align(maps[1], rois_of(found), 3, 1 / 8, 2, True)
+    tolerances.assert_not_worse(pooler(maps[1:2], found), plain, expected, size=SIZE)
+    for batch, lists in ((0, []), (2, [torch.zeros(0, 4)] * 2)):
+        maps = list(pyramid(torch.float16, batch=batch, grad=True).values())[:4]
+        pooled = ROIPooler((2, 3), SCALES, 0, "ROIAlign")(maps, lists)
+        assert (pooled.shape, pooled.dtype) == ((0, 3, 2, 3), torch.float16)
+        assert [grad.any().item() for grad in torch.autograd.grad(pooled.sum(), maps)] == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooler_type": "ROIPool"}, "pooler_type must be one of ROIAlign, ROIAlignV2, got 'ROIPool'"),
+        ({"pooler_type": "ROIAlignRotated"}, "got 'ROIAlignRotated'"),
+        ({"scales": (1 / 4, 1 / 6)}, "scales must be powers of two"),
+        ({"scales": (1 / 4, 1 / 16)}, "scales must each be half of the one before"),
+        ({"scales": (1 / 8, 1 / 4)}, "scales must each be half of the one before"),
+        ({"scales": (2, 1)}, "scales must be positive and at most 1"),
+        ({"scales": ()}, "scales must be positive and at most 1"),
+        ({"output_size": (7, 7, 7)}, "output_size must be one or two positive integers"),
+        ({"output_size": 7.5}, "output_size must be one or two positive integers"),
+        ({"canonical_box_size": 0}, "canonical_box_size must be a positive number"),
+    ],
+)
+def test_roi_pooler_refuses(options, message):
+    right = {"output_size": 7, "scales": (1 / 4, 1 / 8), "sampling_ratio": 0, "pooler_type": "ROIAlignV2"}
+    with pytest.raises(ValueError, match=message):
+        ROIPooler(**{**right, **options})
+
+
+def test_roi_pooler_checks_counts():
+    pooler, maps = ROIPooler(7, (1 / 4, 1 / 8), 0, "ROIAlignV2"), list(pyramid().values())
+    with pytest.raises(ValueError, match="x must have a map for each of the 2 scales, got 3"):
+        pooler(maps[:3], boxes())
+    with pytest.raises(ValueError, match="box_lists must be one for each of the 3 images, got 1"):
+        pooler(maps[:2], boxes()[:1])
+    assert (pooler.min_level, pooler.max_level) == (2, 3)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "finest", "factor"),
+    [({}, 56, None), ({"output_size": (3, 5), "sampling_ratio": 2, "aligned": False}, 30, None), ({}, 20, 1.3)],
+    ids=["adaptive", "sampled", "rescaled"],
+)
+def test_single_roi_extractor_is_mmdetections(layer, finest, factor, dtype, strict):
+    options = {**ROI_LAYER, **layer}
+    size = options["output_size"]
+    both = (size, size) if isinstance(size, int) else size
+    extractor = SingleRoIExtractor(options, 3, STRIDES, finest, strict=strict)
+    rois = rois_of(boxes())
+
+    def statement(maps, compute, rounded=strict):
+        arguments = (both, STRIDES, options["sampling_ratio"], options.get("aligned", True), compute)
+        return mmdet_pool(maps, rois, *arguments, finest, factor, dtype if rounded else None)
+
+    pooled, exact = assert_pools_as(lambda maps: extractor(tuple(maps), rois, factor), statement, dtype)
+    assert pooled.shape == (23, 3, *both)
+    if dtype in HALVES:
+        other = statement([map.to(dtype) for map in list(pyramid().values())[:4]], torch.float64, not strict)
+        assert (pooled - exact).abs().max() < (pooled - other).abs().max() / 10
+
+
+def test_single_roi_extractor_keeps_the_level_of_large_rois_in_half_precision():
+    """300 x 300 pixels are more than float16 has: mmdetection takes the last map, for any size from 256 on."""
+    maps = [torch.full((1, 1, *size), float(level), dtype=torch.float16) for level, size in enumerate(SIZES)]
+    rois = torch.tensor([[0.0, 0, 0, side, side] for side in (50, 150, 300, 500)])
+    levels = {
+        strict: SingleRoIExtractor(ROI_LAYER, 1, STRIDES, strict=strict)(maps, rois)[:, 0, 0, 0].tolist()
+        for strict in (False, True)
+    }
+    assert levels == {False: [0, 1, 2, 3], True: [0, 1, 3, 3]}
+
+
+def test_single_roi_extractor_of_one_map_and_of_more_than_it_takes():
+    rois, maps = rois_of(boxes()), list(pyramid().values())
+    extractor = SingleRoIExtractor(ROI_LAYER, 3, [8])
+    assert (extractor.num_inputs, extractor.out_channels) == (1, 3)
+    bigger = extractor.roi_rescale(rois, 2.0)
+    # Coordinates below 2^10 have units of 2^-14; a few of them.
+    units = {"rtol": 0, "atol": 2**-12}
+    torch.testing.assert_close(bigger[:, 3:] - bigger[:, 1:3], 2 * (rois[:, 3:] - rois[:, 1:3]), **units)
+    torch.testing.assert_close(bigger[:, 3:] + bigger[:, 1:3], rois[:, 3:] + rois[:, 1:3], **units)
+    for factor, taken in ((None, rois), (2.0, bigger)):
+        plain, exact = (
+            torchvision.ops.roi_align(maps[1].to(kind), taken.to(kind), 7, 1 / 8, 0, True)
+            for kind in (torch.float32, torch.float64)
+        )
+        for strict in (False, True):
+            extractor.strict = strict
+            tolerances.assert_not_worse(extractor(maps[1:2], rois, factor), plain, exact, size=SIZE)
+    assert SingleRoIExtractor(ROI_LAYER, 3, STRIDES)(maps, rois[:0]).shape == (0, 3, 7, 7)
+    four, all = (SingleRoIExtractor(ROI_LAYER, 3, STRIDES)(each, rois) for each in (maps[:4], maps))
+    assert torch.equal(four, all)
+    with pytest.raises(ValueError, match="at least one map"):
+        extractor((), rois)
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ({"pool_mode": "max"}, NotImplementedError, "pool_mode 'max' has no fused form"),
+        ({"pool_mode": "median"}, ValueError, "pool_mode must be 'avg' or 'max', got 'median'"),
+        ({"type": "RoIPool"}, ValueError, "roi_layer must be of type 'RoIAlign', got 'RoIPool'"),
+        ({"clockwise": True, "angle": 3}, ValueError, "roi_layer has unknown keys angle, clockwise"),
+    ],
+)
+def test_single_roi_extractor_refuses_layers(layer, error, message):
+    with pytest.raises(error, match=message):
+        SingleRoIExtractor({**ROI_LAYER, **layer}, 3, STRIDES)
+
+
+def test_single_roi_extractor_refuses_numbers():
+    with pytest.raises(ValueError, match="roi_layer must have an output_size"):
+        SingleRoIExtractor({"type": "RoIAlign"}, 3, STRIDES)
+    with pytest.raises(ValueError, match="featmap_strides must be positive"):
+        SingleRoIExtractor(ROI_LAYER, 3, [])
+    with pytest.raises(ValueError, match="finest_scale must be a positive number"):
+        SingleRoIExtractor(ROI_LAYER, 3, STRIDES, 0)
+    # What mmcv takes and we need not look at.
+    layer = {**ROI_LAYER, "use_torchvision": True, "spatial_scale": 0.5, "pool_mode": "avg"}
+    assert SingleRoIExtractor(layer, 3, STRIDES, init_cfg={"type": "Normal"}).init_cfg == {"type": "Normal"}
