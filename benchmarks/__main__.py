@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=float("inf"), help="start no case after this many seconds")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each case, beyond warming up")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="comma-separated: cases whose name contains one of these")
     parser.add_argument("--providers", help="comma-separated; all by default")
     parser.add_argument("--tiny", action="store_true", help="a few pixels and rounds: walks the code, measures nothing")
     options = parser.parse_args(arguments)
@@ -43,10 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     names = options.providers.split(",") if options.providers else None
     machine = facts(options.device) | ({"tiny": True} if options.tiny else {})
+    wanted = options.only.split(",")
     problems: list[str] = []
     for family, cases_for in FAMILIES.items():
         results = Results(options.output, family, machine)
-        chosen: list[Case] = [case for case in cases_for(options.device) if options.only in str(case)]
+        chosen: list[Case] = [c for c in cases_for(options.device) if any(word in str(c) for word in wanted)]
         if options.tiny:
             chosen = [tiny(case) for case in chosen]
         for i, case in enumerate(chosen):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from benchmarks.rois import pixels_read
+
 #: A pyramid's maps, (height, width), finest first.
 Levels = tuple[tuple[int, int], ...]
 
@@ -39,6 +41,12 @@ class Case:
     direction: str
     #: Call overhead is what counts, not bytes: these maps fit in the first cache.
     overhead: bool = False
+    #: Of a pooler: RoIs per image, bins along an axis, samples along an axis of a bin (0: adaptive), and whether the
+    #: RoIs crowd around a few objects.
+    rois: int = 0
+    output_size: int = 0
+    sampling_ratio: int = 0
+    clustered: bool = False
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}-n{self.batch}-{self.dtype}-{self.memory_format}-{self.direction}"
@@ -74,9 +82,26 @@ def _upsample_add_elements(case: Case) -> int:
     return fine + coarse if case.direction == "backward" else 2 * fine + coarse
 
 
+def scales(case: Case) -> tuple[float, ...]:
+    """Map pixels per image pixel, from a stride of 4 on."""
+    return tuple(2.0 ** -(2 + level) for level in range(len(case.levels)))
+
+
+def _roi_align_elements(case: Case) -> int:
+    """Forward: every pixel that a RoI reads, and the output. Backward: the output's gradient, and that of all maps."""
+    pooled = case.batch * case.rois * case.channels * case.output_size**2
+    if case.direction == "backward":
+        return pooled + sum(_elements(case))
+    read = pixels_read(
+        case.batch, case.rois, case.levels, scales(case), case.output_size, case.sampling_ratio, case.clustered
+    )
+    return pooled + read * case.channels
+
+
 _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "top_down": _top_down_elements,
     "upsample_add": _upsample_add_elements,
+    "multiscale_roi_align": _roi_align_elements,
 }
 
 
@@ -95,6 +120,10 @@ def targets(case: Case) -> tuple[Target, ...]:
     """What the compiled library is held to for `case` on two CPU cores; empty where it is only reported."""
     if case.overhead:
         return (Target("eager", 1.0),)
+    if case.op == "multiscale_roi_align" and case.dtype == "float32":
+        if case.direction == "forward" and case.sampling_ratio == 0:
+            return (Target("eager", 10.0),)
+        return (Target("eager", 8.0 if case.memory_format == "channels_last" else 5.0),)
     if case.name == "resnet50_fpn_800x1344" and case.dtype == "float32":
         return (Target("eager", 2.0), Target("compile", 1.0))
     return ()
@@ -130,11 +159,56 @@ def _top_down(device_type: str) -> list[Case]:
     return cases
 
 
+#: A detector's poolers: RoIs per image, bins, samples.
+POOLERS = {
+    "box_1000_7x7_ratio_2": (1000, 7, 2),
+    "box_1000_7x7_adaptive": (1000, 7, 0),
+    "mask_100_14x14_ratio_2": (100, 14, 2),
+    "train_512_7x7_ratio_2": (512, 7, 2),
+}
+
+
+def _pool(pooler: str, batch: int, dtype: str, clustered: bool = False) -> list[Case]:
+    count, output_size, sampling_ratio = POOLERS[pooler]
+    name = f"{pooler}_{'clustered' if clustered else 'spread'}"
+    return [
+        Case(
+            "multiscale_roi_align",
+            name,
+            RESNET50_FPN_800X1344,
+            batch,
+            256,
+            dtype,
+            memory_format,
+            direction,
+            rois=count,
+            output_size=output_size,
+            sampling_ratio=sampling_ratio,
+            clustered=clustered,
+        )
+        for memory_format in MEMORY_FORMATS
+        for direction in ("forward", "backward")
+    ]
+
+
+def _multiscale_roi_align(device_type: str) -> list[Case]:
+    cases = [case for pooler in POOLERS for case in _pool(pooler, 1, "float32")]
+    box = "box_1000_7x7_ratio_2"
+    cases += _pool(box, 1, "bfloat16") + _pool(box, 1, "float32", clustered=True) + _pool(box, 2, "float32")
+    if device_type == "cuda":
+        cases += [case for pooler in POOLERS if pooler != box for case in _pool(pooler, 1, "bfloat16")]
+        cases += _pool(box, 1, "bfloat16", clustered=True) + _pool(box, 2, "bfloat16") + _pool(box, 8, "bfloat16")
+    return cases
+
+
 #: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
-FAMILIES: dict[str, Callable[[str], list[Case]]] = {"top_down": _top_down}
+FAMILIES: dict[str, Callable[[str], list[Case]]] = {
+    "top_down": _top_down,
+    "multiscale_roi_align": _multiscale_roi_align,
+}
 
 
 def tiny(case: Case) -> Case:
-    """`case` with eight channels and maps of a few pixels, to walk the code and measure nothing."""
+    """`case` with eight channels, maps of a few pixels and few RoIs, to walk the code and measure nothing."""
     levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)
-    return replace(case, levels=levels, channels=8)
+    return replace(case, levels=levels, channels=8, rois=min(case.rois, 4))

@@ -123,7 +123,8 @@ def benchmarks(run: Run) -> Outcome:
     """Every case, into <machine>/<family>.json."""
     arguments = ["--output", str(run.output), "--seconds", "2"]
     if run.options.dry_run:
-        arguments += ["--tiny", "--only", "800x1344-n1-float32-channels_last"]
+        cases = ("800x1344-n1-float32-channels_last", "ratio_2_spread-n1-bfloat16-channels_last")
+        arguments += ["--tiny", "--only", ",".join(cases)]
     # A case that has begun needs time to end, most of it for torch.compile.
     limit = max(5.0, run.section_left() - 30)
     before = {path: path.stat().st_mtime_ns for path in run.output.glob("*/*.json")}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import cpu_timing, gpu_timing
 from benchmarks.cases import Case, bytes_moved
-from benchmarks.providers import OPS, Expectation, Provider, bind, expectation, output_grads, providers, running
+from benchmarks.providers import Expectation, Provider, bind, expectation, op_of, output_grads, providers, running
 from benchmarks.rows import Row
 from benchmarks.sampling import MAX_ROUNDS, Measurement, interleave, quantile, ratio
 
@@ -89,7 +89,7 @@ def measure(
     # Shapes of the case before would make torch.compile generalise, and a cache full of graphs give up.
     torch._dynamo.reset()
     torch.manual_seed(0)
-    inputs = [OPS[case.op].inputs(case, device) for _ in range(timing.input_sets(case))]
+    inputs = [op_of(case).inputs(case, device) for _ in range(timing.input_sets(case))]
     grads = [output_grads(case, each) for each in inputs]
 
     expected = expectation(case, inputs[0], grads[0])

@@ -2,7 +2,8 @@
 """Who computes a case, and the check that it is the right thing that is computed.
 
 - eager: the sequence of PyTorch calls that the op replaces, as torchvision writes it.
-- compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes.
+- compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes. The pooler's reference is
+  a loop that nobody would compile: there it is of torchvision's module, graph breaks and all.
 - cpp and triton: the op, by that backend (triton on a GPU only).
 """
 
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, scales
+from benchmarks.rois import random_rois
 from fpn_fast import backends, ops, reference
 
 Function = Callable[[Sequence[Tensor]], Any]
@@ -31,6 +34,8 @@ class Op:
     reference: Function
     eager: Function
     fused: Function
+    #: What torch.compile is given, where that is not the reference.
+    compiled: Function | None = None
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,51 @@ OPS: dict[str, Op] = {
 }
 
 
+def _pooler(case: Case) -> Op:
+    """Pooling of the case's RoIs, which are made once for each device, as a detector has them already."""
+    height, width = (4 * size for size in case.levels[0])
+    rois = random_rois(case.batch, case.rois, height, width, case.clustered)
+    module = MultiScaleRoIAlign([str(i) for i in range(len(case.levels))], case.output_size, case.sampling_ratio)
+    boxes_on: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+
+    def boxes(device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        if device not in boxes_on:
+            here = rois.to(device)
+            boxes_on[device] = here, [here[here[:, 0] == i, 1:].contiguous() for i in range(case.batch)]
+        return boxes_on[device]
+
+    def eager(maps: Sequence[Tensor]) -> Tensor:
+        # torchvision has no bfloat16 kernel; under autocast, which its users have then, it widens every map.
+        with torch.autocast(maps[0].device.type, torch.bfloat16, enabled=maps[0].dtype == torch.bfloat16):
+            named = {str(i): each for i, each in enumerate(maps)}
+            return module(named, boxes(maps[0].device)[1], [(height, width)] * case.batch)
+
+    def fused(maps: Sequence[Tensor]) -> Tensor:
+        return ops.multiscale_roi_align(
+            maps,
+            boxes(maps[0].device)[0],
+            case.output_size,
+            scales(case),
+            sampling_ratio=case.sampling_ratio,
+        )
+
+    def plain(maps: Sequence[Tensor]) -> Tensor:
+        with backends.use("reference"):
+            return fused(maps)
+
+    return Op(_maps, plain, eager, fused, compiled=eager)
+
+
+def op_of(case: Case) -> Op:
+    """How `case` is called."""
+    return _pooler(case) if case.op == "multiscale_roi_align" else OPS[case.op]
+
+
 def providers(case: Case, device_type: str, names: Sequence[str] | None = None) -> list[Provider]:
     """The providers that can serve `case` on this machine, eager first; only `names` where given."""
-    op = OPS[case.op]
-    found = [
-        Provider("eager", op.eager),
-        Provider("compile", torch.compile(op.reference, fullgraph=True, dynamic=False)),
-    ]
+    op = op_of(case)
+    compiled = torch.compile(op.compiled or op.reference, fullgraph=op.compiled is None, dynamic=False)
+    found = [Provider("eager", op.eager), Provider("compile", compiled)]
     for backend in ("cpp", "triton"):
         # On a CPU Triton kernels run in an interpreter, which is for tests.
         if backends.problem(backend, device_type) is None and (backend != "triton" or device_type == "cuda"):
@@ -108,7 +151,7 @@ def output_grads(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
     if "backward" not in case.direction:
         return []
     with torch.no_grad():
-        return [torch.randn_like(output) for output in listed(OPS[case.op].reference(inputs))]
+        return [torch.randn_like(output) for output in listed(op_of(case).reference(inputs))]
 
 
 def bind(
@@ -155,7 +198,7 @@ def _largest(tensor: Tensor) -> float:
 
 def expectation(case: Case, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Expectation:
     """What `case` must give: within twice the reference's own error in the case's dtype, plus one rounding."""
-    function = OPS[case.op].reference
+    function = op_of(case).reference
     with torch.set_grad_enabled(case.direction != "forward"):
         exact = listed(bind(case, function, [t.double() for t in inputs], [g.double() for g in grads])())
         own = listed(bind(case, function, inputs, grads)())

@@ -53,7 +53,53 @@ def top_down(device: torch.device) -> int:
     return calls
 
 
-CALLS: dict[str, Callable[[torch.device], int]] = {"top_down": top_down}
+#: Of both images, on every level, off the map, and without level.
+ROIS = (
+    (0.0, 3.3, 5.1, 30.7, 41.9),
+    (1.0, 0.0, 0.0, 76.0, 52.0),
+    (1.0, 60.2, 10.4, 61.3, 33.8),
+    (0.0, -9.5, -8.5, 12.25, 9.75),
+    (1.0, 500.0, 500.0, 600.0, 600.0),
+    (0.0, float("nan"), 5.0, 30.0, 40.0),
+    (7.0, 3.0, 5.0, 30.0, 40.0),
+)
+
+
+def multiscale_roi_align(device: torch.device) -> int:
+    """Forward and backward for both memory formats and grids; returns the number of calls."""
+    calls = 0
+    rois = torch.tensor(ROIS * 40)
+    scales = [2.0 ** -(2 + level) for level in range(len(LEVELS))]
+    for dtype, memory_format, (size, ratio), channels in itertools.product(
+        (torch.float32, torch.bfloat16),
+        (torch.contiguous_format, torch.channels_last),
+        ((7, 2), ((3, 5), 0), (14, 2)),
+        CHANNELS,
+    ):
+        features = [
+            torch.randn(2, channels, *size).to(dtype).contiguous(memory_format=memory_format) for size in LEVELS
+        ]
+        results = []
+        for where, backend in ((torch.device("cpu"), "reference"), (device, "cpp")):
+            maps = [feature.to(where).requires_grad_() for feature in features]
+            with backends.use(backend):
+                pooled = ops.multiscale_roi_align(
+                    maps, rois.to(where), size, scales, sampling_ratio=ratio, canonical_scale=48
+                )
+            results.append(_gradients([pooled], maps))
+        label = f"multiscale_roi_align {size} {ratio} {dtype} {memory_format} C={channels}"
+        # Hundreds of RoIs add up at a pixel: their gradients are compared as shares of what they are.
+        scaled = [[each / max(1.0, right.abs().max().item()) for each, right in zip(r, results[0], strict=True)]
+                  for r in results]  # fmt: skip
+        _compare(label, scaled[1], scaled[0])
+        calls += 1
+    return calls
+
+
+CALLS: dict[str, Callable[[torch.device], int]] = {
+    "top_down": top_down,
+    "multiscale_roi_align": multiscale_roi_align,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import fpn_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import cases, gpu_run, gpu_timing, harness, providers, report, rows, sampling  # noqa: E402
+from benchmarks import cases, gpu_run, gpu_timing, harness, providers, report, rois, rows, sampling  # noqa: E402
 from benchmarks.conftest import RecordedClock  # noqa: E402
 
 CASE = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.direction == "backward")
@@ -64,6 +67,39 @@ def test_every_configuration_that_is_promised_is_measured() -> None:
     assert overhead == set(
         itertools.product(("top_down", "upsample_add"), ("forward", "forward_grad", "forward_backward"))
     )
+
+
+def test_bytes_of_pooling() -> None:
+    """One RoI on an image of 8 x 8 pixels: what it reads of one map, and what comes out."""
+    case = _case("forward", op="multiscale_roi_align", levels=((2, 2),), channels=3, rois=1, output_size=2,
+                 sampling_ratio=2)  # fmt: skip
+    read = rois.pixels_read(1, 1, ((2, 2),), (0.25,), 2, 2, False)
+    assert 1 <= read <= 4
+    assert cases.bytes_moved(case) == (read * 3 + 3 * 4) * 4
+    assert cases.bytes_moved(replace(case, direction="backward")) == (2 * 2 * 3 + 3 * 4) * 4
+
+
+def test_rois_are_inside_the_image_and_crowd_when_asked() -> None:
+    spread, crowded = (rois.random_rois(2, 500, 800, 1344, clustered) for clustered in (False, True))
+    for found in (spread, crowded):
+        assert found[:, 0].unique().tolist() == [0, 1]
+        assert (found[:, 1:3] >= 0).all()
+        assert (found[:, 3:] > found[:, 1:3]).all()
+        assert (found[:, 3] <= 1344).all() and (found[:, 4] <= 800).all()  # noqa: PT018
+        shares = fpn_fast.ops.assign_levels(found, (1 / 4, 1 / 8, 1 / 16, 1 / 32)).bincount() / len(found)
+        assert 0.5 < shares[0] < 0.75
+        assert (shares > 0.02).all()
+    levels = cases.RESNET50_FPN_800X1344
+    arguments = (2, 500, levels, (1 / 4, 1 / 8, 1 / 16, 1 / 32), 7, 2)
+    assert rois.pixels_read(*arguments, True) < 0.8 * rois.pixels_read(*arguments, False)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_poolers_agree_on_a_small_pyramid(direction: str) -> None:
+    case = cases.tiny(next(c for c in cases.FAMILIES["multiscale_roi_align"]("cpu") if c.direction == direction))
+    found, _ = harness.measure(case, "cpu", 0.0, max_rounds=1)
+    assert harness.refused(found) == []
+    assert {row.provider for row in found} == {"eager", "compile", "cpp", harness.COPY}
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -348,12 +384,13 @@ def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
     assert "passed" not in results["tests"]
     assert {results["sanitizer"][tool] for tool in ("memcheck", "racecheck")} == {no_gpu}
     assert results["benchmarks"]["gpu"] == no_gpu
-    assert results["benchmarks"]["top_down"] == {"cases": 2, "not_reached": [], "refused": []}
-    (rows_file,) = results["benchmarks"]["files"]
-    measured = report.load(tmp_path / rows_file)
-    assert measured["machine"]["tiny"]
-    assert {row["provider"] for row in measured["rows"]} >= {"eager", "compile", "copy"}
-    assert {row["metric"] for row in measured["rows"]} == {"wall"}
+    assert len(results["benchmarks"]["files"]) == len(cases.FAMILIES)
+    for rows_file in results["benchmarks"]["files"]:
+        assert results["benchmarks"][Path(rows_file).stem] == {"cases": 2, "not_reached": [], "refused": []}
+        measured = report.load(tmp_path / rows_file)
+        assert measured["machine"]["tiny"]
+        assert {row["provider"] for row in measured["rows"]} >= {"eager", "compile", "copy"}
+        assert {row["metric"] for row in measured["rows"]} == {"wall"}
 
 
 def test_too_small_a_budget_skips_sections_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

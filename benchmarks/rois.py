@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoIs of the sizes that COCO's objects have, spread over the image or crowded around a few objects."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fpn_fast import ops
+from fpn_fast.reference.multiscale_roi_align import axis_weights
+
+#: COCO's objects by side, in pixels: a share of them is small, medium and large. Images are resized by about SCALE.
+SIZES = ((0.41, 8.0, 32.0), (0.34, 32.0, 96.0), (0.25, 96.0, 400.0))
+SCALE = 1.667
+#: Spread of the logarithm of the aspect ratio.
+ASPECT = 0.4
+#: Crowded: this share of the RoIs lies around so many objects, as a detector's proposals do.
+CROWDED_SHARE, OBJECTS = 0.75, 8
+
+
+def random_boxes(count: int, height: int, width: int, clustered: bool, generator: torch.Generator) -> Tensor:
+    """[count, 4] (x1, y1, x2, y2) inside the image, sides log-uniform within COCO's classes."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    kind = uniform(count)
+    side = torch.zeros(count)
+    passed = 0.0
+    for share, low, high in SIZES:
+        inside = (kind >= passed) & (kind < passed + share)
+        side = torch.where(inside, torch.exp(math.log(low) + uniform(count) * math.log(high / low)), side)
+        passed += share
+    side = side.clamp(min=SIZES[0][1]) * SCALE
+    aspect = torch.exp(torch.randn(count, generator=generator) * ASPECT)
+    extent = torch.stack([side * aspect.sqrt(), side / aspect.sqrt()], 1)
+    image = torch.tensor([float(width), float(height)])
+    centre = uniform(count, 2) * image
+    if clustered:
+        objects = uniform(OBJECTS, 2) * image
+        chosen = objects[torch.randint(OBJECTS, (count,), generator=generator)]
+        near = chosen + torch.randn(count, 2, generator=generator) * extent / 4
+        centre = torch.where(uniform(count, 1) < CROWDED_SHARE, near, centre)
+    low, high = centre - extent / 2, centre + extent / 2
+    return torch.cat([torch.minimum(low.clamp(min=0), image - 1), torch.minimum(high.clamp(min=1), image)], 1)
+
+
+@functools.lru_cache(maxsize=64)
+def random_rois(batch: int, count: int, height: int, width: int, clustered: bool) -> Tensor:
+    """[batch * count, 5] (image, x1, y1, x2, y2), the same for every device."""
+    generator = torch.Generator().manual_seed(1)
+    boxes = [random_boxes(count, height, width, clustered, generator) for _ in range(batch)]
+    return torch.cat([torch.cat([torch.full((count, 1), float(i)), b], 1) for i, b in enumerate(boxes)])
+
+
+@functools.lru_cache(maxsize=64)
+def pixels_read(
+    batch: int,
+    count: int,
+    levels: tuple[tuple[int, int], ...],
+    scales: tuple[float, ...],
+    output_size: int,
+    sampling_ratio: int,
+    clustered: bool,
+) -> int:
+    """Pixels of all maps that some RoI reads: what has to come from memory once, whoever pools."""
+    height, width = (round(size / scales[0]) for size in levels[0])
+    rois = random_rois(batch, count, height, width, clustered)
+    maps = [torch.zeros(batch, *size, dtype=torch.bool) for size in levels]
+    for (image, x1, y1, x2, y2), level in zip(rois.tolist(), ops.assign_levels(rois, scales).tolist(), strict=True):
+        arguments = (scales[level], sampling_ratio, False, torch.float32)
+        rows = axis_weights(y1, y2, levels[level][0], output_size, *arguments)[0].any(0)
+        cols = axis_weights(x1, x2, levels[level][1], output_size, *arguments)[0].any(0)
+        maps[level][int(image)] |= rows[:, None] & cols
+    return sum(int(each.sum()) for each in maps)
