@@ -73,7 +73,7 @@ def axis_weights(
     weights = torch.zeros(pooled, size, dtype=dtype)
     base = start + torch.arange(pooled, dtype=dtype) * bin_size
     first, count = torch.zeros(pooled, dtype=torch.int64), samples
-    if samples > 2 * _SAMPLE_MARGIN and bin_size > 0:
+    if samples > 2 * _SAMPLE_MARGIN and 0 < bin_size < math.inf:
         # A grid that may be far larger than the map: only what can be on it.
         first = ((-1 - base) * samples / bin_size).clamp(0, samples).long() - _SAMPLE_MARGIN
         count = min(samples, math.ceil((size + 1) * samples / bin_size.item())) + 2 * _SAMPLE_MARGIN

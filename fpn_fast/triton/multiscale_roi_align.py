@@ -290,8 +290,8 @@ def _unit_channels(tensors: Sequence[Tensor]) -> bool:
 
 
 def _vector_width(tensors: Sequence[Tensor]) -> int:
-    """The power of two, at most 16, that divides the channels of `tensors` and their strides but the channels'."""
-    return math.gcd(16, tensors[0].size(1), *(t.stride(d) for t in tensors for d in (0, 2, 3)))
+    """The power of two, at most 16, that divides the channels of `tensors` and every stride that is used but theirs."""
+    return math.gcd(16, tensors[0].size(1), *(t.stride(d) for t in tensors for d in (0, 2, 3) if t.size(d) > 1))
 
 
 def multiscale_roi_align(

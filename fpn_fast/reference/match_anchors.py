@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anchor matching in plain PyTorch: torchvision's box_iou and Matcher, a few ground truths at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Codes of anchors without a match, torchvision's.
+BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS = -1, -2
+# Ground truths that are compared at once: all memory beyond the anchors' own is this many rows of them.
+_BLOCK = 8
+
+
+def grid_anchors(
+    cells: Tensor, grids: Sequence[tuple[int, int, int]], strides: Sequence[tuple[float, float]], offset: float
+) -> Tensor:
+    """Anchors of a pyramid, [M, 4], in (level, row, column, cell anchor) order.
+
+    cells: [sum of A_l, 4], the anchors around a cell's origin, of all levels; grids: (A_l, H_l, W_l) of each level;
+    strides: (vertical, horizontal) pixels between cells; offset: of a cell's origin, in strides. A cell's origin is
+    rounded to the cells' type, then the sum with its anchor is.
+    """
+    levels, first = [], 0
+    for (count, height, width), (down, right) in zip(grids, strides, strict=True):
+        axes = [
+            (torch.arange(size, dtype=torch.float64, device=cells.device) * stride + offset * stride).to(cells.dtype)
+            for size, stride in ((height, down), (width, right))
+        ]
+        y, x = torch.meshgrid(*axes, indexing="ij")
+        origins = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+        levels.append((origins + cells[first : first + count]).reshape(-1, 4))
+        first += count
+    return torch.cat(levels) if levels else cells[:0]
+
+
+def match_anchors(
+    gt_boxes: Tensor,
+    gt_counts: Tensor,
+    anchors: Tensor,
+    anchor_counts: Tensor | None,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+) -> tuple[Tensor, Tensor]:
+    """gt_boxes [N, G, 4], gt_counts [N], anchors [M, 4] or [N, M, 4], anchor_counts [N] or None, of one floating type
+    -> matches [N, M] int64 and IoUs [N, M].
+
+    IoU is inter / ((gt's area + anchor's area) - inter) with every operation rounded, and 0 where that is no number.
+    Each anchor takes the first of the ground truths with the highest IoU. With low-quality matches, an anchor whose IoU
+    with some ground truth is the highest that this one has with any anchor keeps its match whatever the thresholds are.
+    """
+    n, g = gt_boxes.shape[:2]
+    anchors = anchors.expand(n, -1, -1)
+    m = anchors.size(1)
+    positions = torch.arange(m, device=anchors.device)
+    anchor_is_valid = anchors.isfinite().all(2)
+    if anchor_counts is not None:
+        anchor_is_valid &= positions < anchor_counts[:, None]
+    gt_is_valid = gt_boxes.isfinite().all(2) & (torch.arange(g, device=gt_boxes.device) < gt_counts[:, None])
+
+    best = gt_boxes.new_zeros((n, m))
+    # The first valid one, as nothing beats an IoU of 0 but a higher one.
+    matches = (gt_is_valid.cumsum(1) == 0).sum(1, keepdim=True).expand(n, m).clone()
+    highest = []
+    for first in range(0, g, _BLOCK):
+        iou = _iou(gt_boxes, gt_is_valid, anchors, anchor_is_valid, first)
+        block_best, block_match = iou.max(1)
+        better = block_best > best
+        best = torch.where(better, block_best, best)
+        matches = torch.where(better, block_match + first, matches)
+        highest.append(iou.amax(2) if m else iou.new_zeros(iou.shape[:2]))
+
+    low = torch.full((), low_threshold, dtype=best.dtype, device=best.device)
+    high = torch.full((), high_threshold, dtype=best.dtype, device=best.device)
+    # torchvision compares with the thresholds in the IoU's type.
+    codes = matches.masked_fill(best < high, BETWEEN_THRESHOLDS).masked_fill(best < low, BELOW_LOW_THRESHOLD)
+    if allow_low_quality_matches:
+        for block, first in enumerate(range(0, g, _BLOCK)):
+            iou = _iou(gt_boxes, gt_is_valid, anchors, anchor_is_valid, first)
+            restored = (iou == highest[block][:, :, None]) & gt_is_valid[:, first : first + _BLOCK, None]
+            codes = torch.where(restored.any(1), matches, codes)
+    matchable = anchor_is_valid & gt_is_valid.any(1, keepdim=True)
+    return codes.masked_fill(~matchable, BELOW_LOW_THRESHOLD), best
+
+
+def _iou(gt_boxes: Tensor, gt_is_valid: Tensor, anchors: Tensor, anchor_is_valid: Tensor, first: int) -> Tensor:
+    """[N, up to _BLOCK, M]: the ground truths from `first` on with all anchors; 0 where either is not valid."""
+    gts = gt_boxes[:, first : first + _BLOCK, None]
+    anchors = anchors[:, None]
+    extent = (torch.minimum(gts[..., 2:], anchors[..., 2:]) - torch.maximum(gts[..., :2], anchors[..., :2])).clamp(0)
+    inter = extent[..., 0] * extent[..., 1]
+    areas = [(b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1]) for b in (gts, anchors)]
+    iou = inter / (areas[0] + areas[1] - inter)
+    valid = gt_is_valid[:, first : first + _BLOCK, None] & anchor_is_valid[:, None]
+    return torch.where(valid & (iou > 0), iou, 0)
