@@ -19,12 +19,22 @@ ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"
 SOURCES = [
     "csrc/ops.cpp",
+    "csrc/cpu/generate_proposals.cpp",
+    "csrc/cpu/match_anchors.cpp",
     "csrc/cpu/multiscale_roi_align.cpp",
     "csrc/cpu/multiscale_roi_align_backward.cpp",
+    "csrc/cpu/multiscale_roi_align_max.cpp",
+    "csrc/cpu/nms.cpp",
+    "csrc/cpu/paste_masks.cpp",
     "csrc/cpu/top_down.cpp",
     "csrc/cpu/top_down_backward.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/kernel_table.cu", "csrc/cuda/top_down.cu"]
+CUDA_SOURCES = [
+    "csrc/cuda/kernel_table.cu",
+    "csrc/cuda/multiscale_roi_align.cu",
+    "csrc/cuda/multiscale_roi_align_max.cu",
+    "csrc/cuda/top_down.cu",
+]
 # A checkout builds for the H100 and H200; a wheel for every GPU from Turing on.
 DEVELOPMENT_ARCHS = "9.0"
 WHEEL_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX"

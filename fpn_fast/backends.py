@@ -5,8 +5,10 @@
 - ``triton``: for a GPU without a compiler; on CPU tensors only under ``TRITON_INTERPRET=1``, for testing.
 - ``reference``: plain PyTorch, on any device.
 
-``auto`` takes the first of these that can serve the call. Choose with :func:`use`, or with ``FPN_FAST_BACKEND`` in the
-environment when the package is imported. The choice is one for the process, not one for each thread.
+``auto`` takes the first of these that can serve the call. An op that a backend has no kernel for runs by the reference
+there, also where the backend was asked for by name; :func:`explain` says which ops. Choose with :func:`use`, or with
+``FPN_FAST_BACKEND`` in the environment when the package is imported. The choice is one for the process, not one for
+each thread.
 """
 
 from __future__ import annotations
@@ -62,8 +64,10 @@ def _parse(name: str, source: str) -> str:
 
 
 _requested = _parse(os.environ.get("FPN_FAST_BACKEND", "auto"), "FPN_FAST_BACKEND")
-# Automatic choices by (requested, device type): the answer cannot change while the process lives.
-_chosen: dict[tuple[str, str], str] = {}
+# Choices by (requested, device type, op): the answer cannot change while the process lives.
+_chosen: dict[tuple[str, str, str | None], str] = {}
+# (backend, device type) -> the ops that have no kernel there.
+_missing: dict[tuple[str, str], set[str]] = {}
 
 
 def requested() -> str:
@@ -81,44 +85,73 @@ def available(device_type: str) -> list[str]:
     return [name for name in BACKENDS if problem(name, device_type) is None]
 
 
-def choose(device_type: str) -> str:
-    """The backend that serves a call on `device_type`.
+def declare_missing(op: str, backend: str, device_type: str) -> None:
+    """Says that `op` has no kernel on `backend` for tensors of `device_type`; called where the op is registered."""
+    _missing.setdefault((backend, device_type), set()).add(op)
+
+
+def has_form(op: str, backend: str, device_type: str) -> bool:
+    """Whether `backend` has a kernel of `op` for tensors of `device_type`, if it serves them at all."""
+    return op not in _missing.get((backend, device_type), ())
+
+
+def choose(device_type: str, op: str | None = None) -> str:
+    """The backend that serves a call on `device_type`; for an op that it has no kernel of, the reference.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot serve this device.
     """
-    key = (_requested, device_type)
+    key = (_requested, device_type, op)
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _choose(*key)
     return found
 
 
-def choose_for(tensor: Tensor) -> str:
+def choose_for(tensor: Tensor, op: str | None = None) -> str:
     """:func:`choose` for the device of `tensor`; asking a device for its type's name costs more than the choice."""
-    return choose("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type)
+    return choose("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type, op)
 
 
-def _choose(name: str, device_type: str) -> str:
+def beats_torchvision(tensor: Tensor, op: str) -> bool:
+    """Whether a module should call `op` for tensors like `tensor` and not do as torchvision does.
+
+    Not where the op has no kernel and would run by the reference, unless a backend was asked for by name.
+    """
+    return _requested != "auto" or choose_for(tensor, op) != "reference"
+
+
+def _choose(name: str, device_type: str, op: str | None) -> str:
     if name == "auto":
         # The interpreter is for testing kernels, never the faster choice.
-        return next(b for b in available(device_type) if b != "triton" or device_type == "cuda")
+        usable = [b for b in available(device_type) if b != "triton" or device_type == "cuda"]
+        return next(b for b in usable if op is None or has_form(op, b, device_type))
     reason = problem(name, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve {device_type} tensors: {reason}")
-    return name
+    return name if op is None or has_form(op, name, device_type) else "reference"
 
 
-def explain(device_type: str = "cpu") -> str:
-    """One line a backend: which serves tensors of `device_type` now, which could, and why the others cannot."""
+def explain(device_type: str = "cpu", op: str | None = None) -> str:
+    """One line a backend: which serves tensors of `device_type` now, which could, and why the others cannot.
+
+    op: an op's name, such as "segmented_nms", for the backends that serve this one; without it, each line names the ops
+        that its backend has no kernel of and leaves to the reference.
+    """
     try:
-        taken: str | None = choose(device_type)
+        taken: str | None = choose(device_type, op)
     except BackendUnavailableError:
         taken = None
-    lines = [f"{device_type} tensors, backend asked for: {_requested}"]
+    of = "" if op is None else f"{op} of "
+    lines = [f"{of}{device_type} tensors, backend asked for: {_requested}"]
     for name in BACKENDS:
         reason = problem(name, device_type)
+        missing = sorted(_missing.get((name, device_type), ()))
+        if reason is None and op in missing:
+            reason = f"it has no kernel of {op} for {device_type} tensors, which runs by another backend"
         state = "taken" if name == taken else "available" if reason is None else f"not available: {reason}"
+        if reason is None and op is None and missing:
+            state += f"; without kernels of {', '.join(missing)}"
         lines.append(f"  {name:<9} {state}")
     return "\n".join(lines)
 

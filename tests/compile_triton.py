@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
-from fpn_fast.triton import _resample, multiscale_roi_align, top_down
+from fpn_fast.triton import _resample, multiscale_roi_align, multiscale_roi_align_max, top_down
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -66,7 +66,7 @@ class Driver:
 
 
 def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
-    """The kernels that the op and its gradient launch, for a pyramid of 256 channels."""
+    """The kernels that the op and its gradient launch in both modes, for a pyramid of 256 channels."""
     compiled = []
 
     def launch(kernel, grid):
@@ -85,6 +85,10 @@ def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
     # One map: the kernel is the same for every one.
     multiscale_roi_align.multiscale_roi_align_backward(
         out, rois, None, 1, [*sizes[0]], scales[:1], [], *options[2:], channels_last
+    )
+    out, winners = multiscale_roi_align_max.multiscale_roi_align_max(maps, rois, None, 7, 7, *options)
+    multiscale_roi_align_max.multiscale_roi_align_max_backward(
+        out, winners, rois, None, 1, [*sizes[0]], scales[:1], [], *options[2:], channels_last
     )
     return compiled
 

@@ -13,7 +13,11 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
 import fpn_fast
 
 SIZE = {"min_size": 64, "max_size": 96}
+TRANSFORM = ("transform", "torchvision.GeneralizedRCNNTransform")
 FPN = ("backbone.fpn", "torchvision.FeaturePyramidNetwork")
+RPN = ("rpn", "torchvision.RegionProposalNetwork")
+ANCHORS = ("rpn.anchor_generator", "torchvision.AnchorGenerator")
+HEADS = ("roi_heads", "torchvision.RoIHeads")
 POOLER = ("roi_heads.box_roi_pool", "torchvision.MultiScaleRoIAlign")
 
 
@@ -44,8 +48,8 @@ def losses_and_gradients(model, dtype):
     ("kind", "dtype", "swapped"),
     [
         # The pooler rounds in another order: in float64 that is too little to change a decision.
-        ("faster_rcnn", torch.float64, [FPN, POOLER]),
-        ("retinanet", torch.float32, [FPN]),
+        ("faster_rcnn", torch.float64, [TRANSFORM, FPN, RPN, ANCHORS, HEADS, POOLER]),
+        ("retinanet", torch.float32, [FPN, ("anchor_generator", "torchvision.AnchorGenerator"), TRANSFORM]),
     ],
     ids=["faster_rcnn", "retinanet"],
 )
@@ -97,7 +101,7 @@ def test_keeps_everything_and_is_undone():
     assert ("backbone.fpn", "fused already") in [(e.name, e.note) for e in again.left]
 
     undone = fpn_fast.restore(model)
-    assert [e.name for e in undone.swapped] == ["backbone.fpn", "roi_heads.box_roi_pool"]
+    assert [e.name for e in undone.swapped] == [e[0] for e in (TRANSFORM, FPN, RPN, ANCHORS, HEADS, POOLER)]
     assert type(model.backbone.fpn) is FeaturePyramidNetwork
     assert type(model.roi_heads.box_roi_pool) is MultiScaleRoIAlign
     assert fpn_fast.restore(model).swapped == []
@@ -118,14 +122,16 @@ def test_checkpoints_go_both_ways_and_copies_stay_fused():
 
 def test_report_says_what_was_left_and_why():
     model = detector("faster_rcnn")
+    model.rpn.anchor_generator.__class__ = type("Mine", (AnchorGenerator,), {})
     report = fpn_fast.accelerate(model)
     left = {e.name: e.note for e in report.left}
-    assert left["rpn.anchor_generator"] == "no fused form in this version"
-    assert set(left) == {"rpn", "rpn.anchor_generator"}
+    assert left == {
+        "rpn.anchor_generator": "a subclass of torchvision.AnchorGenerator, which may compute something else"
+    }
     text = str(report)
-    assert text.splitlines()[0] == "fpn_fast: 2 swapped, 2 left"
+    assert text.splitlines()[0] == "fpn_fast: 5 swapped, 1 left"
     assert "now fpn_fast.FeaturePyramidNetwork" in text
-    assert report.as_dict()["swapped"][0]["name"] == "backbone.fpn"
+    assert report.as_dict()["swapped"][0]["name"] == "transform"
 
 
 def test_subclasses_are_left():
@@ -143,7 +149,9 @@ def test_modules_by_themselves_and_models_without_one():
     assert fpn_fast.accelerate(fpn).swapped[0].name == ""
     assert type(fpn) is fpn_fast.nn.FeaturePyramidNetwork
     assert str(fpn_fast.accelerate(nn.Linear(2, 2))) == "fpn_fast: nothing in this model has a fused form"
-    assert len(fpn_fast.accelerate(AnchorGenerator()).left) == 1
+    generator = AnchorGenerator()
+    assert fpn_fast.accelerate(generator).swapped[0].note == "now fpn_fast.AnchorGenerator"
+    assert type(generator) is fpn_fast.nn.AnchorGenerator
     for pooler in (MultiScaleRoIAlign(["0"], 7, 2), RoIAlign(7, 0.25, 2)):
         kind = type(pooler).__name__
         assert fpn_fast.accelerate(pooler).swapped[0].note == f"now fpn_fast.{kind}"

@@ -134,4 +134,4 @@ def test_readmes_example_runs(capsys):
     scope = {}
     exec(code.group(1), scope)
     assert [m.shape for m in scope["merged"]] == [lateral.shape for lateral in scope["laterals"]]
-    assert "fpn_fast: 2 swapped" in capsys.readouterr().out
+    assert "fpn_fast: 6 swapped" in capsys.readouterr().out

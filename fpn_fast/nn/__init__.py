@@ -8,6 +8,17 @@ from fpn_fast.nn import detectron2, mmdet
 from fpn_fast.nn.feature_pyramid import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 from fpn_fast.nn.roi_align import MultiScaleRoIAlign, RoIAlign
 
+try:
+    from fpn_fast.nn.region_proposal import AnchorGenerator as AnchorGenerator
+    from fpn_fast.nn.region_proposal import RegionProposalNetwork as RegionProposalNetwork
+    from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform as GeneralizedRCNNTransform
+    from fpn_fast.nn.roi_heads import RoIHeads as RoIHeads
+except ImportError:
+    # No torchvision, and these have no form of their own without it.
+    _OF_TORCHVISION: list[str] = []
+else:
+    _OF_TORCHVISION = ["AnchorGenerator", "GeneralizedRCNNTransform", "RegionProposalNetwork", "RoIHeads"]
+
 __all__ = [
     "ExtraFPNBlock",
     "FeaturePyramidNetwork",
@@ -18,3 +29,4 @@ __all__ = [
     "detectron2",
     "mmdet",
 ]
+__all__ += _OF_TORCHVISION

@@ -47,7 +47,6 @@ class SingleRoIExtractor(nn.Module):
     Raises:
         ValueError: roi_layer is of another type, has an unknown key or no output_size; pool_mode is neither ``"avg"``
             nor ``"max"``; strides or finest_scale are not positive.
-        NotImplementedError: pool_mode is ``"max"``.
 
     Source: mmdet/models/roi_heads/roi_extractors/, mmcv/ops/roi_align.py.
 
@@ -120,6 +119,7 @@ class SingleRoIExtractor(nn.Module):
             scales,
             sampling_ratio=self.roi_layer["sampling_ratio"],
             aligned=self.roi_layer["aligned"],
+            pool_mode=self.roi_layer["pool_mode"],
             **rule,
         )
 
@@ -158,6 +158,4 @@ def _roi_align_options(roi_layer: dict[str, Any]) -> dict[str, Any]:
     options = {**_ROI_ALIGN_DEFAULTS, **options}
     if options["pool_mode"] not in ("avg", "max"):
         raise ValueError(f"pool_mode must be 'avg' or 'max', got {options['pool_mode']!r}")
-    if options["pool_mode"] == "max":
-        raise NotImplementedError("pool_mode 'max' has no fused form in this version; take 'avg', or mmcv's RoIAlign")
     return options

@@ -1,8 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops: each file holds one op's contract, and whichever backend is chosen computes it."""
 
+from fpn_fast.ops.generate_proposals import generate_proposals
 from fpn_fast.ops.levels import assign_levels
+from fpn_fast.ops.match_anchors import AnchorGrid, match_anchors, pad_boxes
 from fpn_fast.ops.multiscale_roi_align import multiscale_roi_align, roi_align
+from fpn_fast.ops.nms import batched_nms, nms, segmented_nms
+from fpn_fast.ops.paste_masks import paste_masks
 from fpn_fast.ops.top_down import top_down, upsample_add
 
-__all__ = ["assign_levels", "multiscale_roi_align", "roi_align", "top_down", "upsample_add"]
+__all__ = [
+    "AnchorGrid",
+    "assign_levels",
+    "batched_nms",
+    "generate_proposals",
+    "match_anchors",
+    "multiscale_roi_align",
+    "nms",
+    "pad_boxes",
+    "paste_masks",
+    "roi_align",
+    "segmented_nms",
+    "top_down",
+    "upsample_add",
+]

@@ -21,43 +21,63 @@ NAMESPACES = {"cpp": "fpn_fast", "triton": "fpn_fast_triton", "reference": "fpn_
 _reference_library = torch.library.Library("fpn_fast_reference", "DEF")
 
 
-def _has_ops(backend: str) -> bool:
+#: Device type -> the dispatcher's name for its kernels, of those that the compiled library knows.
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def _is_defined(backend: str, qualified: str) -> bool:
     if backend == "cpp":
         return _library.problems["cpu"] is None
-    return backends.problem("triton", "cuda") is None
+    if backends.problem("triton", "cuda") is not None:
+        return False
+    import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::
+
+    return torch._C._dispatch_has_kernel(qualified)
+
+
+def _declare_missing_forms(name: str, defined: set[str]) -> None:
+    """Tells `backends` where this op has no kernel although the backend could serve the device."""
+    for device_type, key in _DISPATCH_KEYS.items():
+        if _library.problems[device_type] is None:
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES['cpp']}::{name}", key)
+            if not has_kernel:
+                backends.declare_missing(name, "cpp", device_type)
+        if "triton" not in defined:
+            backends.declare_missing(name, "triton", device_type)
 
 
 def register_op(
     name: str,
     *,
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[[str], Callable[..., Any]],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[[str], Callable[..., Any]] | None = None,
     reference: Callable[..., Any] | None = None,
 ) -> dict[str, torch._ops.OpOverload]:
     """Registers the rules of op `name` in every namespace that has it.
 
-    backward: given a backend's name, the op's backward, so that a gradient is computed by the backend of its forward.
+    backward: given a backend's name, the op's backward, so that a gradient is computed by the backend of its forward;
+        None for an op without gradient. setup_context goes with it.
     reference: the op in plain PyTorch, where that looks at numbers and so has to be an op for a tracer; None where a
-        tracer can follow it.
+        tracer can follow it. An op that some backend has no kernel for needs one: `backends.choose` sends it there.
 
-    Returns: backend -> op.
+    Returns: backend -> op, of the backends that have it.
     """
     found = {}
     for backend, namespace in NAMESPACES.items():
+        qualified = f"{namespace}::{name}"
         if backend == "reference":
             if reference is None:
                 continue
             _reference_library.define(name + SCHEMAS[name])
             _reference_library.impl(name, reference, "CompositeExplicitAutograd")
-        elif not _has_ops(backend):
+        elif not _is_defined(backend, qualified):
             continue
-        if backend == "triton":
-            import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::
-        qualified = f"{namespace}::{name}"
         torch.library.register_fake(qualified, fake)
-        torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)
         found[backend] = getattr(getattr(torch.ops, namespace), name).default
+    _declare_missing_forms(name, set(found))
     return found
 
 

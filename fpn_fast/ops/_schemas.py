@@ -14,4 +14,30 @@ SCHEMAS = {
         "(Tensor grad, Tensor rois, Tensor? levels, SymInt batch, SymInt[] sizes, float[] scales, float[] thresholds, "
         "int sampling_ratio, bool aligned, bool channels_last) -> Tensor[]"
     ),
+    "multiscale_roi_align_max": (
+        "(Tensor[] features, Tensor rois, Tensor? levels, SymInt pooled_height, SymInt pooled_width, float[] scales, "
+        "float[] thresholds, int sampling_ratio, bool aligned) -> (Tensor, Tensor)"
+    ),
+    "multiscale_roi_align_max_backward": (
+        "(Tensor grad, Tensor winners, Tensor rois, Tensor? levels, SymInt batch, SymInt[] sizes, float[] scales, "
+        "float[] thresholds, int sampling_ratio, bool aligned, bool channels_last) -> Tensor[]"
+    ),
+    "segmented_nms": (
+        "(Tensor boxes, Tensor scores, Tensor? groups, Tensor? counts, float iou_threshold, SymInt max_output, "
+        "int convention) -> (Tensor, Tensor)"
+    ),
+    "generate_proposals": (
+        "(Tensor[] objectness, Tensor[] deltas, float[] cell_anchors, SymInt[] strides, Tensor image_sizes, "
+        "SymInt pre_nms_top_n, SymInt post_nms_top_n, float nms_thresh, float score_thresh, float min_size, "
+        "float[] weights, float[] means, float[] stds, float scale_clamp, bool symmetric_clamp, bool mean_center, "
+        "float center_offset, bool strict_size, bool logits_out, int convention) -> (Tensor, Tensor, Tensor)"
+    ),
+    "match_anchors": (
+        "(Tensor gt_boxes, Tensor gt_counts, Tensor? anchors, Tensor? anchor_counts, float[] cell_anchors, "
+        "int[] cells, SymInt[] sizes, SymInt[] strides, float offset, float high_threshold, float low_threshold, "
+        "bool allow_low_quality_matches) -> (Tensor, Tensor)"
+    ),
+    "paste_masks": (
+        "(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor"
+    ),
 }

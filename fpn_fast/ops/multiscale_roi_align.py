@@ -16,6 +16,7 @@ from fpn_fast._memory_format import is_channels_last, memory_format
 from fpn_fast.ops._checks import DTYPES, check_maps
 from fpn_fast.ops._registration import register_op, traced
 from fpn_fast.ops.levels import MAX_LEVELS, levels_by_area, thresholds_of
+from fpn_fast.ops.multiscale_roi_align_max import pool_max
 
 
 def multiscale_roi_align(
@@ -30,6 +31,7 @@ def multiscale_roi_align(
     canonical_level: float = 4,
     level_formula: str = "torchvision",
     levels: Tensor | None = None,
+    pool_mode: str = "avg",
 ) -> Tensor:
     """Pools each RoI from the map of its level to a fixed size: RoIAlign of all levels in one call.
 
@@ -45,14 +47,20 @@ def multiscale_roi_align(
             is at least one map pixel wide and high.
         canonical_scale, canonical_level, level_formula: the rule of :func:`assign_levels`, for several maps.
         levels: [K] of an integer type, the map of each RoI, instead of the rule. One that is no map gives a zero row.
+        pool_mode: ``"avg"``, a bin is the mean of its samples; or ``"max"``, the largest, as mmcv's RoIAlign has it,
+            for maps of at most 16,000 x 16,000 pixels. In both a sample more than a pixel off the map counts as zero.
 
     Returns:
-        [K, C, PH, PW] in the features' dtype and the finest one's memory format; summed in float32 (float64 for
+        [K, C, PH, PW] in the features' dtype and the finest one's memory format; computed in float32 (float64 for
         float64) and rounded once.
 
         Rows of zeros: a RoI that belongs to no map (see :func:`assign_levels`), that has a NaN, whose image is not in
         the batch, or that is infinite. A bin that lies off the map, or more than 2**20 map pixels long with an adaptive
         grid, is zero. Whether a NaN or infinite pixel reaches bins of the same RoI that do not read it is undefined.
+
+        The largest sample is the first of equal ones, in the order of rows, then columns, and the gradient goes to the
+        pixels of that one alone; to none if it is off the map. NaN and negative infinity are never the largest, and a
+        bin of nothing else, or without samples, is zero, where mmcv gives the lowest float.
 
     Raises:
         TypeError: something is not a tensor, or not of a type above, or the features' dtypes differ.
@@ -61,8 +69,11 @@ def multiscale_roi_align(
 
     The gradient is gathered without atomics: two runs are equal bit for bit. Not differentiable twice.
 
-    Source: He et al., Mask R-CNN, 2017; torchvision/ops/poolers.py and csrc/ops/cpu/roi_align_kernel.cpp.
+    Source: He et al., Mask R-CNN, 2017; torchvision/ops/poolers.py and csrc/ops/cpu/roi_align_kernel.cpp;
+    mmcv/ops/csrc/common/cuda/roi_align_cuda_kernel.cuh.
     """
+    if pool_mode not in ("avg", "max"):
+        raise ValueError(f"pool_mode must be 'avg' or 'max', got {pool_mode!r}")
     height, width = _check_output_size(output_size)
     features = check_maps(list(features), "features")
     rois, levels = _check_rois(features, rois, scales, sampling_ratio, levels)
@@ -75,7 +86,8 @@ def multiscale_roi_align(
     thresholds = [math.inf]
     if levels is None and len(scales) > 1:
         thresholds = thresholds_of(scales, canonical_scale, canonical_level, level_formula)
-    return _pool(features, rois, levels, height, width, list(scales), thresholds, int(sampling_ratio), bool(aligned))
+    pool = pool_max if pool_mode == "max" else _pool
+    return pool(features, rois, levels, height, width, list(scales), thresholds, int(sampling_ratio), bool(aligned))
 
 
 def roi_align(

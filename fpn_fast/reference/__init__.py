@@ -1,7 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The executable specification: every op in plain PyTorch, as torchvision computes it."""
 
+from fpn_fast.reference.generate_proposals import generate_proposals
+from fpn_fast.reference.match_anchors import grid_anchors, match_anchors
 from fpn_fast.reference.multiscale_roi_align import assign_levels, multiscale_roi_align, multiscale_roi_align_backward
+from fpn_fast.reference.multiscale_roi_align_max import multiscale_roi_align_max, multiscale_roi_align_max_backward
+from fpn_fast.reference.nms import nms, segmented_nms
+from fpn_fast.reference.paste_masks import paste_masks
 from fpn_fast.reference.top_down import top_down, upsample_add
 
-__all__ = ["assign_levels", "multiscale_roi_align", "multiscale_roi_align_backward", "top_down", "upsample_add"]
+__all__ = [
+    "assign_levels",
+    "generate_proposals",
+    "grid_anchors",
+    "match_anchors",
+    "multiscale_roi_align",
+    "multiscale_roi_align_backward",
+    "multiscale_roi_align_max",
+    "multiscale_roi_align_max_backward",
+    "nms",
+    "paste_masks",
+    "segmented_nms",
+    "top_down",
+    "upsample_add",
+]

@@ -20,13 +20,13 @@ def grid_anchors(
     """Anchors of a pyramid, [M, 4], in (level, row, column, cell anchor) order.
 
     cells: [sum of A_l, 4], the anchors around a cell's origin, of all levels; grids: (A_l, H_l, W_l) of each level;
-    strides: (vertical, horizontal) pixels between cells; offset: of a cell's origin, in strides. A cell's origin is
-    rounded to the cells' type, then the sum with its anchor is.
+    strides: (vertical, horizontal) pixels between cells; offset: of a cell's origin, in strides. Every operation is
+    rounded to the cells' type.
     """
     levels, first = [], 0
     for (count, height, width), (down, right) in zip(grids, strides, strict=True):
         axes = [
-            (torch.arange(size, dtype=torch.float64, device=cells.device) * stride + offset * stride).to(cells.dtype)
+            (torch.arange(size, dtype=cells.dtype, device=cells.device) + offset) * stride
             for size, stride in ((height, down), (width, right))
         ]
         y, x = torch.meshgrid(*axes, indexing="ij")

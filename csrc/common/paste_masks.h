@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a mask lies in its image, along one axis.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "exact.h"
+#include "host_device.h"
+#include "resample.h"
+
+namespace fpn_fast {
+
+// A box with a corner farther from the image's origin gives an empty mask: sizes stay in 32 bits.
+constexpr double kFarthestCorner = 1 << 29;
+
+// The first and last pixel of the box, its own, grown about the centre and cut to integers. False: it is no box, for
+// its corners are too far away or no numbers.
+template <class T>
+HOST_DEVICE bool grow_axis(T lo, T hi, T scale, int& first, int& last) {
+  const T half = multiply(multiply(subtract(hi, lo), T(0.5)), scale);
+  const T centre = multiply(add(hi, lo), T(0.5));
+  const T begin = subtract(centre, half), end = add(centre, half);
+  // Written so that NaN fails.
+  if (!(fabs(begin) <= kFarthestCorner && fabs(end) <= kFarthestCorner)) return false;
+  first = static_cast<int>(begin), last = static_cast<int>(end);
+  return true;
+}
+
+// The part of the image that the box covers, empty where there is none, and the mask of `size` pixels resized to it.
+template <class acc_t>
+struct PasteAxis {
+  int origin;  // the box's first pixel, in the image or not
+  Range pixels;
+  Axis<acc_t> axis;
+
+  HOST_DEVICE PasteAxis(int first, int last, int extent, int size) : origin(first) {
+    pixels.begin = first > 0 ? first : 0;
+    pixels.end = last + 1 < extent ? last + 1 : extent;
+    if (pixels.end < pixels.begin) pixels.begin = pixels.end = 0;
+    const int resized = last - first + 1;
+    axis = make_axis<acc_t>(size, resized > 1 ? resized : 1, Resample::kBilinear);
+  }
+
+  HOST_DEVICE Taps<acc_t> taps(int pixel) const { return bilinear_source(axis, pixel - origin); }
+};
+
+}  // namespace fpn_fast

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// Mask pasting on the CPU. A task is a mask. Rows of the mask are resized along x once each, then blended along
+// y for each row of the image; a byte of the output is written once, and few masks are larger than their zeros.
+#include "../common/paste_masks.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "../torch/tensors.h"
+#include "huge_pages.h"
+#include "tasks.h"
+
+namespace fpn_fast {
+namespace {
+
+template <class acc_t>
+struct StoreValue {
+  template <class T>
+  HOST_DEVICE void operator()(T* target, acc_t value) const {
+    *target = Rounded<T>::from(value);
+  }
+};
+
+template <class acc_t>
+struct StoreAbove {
+  acc_t threshold;
+
+  HOST_DEVICE void operator()(bool* target, acc_t value) const { *target = value > threshold; }
+};
+
+// One mask with its padding, and the two of its rows that the current row of the image blends, resized along x.
+template <class acc_t>
+struct Resized {
+  std::vector<acc_t> padded, rows[2];
+  std::vector<Taps<acc_t>> columns;
+  int held[2];
+
+  template <class S>
+  HOST_DEVICE void start(const S* mask, int size, int padding, const PasteAxis<acc_t>& x) {
+    const int stride = size + 2 * padding;
+    padded.assign(static_cast<size_t>(stride) * stride, acc_t(0));
+    for (int row = 0; row < size; ++row) {
+      acc_t* target = padded.data() + static_cast<size_t>(row + padding) * stride + padding;
+      for (int column = 0; column < size; ++column) target[column] = to_acc(mask[int64_t{row} * size + column]);
+    }
+    columns.clear();
+    for (int pixel = x.pixels.begin; pixel < x.pixels.end; ++pixel) columns.push_back(x.taps(pixel));
+    for (int i = 0; i < 2; ++i) rows[i].resize(columns.size()), held[i] = -1;
+  }
+
+  // Row `row` of the mask into slot `slot`.
+  HOST_DEVICE void hold(int slot, int row, int stride) {
+    if (held[slot] == row) return;
+    if (held[1 - slot] == row) {
+      std::swap(rows[0], rows[1]), std::swap(held[0], held[1]);
+      return;
+    }
+    held[slot] = row;
+    const acc_t* source = padded.data() + static_cast<size_t>(row) * stride;
+    const Taps<acc_t>* taps = columns.data();
+    acc_t* target = rows[slot].data();
+    const int count = static_cast<int>(columns.size());
+    for (int i = 0; i < count; ++i) {
+      target[i] = taps[i].weight_lo * source[taps[i].lo] + taps[i].weight_hi * source[taps[i].hi];
+    }
+  }
+};
+
+template <class S, class T, class Store, class acc_t = acc_type<S>>
+HOST_DEVICE void paste(const S* mask, int size, int padding, const PasteAxis<acc_t>& x, const PasteAxis<acc_t>& y,
+                       int64_t height, int64_t width, const Store& store, Resized<acc_t>& resized, T* out) {
+  const bool empty = x.pixels.begin == x.pixels.end || y.pixels.begin == y.pixels.end;
+  const int first = empty ? 0 : y.pixels.begin, last = empty ? 0 : y.pixels.end;
+  const auto clear = [&](int64_t begin, int64_t end) { std::memset(out + begin, 0, sizeof(T) * (end - begin)); };
+  clear(0, first * width);
+  if (!empty) resized.start(mask, size, padding, x);
+  for (int row = first; row < last; ++row) {
+    const Taps<acc_t> taps = y.taps(row);
+    resized.hold(0, taps.lo, size + 2 * padding);
+    // At the mask's end both taps are one row, and its second weight is 0.
+    if (taps.hi != taps.lo) resized.hold(1, taps.hi, size + 2 * padding);
+    const acc_t* upper = resized.rows[0].data();
+    const acc_t* lower = resized.rows[taps.hi != taps.lo].data();
+    clear(row * width, row * width + x.pixels.begin);
+    T* target = out + row * width + x.pixels.begin;
+    const int count = x.pixels.end - x.pixels.begin;
+    FPN_FAST_IVDEP
+    for (int i = 0; i < count; ++i) store(target + i, taps.weight_lo * upper[i] + taps.weight_hi * lower[i]);
+    clear(row * width + x.pixels.end, (row + 1) * width);
+  }
+  clear(last * width, height * width);
+}
+
+template <class S, class T, class B, class Store>
+void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Store& store, Tensor& out) {
+  using acc_t = acc_type<S>;
+  const int size = static_cast<int>(masks.size(3));
+  const int64_t height = out.size(2), width = out.size(3);
+  const S* mask = static_cast<const S*>(masks.data_ptr());
+  const B* box = static_cast<const B*>(boxes.data_ptr());
+  T* target = static_cast<T*>(out.data_ptr());
+  const B scale = static_cast<B>(static_cast<double>(size + 2 * padding) / size);
+  advise_huge_pages(target, out.numel() * static_cast<int64_t>(sizeof(T)));
+  parallel_tasks(masks.size(0), height * width, [&](const auto& next) {
+    Resized<acc_t> resized;
+    for (int64_t k = next(); k < masks.size(0); k = next()) {
+      const B* corners = box + 4 * k;
+      int low[2] = {0, 0}, high[2] = {-1, -1};
+      const bool found = grow_axis(corners[0], corners[2], scale, low[0], high[0]) &&
+                         grow_axis(corners[1], corners[3], scale, low[1], high[1]);
+      // An axis from 0 to -1 has no pixels.
+      if (!found) low[0] = 0, high[0] = -1;
+      const PasteAxis<acc_t> x(low[0], high[0], static_cast<int>(width), size + 2 * padding);
+      const PasteAxis<acc_t> y(low[1], high[1], static_cast<int>(height), size + 2 * padding);
+      paste(mask + k * size * size, size, padding, x, y, height, width, store, resized, target + k * height * width);
+    }
+  });
+}
+
+Tensor paste_masks_cpu(Tensor masks, Tensor boxes, int64_t height, int64_t width, int64_t padding,
+                       std::optional<double> threshold) {
+  constexpr const char* kOp = "paste_masks";
+  const ScalarType box_type = boxes.scalar_type();
+  STD_TORCH_CHECK(masks.dim() == 4 && masks.size(1) == 1 && masks.size(2) == masks.size(3) && masks.size(3) > 0 &&
+                      masks.size(3) <= 4096 && masks.is_contiguous(),
+                  kOp, " takes contiguous masks [K, 1, M, M], M from 1 to 4096");
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4 && boxes.is_contiguous() &&
+                      (box_type == ScalarType::Float || box_type == ScalarType::Double) && on_device_of(boxes, masks),
+                  kOp, " takes contiguous boxes [K, 4] of float32 or float64 on the masks' device");
+  STD_TORCH_CHECK(height >= 0 && width >= 0 && height <= 1 << 29 && width <= 1 << 29, kOp, " takes an image's size");
+  STD_TORCH_CHECK(padding >= 0 && padding <= 4096, kOp, " takes a padding of 0 to 4096");
+  const ScalarType type = threshold.has_value() ? ScalarType::Bool : masks.scalar_type();
+  Tensor out = empty_like(masks, {masks.size(0), 1, height, width}, type);
+  if (out.numel() == 0) return out;
+  const auto with_boxes = [&](auto mask_tag, auto box_tag) {
+    using S = typename decltype(mask_tag)::type;
+    using B = typename decltype(box_tag)::type;
+    using acc_t = acc_type<S>;
+    if (threshold.has_value()) {
+      paste_all<S, bool, B>(masks, boxes, static_cast<int>(padding), StoreAbove<acc_t>{static_cast<acc_t>(*threshold)},
+                            out);
+    } else {
+      paste_all<S, S, B>(masks, boxes, static_cast<int>(padding), StoreValue<acc_t>{}, out);
+    }
+  };
+  dispatch_floating(masks.scalar_type(), kOp, [&](auto tag) {
+    box_type == ScalarType::Double ? with_boxes(tag, TypeTag<double>{}) : with_boxes(tag, TypeTag<float>{});
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("paste_masks", TORCH_BOX(&paste_masks_cpu)); }
+
+}  // namespace fpn_fast

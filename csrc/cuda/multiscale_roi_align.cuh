@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+// Multi-level RoIAlign, forward: one launch for all RoIs, bound by how fast pixels come from the L2 cache.
+//
+// Note [Lines and walks]
+// RoIAlign is separable, and a block works out once which pixels each of its bins reads along either axis, with equal
+// pixels merged. A thread owns a line of bins: the row of one bin (channels_last) or the column of one
+// (channels_first), by 16 bytes of channels. It walks along the line. Each pixel on the way is first summed across the
+// line, then weighted into the bin; the last of these sums is kept, because a bin begins where the one before it ends.
+// A bin that reads more pixels along an axis than the table has room for is summed sample by sample.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../common/roi_align.h"
+#include "../common/roi_align_arguments.h"
+#include "launch.h"
+#include "roi_taps.cuh"
+
+namespace fpn_fast {
+
+// A pixel's distance from the RoI's line or walk, and its weight. One access of shared memory; 32 bits save registers.
+template <class acc_t>
+struct alignas(2 * sizeof(acc_t)) RoiTap {
+  uint32_t offset;
+  acc_t weight;
+};
+
+// More than any tap's offset.
+constexpr uint32_t kNoOffset = UINT32_MAX;
+
+// 7 lines by 32 lanes, the most common block.
+constexpr int kRoiAlignThreads = 224;
+// Allows 72 registers, 28 warps on a multiprocessor; float64, which takes more, spills even at 80.
+template <class T>
+constexpr int kRoiAlignBlocks = sizeof(T) == 8 ? 2 : 4;
+// 16-byte loads of a thread in flight: what two samples read at most.
+constexpr int kRoiAlignLoads = 4;
+// Along each axis in a block: 14 bins take one block, 28 too.
+constexpr int kRoiAlignBins = 32;
+// Pixels that a block's bins read along an axis: a RoI as wide as a map of 1000 pixels, in 16 KB for both axes.
+template <class acc_t>
+constexpr int kRoiAlignTaps = 8192 / static_cast<int>(sizeof(RoiTap<acc_t>));
+// Fewer blocks than this leave multiprocessors idle: two for each of an H100's 132.
+constexpr int64_t kRoiAlignSpread = 264;
+
+template <class T>
+struct RoiAlignPooling {
+  RoiAlignArguments<acc_type<T>> arguments;
+  FeatureMap<const T> feature[kMaxRoiLevels];
+  FeatureMap<T> pooled;
+  // Of a block, and blocks of a RoI: bins across the lines (one for each line) and along them, and channels.
+  int line_bins, walk_bins;
+  unsigned lanes;   // threads along the channels
+  unsigned chunks;  // of kVec<T> channels
+  unsigned line_groups, walk_groups, channel_groups;
+};
+
+template <class T, bool kChannelsLast>
+LaunchConfig roi_align_launch(RoiAlignPooling<T>& pooling) {
+  const RoiAlignArguments<acc_type<T>>& arguments = pooling.arguments;
+  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
+  const int lines = kChannelsLast ? arguments.pooled_height : arguments.pooled_width;
+  const int walk = kChannelsLast ? arguments.pooled_width : arguments.pooled_height;
+  pooling.chunks = ceil_div(arguments.channels, kVec<T>);
+  // What a fixed grid reads has to fit into the table; an adaptive one seldom reads much more than that.
+  const int most_bins =
+      std::clamp(kRoiAlignTaps<acc_type<T>> / (2 * std::max(arguments.sampling_ratio, 1)), 1, kRoiAlignBins);
+  pooling.walk_groups = ceil_div(walk, most_bins);
+  pooling.walk_bins = ceil_div(walk, pooling.walk_groups);
+  // channels_last: a warp's loads are whole cache lines. channels_first: lanes share the table, and nothing else.
+  const int64_t most_lanes = kChannelsLast ? 32 : kRoiAlignThreads / std::min(lines, most_bins);
+  const int64_t fewest_lanes = kChannelsLast ? 32 : 8;
+  int64_t blocks = 0;
+  // A few RoIs are spread over many blocks, by channels as far as those go, then by lines.
+  for (pooling.channel_groups = 1;; pooling.channel_groups *= 2) {
+    const int64_t repeats = ceil_div(pooling.chunks, most_lanes * pooling.channel_groups);
+    pooling.lanes = ceil_div(pooling.chunks, repeats * pooling.channel_groups);
+    pooling.line_groups = ceil_div(lines, std::min<int64_t>(most_bins, kRoiAlignThreads / pooling.lanes));
+    blocks = arguments.count * pooling.walk_groups * pooling.channel_groups;
+    if (blocks * pooling.line_groups >= kRoiAlignSpread) break;
+    if (pooling.chunks <= fewest_lanes * pooling.channel_groups) break;
+  }
+  while (blocks * pooling.line_groups < kRoiAlignSpread && 2 * pooling.line_groups <= static_cast<unsigned>(lines)) {
+    pooling.line_groups *= 2;
+  }
+  pooling.line_bins = ceil_div(lines, pooling.line_groups);
+  pooling.line_groups = ceil_div(lines, pooling.line_bins);
+  return {blocks * pooling.line_groups, static_cast<int>(ceil_div(pooling.lanes * pooling.line_bins, 32) * 32)};
+}
+
+// What a block's bins read along one axis.
+template <class acc_t>
+struct RoiTable {
+  RoiAxis<acc_t> axis;
+  int64_t stride;             // of a pixel
+  int first;                  // bin
+  int room;                   // for the taps of each bin
+  int counts[kRoiAlignBins];  // of taps; -1: not listed, for lack of room or of bits for an offset
+  RoiTap<acc_t> taps[kRoiAlignTaps<acc_t>];
+};
+
+// What a block's threads share. Level -1: its tables are empty.
+template <class acc_t>
+struct RoiBlock {
+  RoiTable<acc_t> lines, walk;
+  int64_t image;
+  int level;
+
+  __device__ __forceinline__ bool lists(int line, int bin) const {
+    return lines.counts[line] >= 0 && walk.counts[bin] >= 0;
+  }
+};
+
+// Lists what `bin`, counted from the table's first, reads. Unless it `fits`, an offset may take more than 32 bits.
+template <class acc_t>
+__device__ __forceinline__ void collect_taps(const RoiAxis<acc_t>& axis, int64_t stride, bool fits, int first, int room,
+                                             int bin, RoiTable<acc_t>& table) {
+  if (bin == 0) table.axis = axis, table.stride = stride, table.first = first, table.room = room;
+  RoiTap<acc_t>* taps = table.taps + bin * room;
+  int count = fits ? 0 : -1;
+  // The pixels of the last two taps. Samples come in order, so that an equal pixel is one of them.
+  int before = -1, last = -1;
+  const Range samples = samples_near_map(axis, first + bin);
+#pragma unroll 1
+  for (int sample = samples.begin; sample < samples.end && count >= 0; ++sample) {
+    Taps<acc_t> pair;
+    if (!sample_taps(axis, first + bin, sample, pair)) continue;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const int pixel = side == 0 ? pair.lo : pair.hi;
+      const acc_t weight = side == 0 ? pair.weight_lo : pair.weight_hi;
+      if (pixel == last) {
+        taps[count - 1].weight += weight;
+      } else if (pixel == before) {
+        taps[count - 2].weight += weight;
+      } else if (count < room) {
+        taps[count++] = {static_cast<uint32_t>(pixel * stride), weight};
+        before = last, last = pixel;
+      } else {
+        count = -1;
+        break;
+      }
+    }
+  }
+  table.counts[bin] = count;
+}
+
+// Writes the listed bins of a line, [0, bins), times `scale` and `step` apart: Note [Lines and walks].
+template <class T, class Access>
+__device__ __forceinline__ void walk_line(const RoiBlock<acc_type<T>>& block, int line, int bins, acc_type<T> scale,
+                                          const T* source, T* target, int64_t step, const Access& access) {
+  using acc_t = acc_type<T>;
+  const RoiTap<acc_t>* across = block.lines.taps + line * block.lines.room;
+  const int taps_across = block.lines.counts[line];
+  if (taps_across < 0) return;
+  acc_t last[kVec<T>] = {};
+  uint32_t last_offset = kNoOffset;
+#pragma unroll 1
+  for (int bin = 0; bin < bins; ++bin, target += step) {
+    const RoiTap<acc_t>* along = block.walk.taps + bin * block.walk.room;
+    const int taps_along = block.walk.counts[bin];
+    if (taps_along < 0) continue;
+    acc_t sum[kVec<T>] = {};
+    // The last pixel of the bin before is this one's first, or its second where bins are small.
+    int kept = -1;
+    if (taps_along > 1 && along[1].offset == last_offset) kept = 1;
+    if (taps_along > 0 && along[0].offset == last_offset) kept = 0;
+    if (kept >= 0) add_weighted(along[kept].weight, last, sum);
+#pragma unroll 1
+    for (int i = 0; i < taps_along; ++i) {
+      if (i == kept) continue;
+      const RoiTap<acc_t> tap = along[i];
+      last_offset = tap.offset;
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) last[j] = 0;
+      const auto source_at = [&](int t) -> WeightedSource<T> {
+        const RoiTap<acc_t> other = across[t];
+        return {source + (tap.offset + other.offset), other.weight};
+      };
+      access.add_sources(taps_across, source_at, last);
+      add_weighted(tap.weight, last, sum);
+    }
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) sum[j] *= scale;
+    access.put(target, sum);
+  }
+}
+
+// The sum of body(offset) over both pixels of each sample of `bin`, weighted. A sample is worked out for each of its
+// pixels, which takes fewer registers.
+template <class acc_t, class Body>
+__device__ __forceinline__ acc_t sum_samples(const RoiTable<acc_t>& table, int bin, const Body& body) {
+  acc_t sum = 0;
+  const Range samples = samples_near_map(table.axis, table.first + bin);
+#pragma unroll 1
+  for (int i = 2 * samples.begin; i < 2 * samples.end; ++i) {
+    Taps<acc_t> taps;
+    if (!sample_taps(table.axis, table.first + bin, i / 2, taps)) continue;
+    const int64_t offset = (i % 2 == 0 ? taps.lo : taps.hi) * table.stride;
+    sum += (i % 2 == 0 ? taps.weight_lo : taps.weight_hi) * body(offset);
+  }
+  return sum;
+}
+
+// Writes the bins of a line that are not listed, in one channel.
+template <class T>
+__device__ __forceinline__ void sum_unlisted(const RoiBlock<acc_type<T>>& block, int line, int bins, acc_type<T> scale,
+                                             const T* source, T* target, int64_t step) {
+#pragma unroll 1
+  for (int bin = 0; bin < bins; ++bin, target += step) {
+    if (block.lists(line, bin)) continue;
+    const acc_type<T> sum = sum_samples(block.walk, bin, [&](int64_t along) {
+      return sum_samples(block.lines, line, [&](int64_t across) { return to_acc(source[along + across]); });
+    });
+    *target = Rounded<T>::from(sum * scale);
+  }
+}
+
+template <class T, bool kChannelsLast>
+__global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
+    multiscale_roi_align_kernel(const __grid_constant__ RoiAlignPooling<T> pooling) {
+  using acc_t = acc_type<T>;
+  __shared__ RoiBlock<acc_t> block;
+  const RoiAlignArguments<acc_t>& arguments = pooling.arguments;
+  unsigned index = blockIdx.x;
+  const unsigned channel_group = index % pooling.channel_groups;
+  index /= pooling.channel_groups;
+  const int walk_first = index % pooling.walk_groups * pooling.walk_bins;
+  index /= pooling.walk_groups;
+  const int line_first = index % pooling.line_groups * pooling.line_bins;
+  const int64_t k = index / pooling.line_groups;
+  const int line_total = kChannelsLast ? arguments.pooled_height : arguments.pooled_width;
+  const int walk_total = kChannelsLast ? arguments.pooled_width : arguments.pooled_height;
+  const int line_bins = min(pooling.line_bins, line_total - line_first);
+  const int walk_bins = min(pooling.walk_bins, walk_total - walk_first);
+
+#pragma unroll 1
+  for (int i = threadIdx.x; i < line_bins + walk_bins; i += blockDim.x) {
+    const bool is_line = i < line_bins;
+    const int bin = is_line ? i : i - line_bins;
+    RoiTable<acc_t>& table = is_line ? block.lines : block.walk;
+    const Roi<acc_t> roi = locate_roi(arguments, k);
+    if (i == 0) block.level = roi.level, block.image = roi.image;
+    if (roi.level < 0) {
+      table.counts[bin] = 0;
+      continue;
+    }
+    const FeatureMap<const T>& map = pooling.feature[roi.level];
+    const bool is_row = is_line == kChannelsLast;
+    const RoiAxis<acc_t> axis = is_row ? roi_rows(arguments, roi, map.height) : roi_cols(arguments, roi, map.width);
+    const bool fits = (map.height - 1) * map.stride_h + (map.width - 1) * map.stride_w < kNoOffset;
+    collect_taps(axis, is_row ? map.stride_h : map.stride_w, fits, is_line ? line_first : walk_first,
+                 kRoiAlignTaps<acc_t> / (is_line ? line_bins : walk_bins), bin, table);
+  }
+  __syncthreads();
+
+  const int line = kChannelsLast ? threadIdx.x / pooling.lanes : threadIdx.x % line_bins;
+  const unsigned lane = kChannelsLast ? threadIdx.x % pooling.lanes : threadIdx.x / line_bins;
+  if (line >= line_bins || lane >= pooling.lanes) return;
+  const acc_t scale = block.level < 0 ? acc_t(0) : inverse_count(block.lines.axis, block.walk.axis);
+  const FeatureMap<const T>& map = pooling.feature[max(block.level, 0)];
+  const FeatureMap<T>& pooled = pooling.pooled;
+  const int64_t step = kChannelsLast ? pooled.stride_w : pooled.stride_h;
+  const int y = kChannelsLast ? line_first + line : walk_first, x = kChannelsLast ? walk_first : line_first + line;
+  const int64_t first_channel = int64_t{channel_group * pooling.lanes + lane} * kVec<T>;
+  const int64_t channel_step = int64_t{pooling.channel_groups * pooling.lanes} * kVec<T>;
+#pragma unroll 1
+  for (int64_t c = first_channel; c < arguments.channels; c += channel_step) {
+    const int count = static_cast<int>(min(arguments.channels - c, int64_t{kVec<T>}));
+    const T* source = whole(map.at(block.image, c, 0, 0));
+    T* target = pooled.at(k, c, y, x);
+    walk_line(block, line, walk_bins, scale, source, target, step,
+              channel_access<T, kChannelsLast, kRoiAlignLoads>(map.stride_c, pooled.stride_c, count));
+  }
+  bool lists_all = true;
+#pragma unroll 1
+  for (int bin = 0; bin < walk_bins; ++bin) lists_all &= block.lists(line, bin);
+  if (lists_all) return;
+  // Apart from the loop above, which needs its registers.
+#pragma unroll 1
+  for (int64_t c = first_channel; c < arguments.channels; c += channel_step) {
+#pragma unroll 1
+    for (int64_t i = c; i < min(arguments.channels, c + kVec<T>); ++i) {
+      sum_unlisted(block, line, walk_bins, scale, map.at(block.image, i, 0, 0), pooled.at(k, i, y, x), step);
+    }
+  }
+}
+
+// Calls `launch(kernel, config, pooling)` once.
+template <class T, class Launch>
+void pool_in_launch(const RoiAlignArguments<acc_type<T>>& arguments, std::vector<FeatureMap<const T>> features,
+                    const FeatureMap<T>& pooled, const Launch& launch) {
+  std::vector<FeatureMap<T>> targets{pooled};
+  const bool is_vectorised = mark_vectorised(features, targets);
+  RoiAlignPooling<T> pooling{};
+  pooling.arguments = arguments;
+  std::copy(features.begin(), features.end(), pooling.feature);
+  pooling.pooled = pooled;
+  if (is_vectorised) {
+    const LaunchConfig config = roi_align_launch<T, true>(pooling);
+    launch(multiscale_roi_align_kernel<T, true>, config, pooling);
+  } else {
+    const LaunchConfig config = roi_align_launch<T, false>(pooling);
+    launch(multiscale_roi_align_kernel<T, false>, config, pooling);
+  }
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Multi-level RoIAlign in max mode, and its gradient: Note [Winners] in common/roi_align_max.h. A rare mode, whose
+// kernels are plain: a thread owns one element of the output. For a gradient that is a pixel of one channel, which
+// gathers from the RoIs on its map's list (roi_lists.cuh), in their order, the bins that can read it.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../common/feature_map.h"
+#include "../common/roi_align_arguments.h"
+#include "../common/roi_align_max.h"
+#include "../common/scalar.h"
+#include "launch.h"
+#include "roi_lists.cuh"
+
+namespace fpn_fast {
+
+// 8 warps that share nothing.
+constexpr int kRoiAlignMaxThreads = 256;
+// Allows 80 registers, 24 warps on a multiprocessor; float64 spills at that.
+template <class T>
+constexpr int kRoiAlignMaxBlocks = sizeof(T) == 8 ? 2 : 3;
+
+struct MapElement {
+  int64_t n, c;
+  int y, x;
+};
+
+// Element `index` of a map, in the order of a dense one's memory.
+template <class T>
+__device__ __forceinline__ MapElement element_at(const FeatureMap<T>& map, bool channels_last, int64_t index) {
+  MapElement element;
+  if (channels_last) element.c = index % map.channels, index /= map.channels;
+  element.x = static_cast<int>(index % map.width), index /= map.width;
+  element.y = static_cast<int>(index % map.height), index /= map.height;
+  if (!channels_last) element.c = index % map.channels, index /= map.channels;
+  element.n = index;
+  return element;
+}
+
+template <class T>
+HOST_DEVICE int64_t elements_of(const FeatureMap<T>& map) {
+  return map.batch * map.channels * map.height * map.width;
+}
+
+inline int64_t roi_align_max_blocks(int64_t elements) {
+  return (elements + kRoiAlignMaxThreads - 1) / kRoiAlignMaxThreads;
+}
+
+template <class T>
+struct RoiAlignMaxPooling {
+  RoiAlignArguments<acc_type<T>> arguments;
+  FeatureMap<const T> feature[kMaxRoiLevels];
+  FeatureMap<T> pooled;
+  FeatureMap<int> winners;
+  bool channels_last;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRoiAlignMaxThreads, kRoiAlignMaxBlocks<T>)
+    multiscale_roi_align_max_kernel(const __grid_constant__ RoiAlignMaxPooling<T> pooling) {
+  using acc_t = acc_type<T>;
+  const int64_t index = int64_t{blockIdx.x} * kRoiAlignMaxThreads + threadIdx.x;
+  if (index >= elements_of(pooling.pooled)) return;
+  const MapElement element = element_at(pooling.pooled, pooling.channels_last, index);
+  const Roi<acc_t> roi = locate_roi(pooling.arguments, element.n);
+  LargestSample<acc_t> largest{0, kNoWinner};
+  if (roi.level >= 0) {
+    const FeatureMap<const T>& map = pooling.feature[roi.level];
+    const T* plane = map.at(roi.image, element.c, 0, 0);
+    largest = largest_sample(roi_rows(pooling.arguments, roi, map.height), roi_cols(pooling.arguments, roi, map.width),
+                             element.y, element.x,
+                             [&](int y, int x) { return to_acc(plane[y * map.stride_h + x * map.stride_w]); });
+  }
+  *pooling.pooled.at(element.n, element.c, element.y, element.x) = Rounded<T>::from(largest.value);
+  *pooling.winners.at(element.n, element.c, element.y, element.x) = largest.winner;
+}
+
+// Blocks of map `level` begin at first_block[level], and the coarsest map's are the last.
+template <class T>
+struct RoiAlignMaxGathering {
+  RoiLists<acc_type<T>> lists;
+  FeatureMap<const T> grad;  // [count, channels, pooled_height, pooled_width]
+  FeatureMap<const int> winners;
+  FeatureMap<T> sum[kMaxRoiLevels];
+  int64_t first_block[kMaxRoiLevels];
+  int levels;
+  bool channels_last;
+};
+
+// What the bins of RoI `roi` give to a pixel.
+template <class T>
+__device__ __forceinline__ void add_bins_of(const RoiAlignMaxGathering<T>& gathering, const ListedRoi<acc_type<T>>& roi,
+                                            const MapElement& pixel, acc_type<T>& sum) {
+  using acc_t = acc_type<T>;
+  const Range row_bins = bins_near_pixel(roi.rows, gathering.grad.height, pixel.y);
+  const Range col_bins = bins_near_pixel(roi.cols, gathering.grad.width, pixel.x);
+#pragma unroll 1
+  for (int ph = row_bins.begin; ph < row_bins.end; ++ph) {
+#pragma unroll 1
+    for (int pw = col_bins.begin; pw < col_bins.end; ++pw) {
+      const int winner = *gathering.winners.at(roi.roi, pixel.c, ph, pw);
+      if (winner < 0) continue;
+      const acc_t row_weight = winner_weight(roi.rows, ph, winner >> 16, pixel.y);
+      if (row_weight == 0) continue;
+      const acc_t weight = row_weight * winner_weight(roi.cols, pw, winner, pixel.x);
+      // A NaN reaches the pixels that are read, and no others.
+      if (weight != 0) sum += weight * to_acc(*gathering.grad.at(roi.roi, pixel.c, ph, pw));
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRoiAlignMaxThreads, kRoiAlignMaxBlocks<T>)
+    multiscale_roi_align_max_backward_kernel(const __grid_constant__ RoiAlignMaxGathering<T> gathering) {
+  int level = 0;
+  while (level + 1 < gathering.levels && blockIdx.x >= gathering.first_block[level + 1]) ++level;
+  const FeatureMap<T>& map = gathering.sum[level];
+  const int64_t index = (blockIdx.x - gathering.first_block[level]) * kRoiAlignMaxThreads + threadIdx.x;
+  if (index >= elements_of(map)) return;
+  const MapElement pixel = element_at(map, gathering.channels_last, index);
+  const Range list = gathering.lists.ranges[pixel.n * gathering.levels + level];
+  acc_type<T> sum = 0;
+#pragma unroll 1
+  for (int i = list.begin; i < list.end; ++i) {
+    const PixelBox box = gathering.lists.boxes[i];
+    if (pixel.y < box.top || pixel.y >= box.bottom || pixel.x < box.left || pixel.x >= box.right) continue;
+    add_bins_of(gathering, gathering.lists.rois[i], pixel, sum);
+  }
+  *map.at(pixel.n, pixel.c, pixel.y, pixel.x) = Rounded<T>::from(sum);
+}
+
+// Calls `launch(kernel, config, argument)` once.
+template <class T, class Launch>
+void pool_max_in_launch(const RoiAlignArguments<acc_type<T>>& arguments,
+                        const std::vector<FeatureMap<const T>>& features, const FeatureMap<T>& pooled,
+                        const FeatureMap<int>& winners, bool channels_last, const Launch& launch) {
+  RoiAlignMaxPooling<T> pooling{arguments, {}, pooled, winners, channels_last};
+  std::copy(features.begin(), features.end(), pooling.feature);
+  launch(multiscale_roi_align_max_kernel<T>,
+         LaunchConfig{roi_align_max_blocks(elements_of(pooled)), kRoiAlignMaxThreads}, pooling);
+}
+
+// Calls `launch(kernel, config, argument)` twice. `scratch` is roi_lists_bytes large.
+template <class T, class Launch>
+void gather_max_in_launches(const RoiAlignArguments<acc_type<T>>& arguments, const FeatureMap<const T>& grad,
+                            const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& sums,
+                            bool channels_last, char* scratch, const Launch& launch) {
+  using acc_t = acc_type<T>;
+  RoiListing<acc_t> listing{};
+  listing.arguments = arguments;
+  listing.lists = roi_lists_at<acc_t>(scratch, arguments.count);
+  RoiAlignMaxGathering<T> gathering{};
+  gathering.lists = listing.lists, gathering.grad = grad, gathering.winners = winners;
+  gathering.levels = arguments.rule.levels, gathering.channels_last = channels_last;
+  int64_t blocks = 0;
+  for (int level = 0; level < gathering.levels; ++level) {
+    listing.height[level] = sums[level].height, listing.width[level] = sums[level].width;
+    gathering.sum[level] = sums[level], gathering.first_block[level] = blocks;
+    blocks += roi_align_max_blocks(elements_of(sums[level]));
+  }
+  launch(roi_lists_kernel<acc_t>, LaunchConfig{arguments.batch * gathering.levels, kRoiListThreads}, listing);
+  launch(multiscale_roi_align_max_backward_kernel<T>, LaunchConfig{blocks, kRoiAlignMaxThreads}, gathering);
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weighted sums of several channels at once, for both directions of multi-level RoIAlign.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "vector.cuh"
+
+namespace fpn_fast {
+
+// What a sum reads, and its weight.
+template <class T>
+struct WeightedSource {
+  const T* address;
+  acc_type<T> weight;
+};
+
+template <class acc_t, int kWidth>
+__device__ __forceinline__ void add_weighted(acc_t weight, const acc_t (&values)[kWidth], acc_t (&sum)[kWidth]) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sum[i] += weight * values[i];
+}
+
+// A global address as one number: left alone, the compiler takes it apart and puts it together for each access.
+template <class T>
+__device__ __forceinline__ const T* whole(const T* address) {
+#ifdef __CUDA_ARCH__
+  size_t number = __cvta_generic_to_global(address);
+  asm volatile("" : "+l"(number));
+  address = static_cast<const T*>(__cvta_global_to_generic(number));
+#endif
+  return address;
+}
+
+// The channels of a thread where they are one aligned 16-byte access, with kInFlight of those at once.
+template <class T, int kInFlight>
+struct VectorChannels {
+  // Adds source_at(0) to source_at(count - 1), each called once, in order, to `sum`.
+  template <class SourceAt>
+  __device__ __forceinline__ void add_sources(int count, const SourceAt& source_at, acc_type<T> (&sum)[kVec<T>]) const {
+    int first = 0;
+#pragma unroll 1
+    for (; first + kInFlight <= count; first += kInFlight) add_group<kInFlight>(first, source_at, sum);
+    add_rest<kInFlight - 1>(first, count, source_at, sum);
+  }
+
+  __device__ __forceinline__ void put(T* target, const acc_type<T> (&values)[kVec<T>]) const {
+    store(target, 1, kVec<T>, true, values);
+  }
+
+ private:
+  template <int kSources, class SourceAt>
+  __device__ __forceinline__ static void add_rest(int first, int count, const SourceAt& source_at,
+                                                  acc_type<T> (&sum)[kVec<T>]) {
+    if constexpr (kSources > 0) {
+      if (count - first == kSources) {
+        add_group<kSources>(first, source_at, sum);
+      } else {
+        add_rest<kSources - 1>(first, count, source_at, sum);
+      }
+    }
+  }
+
+  // kSources loads in flight at once, as they are stored: widened, they would take twice the registers.
+  template <int kSources, class SourceAt>
+  __device__ __forceinline__ static void add_group(int first, const SourceAt& source_at, acc_type<T> (&sum)[kVec<T>]) {
+    uint4 raw[kSources];
+    acc_type<T> weights[kSources];
+#pragma unroll
+    for (int i = 0; i < kSources; ++i) {
+      const WeightedSource<T> source = source_at(first + i);
+      raw[i] = *reinterpret_cast<const uint4*>(source.address);
+      weights[i] = source.weight;
+    }
+#pragma unroll
+    for (int i = 0; i < kSources; ++i) {
+      acc_type<T> values[kVec<T>];
+      widen<T>(raw[i], values);
+      add_weighted(weights[i], values, sum);
+    }
+  }
+};
+
+// Up to kVec<T> channels with any strides.
+template <class T>
+struct StridedChannels {
+  int64_t source_stride, target_stride;
+  int count;
+
+  template <class SourceAt>
+  __device__ __forceinline__ void add_sources(int sources, const SourceAt& source_at,
+                                              acc_type<T> (&sum)[kVec<T>]) const {
+#pragma unroll 1
+    for (int i = 0; i < sources; ++i) {
+      const WeightedSource<T> source = source_at(i);
+      const T* element = whole(source.address);
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j, element += source_stride) {
+        if (j < count) sum[j] += source.weight * to_acc(*element);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(T* target, const acc_type<T> (&values)[kVec<T>]) const {
+    store(target, target_stride, count, false, values);
+  }
+};
+
+// How a kernel accesses channels: where `kVectorised`, every run of kVec<T> of them is one aligned access.
+template <class T, bool kVectorised, int kInFlight>
+__device__ __forceinline__ auto channel_access(int64_t source_stride, int64_t target_stride, int count) {
+  if constexpr (kVectorised) {
+    return VectorChannels<T, kInFlight>{};
+  } else {
+    return StridedChannels<T>{source_stride, target_stride, count};
+  }
+}
+
+// Marks maps that can be accessed 16 bytes of channels at a time, and tells whether all can.
+template <class T>
+bool mark_vectorised(std::vector<FeatureMap<const T>>& sources, std::vector<FeatureMap<T>>& targets) {
+  bool all = true;
+  for (auto& map : sources) mark_vectorised(map, true), all &= map.vectorised;
+  for (auto& map : targets) mark_vectorised(map, true), all &= map.vectorised;
+  return all;
+}
+
+}  // namespace fpn_fast

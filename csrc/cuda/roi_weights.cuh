@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The weights with which the bins of a batch of RoIs read a tile of pixels, along one axis, in shared memory.
+#pragma once
+
+#include "../common/roi_align.h"
+
+namespace fpn_fast {
+
+// Pixels of a thread: twice as many would need fewer loads and twice the registers.
+constexpr int kRoiRun = 4;
+constexpr int kRoiRuns = 2;
+// Pixels of a tile along the runs, and at most across them.
+constexpr int kRoiTile = kRoiRun * kRoiRuns;
+// One thread each for both axes of 8 RoIs by 16 bins, enough for 14 by 14.
+constexpr int kRoiBatch = 8;
+constexpr int kRoiBatchBins = 16;
+
+// What a batch of RoIs needs of one axis of the tile.
+template <class acc_t>
+struct RoiWeights {
+  alignas(16) acc_t weight[kRoiBatch][kRoiBatchBins][kRoiTile];
+  int64_t offset[kRoiBatch];  // of the first bin in the gradient
+  int bins[kRoiBatch];        // on the tile, of all rounds
+};
+
+// Bins that can read [lo, hi], and at most two more.
+template <class acc_t>
+__device__ __forceinline__ Range bins_between(const RoiAxis<acc_t>& axis, int pooled, int lo, int hi) {
+  if (!(axis.bin > 0)) return {0, pooled};
+  // More than coordinates are rounded by.
+  const acc_t margin = (axis.size + (axis.start < 0 ? -axis.start : axis.start)) * acc_t(0x1p-20);
+  const auto clamped = [&](acc_t bin) { return bin > 0 ? (bin < pooled ? static_cast<int>(bin) : pooled) : 0; };
+  return {clamped((lo - margin - axis.start) / axis.bin - 1), clamped((hi + margin - axis.start) / axis.bin + 1)};
+}
+
+// The weights with which `bin` reads pixels [first, first + kRoiTile).
+template <class acc_t>
+__device__ __forceinline__ void weigh_pixels(const RoiAxis<acc_t>& axis, int bin, int first, acc_t scale,
+                                             acc_t (&weights)[kRoiTile]) {
+#pragma unroll
+  for (int i = 0; i < kRoiTile; ++i) weights[i] = 0;
+  const Range samples = samples_between(axis, bin, first - 1, first + kRoiTile);
+#pragma unroll 1
+  for (int sample = samples.begin; sample < samples.end; ++sample) {
+    Taps<acc_t> taps;
+    if (!sample_taps(axis, bin, sample, taps)) continue;
+    const unsigned lo = taps.lo - first, hi = taps.hi - first;
+    if (lo < kRoiTile) weights[lo] += taps.weight_lo;
+    if (hi < kRoiTile) weights[hi] += taps.weight_hi;
+  }
+#pragma unroll
+  for (int i = 0; i < kRoiTile; ++i) weights[i] *= scale;
+}
+
+// The bins of one round whose weights are not all zero on kPixels pixels from `first`.
+template <int kPixels, class acc_t>
+__device__ __forceinline__ Range reading_bins(const RoiWeights<acc_t>& table, int entry, int round, int first) {
+  const int bins = min(table.bins[entry] - round * kRoiBatchBins, kRoiBatchBins);
+  Range found{kRoiBatchBins, 0};
+#pragma unroll 1
+  for (int bin = 0; bin < bins; ++bin) {
+    bool reads = false;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) reads |= table.weight[entry][bin][first + i] != 0;
+    if (reads) found = {min(found.begin, bin), bin + 1};
+  }
+  return found;
+}
+
+// Rounds that a batch takes along one axis.
+template <class acc_t>
+__device__ __forceinline__ int count_rounds(const RoiWeights<acc_t>& table, int batched) {
+  int most = 1;
+#pragma unroll 1
+  for (int entry = 0; entry < batched; ++entry) most = max(most, table.bins[entry]);
+  return (most + kRoiBatchBins - 1) / kRoiBatchBins;
+}
+
+template <class acc_t>
+struct alignas(16) RunWeights {
+  acc_t weight[kRoiRun];
+};
+
+}  // namespace fpn_fast

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's region proposal network, with everything after its head in one call and no anchors in memory.
+
+Needs torchvision: what goes in and out of these modules is torchvision's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator as _AnchorGeneratorBase
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork as _RegionProposalBase
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+from fpn_fast import backends, ops
+from fpn_fast.nn import _matching
+
+__all__ = ["AnchorGenerator", "RegionProposalNetwork"]
+
+
+class AnchorGenerator(_AnchorGeneratorBase):
+    """Anchors of a pyramid: drop-in for torchvision's AnchorGenerator, with its results.
+
+    Beside the anchors it gives what they are made of, numbers that an op makes them of where it needs them. Those come
+    from ``cell_anchors`` as it was when it was set: torchvision moves it to the features' device and rounds it to their
+    type. A tensor of it that is changed in place is not seen.
+
+    >>> AnchorGenerator(((32,), (64,)), ((1.0,), (1.0,))).cell_numbers()
+    [[[-16.0, -16.0, 16.0, 16.0]], [[-32.0, -32.0, 32.0, 32.0]]]
+    """
+
+    # (tensors, the numbers that they stand for); absent in a module that was swapped in.
+    _numbers: tuple[tuple[Tensor, ...], list[list[list[float]]]] | None = None
+
+    def cell_numbers(self) -> list[list[list[float]]]:
+        """For each level the anchors about the origin, A times (x1, y1, x2, y2).
+
+        Waits for a GPU once, if a run of torchvision's module has moved them there.
+        """
+        known, cells = self._numbers, self.cell_anchors
+        if (
+            known is None
+            or len(known[0]) != len(cells)
+            or any(a is not b for a, b in zip(known[0], cells, strict=True))
+        ):
+            known = self._numbers = (tuple(cells), [table.tolist() for table in cells])
+        return known[1]
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        numbers = self.cell_numbers()
+        super().set_cell_anchors(dtype, device)
+        self._numbers = (tuple(self.cell_anchors), numbers)
+
+
+class RegionProposalNetwork(_RegionProposalBase):
+    """Region proposals (Ren et al., 2015): drop-in for torchvision's RegionProposalNetwork.
+
+    Same constructor, keys, losses and random numbers, and the same proposals, by one call of
+    :func:`fpn_fast.ops.generate_proposals`, which needs no anchors: only the losses do. There is one wait for a GPU,
+    for the lengths of the lists; :meth:`proposals` has none. Boxes and scores are float32 where the head is half
+    precision.
+
+    An anchor generator or box coder of a class of your own may compute something else: proposals are then
+    torchvision's. So they are on a device that the op has no kernel for.
+
+    Source: torchvision/models/detection/rpn.py.
+    """
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals of a batch of images, and in training the losses.
+
+        Args:
+            images: the padded images and their sizes; only sizes are looked at.
+            features: maps by name, [N, C, H_l, W_l].
+            targets: for each image a dict with "boxes" [G, 4], in training.
+
+        Returns:
+            (boxes, losses): for each image [K, 4], (x1, y1, x2, y2), scores descending; {} or, in training,
+            "loss_objectness" and "loss_rpn_box_reg".
+
+        Raises:
+            ValueError: training without targets; others: the op's.
+            TypeError: see the op.
+        """
+        maps = list(features.values())
+        if not self._is_usual() or not backends.beats_torchvision(maps[0], "generate_proposals"):
+            return super().forward(images, features, targets)
+        if self.training and targets is None:
+            raise ValueError("targets must have the boxes of each image in training, got None")
+        objectness, deltas = self.head(maps)
+        padded, _, counts = self.proposals_of_head(images, objectness, deltas)
+        losses = self._losses(images, maps, objectness, deltas, targets) if self.training else {}
+        # Last, so that a GPU works on the losses meanwhile.
+        return [boxes[:count] for boxes, count in zip(padded, counts.tolist(), strict=True)], losses
+
+    def proposals(self, images: ImageList, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The proposals with outputs of a fixed size, without a wait: (boxes [N, P, 4], scores [N, P], counts [N]).
+
+        P is ``post_nms_top_n()``; scores descend, and are zero, as boxes are, after the last. Raises TypeError if the
+        anchor generator or box coder is of a class of your own; others: the op's.
+        """
+        if not self._is_usual():
+            raise TypeError(
+                "proposals() needs an AnchorGenerator and a BoxCoder of torchvision or fpn_fast, got "
+                f"{type(self.anchor_generator).__name__} and {type(self.box_coder).__name__}"
+            )
+        return self.proposals_of_head(images, *self.head(list(features.values())))
+
+    def proposals_of_head(
+        self, images: ImageList, objectness: Sequence[Tensor], deltas: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`proposals` of what the head gave: maps [N, A, H_l, W_l] and [N, 4A, H_l, W_l]."""
+        height, width = images.tensors.shape[-2:]
+        # torchvision's strides: quotients of the padded size, 61 for a height of 800 on 13 rows.
+        strides = [(height // m.shape[2], width // m.shape[3]) for m in objectness]
+        # Of memory that is not pinned a copy this small is staged by the driver: it does not wait.
+        sizes = torch.tensor(images.image_sizes).view(-1, 2).to(objectness[0].device, non_blocking=True)
+        return ops.generate_proposals(
+            objectness,
+            deltas,
+            _cell_numbers(self.anchor_generator),
+            strides,
+            sizes,
+            pre_nms_top_n=self.pre_nms_top_n(),
+            post_nms_top_n=self.post_nms_top_n(),
+            nms_thresh=self.nms_thresh,
+            score_thresh=self.score_thresh,
+            min_size=self.min_size,
+            weights=self.box_coder.weights,
+            scale_clamp=self.box_coder.bbox_xform_clip,
+        )
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels and boxes that torchvision assigns, without the matrix of all pairs: see nn/_matching.py."""
+        return _matching.assign_targets_to_anchors(self.proposal_matcher, self.box_similarity, anchors, targets)
+
+    def _is_usual(self) -> bool:
+        """Whether anchors and their coding are the ones that the op knows."""
+        return (
+            type(self.anchor_generator) in (AnchorGenerator, _AnchorGeneratorBase) and type(self.box_coder) is BoxCoder
+        )
+
+    def _losses(
+        self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
+    ) -> dict[str, Tensor]:
+        anchors = self.anchor_generator(images, maps)
+        labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        goals = self.box_coder.encode(matched, anchors)
+        loss, box_loss = self.compute_loss(*concat_box_prediction_layers(objectness, deltas), labels, goals)
+        return {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
+
+
+def _cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:
+    if isinstance(generator, AnchorGenerator):
+        return generator.cell_numbers()
+    return [table.tolist() for table in generator.cell_anchors]

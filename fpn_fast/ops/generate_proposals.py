@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Region proposals straight from the maps of an RPN's head: selection, decoding and suppression in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_fast import backends, reference
+from fpn_fast.ops._checks import check_maps
+from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops.nms import CONVENTIONS
+
+#: csrc/common/proposal_arguments.h: kMaxProposalLevels.
+MAX_LEVELS = 8
+
+#: The knobs with which :func:`generate_proposals` is each library's; cell anchors and strides are the caller's, with
+#: that library's own rounding and order. detectron2 ranks and returns logits, and its anchors' offset is 0 by default.
+TORCHVISION: dict[str, Any] = {}
+DETECTRON2: dict[str, Any] = {"min_size": 0.0, "strict_size": True, "scores": "logit"}
+MMDET: dict[str, Any] = {
+    "min_size": 0.0,
+    "strict_size": True,
+    "clamp": "symmetric",
+    "center": "mean",
+    "convention": "mmcv",
+}
+
+
+def generate_proposals(
+    objectness: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    cell_anchors: Sequence[Sequence[Sequence[float]] | Tensor],
+    strides: Sequence[tuple[int, int]],
+    image_sizes: Tensor,
+    *,
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    nms_thresh: float,
+    score_thresh: float = 0.0,
+    min_size: float = 1e-3,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    means: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+    stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    scale_clamp: float = math.log(1000 / 16),
+    clamp: str = "max",
+    center: str = "corner",
+    center_offset: float = 0.0,
+    strict_size: bool = False,
+    scores: str = "probability",
+    convention: str = "torchvision",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The proposals of a batch of images, from the maps of the head; anchors are never in memory.
+
+    Of each image and level: the highest `pre_nms_top_n` logits; their anchors, by arithmetic, decoded, clipped to the
+    image, filtered by size and score; suppressed among themselves. Then the `post_nms_top_n` highest scores of all
+    levels.
+
+    Args:
+        objectness: 1 to 8 maps of logits [N, A, H_l, W_l], of one dtype (float64, float32, float16 or bfloat16) and
+            device, with any strides. Under autocast, they and the deltas are promoted to the widest dtype among them.
+        deltas: as many maps [N, 4A, H_l, W_l], (dx, dy, dw, dh) of each anchor.
+        cell_anchors: for each level A anchors (x1, y1, x2, y2) about the origin, as numbers or as a tensor [A, 4]. A
+            tensor is read here, so that one on a GPU is waited for.
+        strides: for each level (stride_y, stride_x), integers: pixels between neighbouring anchors.
+        image_sizes: [N, 2] (height, width) in pixels, of any real type, on the maps' device.
+        pre_nms_top_n, post_nms_top_n: of each level and image, and of each image; 0 or more.
+        nms_thresh: intersection over union above which a box removes a lower one of its level.
+        score_thresh: the lowest probability that is proposed.
+        min_size: the shortest side, in pixels, of a clipped box; a longer one is asked for if `strict_size`.
+        weights, means, stds: a delta is divided by its weight, times its std, plus its mean.
+        scale_clamp, clamp: dw and dh are at most scale_clamp; for clamp="symmetric" (mmdetection) also at least
+            -scale_clamp, for "max" as small as they are.
+        center: an anchor's centre is "corner" ``x1 + width / 2``, or "mean" ``(x1 + x2) / 2`` (mmdetection); they round
+            differently.
+        center_offset: of the first anchor from the image's corner, in strides: detectron2's offset.
+        scores: "probability", or "logit" (detectron2): what levels are merged by, and what is returned.
+        convention: "torchvision" or "mmcv": how overlap is compared, see :func:`segmented_nms`.
+
+    ``**TORCHVISION``, ``**DETECTRON2`` and ``**MMDET`` of this module name each library's knobs.
+
+    Returns:
+        (boxes [N, P, 4], scores [N, P], counts [N]), P = post_nms_top_n: float32 (float64 for float64 maps) and int64.
+        Boxes are in image pixels, scores descending, zero after the last.
+
+        Equal logits count in the order of (y, x, anchor), equal scores in that of levels. A logit that is not finite
+        takes no place among the highest; an anchor with a delta or a corner that is not finite is never proposed.
+
+        Nothing here waits for a GPU. Levels are kept apart by suppressing each by itself, where torchvision moves boxes
+        of up to 1,000 candidates apart and loses some bits of their coordinates.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a type above, or dtypes differ.
+        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
+        BackendUnavailableError: the backend asked for cannot serve the maps' device.
+
+    No gradient, as in every RPN.
+
+    Source: Ren et al., Faster R-CNN, 2015; torchvision/models/detection/rpn.py filter_proposals.
+    """
+    objectness, deltas = _check_maps(objectness, deltas)
+    _check_choice("clamp", clamp, ("max", "symmetric"))
+    _check_choice("center", center, ("corner", "mean"))
+    _check_choice("scores", scores, ("probability", "logit"))
+    _check_choice("convention", convention, CONVENTIONS[:2])
+    for name, number in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
+        if number < 0:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
+    for name, values in (("weights", weights), ("means", means), ("stds", stds)):
+        if len(values) != 4:
+            raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
+    flat_strides = _check_strides(strides, len(objectness))
+    sizes = _check_image_sizes(image_sizes, objectness[0])
+    cells = _flatten_cells(cell_anchors, objectness)
+    coding = (*_constants(weights), *_constants(means), *_constants(stds))
+    thresholds = _constants((nms_thresh, score_thresh, min_size))
+    if any(math.isnan(threshold) for threshold in thresholds):
+        raise ValueError(f"nms_thresh, score_thresh and min_size must be numbers, got {thresholds}")
+    scale_clamp, center_offset = _constants((scale_clamp, center_offset))
+    backend = backends.choose_for(objectness[0], "generate_proposals")
+    return _FORWARD[backend](
+        objectness, deltas, cells, flat_strides, sizes, pre_nms_top_n, post_nms_top_n, *thresholds,
+        coding[:4], coding[4:8], coding[8:], scale_clamp, clamp == "symmetric", center == "mean", center_offset,
+        bool(strict_size), scores == "logit", CONVENTIONS.index(convention),
+    )  # fmt: skip
+
+
+def _constants(values: Sequence[float]) -> list[float]:
+    # A tracer of dynamic shapes makes variables of numbers; their text makes constants of them again.
+    return [float(f"{value!r}") for value in values] if traced() else [float(value) for value in values]
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+
+
+def _check_maps(objectness: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    logits = check_maps([m.detach() if isinstance(m, Tensor) else m for m in objectness], "objectness")
+    codes = check_maps([m.detach() if isinstance(m, Tensor) else m for m in deltas], "deltas")
+    first = logits[0]
+    if len(logits) > MAX_LEVELS:
+        raise ValueError(f"objectness must be 1 to {MAX_LEVELS} maps, got {len(logits)}")
+    if len(codes) != len(logits):
+        raise ValueError(f"deltas must be one for each of the {len(logits)} maps of objectness, got {len(codes)}")
+    for i, (a, b) in enumerate(zip(logits, codes, strict=True)):
+        expected = (a.size(0), 4 * a.size(1), a.size(2), a.size(3))
+        if tuple(b.shape) != expected:
+            raise ValueError(f"deltas must be [N, 4A, H, W], {expected} at {i}, got {tuple(b.shape)}")
+    if codes[0].device != first.device:
+        raise ValueError(f"deltas must be on the device of objectness, {first.device}, got {codes[0].device}")
+    if codes[0].dtype != first.dtype:
+        if not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(f"deltas must be of the dtype of objectness, {first.dtype}, got {codes[0].dtype}")
+        widest = torch.promote_types(first.dtype, codes[0].dtype)
+        logits, codes = [m.to(widest) for m in logits], [m.to(widest) for m in codes]
+    return logits, codes
+
+
+def _check_strides(strides: Sequence[tuple[int, int]], levels: int) -> list[int]:
+    if len(strides) != levels or any(len(pair) != 2 for pair in strides):
+        raise ValueError(f"strides must be (stride_y, stride_x) for each of the {levels} levels, got {strides}")
+    flat = [stride for pair in strides for stride in pair]
+    if any(isinstance(stride, float) for stride in flat):
+        raise TypeError(f"strides must be integers, got {strides}")
+    return flat
+
+
+def _check_image_sizes(image_sizes: Tensor, first: Tensor) -> Tensor:
+    if not isinstance(image_sizes, Tensor):
+        raise TypeError(f"image_sizes must be a tensor, got {type(image_sizes).__name__}")
+    if image_sizes.dim() != 2 or image_sizes.size(0) != first.size(0) or image_sizes.size(1) != 2:
+        raise ValueError(f"image_sizes must be [N, 2], {(first.size(0), 2)}, got {tuple(image_sizes.shape)}")
+    if image_sizes.device != first.device:
+        raise ValueError(f"image_sizes must be on the maps' device, {first.device}, got {image_sizes.device}")
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return image_sizes.detach().to(dtype).contiguous()
+
+
+def _flatten_cells(
+    cell_anchors: Sequence[Sequence[Sequence[float]] | Tensor], objectness: Sequence[Tensor]
+) -> list[float]:
+    anchors, levels = objectness[0].size(1), len(objectness)
+    if len(cell_anchors) != levels:
+        raise ValueError(f"cell_anchors must be a table for each of the {levels} levels, got {len(cell_anchors)}")
+    flat: list[float] = []
+    for i, table in enumerate(cell_anchors):
+        rows = table.tolist() if isinstance(table, Tensor) else table
+        if len(rows) != anchors or any(len(row) != 4 for row in rows):
+            raise ValueError(f"cell_anchors must be {anchors} anchors (x1, y1, x2, y2) at level {i}, got {rows}")
+        flat.extend(value for row in rows for value in row)
+    return _constants(flat)
+
+
+def _fake(
+    objectness: list[Tensor],
+    deltas: list[Tensor],
+    cell_anchors: list[float],
+    strides: list[int],
+    image_sizes: Tensor,
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = image_sizes.size(0)
+    return (
+        image_sizes.new_empty((batch, post_nms_top_n, 4)),
+        image_sizes.new_empty((batch, post_nms_top_n)),
+        image_sizes.new_empty((batch,), dtype=torch.int64),
+    )
+
+
+def _reference(
+    objectness: list[Tensor],
+    deltas: list[Tensor],
+    cell_anchors: list[float],
+    strides: list[int],
+    image_sizes: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tables = image_sizes.new_tensor(cell_anchors).view(len(objectness), -1, 4)
+    pairs = list(zip(strides[::2], strides[1::2], strict=True))
+    *others, convention = numbers
+    # Autocast would round the products of the specification.
+    with torch.autocast(objectness[0].device.type, enabled=False):
+        return reference.generate_proposals(
+            objectness, deltas, list(tables), pairs, image_sizes, *(*others, CONVENTIONS[convention])
+        )
+
+
+_FORWARD = register_op("generate_proposals", fake=_fake, reference=_reference)

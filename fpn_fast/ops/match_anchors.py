@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matching of anchors to ground truths by IoU, without the matrix of all pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpn_fast import backends, reference
+from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._registration import register_op, traced
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """Anchors of a pyramid as numbers, of which none is stored: the anchors around each cell of each level.
+
+    They stand in (level, row, column, cell anchor) order. Anchor `a` of the cell in row y and column x of a level is
+    its `cell_anchors[a]`, moved by ((x + offset) * stride right, (y + offset) * stride down).
+
+    Args:
+        cell_anchors: for each level [A_l, 4] numbers, (x1, y1, x2, y2) around a cell's origin.
+        sizes: (H_l, W_l), the cells of each level.
+        strides: (down, right) of each level, whole pixels between cells.
+        offset: of a cell's origin, in strides: 0 in torchvision, 0.5 for centres.
+
+    Raises:
+        ValueError: levels without anchors or with other than four numbers each; different numbers of levels.
+
+    >>> grid = AnchorGrid(cell_anchors=[[(-4.0, -4.0, 4.0, 4.0)]], sizes=[(2, 3)], strides=[(8, 8)])
+    >>> len(grid), grid.boxes()[-1].tolist()
+    (6, [12.0, 4.0, 20.0, 12.0])
+    """
+
+    cell_anchors: Sequence[Sequence[Sequence[float]]]
+    sizes: Sequence[tuple[int, int]]
+    strides: Sequence[tuple[int, int]]
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        counts = [len(each) for each in (self.cell_anchors, self.sizes, self.strides)]
+        if len(set(counts)) != 1:
+            raise ValueError(f"cell_anchors, sizes and strides must be of the same levels, got {counts} of them")
+        for level, anchors in enumerate(self.cell_anchors):
+            if not len(anchors) or any(len(anchor) != 4 for anchor in anchors):
+                raise ValueError(f"cell_anchors must be [A, 4], (x1, y1, x2, y2), of each level; not so at {level}")
+
+    def __len__(self) -> int:
+        levels = zip(self.cell_anchors, self.sizes, strict=True)
+        return sum(len(anchors) * height * width for anchors, (height, width) in levels)
+
+    def boxes(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+        """The anchors, stored: [M, 4]."""
+        return _boxes(*self._numbers(), dtype, device)
+
+    def _numbers(self) -> tuple[list[float], list[int], list[int], list[int], float]:
+        """What the op takes: lists without levels, and the offset."""
+        return (
+            [float(x) for anchors in self.cell_anchors for anchor in anchors for x in anchor],
+            [len(anchors) for anchors in self.cell_anchors],
+            [size for pair in self.sizes for size in pair],
+            [stride for pair in self.strides for stride in pair],
+            float(self.offset),
+        )
+
+
+def match_anchors(
+    gt_boxes: Tensor,
+    gt_counts: Tensor | None,
+    anchors: Tensor | AnchorGrid,
+    *,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool = True,
+    anchor_counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each anchor's ground truth: the one of the highest IoU, the first of equals, or a code for none.
+
+    Args:
+        gt_boxes: [N, G, 4], (x1, y1, x2, y2), the ground truths of each image, padded to G; see :func:`pad_boxes`.
+        gt_counts: [N] of an integer type, how many of them there are; None: G.
+        anchors: [M, 4], the same for every image; [N, M, 4]; or an :class:`AnchorGrid`, whose anchors are never stored.
+        high_threshold: an IoU of this and above is a match.
+        low_threshold: an IoU below this is background.
+        allow_low_quality_matches: whether an anchor whose IoU with some ground truth is the highest that this ground
+            truth has with any anchor keeps its match, however low that is; all anchors of the same IoU do.
+        anchor_counts: [N] of an integer type, how many anchors an image has; None: M.
+
+    Boxes are of float64, float32, float16 or bfloat16; IoUs are computed in float32, or in float64 if any box is.
+
+    Returns:
+        (matches, ious): [N, M] int64, the index of a ground truth, -1 below the low threshold or -2 between the
+        thresholds; and [N, M], the best IoU. For boxes of one type, float32 or float64, they equal torchvision's
+        box_iou and Matcher bit for bit.
+
+        Defined beyond torchvision: an image without ground truths gives -1 and 0; a box with a NaN or an infinity
+        takes no part, as what is beyond the counts; an IoU of two boxes without area is 0.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a type above.
+        ValueError: shapes, devices or thresholds do not fit.
+        BackendUnavailableError: the backend asked for cannot serve the boxes' device.
+
+    Memory grows with M and G, never with their product. The only kernels are the CPU's; other devices are served by the
+    reference, which never waits for a GPU but to upload an AnchorGrid's cell anchors. Two runs are equal bit for bit.
+    Not differentiable.
+
+    Source: Ren et al., Faster R-CNN, 2015, 3.1.2; torchvision/models/detection/_utils.py, Matcher.
+    """
+    if not isinstance(gt_boxes, Tensor):
+        raise TypeError(f"gt_boxes must be a tensor, got {type(gt_boxes).__name__}")
+    if gt_boxes.dim() != 3 or gt_boxes.size(2) != 4:
+        raise ValueError(f"gt_boxes must be [N, G, 4], (x1, y1, x2, y2), got {tuple(gt_boxes.shape)}")
+    if not low_threshold <= high_threshold:
+        raise ValueError(f"low_threshold must be at most high_threshold, {high_threshold}, got {low_threshold}")
+    stored = None if isinstance(anchors, AnchorGrid) else anchors
+    if stored is not None:
+        _check_anchors(stored, gt_boxes)
+    for boxes, name in ((gt_boxes, "gt_boxes"), (stored, "anchors")):
+        if boxes is not None and boxes.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {boxes.dtype}")
+    wide = torch.float64 in (gt_boxes.dtype, None if stored is None else stored.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    gt_boxes = gt_boxes.detach().to(dtype).contiguous()
+    if stored is not None:
+        stored = stored.detach().to(dtype).contiguous()
+    if gt_counts is None:
+        gt_counts = torch.full(gt_boxes.shape[:1], gt_boxes.size(1), dtype=torch.int64, device=gt_boxes.device)
+    gt_counts = _check_counts(gt_counts, gt_boxes, "gt_counts")
+    if anchor_counts is not None:
+        anchor_counts = _check_counts(anchor_counts, gt_boxes, "anchor_counts")
+    numbers = anchors._numbers() if isinstance(anchors, AnchorGrid) else ([], [], [], [], 0.0)
+    thresholds = (float(high_threshold), float(low_threshold))
+    arguments = (gt_boxes, gt_counts, stored, anchor_counts, *numbers, *thresholds, bool(allow_low_quality_matches))
+    op = _OP[backends.choose_for(gt_boxes, "match_anchors")]
+    if traced():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def pad_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Boxes [L_i, 4] of each of N images -> ([N, G, 4], [N] int64): padded with zeros to the most, and counted.
+
+    For torchvision's targets: ``pad_boxes([t["boxes"] for t in targets])``. Raises ValueError for no images and for
+    other shapes.
+    """
+    if not boxes:
+        raise ValueError("boxes must have a tensor for each image, got an empty sequence")
+    for i, each in enumerate(boxes):
+        # torchvision takes an empty tensor of any shape for an image without boxes.
+        if each.numel() and (each.dim() != 2 or each.size(1) != 4):
+            raise ValueError(f"boxes must be [L, 4], (x1, y1, x2, y2), got {tuple(each.shape)} at {i}")
+    rows = [each.reshape(-1, 4) for each in boxes]
+    counts = torch.stack([torch.full((), len(each), dtype=torch.int64, device=each.device) for each in rows])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), counts
+
+
+def _check_anchors(anchors: Tensor, gt_boxes: Tensor) -> None:
+    if not isinstance(anchors, Tensor):
+        raise TypeError(f"anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
+    batched = anchors.dim() == 3 and anchors.size(0) == gt_boxes.size(0)
+    if (anchors.dim() != 2 and not batched) or anchors.size(-1) != 4:
+        raise ValueError(
+            f"anchors must be [M, 4] or [N, M, 4] with N of gt_boxes, {gt_boxes.size(0)}, got {tuple(anchors.shape)}"
+        )
+    if anchors.device != gt_boxes.device:
+        raise ValueError(f"anchors must be on the device of gt_boxes, {gt_boxes.device}, got {anchors.device}")
+
+
+def _check_counts(counts: Tensor, gt_boxes: Tensor, name: str) -> Tensor:
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(counts).__name__}")
+    if counts.dtype.is_floating_point or counts.dtype.is_complex or counts.dtype == torch.bool:
+        raise TypeError(f"{name} must be of an integer type, got {counts.dtype}")
+    if counts.dim() != 1 or counts.size(0) != gt_boxes.size(0):
+        raise ValueError(f"{name} must be [N], one for each of {gt_boxes.size(0)} images, got {tuple(counts.shape)}")
+    if counts.device != gt_boxes.device:
+        raise ValueError(f"{name} must be on the device of gt_boxes, {gt_boxes.device}, got {counts.device}")
+    return counts.long().contiguous()
+
+
+def _boxes(
+    cell_anchors: list[float],
+    cells: list[int],
+    sizes: list[int],
+    strides: list[int],
+    offset: float,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    table = torch.tensor(cell_anchors, dtype=dtype, device=device).reshape(-1, 4)
+    grids = list(zip(cells, sizes[::2], sizes[1::2], strict=True))
+    return reference.grid_anchors(table, grids, list(zip(strides[::2], strides[1::2], strict=True)), offset)
+
+
+def _fake(
+    gt_boxes: Tensor,
+    gt_counts: Tensor,
+    anchors: Tensor | None,
+    anchor_counts: Tensor | None,
+    cell_anchors: list[float],
+    cells: list[int],
+    sizes: list[int],
+    strides: list[int],
+    offset: float,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+) -> tuple[Tensor, Tensor]:
+    if anchors is not None:
+        count = anchors.size(-2)
+    else:
+        count = sum(a * height * width for a, height, width in zip(cells, sizes[::2], sizes[1::2], strict=True))
+    shape = (gt_boxes.size(0), count)
+    return gt_boxes.new_empty(shape, dtype=torch.int64), gt_boxes.new_empty(shape)
+
+
+def _reference(
+    gt_boxes: Tensor,
+    gt_counts: Tensor,
+    anchors: Tensor | None,
+    anchor_counts: Tensor | None,
+    cell_anchors: list[float],
+    cells: list[int],
+    sizes: list[int],
+    strides: list[int],
+    offset: float,
+    *rule: float,
+) -> tuple[Tensor, Tensor]:
+    if anchors is None:
+        anchors = _boxes(cell_anchors, cells, sizes, strides, offset, gt_boxes.dtype, gt_boxes.device)
+    high, low, allow_low_quality_matches = rule
+    return reference.match_anchors(
+        gt_boxes, gt_counts, anchors, anchor_counts, high, low, bool(allow_low_quality_matches)
+    )
+
+
+_OP = register_op("match_anchors", fake=_fake, reference=_reference)

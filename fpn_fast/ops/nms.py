@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Non-maximum suppression: of one image as torchvision has it, and of all images and groups in one call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fpn_fast import backends, reference
+from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._registration import register_op, traced
+
+#: In the order of csrc/common/boxes.h: NmsConvention.
+CONVENTIONS = ("torchvision", "mmcv", "torchvision_offset")
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """The boxes that are left when each one removes all lower ones that it overlaps: :func:`torchvision.ops.nms`.
+
+    Args:
+        boxes: [B, 4], (x1, y1, x2, y2); compared in float32 (float64 for float64).
+        scores: [B], of any floating-point type.
+        iou_threshold: a box is removed by a kept one of a higher score if their intersection over union is larger.
+
+    Returns:
+        int64 indices of the kept boxes, scores descending; of equal scores the lower index counts as the higher. Its
+        length is data: this is the one place where a GPU is waited for. :func:`segmented_nms` has none.
+
+        A box or score that is not finite is never kept and removes none.
+
+    Raises:
+        TypeError, ValueError: see :func:`segmented_nms`.
+
+    Source: torchvision/csrc/ops/cpu/nms_kernel.cpp.
+    """
+    return _of_one_image(boxes, scores, None, iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """:func:`nms` in which only boxes of one group remove each other: :func:`torchvision.ops.batched_nms`.
+
+    idxs: [B] of an integer type, the group of each box; any numbers. The rest: see :func:`nms`.
+
+    Groups are kept apart by comparing them. Up to 1,000 boxes on a CPU, and 25,000 on a GPU, torchvision moves them
+    apart instead, by which coordinates lose some bits and boxes below zero can meet another group's:
+    ``segmented_nms(..., convention="torchvision_offset")`` does that.
+    """
+    if not isinstance(idxs, Tensor):
+        raise TypeError(f"idxs must be a tensor, got {type(idxs).__name__}")
+    return _of_one_image(boxes, scores, idxs, iou_threshold)
+
+
+def segmented_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    *,
+    convention: str = "torchvision",
+) -> tuple[Tensor, Tensor]:
+    """Non-maximum suppression of all images and groups in one call, with outputs of a fixed size.
+
+    Args:
+        boxes: [N, B, 4], (x1, y1, x2, y2); compared in float32 (float64 for float64).
+        scores: [N, B], of any floating-point type.
+        groups: [N, B] of an integer type: only boxes of one group remove each other. None: all are one.
+        counts: [N] of an integer type: the boxes of image n are its first counts[n]. None: all B.
+        iou_threshold: a box is removed by a kept one of a higher score, or of an equal one and a lower index, if they
+            overlap by more.
+        max_output: how many of the kept boxes of an image to return.
+        convention: how overlap is compared.
+            "torchvision": ``intersection / union > iou_threshold``.
+            "mmcv": ``intersection > iou_threshold * union``.
+            "torchvision_offset": the first, on boxes moved by ``group * (largest coordinate of the image + 1)`` instead
+            of groups, bit for bit as torchvision's batched_nms does it for few boxes.
+
+    Returns:
+        (keep, counts): int64 indices [N, max_output] of the kept boxes, scores descending, of equal scores the lower
+        index first, and -1 after the last; and how many there are, [N] int64.
+
+        A box or score that is not finite is never kept and removes none. Nothing here waits for a GPU.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a type above.
+        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
+        BackendUnavailableError: the backend asked for cannot serve the boxes' device.
+
+    No gradient: indices have none.
+
+    Source: torchvision/ops/boxes.py batched_nms; mmcv/ops/nms.py.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be {', '.join(CONVENTIONS[:-1])} or {CONVENTIONS[-1]}, got {convention!r}")
+    if max_output < 0:
+        raise ValueError(f"max_output must be 0 or more, got {max_output}")
+    if boxes.dim() != 3 or boxes.size(2) != 4:
+        raise ValueError(f"boxes must be [N, B, 4], got {tuple(boxes.shape)}")
+    boxes, scores = _numbers(boxes, scores)
+    groups = _integers(groups, "groups", boxes, (boxes.size(0), boxes.size(1)))
+    counts = _integers(counts, "counts", boxes, (boxes.size(0),))
+    return _suppress(boxes, scores, groups, counts, iou_threshold, max_output, CONVENTIONS.index(convention))
+
+
+def _of_one_image(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+    if boxes.dim() != 2 or boxes.size(1) != 4:
+        raise ValueError(f"boxes must be [B, 4], got {tuple(boxes.shape)}")
+    boxes, scores = _numbers(boxes, scores)
+    groups = _integers(groups, "idxs", boxes, (boxes.size(0),))
+    groups = None if groups is None else groups.unsqueeze(0)
+    keep, counts = _suppress(boxes.unsqueeze(0), scores.unsqueeze(0), groups, None, iou_threshold, boxes.size(0), 0)
+    return keep[0, : int(counts)]
+
+
+def _numbers(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes [..., 4] and scores [...] in the type in which they are compared."""
+    for name, each in (("boxes", boxes), ("scores", scores)):
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(each).__name__}")
+        if each.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {each.dtype}")
+    if scores.shape != boxes.shape[:-1]:
+        raise ValueError(f"scores must be one for each box, {tuple(boxes.shape[:-1])}, got {tuple(scores.shape)}")
+    if scores.device != boxes.device:
+        raise ValueError(f"scores must be on the boxes' device, {boxes.device}, got {scores.device}")
+    dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
+    return boxes.detach().to(dtype).contiguous(), scores.detach().to(dtype).contiguous()
+
+
+def _integers(tensor: Tensor | None, name: str, boxes: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be of an integer type, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, as the boxes are, got {tuple(tensor.shape)}")
+    if tensor.device != boxes.device:
+        raise ValueError(f"{name} must be on the boxes' device, {boxes.device}, got {tensor.device}")
+    return tensor.long().contiguous()
+
+
+def _suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    convention: int,
+) -> tuple[Tensor, Tensor]:
+    # A tracer of dynamic shapes makes variables of numbers; their text makes constants of them again.
+    iou_threshold = float(f"{iou_threshold!r}") if traced() else float(iou_threshold)
+    if math.isnan(iou_threshold):
+        raise ValueError("iou_threshold must be a number, got nan")
+    backend = backends.choose_for(boxes, "segmented_nms")
+    return _FORWARD[backend](boxes, scores, groups, counts, iou_threshold, max_output, convention)
+
+
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    convention: int,
+) -> tuple[Tensor, Tensor]:
+    batch = boxes.size(0)
+    return boxes.new_empty((batch, max_output), dtype=torch.int64), boxes.new_empty((batch,), dtype=torch.int64)
+
+
+def _reference(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    convention: int,
+) -> tuple[Tensor, Tensor]:
+    return reference.segmented_nms(boxes, scores, groups, counts, iou_threshold, max_output, CONVENTIONS[convention])
+
+
+_FORWARD = register_op("segmented_nms", fake=_fake, reference=_reference)

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import boxes as box_ops
+
+from fpn_fast import backends, ops, reference
+from fpn_fast.ops.generate_proposals import _FORWARD, DETECTRON2, MMDET, TORCHVISION
+from fpn_fast.reference.generate_proposals import anchors_at, decode, exponential, logistic
+
+NAN, INF = float("nan"), float("inf")
+BACKENDS = ["cpp", "reference"]
+# Padded to 100 x 168, which the strides of the coarsest map do not divide.
+PADDED, SIZES = (100, 168), [(100, 160), (90, 168)]
+PYRAMID = ((25, 42), (13, 21), (7, 11), (4, 6))
+GENERATOR = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
+CELLS = [table.tolist() for table in GENERATOR.cell_anchors]
+FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with backends.use(request.param):
+        yield request.param
+
+
+def head(dtype=torch.float32, form=torch.contiguous_format, batch=2, pyramid=PYRAMID, trained=False, seed=0):
+    """Logits whose scores are units apart, also across levels, and deltas; of a trained head most logits are low and a
+    few so high that their scores are 1."""
+    generator = torch.Generator().manual_seed(seed)
+    objectness, deltas = [], []
+    total = batch * 3 * sum(height * width for height, width in pyramid)
+    shares = ((torch.randperm(total, generator=generator).double() + 0.5) / total).split(
+        [batch * 3 * height * width for height, width in pyramid]
+    )
+    for share, (height, width) in zip(shares, pyramid, strict=True):
+        logits = (share.logit() * (4 if trained else 1) - (5 if trained else 0)).view(batch, 3, height, width)
+        codes = torch.randn(batch, 12, height, width, generator=generator, dtype=torch.float64) * 0.3
+        objectness.append(logits.to(dtype).contiguous(memory_format=form))
+        deltas.append(codes.to(dtype).contiguous(memory_format=form))
+    return objectness, deltas
+
+
+def strides_of(maps, padded=PADDED):
+    return [(padded[0] // m.shape[2], padded[1] // m.shape[3]) for m in maps]
+
+
+def propose(objectness, deltas, cells=CELLS, sizes=SIZES, **options):
+    options = {"pre_nms_top_n": 200, "post_nms_top_n": 150, "nms_thresh": 0.7, **options}
+    image_sizes = torch.tensor(sizes[: objectness[0].shape[0]]).reshape(-1, 2)
+    return ops.generate_proposals(
+        objectness, deltas, cells[: len(objectness)], strides_of(objectness), image_sizes, **options
+    )
+
+
+def as_torchvision(objectness, deltas, pre=200, post=150, thresh=0.7, score_thresh=0.0, generator=GENERATOR):
+    """torchvision's own steps after the head."""
+    counts = {"training": pre, "testing": pre}, {"training": post, "testing": post}
+    rpn = RegionProposalNetwork(generator, None, 0.7, 0.3, 256, 0.5, *counts, thresh, score_thresh)
+    images = ImageList(torch.empty(len(objectness[0]), 3, *PADDED), SIZES[: len(objectness[0])])
+    anchors = generator(images, objectness)
+    numbers = [m[0].numel() for m in objectness]
+    logits, codes = concat_box_prediction_layers(objectness, deltas)
+    boxes = rpn.box_coder.decode(codes, anchors).view(len(anchors), -1, 4)
+    return rpn.filter_proposals(boxes, logits, images.image_sizes, numbers)
+
+
+def check_equal(found, expected, unit):
+    """The same boxes in the same order, to the last bits of an exponential that is rounded differently."""
+    boxes, scores, counts = found
+    for n, (a, b) in enumerate(zip(*expected, strict=True)):
+        count = int(counts[n])
+        assert count == len(a)
+        # A corner is off by an ulp of the sides that it is summed of, at most 16 clamped times 256.
+        torch.testing.assert_close(boxes[n, :count], a, rtol=2 * unit, atol=unit * 256)
+        torch.testing.assert_close(scores[n, :count], b, rtol=2 * unit, atol=0)
+        assert not boxes[n, count:].any()
+        assert not scores[n, count:].any()
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_torchvisions_rpn(backend, dtype, form, trained):
+    objectness, deltas = head(dtype, form, trained=trained)
+    found = propose(objectness, deltas, **TORCHVISION)
+    assert (found[0].dtype, found[1].dtype, found[2].dtype) == (dtype, dtype, torch.int64)
+    check_equal(found, as_torchvision(objectness, deltas), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(10, 1000, 0.7, 0.0), (5000, 5000, 0.5, 0.0), (200, 7, 0.9, 0.0), (200, 150, 0.7, 0.52), (0, 5, 0.7, 0.0),
+     (50, 0, 0.7, 0.0), (200, 150, 0.7, 2.0)],
+    ids=str,
+)  # fmt: skip
+def test_other_numbers(backend, numbers):
+    """Fewer anchors than are asked for, fewer wanted than are left, nothing that is good enough, nothing wanted."""
+    pre, post, thresh, score_thresh = numbers
+    objectness, deltas = head()
+    options = {"pre_nms_top_n": pre, "post_nms_top_n": post, "nms_thresh": thresh, "score_thresh": score_thresh}
+    found = propose(objectness, deltas, **options)
+    assert found[0].shape == (2, post, 4)
+    check_equal(found, as_torchvision(objectness, deltas, pre, post, thresh, score_thresh), 2**-23)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_batches_and_levels(backend, batch, levels):
+    generator = AnchorGenerator(GENERATOR.sizes[:levels], GENERATOR.aspect_ratios[:levels])
+    objectness, deltas = head(batch=batch, pyramid=PYRAMID[:levels])
+    found = propose(objectness, deltas)
+    assert (found[0].shape, found[2].shape) == ((batch, 150, 4), (batch,))
+    if batch > 0:
+        check_equal(found, as_torchvision(objectness, deltas, generator=generator), 2**-23)
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, DETECTRON2, MMDET], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_cpp_is_the_reference_bit_for_bit(dtype, options):
+    """Half precision has many equal logits: these are told apart by their order alone."""
+    objectness, deltas = head(dtype, torch.channels_last, trained=True)
+    results = []
+    for name in BACKENDS:
+        with backends.use(name):
+            results.append(propose(objectness, deltas, **options))
+    assert results[0][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_half_precision_is_read_exactly(backend):
+    """The same as of the maps in float32: anchors, decoding and overlap know no half precision."""
+    for dtype in (torch.float16, torch.bfloat16):
+        objectness, deltas = head(dtype)
+        found = propose(objectness, deltas)
+        wide = propose([m.float() for m in objectness], [m.float() for m in deltas])
+        assert all(torch.equal(a, b) for a, b in zip(found, wide, strict=True))
+
+
+def test_any_strides(backend):
+    objectness, deltas = head()
+    expected = propose(objectness, deltas)
+    for form in (torch.channels_last, torch.contiguous_format):
+        views = []
+        for maps in (objectness, deltas):
+            views.append([])
+            for m in maps:
+                n, c, h, w = m.shape
+                frame = torch.full((n + 1, c + 1, h + 2, w + 3), NAN).contiguous(memory_format=form)
+                view = frame[1:, :c, 1:-1, 2:-1]
+                view.copy_(m)
+                views[-1].append(view)
+        views[0][1] = objectness[1].transpose(2, 3).contiguous().transpose(2, 3)
+        assert all(torch.equal(a, b) for a, b in zip(propose(*views), expected, strict=True))
+
+
+def test_ties_go_in_torchvisions_order_of_anchors(backend):
+    """All logits equal: the first anchors of (y, x, anchor), and of equal scores the finer level first."""
+    objectness, deltas = head(batch=1)
+    objectness = [torch.full_like(m, 0.25) for m in objectness]
+    deltas = [torch.zeros_like(m) for m in deltas]
+    options = {"pre_nms_top_n": 40, "post_nms_top_n": 160, "nms_thresh": 1.0, "min_size": 0.0}
+    boxes, scores, counts = propose(objectness, deltas, **options)
+    expected = []
+    for m, cells, stride in zip(objectness, CELLS, strides_of(objectness), strict=True):
+        index = torch.arange(min(40, m[0].numel()))
+        expected.append(anchors_at(index, torch.tensor(cells), m.shape[3], stride, 0.0, torch.float32))
+    expected = box_ops.clip_boxes_to_image(torch.cat(expected), SIZES[0])
+    assert counts.item() == 160
+    assert torch.equal(boxes[0], expected)
+    assert len(scores.unique()) == 1
+
+
+def test_bad_numbers_are_never_proposed(backend):
+    """What is left is as if the logits had been low; torchvision ranks NaN first."""
+    objectness, deltas = head()
+    bad = [m.clone() for m in objectness]
+    low = [m.clone() for m in objectness]
+    for m, value in zip(bad, (NAN, INF, -INF, NAN), strict=True):
+        m[:, 1, ::2] = value
+    for m in low:
+        m[:, 1, ::2] = -200
+    found = propose(bad, deltas, pre_nms_top_n=10000, score_thresh=1e-30)
+    expected = propose(low, deltas, pre_nms_top_n=10000, score_thresh=1e-30)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    codes = [m.clone() for m in deltas]
+    for i, value in enumerate((NAN, INF, -INF, 3e38)):
+        codes[i][:, i::4, 1::2] = value
+    found = propose(objectness, codes, pre_nms_top_n=10000)
+    assert found[0].isfinite().all()
+    low = [m.clone() for m in objectness]
+    for i, m in enumerate(low):
+        # 3e38 times a side is infinite where it moves a box; what it scales is clamped.
+        if i < 3:
+            m[:, :, 1::2] = -200
+    expected = propose(low, [codes[i] if i == 3 else deltas[i] for i in range(4)], pre_nms_top_n=10000,
+                       score_thresh=1e-30)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    nothing = propose([torch.full_like(m, NAN) for m in objectness], deltas)
+    assert not any(each.any() for each in nothing)
+
+
+def test_sizes_and_scores_that_are_hit_exactly(backend):
+    """A box of exactly the least size, and a score of exactly the threshold, by >= and by >."""
+    objectness, deltas = torch.zeros(1, 1, 1, 2), torch.zeros(1, 4, 1, 2)
+    arguments = ([objectness], [deltas], [[(0, 0, 8, 4)]], [(1, 20)], torch.tensor([[50, 50]]))
+    numbers = {"pre_nms_top_n": 5, "post_nms_top_n": 5, "nms_thresh": 0.5}
+    for least, strict, count in ((4, False, 2), (4, True, 0), (math.nextafter(4, 9), False, 2), (4.001, False, 0)):
+        assert ops.generate_proposals(*arguments, **numbers, min_size=least, strict_size=strict)[2] == count
+    for least, count in ((0.5, 2), (0.5001, 0)):
+        assert ops.generate_proposals(*arguments, **numbers, score_thresh=least)[2] == count
+
+
+def numbers_of_libraries(library, dtype=torch.float64):
+    """Logits, deltas, sizes and options in float64, where formulas that round differently agree to 1e-12."""
+    objectness, deltas = head(dtype, batch=1, trained=True)
+    # Scales that both clamps change.
+    deltas = [m * 10 for m in deltas]
+    return objectness, deltas, library
+
+
+def in_steps(objectness, deltas, size, decoded, valid, scores, threshold, product, pre=200, post=150):
+    """Top-k, filter and suppression of each level, then the best of all, with the library's own boxes."""
+    found, numbers = [], []
+    for level, (m, d) in enumerate(zip(objectness, deltas, strict=True)):
+        logits = m[0].permute(1, 2, 0).flatten()
+        codes = d[0].view(3, 4, *d.shape[2:]).permute(2, 3, 0, 1).reshape(-1, 4)
+        top = logits.argsort(descending=True)[:pre]
+        boxes = decoded(level, top, codes[top])
+        boxes = torch.stack([boxes[:, i].clamp(0, size[1 - i % 2]) for i in range(4)], 1)
+        keep = valid(boxes)
+        boxes, top = boxes[keep], top[keep]
+        kept = reference.nms(boxes, logits[top], None, threshold, "mmcv" if product else "torchvision")
+        found.append(boxes[kept])
+        numbers.append(scores(logits[top][kept]))
+    found, numbers = torch.cat(found), torch.cat(numbers)
+    best = numbers.argsort(descending=True)[:post]
+    return [found[best]], [numbers[best]]
+
+
+def places(level, top, width, stride, offset):
+    x, y = (top // 3 % width + offset) * stride[1], (top // 3 // width + offset) * stride[0]
+    return torch.stack([x, y, x, y], 1) + torch.tensor(CELLS[level], dtype=torch.float64)[top % 3]
+
+
+def test_detectron2s_formulas(backend):
+    """apply_deltas, find_top_rpn_proposals: the largest scale clamped, sides > 0, logits, anchors half a stride off."""
+    objectness, deltas, options = numbers_of_libraries(DETECTRON2)
+    strides = strides_of(objectness)
+
+    def decoded(level, top, codes):
+        anchors = places(level, top, PYRAMID[level][1], strides[level], 0.5)
+        sides = anchors[:, 2:] - anchors[:, :2]
+        centers = anchors[:, :2] + 0.5 * sides
+        moved = codes[:, :2] / 2 * sides + centers
+        grown = torch.exp((codes[:, 2:] / 4).clamp(max=math.log(1000.0 / 16))) * sides
+        return torch.cat([moved - 0.5 * grown, moved + 0.5 * grown], 1)
+
+    expected = in_steps(objectness, deltas, SIZES[0], decoded,
+                        lambda b: ((b[:, 2:] - b[:, :2]) > 0).all(1), lambda s: s, 0.7, False)  # fmt: skip
+    found = propose(objectness, deltas, weights=(2, 2, 4, 4), center_offset=0.5, **options)
+    assert (found[1] > 1).any()
+    check_equal(found, expected, 2**-52)
+
+
+def test_mmdetections_formulas(backend):
+    """delta2bbox, RPNHead: means and stds, both clamps, the mean of corners, sides > 0, mmcv's overlap."""
+    objectness, deltas, options = numbers_of_libraries(MMDET)
+    strides = strides_of(objectness)
+    means, stds = (0.1, -0.1, 0.05, 0.0), (0.5, 0.5, 2.0, 2.0)
+
+    def decoded(level, top, codes):
+        anchors = places(level, top, PYRAMID[level][1], strides[level], 0)
+        codes = codes * torch.tensor(stds, dtype=torch.float64) + torch.tensor(means, dtype=torch.float64)
+        centers, sides = (anchors[:, :2] + anchors[:, 2:]) * 0.5, anchors[:, 2:] - anchors[:, :2]
+        limit = abs(math.log(16 / 1000))
+        moved = centers + sides * codes[:, :2]
+        grown = sides * codes[:, 2:].clamp(-limit, limit).exp()
+        return torch.cat([moved - grown * 0.5, moved + grown * 0.5], 1)
+
+    expected = in_steps(objectness, deltas, SIZES[0], decoded,
+                        lambda b: ((b[:, 2:] - b[:, :2]) > 0).all(1), torch.sigmoid, 0.7, True)  # fmt: skip
+    found = propose(objectness, deltas, means=means, stds=stds, **options)
+    check_equal(found, expected, 2**-52)
+
+
+def test_the_exponential_is_the_nearest_float():
+    """Of the compiled op too: sides of boxes that are exp(dw) times a power of two."""
+    x = torch.linspace(-20, 4.1, 3000)
+    assert torch.equal(exponential(x), torch.tensor([math.exp(v) for v in x.tolist()], dtype=torch.float64).float())
+    assert (logistic(x) - torch.sigmoid(x)).abs().max() <= 2**-23
+    maps = torch.zeros(1, 1, 1, 3000), torch.zeros(1, 4, 1, 3000)
+    maps[0][:] = torch.arange(3000, 0, -1) / 3000
+    maps[1][0, 2, 0] = x
+    numbers = {"pre_nms_top_n": 3000, "post_nms_top_n": 3000, "nms_thresh": 2.0, "min_size": 0.0}
+    cells, sizes = [[(0, 0, 2, 2)]], torch.tensor([[9, 999]])
+    boxes, _, counts = ops.generate_proposals([maps[0]], [maps[1]], cells, [(1, 0)], sizes, **numbers)
+    assert counts == 3000
+    # About a centre at 1, clipped at 0: the right corner is 1 + exp(dw), rounded once.
+    assert torch.equal(boxes[0, :, 2], 1 + exponential(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_maps(data):
+    """Sizes, types, formats and few different numbers, so that many tie: cpp against the reference."""
+    draw = data.draw
+    side, dtype = st.integers(1, 9), draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
+    pyramid = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
+    form, generator = (
+        draw(st.sampled_from(list(FORMATS.values()))),
+        torch.Generator().manual_seed(draw(st.integers(0, 99))),
+    )
+    values = torch.tensor([0.0, -0.0, 1.5, -3.0, 1e4, -1e4, NAN, INF])
+
+    def maps(channels, kinds):
+        numbers = [values[torch.randint(0, kinds, (2, channels, *size), generator=generator)] for size in pyramid]
+        return [each.to(dtype).contiguous(memory_format=form) for each in numbers]
+
+    objectness, deltas = maps(2, 8), maps(8, 4)
+    cells = [[(-9.0, -7.0, 9.0, 7.0), (0.0, 0.0, 5.0, 6.0)]] * len(pyramid)
+    options = {
+        "pre_nms_top_n": draw(st.integers(0, 70)),
+        "post_nms_top_n": draw(st.integers(0, 70)),
+        "nms_thresh": draw(st.sampled_from([-0.5, 0.0, 0.4, 0.7])),
+        **draw(st.sampled_from([TORCHVISION, DETECTRON2, MMDET])),
+    }
+    results = []
+    for name in BACKENDS:
+        with backends.use(name):
+            results.append(propose(objectness, deltas, cells, **options))
+    # float64 has no exponential of more digits to round.
+    unit = 2**-51 if dtype == torch.float64 else 0
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=unit, atol=2**11 * unit)
+
+
+def raw(backend):
+    objectness, deltas = head(pyramid=PYRAMID[2:])
+    cells = torch.tensor(CELLS[2:]).flatten().tolist()
+    ones = [1.0] * 4
+    return _FORWARD[backend], (
+        objectness, deltas, cells, [14, 15, 25, 28], torch.tensor(SIZES).float(), 20, 15, 0.7, 0.0, 1e-3,
+        ones, [0.0] * 4, ones, 4.0, False, False, 0.0, False, False, 0,
+    )  # fmt: skip
+
+
+def test_opcheck(backend):
+    torch.library.opcheck(*raw(backend))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_in_one_graph(backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda o, d: propose(o, d), fullgraph=True, dynamic=dynamic)
+    for pyramid in (PYRAMID[2:], ((9, 8), (5, 7))):
+        maps = head(pyramid=pyramid)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*maps), propose(*maps), strict=True))
+
+
+def test_nothing_waits_for_the_device():
+    """No value is looked at: fake tensors have none."""
+    with FakeTensorMode():
+        objectness = [torch.empty(2, 3, *size, device="cuda") for size in PYRAMID]
+        deltas = [torch.empty(2, 12, *size, device="cuda") for size in PYRAMID]
+        found = ops.generate_proposals(
+            objectness, deltas, CELLS, strides_of(objectness), torch.empty(2, 2, device="cuda"),
+            pre_nms_top_n=100, post_nms_top_n=50, nms_thresh=0.7,
+        )  # fmt: skip
+    assert [tuple(each.shape) for each in found] == [(2, 50, 4), (2, 50), (2,)]
+    assert {each.device.type for each in found} == {"cuda"}
+
+
+def test_schemas_of_all_namespaces_are_equal():
+    assert set(_FORWARD) == {"cpp", "reference"}
+    assert len({str(op._schema).partition("::")[2] for op in _FORWARD.values()}) == 1
+
+
+def test_autocast_promotes_and_gradients_are_not_kept():
+    objectness, deltas = head(torch.bfloat16)
+    wide = [m.float().requires_grad_() for m in deltas]
+    with pytest.raises(TypeError, match="deltas must be of the dtype of objectness"):
+        propose(objectness, wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = propose(objectness, wide)
+    assert not found[0].requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(found, propose([m.float() for m in objectness], wide), strict=True))
+
+
+def test_second_fence_holds_behind_the_python_checks():
+    op, arguments = raw("cpp")
+    for i, value, message in (
+        (1, arguments[1][:1], "as many of deltas"),
+        (1, arguments[0], r"takes deltas \[N, 4A, H, W\]"),
+        (2, arguments[2][1:], "takes A cell anchors"),
+        (3, [1, 1], "takes strides along y and x"),
+        (4, arguments[4].double(), "takes contiguous image_sizes"),
+        (5, -1, "of 0 or more"),
+        (10, [1.0], "four weights, means and stds"),
+        (19, 2, "does not know convention 2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments[:i], value, *arguments[i + 1 :])
+
+
+MAPS = head(pyramid=PYRAMID[2:])
+ERRORS = [
+    ({"objectness": []}, ValueError, "objectness must hold at least one map"),
+    ({"objectness": MAPS[0] * 5, "deltas": MAPS[1] * 5}, ValueError, "objectness must be 1 to 8 maps, got 10"),
+    ({"objectness": [m.int() for m in MAPS[0]]}, TypeError, "objectness must be float64.*int32 at 0"),
+    ({"deltas": MAPS[1][:1]}, ValueError, "deltas must be one for each of the 2 maps of objectness, got 1"),
+    ({"deltas": MAPS[0]}, ValueError, r"deltas must be \[N, 4A, H, W\], \(2, 12, 7, 11\) at 0, got \(2, 3, 7, 11\)"),
+    ({"deltas": [m.to("meta") for m in MAPS[1]]}, ValueError, "deltas must be on the device of objectness, cpu"),
+    ({"cell_anchors": CELLS[:1]}, ValueError, "cell_anchors must be a table for each of the 2 levels, got 1"),
+    ({"cell_anchors": [CELLS[0], CELLS[1][:2]]}, ValueError, "cell_anchors must be 3 anchors .* at level 1"),
+    ({"strides": [(4, 4)]}, ValueError, "strides must be .* for each of the 2 levels"),
+    ({"strides": [(4.0, 4), (8, 8)]}, TypeError, "strides must be integers"),
+    ({"image_sizes": SIZES}, TypeError, "image_sizes must be a tensor, got list"),
+    ({"image_sizes": torch.tensor(SIZES[:1])}, ValueError, r"image_sizes must be \[N, 2\], \(2, 2\), got \(1, 2\)"),
+    ({"image_sizes": torch.tensor(SIZES).to("meta")}, ValueError, "image_sizes must be on the maps' device"),
+    ({"pre_nms_top_n": -1}, ValueError, "pre_nms_top_n must be 0 or more, got -1"),
+    ({"post_nms_top_n": -1}, ValueError, "post_nms_top_n must be 0 or more, got -1"),
+    ({"weights": (1, 1)}, ValueError, "weights must be four"),
+    ({"nms_thresh": NAN}, ValueError, "nms_thresh, score_thresh and min_size must be numbers"),
+    ({"clamp": "min"}, ValueError, "clamp must be max or symmetric, got 'min'"),
+    ({"center": "x"}, ValueError, "center must be corner or mean"),
+    ({"scores": "sigmoid"}, ValueError, "scores must be probability or logit"),
+    ({"convention": "torchvision_offset"}, ValueError, "convention must be torchvision or mmcv"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_errors(change, error, message):
+    arguments = {
+        "objectness": MAPS[0], "deltas": MAPS[1], "cell_anchors": CELLS[:2], "strides": [(4, 4), (8, 8)],
+        "image_sizes": torch.tensor(SIZES), "pre_nms_top_n": 5, "post_nms_top_n": 5, "nms_thresh": 0.7,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        ops.generate_proposals(**{**arguments, **change})
+
+
+def test_decoding_is_torchvisions_coder():
+    from torchvision.models.detection._utils import BoxCoder
+
+    anchors, codes = torch.rand(50, 4).cumsum(1) * 99, torch.randn(50, 4, dtype=torch.float32) * 3
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+    ours = decode(anchors, codes, (10, 10, 5, 5), (0,) * 4, (1,) * 4, coder.bbox_xform_clip, False, False)
+    torch.testing.assert_close(ours, coder.decode_single(codes, anchors), rtol=2**-22, atol=2**-15)

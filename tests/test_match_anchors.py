@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
+
+from fpn_fast import backends, ops
+from fpn_fast.ops.match_anchors import _OP
+
+NAN, INF = float("nan"), float("inf")
+RULE = {"high_threshold": 0.7, "low_threshold": 0.3}
+SIZES = ((25, 42), (13, 21), (7, 11), (4, 6), (2, 3))
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    with backends.use(request.param):
+        yield request.param
+
+
+def torchvisions(gts, anchors, high_threshold=0.7, low_threshold=0.3, allow_low_quality_matches=True):
+    """One image: (matches, best IoUs)."""
+    if not len(gts):
+        return torch.full((len(anchors),), -1), anchors.new_zeros(len(anchors))
+    matrix = box_iou(gts, anchors)
+    return Matcher(high_threshold, low_threshold, allow_low_quality_matches)(matrix), matrix.max(0).values
+
+
+def pyramid(sizes=SIZES, image=(100, 168), scale=1 / 8):
+    """torchvision's anchors for an image, and the same as numbers."""
+    generator = AnchorGenerator(tuple((s * scale,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5)
+    maps = [torch.zeros(1, 1, *size) for size in sizes]
+    (anchors,) = generator(ImageList(torch.zeros(1, 3, *image), [image]), maps)
+    strides = [(image[0] // h, image[1] // w) for h, w in sizes]
+    return anchors, ops.AnchorGrid([c.tolist() for c in generator.cell_anchors], list(sizes), strides)
+
+
+def ground_truths(count, height=100, width=168, seed=0, whole=False):
+    """Boxes as in photographs: mostly small, a few large, clipped to the image; whole pixels make ties."""
+    generator = torch.Generator().manual_seed(seed)
+    extent = torch.exp(torch.randn(count, 2, generator=generator) * 0.8 + 2.8).clamp(2, 90)
+    centre = torch.rand(count, 2, generator=generator) * torch.tensor([float(width), float(height)])
+    boxes = torch.cat((centre - extent / 2, centre + extent / 2), 1)
+    boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
+    return boxes.round() if whole else boxes
+
+
+def near(anchors, count, seed=0):
+    """What a trained network proposes: boxes about the ground truths, that is here, about some anchors."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = anchors[torch.randint(len(anchors), (count,), generator=generator)]
+    return chosen + torch.randn(count, 4, generator=generator)
+
+
+def check(gts, anchors, description=None, **rule):
+    """Every form of the call gives what torchvision gives for each image."""
+    rule = {**RULE, **rule}
+    boxes, counts = ops.pad_boxes(gts)
+    for each in (anchors, anchors.expand(len(gts), -1, -1), *([] if description is None else [description])):
+        matches, ious = ops.match_anchors(boxes, counts, each, **rule)
+        assert (matches.shape, matches.dtype) == ((len(gts), len(anchors)), torch.int64)
+        assert ious.dtype == anchors.dtype
+        for i, gt in enumerate(gts):
+            expected, best = torchvisions(gt, anchors, **rule)
+            assert torch.equal(matches[i], expected)
+            assert torch.equal(ious[i], best)
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("whole", [False, True], ids=["any", "whole_pixels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_torchvision_on_a_pyramid(backend, dtype, whole, low_quality):
+    anchors, description = pyramid()
+    gts = [ground_truths(n, seed=n, whole=whole) for n in (1, 7, 0, 40)]
+    gts = [gt[(gt[:, 2:] > gt[:, :2]).all(1)].to(dtype) for gt in gts]
+    check(gts, anchors.to(dtype), description, allow_low_quality_matches=low_quality)
+
+
+def test_equals_torchvision_on_proposals(backend):
+    gts = ground_truths(30)
+    for seed in range(4):
+        proposals = torch.cat((near(gts, 700, seed), ground_truths(300, seed=seed), gts))
+        check([gts], proposals, high_threshold=0.5, low_threshold=0.5, allow_low_quality_matches=False)
+        check([gts], proposals)
+
+
+def test_grid_equals_torchvisions_anchors_bit_for_bit():
+    # The image's sizes are no multiples: strides are 61 and 64 pixels where the pyramid's is 64.
+    sizes = ((200, 334), (100, 167), (50, 84), (25, 42), (13, 21))
+    anchors, description = pyramid(sizes, (800, 1344), 1)
+    assert torch.equal(description.boxes(), anchors)
+    assert len(description) == len(anchors)
+
+
+def test_grid_with_an_offset(backend):
+    grid = ops.AnchorGrid([[(-4.0, -4.0, 4.0, 4.0)], [(-9, -5, 9, 5), (-5, -9, 5, 9)]], [(5, 7), (2, 3)],
+                          [(8, 8), (20, 18)], 0.5)  # fmt: skip
+    anchors = grid.boxes()
+    assert anchors[0].tolist() == [0, 0, 8, 8]
+    assert anchors[-1].tolist() == [2.5 * 18 - 5, 30 - 9, 2.5 * 18 + 5, 30 + 9]
+    check([ground_truths(6, 40, 56)], anchors, grid)
+
+
+def test_ties_take_the_first_ground_truth_and_restore_every_anchor(backend):
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [0, 0, 10, 10], [40, 40, 50, 50], [3, 0, 13, 10]])
+    # Of two equal ones the first. Low as their IoU is, anchors keep what is nobody's better match.
+    gts = torch.tensor([[1.0, 0, 11, 10], [1, 0, 11, 10], [18, 0, 22, 10], [38, 38, 42, 42], [48, 48, 52, 52]])
+    matches, _ = ops.match_anchors(gts[None], None, anchors, **RULE)
+    assert matches.tolist() == [[0, 2, 0, 3, -2]]
+    check([gts], anchors)
+    check([gts.flip(0)], anchors.flip(0))
+
+
+def test_a_ground_truth_without_overlap_restores_all_that_have_none_with_it(backend):
+    """torchvision's rule to the letter: its highest IoU is 0, and every anchor has that."""
+    anchors, description = pyramid()
+    gts = torch.tensor([[10.0, 10, 40, 40], [5000.0, 5000, 5010, 5010]])
+    matches, _ = ops.match_anchors(gts[None], None, description, **RULE)
+    assert (matches >= 0).all()
+    check([gts], anchors, description)
+
+
+def test_thresholds_hit_exactly(backend):
+    """IoUs of exactly 1/4, 1/2 and 1, and their neighbours."""
+    anchors = torch.tensor([[0.0, 0, 4, 1], [0, 0, 2, 1], [0, 0, 1, 1], [0, 0, 4.000001, 1], [0, 0, 1.999999, 1]])
+    gts = torch.tensor([[0.0, 0, 1, 1]])
+    quarter = {"high_threshold": 0.5, "low_threshold": 0.25, "allow_low_quality_matches": False}
+    assert ops.match_anchors(gts[None], None, anchors, **quarter)[0].tolist() == [[-2, 0, 0, -1, 0]]
+    for high, low in ((0.5, 0.25), (0.5, 0.5), (1.0, 0.25), (0.25, 0.0), (0.0, 0.0), (2.0, -1.0)):
+        for low_quality in (True, False):
+            rule = {"high_threshold": high, "low_threshold": low, "allow_low_quality_matches": low_quality}
+            check([gts, ground_truths(3)], anchors, **rule)
+    # 0.7 and 0.3 are no float32 numbers: torchvision compares with the nearest.
+    tenths = torch.tensor([[0.0, 0, 10, 1]])
+    check([tenths], torch.tensor([[0.0, 0, 7, 1], [0, 0, 3, 1], [0, 0, 8, 1]]), allow_low_quality_matches=False)
+
+
+def test_counts_shorter_than_the_padding(backend):
+    anchors, _ = pyramid()
+    gts = torch.stack([ground_truths(9, seed=s) for s in range(3)])
+    matches, ious = ops.match_anchors(gts, torch.tensor([9, 4, 0], dtype=torch.int32), anchors, **RULE)
+    for i, count in enumerate((9, 4, 0)):
+        expected, best = torchvisions(gts[i, :count], anchors)
+        assert torch.equal(matches[i], expected)
+        assert torch.equal(ious[i], best)
+    per_image = torch.stack([near(gts[i], 300, seed=i) for i in range(3)])
+    counts = torch.tensor([300, 17, 0])
+    for anchors in (per_image, per_image[0]):
+        matches, ious = ops.match_anchors(gts, None, anchors, anchor_counts=counts, **RULE)
+        for i, count in enumerate(counts.tolist()):
+            rows = (anchors if anchors.dim() == 2 else anchors[i])[:count]
+            if count:
+                expected, best = torchvisions(gts[i], rows)
+                assert torch.equal(matches[i, :count], expected)
+                assert torch.equal(ious[i, :count], best)
+            assert (matches[i, count:] == -1).all()
+            assert (ious[i, count:] == 0).all()
+
+
+@pytest.mark.parametrize(("n", "g", "m"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0), (1, 1, 1), (1, 1, 257)])
+def test_empty_and_tiny(backend, n, g, m):
+    gts, anchors = torch.rand(n, g, 4).cumsum(-1), torch.rand(m, 4).cumsum(-1)
+    matches, ious = ops.match_anchors(gts, None, anchors, **RULE)
+    assert (matches.shape, ious.shape) == ((n, m), (n, m))
+    if g == 0:
+        assert (matches == -1).all()
+        assert (ious == 0).all()
+    empty = ops.AnchorGrid([[(0.0, 0, 1, 1)]], [(0, 7)], [(8, 8)])
+    assert ops.match_anchors(gts, None, empty, **RULE)[0].shape == (n, 0)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("corner", range(4))
+def test_boxes_that_are_not_finite_take_no_part(backend, bad, corner):
+    anchors, _ = pyramid()
+    gts = ground_truths(6)
+    anchors = anchors[:400].clone()
+    gts[2, corner], anchors[[0, 77, 399], corner] = bad, bad
+    matches, ious = ops.match_anchors(gts[None], None, anchors, **RULE)
+    good_gts, good = torch.tensor([0, 1, 3, 4, 5]), anchors.isfinite().all(1)
+    expected, best = torchvisions(gts[good_gts], anchors[good])
+    assert torch.equal(matches[0, good], torch.where(expected < 0, expected, good_gts[expected.clamp(min=0)]))
+    assert torch.equal(ious[0, good], best)
+    assert (matches[0, ~good] == -1).all()
+    assert (ious[0, ~good] == 0).all()
+    only_bad, _ = ops.match_anchors(gts[None, 2:3], None, anchors, **RULE)
+    assert (only_bad == -1).all()
+
+
+def test_boxes_without_area_and_huge_ones(backend):
+    """Where torchvision's 0 / 0 is NaN and so a match, there is no overlap; all else is torchvision's."""
+    anchors = torch.tensor([[5.0, 5, 5, 5], [0, 0, 10, 10], [8, 8, 2, 2], [8, 2, 2, 8], [-3e38, -3e38, 3e38, 3e38]])
+    point = torch.tensor([[5.0, 5, 5, 5]])
+    matches, ious = ops.match_anchors(point[None], None, anchors, allow_low_quality_matches=False, **RULE)
+    assert matches.tolist() == [[-1] * 5]
+    assert ious.tolist() == [[0.0] * 5]
+    check([torch.tensor([[1.0, 1, 9, 8], [0, 0, 10, 10]])], anchors[1:4])
+
+
+def test_backends_agree_bit_for_bit_on_anything():
+    generator = torch.Generator().manual_seed(3)
+    values = torch.tensor([0.0, -0.0, 1, 2, 3, 5, 8, 100, -7, 1e-42, 1e30, 3e38, NAN, INF])
+    for dtype in (torch.float32, torch.float64):
+        gts, anchors = (
+            values[torch.randint(len(values), shape, generator=generator)].to(dtype) for shape in ((3, 19, 4), (500, 4))
+        )
+        counts = torch.tensor([19, 5, 0])
+        results = []
+        for name in ("cpp", "reference"):
+            with backends.use(name):
+                results.append(ops.match_anchors(gts, counts, anchors, high_threshold=0.5, low_threshold=0.2))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert not results[0][1].isnan().any()
+
+
+corner = st.integers(0, 12).map(float)
+box = st.tuples(corner, corner, st.integers(1, 6), st.integers(1, 6)).map(
+    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(box, min_size=1, max_size=6), st.lists(box, min_size=1, max_size=12), st.booleans())
+def test_equals_torchvision_on_small_grids_full_of_ties(gts, anchors, low_quality):
+    gts, anchors = torch.tensor(gts), torch.tensor(anchors)
+    for name in ("cpp", "reference"):
+        with backends.use(name):
+            check([gts], anchors, high_threshold=0.5, low_threshold=0.25, allow_low_quality_matches=low_quality)
+
+
+def test_repeats_bit_for_bit_on_any_number_of_threads(backend):
+    _, description = pyramid()
+    gts = ground_truths(40, whole=True)[None]
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (threads, 1, 3):
+        torch.set_num_threads(count)
+        runs.append(ops.match_anchors(gts, None, description, **RULE))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_half_precision_boxes_are_compared_in_float32(backend):
+    anchors, _ = pyramid()
+    gts = ground_truths(8)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = (gts.to(dtype), anchors.to(dtype))
+        matches, ious = ops.match_anchors(rounded[0][None], None, rounded[1], **RULE)
+        expected, best = torchvisions(rounded[0].float(), rounded[1].float())
+        assert torch.equal(matches[0], expected)
+        assert torch.equal(ious[0], best)
+
+
+def test_views_and_gradients(backend):
+    anchors, _ = pyramid()
+    gts = ground_truths(8)
+    wide = torch.full((8, 9), NAN)
+    wide[:, 1::2] = gts
+    strided = wide[:, 1::2].requires_grad_()
+    matches, ious = ops.match_anchors(strided[None], None, anchors.mT.contiguous().mT, **RULE)
+    expected, best = torchvisions(gts, anchors)
+    assert torch.equal(matches[0], expected)
+    assert torch.equal(ious[0], best)
+    assert not ious.requires_grad
+
+
+def arguments_of(anchors, grid):
+    numbers = grid._numbers() if anchors is None else ([], [], [], [], 0.0)
+    return (ground_truths(5)[None], torch.tensor([5]), anchors, None, *numbers, 0.7, 0.3, True)
+
+
+def test_opcheck(backend):
+    anchors, grid = pyramid()
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for each in (anchors, None):
+        torch.library.opcheck(_OP[backend], arguments_of(each, grid), test_utils=utilities)
+
+
+def test_compiles_to_one_graph(backend):
+    torch._dynamo.reset()
+    anchors, grid = pyramid()
+    gts = ground_truths(12)
+
+    def match(boxes, anchors):
+        return ops.match_anchors(boxes[None], None, anchors, **RULE)[0] + 1
+
+    compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
+    for count in (12, 7, 3):
+        assert torch.equal(compiled(gts[:count], anchors), match(gts[:count], anchors))
+    compiled = torch.compile(lambda boxes: match(boxes, grid), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(gts), match(gts, grid))
+
+
+def test_never_waits_for_a_gpu():
+    _, grid = pyramid()
+    with FakeTensorMode():
+        boxes, counts = ops.pad_boxes([torch.empty(n, 4, device="cuda") for n in (3, 0, 7)])
+        for anchors in (torch.empty(999, 4, device="cuda"), torch.empty(3, 999, 4, device="cuda"), grid):
+            matches, ious = ops.match_anchors(boxes, counts, anchors, **RULE)
+            assert (matches.device.type, matches.dtype, ious.dtype) == ("cuda", torch.int64, torch.float32)
+            assert matches.shape == ious.shape == (3, len(anchors) if anchors is grid else 999)
+
+
+MEMORY = """
+import resource
+import torch
+from fpn_fast import ops
+
+torch.set_num_threads(2)
+cells = [[(-s, -s, s, s), (-s, -s / 2, s, s / 2), (-s / 2, -s, s / 2, s)] for s in (16, 32, 64, 128, 256)]
+sizes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+grid = ops.AnchorGrid(cells, sizes, [(800 // h, 1344 // w) for h, w in sizes])
+boxes = torch.rand(1, 300, 4) * 600
+boxes[..., 2:] += boxes[..., :2]
+rule = {"high_threshold": 0.7, "low_threshold": 0.3}
+ops.match_anchors(boxes[:, :1], None, ops.AnchorGrid(cells, [(2, 2)] * 5, [(4, 4)] * 5), **rule)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+matches, ious = ops.match_anchors(boxes, None, grid, **rule)
+assert matches.shape == (1, 268569)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_for_300_ground_truths_and_all_anchors_of_an_image():
+    """Results are 12 bytes an anchor, 3.2 MB; a matrix would be 322 MB. Twice the results, and 4 MB for threads."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 2 * 12 * 268569 + 4 * 2**20
+
+
+GTS = torch.zeros(2, 3, 4)
+ANCHORS = torch.zeros(5, 4)
+ERRORS = [
+    ({"gt_boxes": [1]}, TypeError, "gt_boxes must be a tensor, got list"),
+    ({"gt_boxes": GTS[0]}, ValueError, r"gt_boxes must be \[N, G, 4\].*got \(3, 4\)"),
+    ({"gt_boxes": GTS.int()}, TypeError, "gt_boxes must be float64.*int32"),
+    ({"anchors": "grid"}, TypeError, "anchors must be a tensor or an AnchorGrid, got str"),
+    ({"anchors": torch.zeros(3, 5, 4)}, ValueError, r"anchors must be \[M, 4\].*N of gt_boxes, 2, got \(3, 5, 4\)"),
+    ({"anchors": torch.zeros(5, 3)}, ValueError, r"anchors must be \[M, 4\].*got \(5, 3\)"),
+    ({"anchors": ANCHORS.long()}, TypeError, "anchors must be float64.*int64"),
+    ({"anchors": ANCHORS.to("meta")}, ValueError, "anchors must be on the device of gt_boxes, cpu, got meta"),
+    ({"gt_counts": [3, 3]}, TypeError, "gt_counts must be a tensor, got list"),
+    ({"gt_counts": torch.zeros(2)}, TypeError, "gt_counts must be of an integer type, got torch.float32"),
+    ({"gt_counts": torch.tensor([1])}, ValueError, r"gt_counts must be \[N\], one for each of 2 images, got \(1,\)"),
+    ({"gt_counts": torch.tensor([1, 1], device="meta")}, ValueError, "gt_counts must be on the device"),
+    ({"anchor_counts": torch.tensor([1])}, ValueError, r"anchor_counts must be \[N\]"),
+    ({"low_threshold": 0.8}, ValueError, "low_threshold must be at most high_threshold, 0.7, got 0.8"),
+    ({"low_threshold": NAN}, ValueError, "low_threshold must be at most"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_errors(backend, change, error, message):
+    arguments = {"gt_boxes": GTS, "gt_counts": None, "anchors": ANCHORS, **RULE, **change}
+    with pytest.raises(error, match=message):
+        ops.match_anchors(**arguments)
+
+
+def test_errors_of_descriptions_and_lists():
+    with pytest.raises(ValueError, match="must be of the same levels, got"):
+        ops.AnchorGrid([[(0, 0, 1, 1)]], [(2, 2), (1, 1)], [(4, 4)])
+    with pytest.raises(ValueError, match="not so at 1"):
+        ops.AnchorGrid([[(0, 0, 1, 1)], []], [(2, 2), (1, 1)], [(4, 4), (8, 8)])
+    with pytest.raises(ValueError, match="got an empty sequence"):
+        ops.pad_boxes([])
+    with pytest.raises(ValueError, match=r"\(x1, y1, x2, y2\), got \(2, 5\) at 1"):
+        ops.pad_boxes([torch.zeros(2, 4), torch.zeros(2, 5)])
+
+
+def test_second_fence_holds_behind_the_python_checks():
+    anchors, grid = pyramid()
+    good = arguments_of(anchors, grid)
+    for i, value, message in (
+        (0, good[0].half(), "float32 or float64"),
+        (0, good[0][0], r"gt_boxes \[N, G, 4\]"),
+        (1, good[1].int(), "int64 gt_counts"),
+        (2, anchors.double(), "the boxes' type"),
+        (4, [1.0], "four numbers for each cell anchor"),
+        (6, [1], "H and W and two strides"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fpn_fast.match_anchors(*good[:i], value, *good[i + 1 :])

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's matching and mask pasting inside its modules and models, against ours."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection._utils import Matcher, SSDMatcher
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_iou, generalized_box_iou
+
+import fpn_fast
+from fpn_fast import ops
+from fpn_fast.nn import _matching
+
+
+def boxes_of(count, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 2, generator=generator) * 90
+    return torch.cat((low, low + 1 + torch.rand(count, 2, generator=generator) * 60), 1).to(dtype)
+
+
+def rpn():
+    return RegionProposalNetwork(None, None, 0.7, 0.3, 256, 0.5, {"training": 9, "testing": 9}, None, 0.7)
+
+
+def roi_heads():
+    return RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
+
+
+def fails_to_match(*arguments, **others):
+    raise AssertionError("matched by the op")
+
+
+TYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("gt_type", "type"), TYPES)
+def test_anchors_get_torchvisions_targets(gt_type, type):
+    anchors = [boxes_of(900, seed).to(type) for seed in (1, 2, 3)]
+    targets = [{"boxes": boxes_of(n, n).to(gt_type)} for n in (12, 1)] + [{"boxes": torch.zeros(0, 4)}]
+    module = rpn()
+    expected = module.assign_targets_to_anchors(anchors, targets)
+    actual = _matching.assign_targets_to_anchors(module.proposal_matcher, module.box_similarity, anchors, targets)
+    for theirs, ours in zip(expected, actual, strict=True):
+        for a, b in zip(theirs, ours, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+    assert {-1.0, 0.0, 1.0} == set(torch.cat(actual[0]).tolist())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.2, 0.6)])
+@pytest.mark.parametrize(("gt_type", "type"), TYPES)
+def test_proposals_get_torchvisions_targets(gt_type, type, low, high):
+    proposals = [boxes_of(700, seed).to(type) for seed in (1, 2, 3)]
+    gts = [boxes_of(n, n).to(gt_type) for n in (12, 1)] + [torch.zeros(0, 4)]
+    labels = [torch.arange(1, 13, dtype=torch.int32), torch.tensor([3]), torch.zeros(0, dtype=torch.int64)]
+    module = roi_heads()
+    module.proposal_matcher = Matcher(high, low, allow_low_quality_matches=False)
+    expected = module.assign_targets_to_proposals(proposals, gts, labels)
+    module.__class__ = fpn_fast.nn.RoIHeads
+    for theirs, ours in zip(expected, module.assign_targets_to_proposals(proposals, gts, labels), strict=True):
+        for a, b in zip(theirs, ours, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_other_matchers_and_similarities_stay_themselves(monkeypatch):
+    monkeypatch.setattr(ops, "match_anchors", fails_to_match)
+    gts, boxes = boxes_of(5, 1), boxes_of(200, 2)
+    usual = Matcher(0.7, 0.3, True)
+    for matcher, similarity in ((SSDMatcher(0.5), box_iou), (usual, generalized_box_iou)):
+        actual = _matching.match_boxes(matcher, similarity, gts, boxes)
+        assert torch.equal(actual, matcher(similarity(gts, boxes)))
+    with pytest.raises(AssertionError, match="matched by the op"):
+        _matching.match_boxes(usual, box_iou, gts, boxes)
+    with pytest.raises(ValueError, match="No proposal boxes available"):
+        _matching.match_boxes(usual, box_iou, gts, boxes[:0])
+
+
+def test_masks_and_keypoints_of_each_image():
+    plain = GeneralizedRCNNTransform(64, 96, [0.5] * 3, [0.2] * 3).eval()
+    fast = copy.deepcopy(plain)
+    assert fpn_fast.accelerate(fast).swapped[0].note == "now fpn_fast.GeneralizedRCNNTransform"
+    results = [
+        {"boxes": boxes_of(n, n), "masks": torch.rand(n, 1, 28, 28), "keypoints": torch.rand(n, 5, 3) * 60}
+        for n in (7, 0, 1)
+    ]
+    sizes = [(100, 160), (120, 90), (150, 150)], [(77, 120), (240, 181), (150, 150)]
+    expected = plain.postprocess([dict(r) for r in results], *sizes)
+    actual = fast.postprocess([dict(r) for r in results], *sizes)
+    for theirs, ours in zip(expected, actual, strict=True):
+        assert theirs.keys() == ours.keys()
+        for key in theirs:
+            assert theirs[key].shape == ours[key].shape
+            # Coordinates on the mask, up to 240 of 30 pixels, round; values are 0 to 1.
+            torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-5 if key == "masks" else 0)
+    in_training = [{"masks": results[0]["masks"]}]
+    assert fast.train().postprocess(in_training, *sizes)[0]["masks"] is results[0]["masks"]
+    assert repr(fast) == repr(plain)
+
+
+def mask_rcnn():
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
+    few = {"rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 60, "rpn_batch_size_per_image": 64,
+           "box_batch_size_per_image": 32, "box_detections_per_img": 8}  # fmt: skip
+    # A low threshold, so that random weights detect something.
+    return MaskRCNN(backbone, num_classes=4, min_size=64, max_size=96, box_score_thresh=0.01, **few)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, *size, generator=generator, dtype=torch.float64) for size in ((90, 120), (110, 100))]
+    targets = []
+    for i, image in enumerate(images):
+        boxes = boxes_of(6, i, torch.float64).clamp(max=88)
+        boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1).all(1)]
+        masks = torch.zeros(len(boxes), *image.shape[1:], dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        targets.append({"boxes": boxes, "labels": torch.arange(len(boxes)) % 3 + 1, "masks": masks})
+    targets[1] = {key: value[:0] for key, value in targets[1].items()}
+    return images, targets
+
+
+@pytest.mark.parametrize("swapped", ["matching_and_pasting", "everything"])
+def test_mask_rcnn_trains_and_detects_the_same(swapped):
+    """In float64, where rounding is too little to change a decision."""
+    plain = mask_rcnn().double()
+    fast = copy.deepcopy(plain)
+    if swapped == "everything":
+        names = [entry.name for entry in fpn_fast.accelerate(fast).swapped]
+        assert {"transform", "roi_heads"} <= set(names)
+    else:
+        for module in (fast.transform, fast.roi_heads):
+            module.__class__ = getattr(fpn_fast.nn, type(module).__name__)
+    images, targets = batch()
+    losses, grads = [], []
+    for model in (plain, fast):
+        torch.manual_seed(5)
+        losses.append(model.train()(images, copy.deepcopy(targets)))
+        sum(losses[-1].values()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    exact = swapped == "matching_and_pasting"
+    for name in losses[0]:
+        assert torch.equal(losses[0][name], losses[1][name]) or not exact
+        torch.testing.assert_close(losses[1][name], losses[0][name], rtol=1e-12, atol=1e-13)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-9, atol=1e-11 * grad.abs().max().item(), msg=name)
+    found = [model.eval()(images) for model in (plain, fast)]
+    assert sum(len(detection["boxes"]) for detection in found[0]) > 0
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs.keys() == ours.keys()
+        for key in theirs:
+            assert torch.equal(theirs[key], ours[key]) or not exact or key == "masks"
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-10, atol=1e-10)
+
+
+def test_report_and_undoing():
+    model = mask_rcnn()
+    swapped = {entry.name: entry.module for entry in fpn_fast.accelerate(model).swapped}
+    assert swapped["transform"] == "torchvision.GeneralizedRCNNTransform"
+    assert swapped["roi_heads"] == "torchvision.RoIHeads"
+    fpn_fast.restore(model)
+    assert type(model.transform) is GeneralizedRCNNTransform
+    assert type(model.roi_heads) is RoIHeads

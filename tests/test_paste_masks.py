@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import tolerances
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from fpn_fast import backends, ops
+from fpn_fast.ops.paste_masks import _OP
+
+NAN, INF = float("nan"), float("inf")
+SIZE = (61, 83)
+# Inside, of fractions; across each edge; the whole image; one pixel; thin; far larger than the image.
+BOXES = (
+    (10.3, 8.7, 40.9, 31.2),
+    (5.0, 5.0, 33.0, 33.0),
+    (-9.5, 12.1, 20.4, 40.6),
+    (60.2, 12.1, 95.4, 40.6),
+    (20.0, -14.3, 50.0, 9.9),
+    (20.0, 44.4, 50.0, 77.7),
+    (0.0, 0.0, 83.0, 61.0),
+    (30.2, 20.1, 30.4, 20.3),
+    (10.0, 30.0, 70.0, 30.5),
+    (-200.0, -100.0, 300.0, 200.0),
+    (82.9, 60.9, 83.0, 61.0),
+)
+# torchvision raises for some of these, and gives zeros for the others.
+EMPTY = (
+    (90.5, 10.0, 110.0, 30.0),
+    (-50.0, 10.0, -10.0, 30.0),
+    (10.0, 70.0, 30.0, 90.0),
+    (10.0, -40.0, 30.0, -9.0),
+    (40.0, 10.0, 20.0, 30.0),
+    (10.0, 40.0, 30.0, 20.0),
+    (40.0, 40.0, 20.0, 20.0),
+    (NAN, 10.0, 30.0, 30.0),
+    (10.0, 10.0, 30.0, NAN),
+    (10.0, 10.0, INF, 30.0),
+    (-INF, -INF, INF, INF),
+    (-1e30, -1e30, 1e30, 1e30),
+    (10.0, 10.0, 30.0, 1e18),
+)
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    with backends.use(request.param):
+        yield request.param
+
+
+def masks_of(count, size=28, dtype=torch.float32, seed=0):
+    """Probabilities, most of them near 0 or 1, as a trained head gives."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, size, size, generator=generator, dtype=torch.float64).mul(4).sigmoid().to(dtype)
+
+
+def check(pasted, masks, boxes, size, padding=1):
+    """No worse than torchvision in the same type, both against torchvision in float64 on the same pixels."""
+    plain = paste_masks_in_image(masks, boxes, size, padding)
+    exact = paste_masks_in_image(masks.double(), boxes, size, padding)
+    assert (pasted.shape, pasted.dtype) == (plain.shape, plain.dtype)
+    assert pasted.is_contiguous()
+    extent = int((boxes[:, 2:] - boxes[:, :2]).max()) + 2 if len(boxes) else 1
+    tolerances.assert_not_worse(pasted, plain, exact, size=max(*size, extent))
+
+
+@pytest.mark.parametrize("padding", [1, 0, 3])
+@pytest.mark.parametrize("size", [28, 14, 1, 57])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_equals_torchvision(backend, dtype, size, padding):
+    masks, boxes = masks_of(len(BOXES), size, dtype), torch.tensor(BOXES)
+    check(ops.paste_masks(masks, boxes, SIZE, padding=padding), masks, boxes, SIZE, padding)
+
+
+def test_every_pixel_is_written(backend):
+    masks, boxes = masks_of(len(BOXES + EMPTY)), torch.tensor(BOXES + EMPTY)
+    for _ in range(3):
+        blocks = [torch.full((len(boxes), 1, *SIZE), NAN) for _ in range(2)]
+        del blocks
+        assert ops.paste_masks(masks, boxes, SIZE).isfinite().all()
+
+
+def test_equal_boxes_to_the_pixel_in_both_types_of_boxes(backend):
+    """Corners are decided in the boxes' type: which pixels are covered is torchvision's, exactly."""
+    generator = torch.Generator().manual_seed(1)
+    low = torch.rand(300, 2, generator=generator, dtype=torch.float64) * torch.tensor([70.0, 50.0])
+    boxes = torch.cat((low, low + torch.rand(300, 2, generator=generator) * 30), 1)
+    # Corners that grow to integers, or next to them.
+    boxes[:100] = torch.cat((low[:100].round(), low[:100].round() + 28), 1)
+    masks = torch.ones(300, 1, 28, 28)
+    for each in (boxes, boxes.float()):
+        covered = ops.paste_masks(masks, each, SIZE, padding=0) > 0
+        assert torch.equal(covered, paste_masks_in_image(masks, each, SIZE, 0) > 0)
+
+
+def test_boxes_that_give_empty_masks(backend):
+    masks = masks_of(len(EMPTY))
+    for each in (torch.float32, torch.float64):
+        pasted = ops.paste_masks(masks, torch.tensor(EMPTY, dtype=each), SIZE)
+        assert torch.equal(pasted, torch.zeros_like(pasted))
+        below = ops.paste_masks(masks, torch.tensor(EMPTY, dtype=each), SIZE, threshold=-1.0)
+        assert not below.any()
+
+
+def test_threshold(backend):
+    masks, boxes = masks_of(len(BOXES)), torch.tensor(BOXES)
+    values = ops.paste_masks(masks, boxes, SIZE)
+    for threshold in (0.5, 0.0, 1.0):
+        above = ops.paste_masks(masks, boxes, SIZE, threshold=threshold)
+        assert above.dtype == torch.bool
+        assert torch.equal(above, values > threshold)
+    # Exactly on it is not above.
+    flat = ops.paste_masks(torch.full((1, 1, 4, 4), 0.5), boxes[:1], SIZE, padding=0, threshold=0.5)
+    assert not flat.any()
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, SIZE), (2, (0, 5)), (2, (5, 0)), (0, (0, 0)), (3, (1, 1))])
+def test_empty_and_tiny(backend, count, size):
+    masks, boxes = masks_of(count), torch.tensor(BOXES[:count]).reshape(-1, 4)
+    pasted = ops.paste_masks(masks, boxes, size)
+    assert (pasted.shape, pasted.dtype) == ((count, 1, *size), torch.float32)
+    assert ops.paste_masks(masks, boxes, size, threshold=0.5).dtype == torch.bool
+
+
+def test_nan_in_a_mask_stays_in_it(backend):
+    masks, boxes = masks_of(3), torch.tensor(BOXES[:3])
+    expected = ops.paste_masks(masks, boxes, SIZE)
+    masks[1, 0, 5, 5] = NAN
+    pasted = ops.paste_masks(masks, boxes, SIZE)
+    assert torch.equal(pasted[[0, 2]], expected[[0, 2]])
+    assert pasted[1].isnan().any()
+    assert not ops.paste_masks(masks, boxes, SIZE, threshold=0.5)[1][pasted[1].isnan()].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.floats(-30, 80, width=32)] * 2, *[st.floats(0, 60, width=32)] * 2), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_backends_agree_bit_for_bit(boxes, size):
+    boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes])
+    masks = masks_of(len(boxes), size)
+    results = []
+    for name in ("cpp", "reference"):
+        with backends.use(name):
+            results.append(ops.paste_masks(masks, boxes, (40, 50)))
+    assert torch.equal(*results)
+
+
+def test_repeats_bit_for_bit_on_any_number_of_threads(backend):
+    masks, boxes = masks_of(len(BOXES)), torch.tensor(BOXES)
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        runs.append(ops.paste_masks(masks, boxes, (200, 300)))
+    torch.set_num_threads(threads)
+    assert torch.equal(*runs)
+
+
+def test_views_and_gradients(backend):
+    masks, boxes = masks_of(len(BOXES)), torch.tensor(BOXES)
+    wide = torch.full((len(BOXES), 3, 28, 56), NAN)
+    wide[:, 1:2, :, ::2] = masks
+    pasted = ops.paste_masks(wide[:, 1:2, :, ::2].requires_grad_(), boxes.mT.contiguous().mT, SIZE)
+    assert torch.equal(pasted, ops.paste_masks(masks, boxes, SIZE))
+    assert not pasted.requires_grad
+
+
+def test_opcheck(backend):
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for threshold in (None, 0.5):
+        arguments = (masks_of(3), torch.tensor(BOXES[:3]), *SIZE, 1, threshold)
+        torch.library.opcheck(_OP[backend], arguments, test_utils=utilities)
+
+
+def test_compiles_to_one_graph(backend):
+    torch._dynamo.reset()
+    function = lambda masks, boxes: ops.paste_masks(masks, boxes, SIZE) * 2  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for count in (5, 3, 7):
+        arguments = (masks_of(count), torch.tensor(BOXES[:count]))
+        assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+def test_never_waits_for_a_gpu():
+    with FakeTensorMode():
+        masks, boxes = torch.empty(9, 1, 28, 28, device="cuda"), torch.empty(9, 4, device="cuda")
+        pasted = ops.paste_masks(masks, boxes, SIZE)
+        assert (pasted.shape, pasted.device.type) == ((9, 1, *SIZE), "cuda")
+        assert ops.paste_masks(masks, boxes, SIZE, threshold=0.5).dtype == torch.bool
+
+
+MASKS, BOX = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4)
+ERRORS = [
+    ({"masks": [1]}, TypeError, "masks must be a tensor, got list"),
+    ({"masks": MASKS.bool()}, TypeError, "masks must be float64.*bool"),
+    ({"boxes": BOX.int()}, TypeError, "boxes must be float64.*int32"),
+    ({"masks": MASKS[:, 0]}, ValueError, r"masks must be \[K, 1, M, M\].*got \(2, 4, 4\)"),
+    ({"masks": torch.zeros(2, 1, 4, 5)}, ValueError, r"masks must be \[K, 1, M, M\].*got \(2, 1, 4, 5\)"),
+    ({"masks": torch.zeros(2, 1, 0, 0)}, ValueError, "M of 1 to 4096"),
+    ({"boxes": BOX[:1]}, ValueError, r"boxes must be \[K, 4\] with K of masks, 2, got \(1, 4\)"),
+    ({"boxes": BOX.to("meta")}, ValueError, "boxes must be on the masks' device, cpu, got meta"),
+    ({"image_size": (-1, 5)}, ValueError, r"image_size must be \(H, W\).*got \(-1, 5\)"),
+    ({"padding": -1}, ValueError, "padding must be 0 to 4096 mask pixels, got -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_errors(backend, change, error, message):
+    arguments = {"masks": MASKS, "boxes": BOX, "image_size": SIZE, **change}
+    with pytest.raises(error, match=message):
+        ops.paste_masks(**arguments)
+
+
+def test_second_fence_holds_behind_the_python_checks():
+    good = (MASKS, BOX, 5, 5, 1, None)
+    for i, value, message in (
+        (0, MASKS[:, 0], r"masks \[K, 1, M, M\]"),
+        (0, MASKS.int(), "takes float64, float32, float16 or bfloat16"),
+        (1, BOX.half(), r"boxes \[K, 4\] of float32 or float64"),
+        (2, -1, "an image's size"),
+        (4, 9999, "a padding of 0 to 4096"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fpn_fast.paste_masks(*good[:i], value, *good[i + 1 :])
+
+
+@pytest.mark.slow
+def test_coco_size():
+    """An image of 800 x 1344."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(16, 2, generator=generator) * torch.tensor([1300.0, 780.0])
+    boxes = torch.cat((low, low + torch.exp(2 + 4 * torch.rand(16, 2, generator=generator))), 1)
+    boxes = torch.minimum(boxes, torch.tensor([1344.0, 800, 1344, 800]))
+    check(ops.paste_masks(masks_of(16), boxes, (800, 1344)), masks_of(16), boxes, (800, 1344))
