@@ -87,7 +87,7 @@ CASES = [
     Case("odd_rois_aligned_ratio_2", PYRAMID, options(rois=ODD_ROIS, aligned=True, sampling_ratio=2), channels=8),
     Case("odd_rois_ratio_20", PYRAMID[:2], options(rois=ODD_ROIS[5:15], output_size=1, sampling_ratio=20), channels=3),
     Case("given_levels", PYRAMID, options(sampling_ratio=2, levels=(0, 1, 2, 3, -1, 4, 0, 1, 2, 3))),
-    Case("clustered", PYRAMID[:2], options(rois=ROIS[:1] * 40 + ROIS[8:9] * 40, sampling_ratio=2), channels=8),
+    Case("clustered", PYRAMID[:2], options(rois=ROIS[:1] * 12 + ROIS[8:9] * 12, sampling_ratio=2), channels=8),
     Case("spread", PYRAMID, options(sampling_ratio=2)),
 ]
 

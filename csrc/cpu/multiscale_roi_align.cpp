@@ -125,14 +125,15 @@ HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t
     const Tap<acc_t>* rows = roi.rows.taps + roi.rows.begin[ph];
     const int count = roi.rows.begin[ph + 1] - roi.rows.begin[ph];
     for (int x = 0; x < span.width; x += kPackLanes) {
-      Pack<acc_t> sums[kPackLanes];
-      for (int channel = 0; channel < kPackLanes; ++channel) {
-        const T* column = corner + channel * map.stride_c + x;
-        sums[channel] = Pack<acc_t>{};
-        for (int row = 0; row < count; ++row) {
+      // Channels innermost: their sums do not wait for each other.
+      Pack<acc_t> sums[kPackLanes] = {};
+      for (int row = 0; row < count; ++row) {
+        const T* source = corner + rows[row].pixel * map.stride_h + x;
+        const acc_t weight = rows[row].weight;
+        for (int channel = 0; channel < kPackLanes; ++channel) {
           Pack<acc_t> values;
-          load_pack(column + rows[row].pixel * map.stride_h, values);
-          sums[channel] += rows[row].weight * values;
+          load_pack(source + channel * map.stride_c, values);
+          sums[channel] += weight * values;
         }
       }
       transpose<acc_t>(sums);
