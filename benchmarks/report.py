@@ -43,7 +43,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def case_of(row: Row) -> Case:
     """The case that `row` measured."""
-    fields = {name: row[name] for name in Case.__dataclass_fields__}
+    # A file from before a field was there has the field's default.
+    fields = {name: row[name] for name in Case.__dataclass_fields__ if name in row}
     return Case(**{**fields, "levels": tuple(map(tuple, row["levels"]))})
 
 
