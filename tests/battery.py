@@ -206,6 +206,7 @@ class Battery:
     def test_second_derivative_is_refused(self, target, compiled):
         if self.op.twice:
             pytest.skip("differentiable twice")
+        torch._dynamo.reset()
         maps = self.tiny.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
         function = lambda m: self.op.function(m, **self.tiny.options)  # noqa: E731
         outputs = (torch.compile(function, fullgraph=True) if compiled else function)(maps)

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fpn_fast import backends, reference
-from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast._memory_format import memory_format
 from fpn_fast.ops._checks import DTYPES, check_maps
 from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._roi_align import in_order, keep_nothing, refuse_second_derivative, remember_sizes
 from fpn_fast.ops.levels import MAX_LEVELS, levels_by_area, thresholds_of
 from fpn_fast.ops.multiscale_roi_align_max import pool_max
 
@@ -213,21 +214,14 @@ def _fake_backward(
 def _remember(
     ctx: Any, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, numbers: Sequence[Any]
 ) -> None:
-    """What the gradient needs: no feature, only sizes."""
     ctx.save_for_backward(rois, levels)
-    ctx.batch = features[0].size(0)
-    ctx.sizes = [size for feature in features for size in feature.shape[2:]]
-    ctx.channels_last = is_channels_last(features[0])
-    ctx.numbers = numbers[2:]
+    remember_sizes(ctx, features, numbers)
 
 
 def _feature_grads(backend: str, ctx: Any, grad: Tensor) -> list[Tensor]:
     """The gradient of each feature, in the memory format of the finest one."""
     rois, levels = ctx.saved_tensors
-    # A gradient in another format is put in order once, not at each of the many times that it is read.
-    form = torch.channels_last if ctx.channels_last else torch.contiguous_format
-    grad = grad.contiguous(memory_format=form)
-    return _BACKWARD[backend](grad, rois, levels, ctx.batch, ctx.sizes, *ctx.numbers, ctx.channels_last)
+    return _BACKWARD[backend](in_order(ctx, grad), rois, levels, ctx.batch, ctx.sizes, *ctx.numbers, ctx.channels_last)
 
 
 class _MultiScaleRoIAlign(torch.autograd.Function):
@@ -257,17 +251,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(backend: str) -> Any:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _feature_grads(backend, ctx, grad), *[None] * 8
-
-    return backward
-
-
-def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    pass
-
-
-def _double_backward(backend: str) -> Any:
-    def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        raise RuntimeError("multiscale_roi_align is not differentiable twice")
 
     return backward
 
@@ -322,7 +305,7 @@ _FORWARD = register_op(
 _BACKWARD = register_op(
     "multiscale_roi_align_backward",
     fake=_fake_backward,
-    setup_context=_setup_context_backward,
-    backward=_double_backward,
+    setup_context=keep_nothing,
+    backward=refuse_second_derivative,
     reference=_reference_backward,
 )

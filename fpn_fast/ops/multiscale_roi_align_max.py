@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fpn_fast import backends, reference
-from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast._memory_format import memory_format
 from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._roi_align import in_order, keep_nothing, refuse_second_derivative, remember_sizes
 from fpn_fast.ops.levels import levels_by_area
 
 #: csrc/common/roi_align_max.h: kMaxWinnerSize.
@@ -85,23 +86,18 @@ def _fake_backward(
 def _remember(
     ctx: Any, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, winners: Tensor, numbers: Sequence[Any]
 ) -> None:
-    """What the gradient needs: no feature, only sizes."""
     ctx.save_for_backward(rois, levels, winners)
     ctx.mark_non_differentiable(winners)
     ctx.set_materialize_grads(False)
-    ctx.batch = features[0].size(0)
-    ctx.sizes = [size for feature in features for size in feature.shape[2:]]
-    ctx.channels_last = is_channels_last(features[0])
-    ctx.numbers = numbers[2:]
+    remember_sizes(ctx, features, numbers)
 
 
 def _feature_grads(backend: str, ctx: Any, grad: Tensor) -> list[Tensor]:
     """The gradient of each feature, in the memory format of the finest one."""
     rois, levels, winners = ctx.saved_tensors
-    # A gradient in another format is put in order once, not at each of the many times that it is read.
-    form = torch.channels_last if ctx.channels_last else torch.contiguous_format
-    grad = grad.contiguous(memory_format=form)
-    return _BACKWARD[backend](grad, winners, rois, levels, ctx.batch, ctx.sizes, *ctx.numbers, ctx.channels_last)
+    return _BACKWARD[backend](
+        in_order(ctx, grad), winners, rois, levels, ctx.batch, ctx.sizes, *ctx.numbers, ctx.channels_last
+    )
 
 
 class _MultiScaleRoIAlignMax(torch.autograd.Function):
@@ -136,17 +132,6 @@ def _backward(backend: str) -> Any:
         if grad is None:
             return (None,) * 9
         return _feature_grads(backend, ctx, grad), *[None] * 8
-
-    return backward
-
-
-def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    pass
-
-
-def _double_backward(backend: str) -> Any:
-    def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        raise RuntimeError("multiscale_roi_align is not differentiable twice")
 
     return backward
 
@@ -198,7 +183,7 @@ _FORWARD = register_op(
 _BACKWARD = register_op(
     "multiscale_roi_align_max_backward",
     fake=_fake_backward,
-    setup_context=_setup_context_backward,
-    backward=_double_backward,
+    setup_context=keep_nothing,
+    backward=refuse_second_derivative,
     reference=_reference_backward,
 )

@@ -88,6 +88,17 @@ def axis_weights(
     return weights, samples
 
 
+def located_rois(
+    rois: Tensor, levels: Tensor, batch: int, maps: int
+) -> Iterator[tuple[int, int, int, tuple[float, float, float, float]]]:
+    """(k, level, image, (x1, y1, x2, y2)) of each of rois [K, 5] that has a map and an image, and no NaN."""
+    # In one move: a GPU is waited for once.
+    table = torch.cat([rois.double(), levels[:, None].double()], 1).cpu().tolist()
+    for k, (image, x1, y1, x2, y2, level) in enumerate(table):
+        if 0 <= level < maps and -1 < image < batch and not any(map(math.isnan, (x1, y1, x2, y2))):
+            yield k, int(level), int(image), (x1, y1, x2, y2)
+
+
 def _each_roi(
     rois: Tensor,
     levels: Tensor,
@@ -101,12 +112,8 @@ def _each_roi(
 ) -> Iterator[tuple[int, int, int, slice, slice, Tensor, Tensor]]:
     """(k, level, image, rows, cols, Wy, Wx) of each RoI that has a level, Wy and Wx cut to the pixels they read."""
     device = rois.device
-    # In one move: a GPU is waited for once.
-    table = torch.cat([rois.double(), levels[:, None].double()], 1).cpu().tolist()
-    for k, (image, x1, y1, x2, y2, level) in enumerate(table):
-        if not 0 <= level < len(sizes) or not -1 < image < batch or any(map(math.isnan, (x1, y1, x2, y2))):
-            continue
-        (height, width), scale = sizes[int(level)], scales[int(level)]
+    for k, level, image, (x1, y1, x2, y2) in located_rois(rois, levels, batch, len(sizes)):
+        (height, width), scale = sizes[level], scales[level]
         arguments = (scale, sampling_ratio, aligned, dtype)
         rows, samples_y = axis_weights(y1, y2, height, output_size[0], *arguments)
         cols, samples_x = axis_weights(x1, x2, width, output_size[1], *arguments)
@@ -115,7 +122,7 @@ def _each_roi(
             continue
         y, x = slice(int(read_y[0]), int(read_y[-1]) + 1), slice(int(read_x[0]), int(read_x[-1]) + 1)
         count = max(samples_y * samples_x, 1)
-        yield k, int(level), int(image), y, x, (rows[:, y] / count).to(device), cols[:, x].to(device)
+        yield k, level, image, y, x, (rows[:, y] / count).to(device), cols[:, x].to(device)
 
 
 def multiscale_roi_align(

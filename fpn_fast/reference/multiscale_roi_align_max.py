@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpn_fast.reference.multiscale_roi_align import MAX_ADAPTIVE_SAMPLES
+from fpn_fast.reference.multiscale_roi_align import MAX_ADAPTIVE_SAMPLES, located_rois
 
 _SAMPLE_MARGIN = 8
 _WINNER_MASK = (1 << 15) - 1
@@ -82,17 +82,13 @@ def _each_roi(
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, int, int, Samples, Samples]]:
     """(k, level, image, rows, cols) of each RoI that has a level, and samples."""
-    # In one move: a GPU is waited for once.
-    table = torch.cat([rois.double(), levels[:, None].double()], 1).cpu().tolist()
-    for k, (image, x1, y1, x2, y2, level) in enumerate(table):
-        if not 0 <= level < len(sizes) or not -1 < image < batch or any(map(math.isnan, (x1, y1, x2, y2))):
-            continue
-        (height, width), scale = sizes[int(level)], scales[int(level)]
+    for k, level, image, (x1, y1, x2, y2) in located_rois(rois, levels, batch, len(sizes)):
+        (height, width), scale = sizes[level], scales[level]
         arguments = (scale, sampling_ratio, aligned, dtype)
         rows = axis_samples(y1, y2, height, output_size[0], *arguments)
         cols = axis_samples(x1, x2, width, output_size[1], *arguments)
         if rows.number.numel() and cols.number.numel():
-            yield k, int(level), int(image), rows.to(rois.device), cols.to(rois.device)
+            yield k, level, image, rows.to(rois.device), cols.to(rois.device)
 
 
 def _bilinear(image: Tensor, rows: Samples, cols: Samples) -> Tensor:
