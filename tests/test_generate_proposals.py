@@ -428,7 +428,7 @@ ERRORS = [
     ({"pre_nms_top_n": -1}, ValueError, "pre_nms_top_n must be 0 or more, got -1"),
     ({"post_nms_top_n": -1}, ValueError, "post_nms_top_n must be 0 or more, got -1"),
     ({"weights": (1, 1)}, ValueError, "weights must be four"),
-    ({"nms_thresh": NAN}, ValueError, "nms_thresh, score_thresh and min_size must be numbers"),
+    ({"nms_thresh": NAN}, ValueError, "nms_thresh must be a number, got nan"),
     ({"clamp": "min"}, ValueError, "clamp must be max or symmetric, got 'min'"),
     ({"center": "x"}, ValueError, "center must be corner or mean"),
     ({"scores": "sigmoid"}, ValueError, "scores must be probability or logit"),

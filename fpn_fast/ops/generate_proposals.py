@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import check_maps
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._heads import (
+    check_channels,
+    check_choice,
+    check_head,
+    check_image_sizes,
+    check_numbers,
+    check_strides,
+    constants,
+    flatten_cells,
+)
+from fpn_fast.ops._registration import register_op
 from fpn_fast.ops.nms import CONVENTIONS
-
-#: csrc/common/proposal_arguments.h: kMaxProposalLevels.
-MAX_LEVELS = 8
 
 #: The knobs with which :func:`generate_proposals` is each library's; cell anchors and strides are the caller's, with
 #: that library's own rounding and order. detectron2 ranks and returns logits, and its anchors' offset is 0 by default.
@@ -102,98 +108,31 @@ def generate_proposals(
 
     Source: Ren et al., Faster R-CNN, 2015; torchvision/models/detection/rpn.py filter_proposals.
     """
-    objectness, deltas = _check_maps(objectness, deltas)
-    _check_choice("clamp", clamp, ("max", "symmetric"))
-    _check_choice("center", center, ("corner", "mean"))
-    _check_choice("scores", scores, ("probability", "logit"))
-    _check_choice("convention", convention, CONVENTIONS[:2])
+    objectness, deltas = check_head(objectness=objectness, deltas=deltas)
+    anchors = objectness[0].size(1)
+    check_channels("deltas", "[N, 4A, H, W]", deltas, 4 * anchors, objectness)
+    check_choice("clamp", clamp, ("max", "symmetric"))
+    check_choice("center", center, ("corner", "mean"))
+    check_choice("scores", scores, ("probability", "logit"))
+    check_choice("convention", convention, CONVENTIONS[:2])
     for name, number in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
         if number < 0:
             raise ValueError(f"{name} must be 0 or more, got {number}")
     for name, values in (("weights", weights), ("means", means), ("stds", stds)):
         if len(values) != 4:
             raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
-    flat_strides = _check_strides(strides, len(objectness))
-    sizes = _check_image_sizes(image_sizes, objectness[0])
-    cells = _flatten_cells(cell_anchors, objectness)
-    coding = (*_constants(weights), *_constants(means), *_constants(stds))
-    thresholds = _constants((nms_thresh, score_thresh, min_size))
-    if any(math.isnan(threshold) for threshold in thresholds):
-        raise ValueError(f"nms_thresh, score_thresh and min_size must be numbers, got {thresholds}")
-    scale_clamp, center_offset = _constants((scale_clamp, center_offset))
+    flat_strides = check_strides(strides, len(objectness))
+    sizes = check_image_sizes(image_sizes, objectness[0])
+    cells = flatten_cells(cell_anchors, len(objectness), anchors)
+    coding = (*constants(weights), *constants(means), *constants(stds))
+    thresholds = check_numbers(nms_thresh=nms_thresh, score_thresh=score_thresh, min_size=min_size)
+    scale_clamp, center_offset = constants((scale_clamp, center_offset))
     backend = backends.choose_for(objectness[0], "generate_proposals")
     return _FORWARD[backend](
         objectness, deltas, cells, flat_strides, sizes, pre_nms_top_n, post_nms_top_n, *thresholds,
         coding[:4], coding[4:8], coding[8:], scale_clamp, clamp == "symmetric", center == "mean", center_offset,
         bool(strict_size), scores == "logit", CONVENTIONS.index(convention),
     )  # fmt: skip
-
-
-def _constants(values: Sequence[float]) -> list[float]:
-    # A tracer of dynamic shapes makes variables of numbers; their text makes constants of them again.
-    return [float(f"{value!r}") for value in values] if traced() else [float(value) for value in values]
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
-
-
-def _check_maps(objectness: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    logits = check_maps([m.detach() if isinstance(m, Tensor) else m for m in objectness], "objectness")
-    codes = check_maps([m.detach() if isinstance(m, Tensor) else m for m in deltas], "deltas")
-    first = logits[0]
-    if len(logits) > MAX_LEVELS:
-        raise ValueError(f"objectness must be 1 to {MAX_LEVELS} maps, got {len(logits)}")
-    if len(codes) != len(logits):
-        raise ValueError(f"deltas must be one for each of the {len(logits)} maps of objectness, got {len(codes)}")
-    for i, (a, b) in enumerate(zip(logits, codes, strict=True)):
-        expected = (a.size(0), 4 * a.size(1), a.size(2), a.size(3))
-        if tuple(b.shape) != expected:
-            raise ValueError(f"deltas must be [N, 4A, H, W], {expected} at {i}, got {tuple(b.shape)}")
-    if codes[0].device != first.device:
-        raise ValueError(f"deltas must be on the device of objectness, {first.device}, got {codes[0].device}")
-    if codes[0].dtype != first.dtype:
-        if not torch.is_autocast_enabled(first.device.type):
-            raise TypeError(f"deltas must be of the dtype of objectness, {first.dtype}, got {codes[0].dtype}")
-        widest = torch.promote_types(first.dtype, codes[0].dtype)
-        logits, codes = [m.to(widest) for m in logits], [m.to(widest) for m in codes]
-    return logits, codes
-
-
-def _check_strides(strides: Sequence[tuple[int, int]], levels: int) -> list[int]:
-    if len(strides) != levels or any(len(pair) != 2 for pair in strides):
-        raise ValueError(f"strides must be (stride_y, stride_x) for each of the {levels} levels, got {strides}")
-    flat = [stride for pair in strides for stride in pair]
-    if any(isinstance(stride, float) for stride in flat):
-        raise TypeError(f"strides must be integers, got {strides}")
-    return flat
-
-
-def _check_image_sizes(image_sizes: Tensor, first: Tensor) -> Tensor:
-    if not isinstance(image_sizes, Tensor):
-        raise TypeError(f"image_sizes must be a tensor, got {type(image_sizes).__name__}")
-    if image_sizes.dim() != 2 or image_sizes.size(0) != first.size(0) or image_sizes.size(1) != 2:
-        raise ValueError(f"image_sizes must be [N, 2], {(first.size(0), 2)}, got {tuple(image_sizes.shape)}")
-    if image_sizes.device != first.device:
-        raise ValueError(f"image_sizes must be on the maps' device, {first.device}, got {image_sizes.device}")
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    return image_sizes.detach().to(dtype).contiguous()
-
-
-def _flatten_cells(
-    cell_anchors: Sequence[Sequence[Sequence[float]] | Tensor], objectness: Sequence[Tensor]
-) -> list[float]:
-    anchors, levels = objectness[0].size(1), len(objectness)
-    if len(cell_anchors) != levels:
-        raise ValueError(f"cell_anchors must be a table for each of the {levels} levels, got {len(cell_anchors)}")
-    flat: list[float] = []
-    for i, table in enumerate(cell_anchors):
-        rows = table.tolist() if isinstance(table, Tensor) else table
-        if len(rows) != anchors or any(len(row) != 4 for row in rows):
-            raise ValueError(f"cell_anchors must be {anchors} anchors (x1, y1, x2, y2) at level {i}, got {rows}")
-        flat.extend(value for row in rows for value in row)
-    return _constants(flat)
 
 
 def _fake(
