@@ -27,11 +27,20 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
       "generate_proposals(Tensor[] objectness, Tensor[] deltas, float[] cell_anchors, SymInt[] strides, Tensor "
       "image_sizes, SymInt pre_nms_top_n, SymInt post_nms_top_n, float nms_thresh, float score_thresh, float min_size, "
       "float[] weights, float[] means, float[] stds, float scale_clamp, bool symmetric_clamp, bool mean_center, float "
-      "center_offset, bool strict_size, bool logits_out, int convention) -> (Tensor, Tensor, Tensor)");
+      "center_offset, float center_clamp, bool strict_size, bool logits_out, int convention) -> (Tensor, Tensor, "
+      "Tensor)");
   library.def(
       "match_anchors(Tensor gt_boxes, Tensor gt_counts, Tensor? anchors, Tensor? anchor_counts, float[] cell_anchors, "
       "int[] cells, SymInt[] sizes, SymInt[] strides, float offset, float high_threshold, float low_threshold, bool "
       "allow_low_quality_matches) -> (Tensor, Tensor)");
   library.def(
       "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor");
+  library.def(
+      "select_detections(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] strides, "
+      "Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt max_detections, float[] "
+      "weights, float scale_clamp, bool distances) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "select_box_detections(Tensor logits, Tensor deltas, Tensor boxes, Tensor? counts, Tensor image_sizes, float "
+      "score_thresh, float min_size, SymInt? class_top_n, float nms_thresh, SymInt max_detections, float[] weights, "
+      "float scale_clamp) -> (Tensor, Tensor, Tensor, Tensor)");
 }

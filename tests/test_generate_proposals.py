@@ -122,7 +122,9 @@ def test_batches_and_levels(backend, batch, levels):
         check_equal(found, as_torchvision(objectness, deltas, generator=generator), 2**-23)
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, DETECTRON2, MMDET], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, DETECTRON2, MMDET, {"center_clamp": 3.7}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_cpp_is_the_reference_bit_for_bit(dtype, options):
     """Half precision has many equal logits: these are told apart by their order alone."""
@@ -270,8 +272,10 @@ def test_detectron2s_formulas(backend):
     check_equal(found, expected, 2**-52)
 
 
-def test_mmdetections_formulas(backend):
-    """delta2bbox, RPNHead: means and stds, both clamps, the mean of corners, sides > 0, mmcv's overlap."""
+@pytest.mark.parametrize("center_clamp", [INF, 32, 0.5, 0], ids=str)
+def test_mmdetections_formulas(backend, center_clamp):
+    """delta2bbox, RPNHead: means and stds, clamps, the mean of corners, sides > 0, mmcv's overlap. Where centres are
+    clamped (YOLOF) scales are from above only."""
     objectness, deltas, options = numbers_of_libraries(MMDET)
     strides = strides_of(objectness)
     means, stds = (0.1, -0.1, 0.05, 0.0), (0.5, 0.5, 2.0, 2.0)
@@ -281,12 +285,14 @@ def test_mmdetections_formulas(backend):
         codes = codes * torch.tensor(stds, dtype=torch.float64) + torch.tensor(means, dtype=torch.float64)
         centers, sides = (anchors[:, :2] + anchors[:, 2:]) * 0.5, anchors[:, 2:] - anchors[:, :2]
         limit = abs(math.log(16 / 1000))
-        moved = centers + sides * codes[:, :2]
-        grown = sides * codes[:, 2:].clamp(-limit, limit).exp()
+        moved = centers + (sides * codes[:, :2]).clamp(-center_clamp, center_clamp)
+        grown = sides * codes[:, 2:].clamp(-limit if center_clamp == INF else -INF, limit).exp()
         return torch.cat([moved - grown * 0.5, moved + grown * 0.5], 1)
 
     expected = in_steps(objectness, deltas, SIZES[0], decoded,
                         lambda b: ((b[:, 2:] - b[:, :2]) > 0).all(1), torch.sigmoid, 0.7, True)  # fmt: skip
+    if center_clamp != INF:
+        options = {**options, "clamp": "max", "center_clamp": center_clamp}
     found = propose(objectness, deltas, means=means, stds=stds, **options)
     check_equal(found, expected, 2**-52)
 
@@ -330,6 +336,7 @@ def test_any_maps(data):
         "pre_nms_top_n": draw(st.integers(0, 70)),
         "post_nms_top_n": draw(st.integers(0, 70)),
         "nms_thresh": draw(st.sampled_from([-0.5, 0.0, 0.4, 0.7])),
+        "center_clamp": draw(st.sampled_from([INF, 32.0, 0.0])),
         **draw(st.sampled_from([TORCHVISION, DETECTRON2, MMDET])),
     }
     results = []
@@ -348,7 +355,7 @@ def raw(backend):
     ones = [1.0] * 4
     return _FORWARD[backend], (
         objectness, deltas, cells, [14, 15, 25, 28], torch.tensor(SIZES).float(), 20, 15, 0.7, 0.0, 1e-3,
-        ones, [0.0] * 4, ones, 4.0, False, False, 0.0, False, False, 0,
+        ones, [0.0] * 4, ones, 4.0, False, False, 0.0, INF, False, False, 0,
     )  # fmt: skip
 
 
@@ -404,7 +411,8 @@ def test_second_fence_holds_behind_the_python_checks():
         (4, arguments[4].double(), "takes contiguous image_sizes"),
         (5, -1, "of 0 or more"),
         (10, [1.0], "four weights, means and stds"),
-        (19, 2, "does not know convention 2"),
+        (17, -1.0, "a center_clamp of 0 or more"),
+        (20, 2, "does not know convention 2"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments[:i], value, *arguments[i + 1 :])
@@ -429,6 +437,8 @@ ERRORS = [
     ({"post_nms_top_n": -1}, ValueError, "post_nms_top_n must be 0 or more, got -1"),
     ({"weights": (1, 1)}, ValueError, "weights must be four"),
     ({"nms_thresh": NAN}, ValueError, "nms_thresh must be a number, got nan"),
+    ({"center_clamp": -1.0}, ValueError, "center_clamp must be 0 or more pixels, got -1.0"),
+    ({"center_clamp": NAN}, ValueError, "center_clamp must be 0 or more pixels, got nan"),
     ({"clamp": "min"}, ValueError, "clamp must be max or symmetric, got 'min'"),
     ({"center": "x"}, ValueError, "center must be corner or mean"),
     ({"scores": "sigmoid"}, ValueError, "scores must be probability or logit"),

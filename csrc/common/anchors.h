@@ -18,6 +18,7 @@ struct BoxCoding {
   acc_t scale_clamp;                 // largest logarithm of a change of size
   bool symmetric_clamp;              // and the largest of its inverse
   bool mean_center;                  // (x1 + x2) / 2, not x1 + width / 2: these round differently
+  acc_t center_clamp;                // farthest that a centre moves, in pixels; may be infinite
   acc_t center_offset;               // of the first anchor, in strides
 };
 
@@ -42,7 +43,10 @@ HOST_DEVICE Side<acc_t> decode_side(const BoxCoding<acc_t>& coding, acc_t lo, ac
   const acc_t center = coding.mean_center ? multiply(add(lo, hi), half) : add(lo, multiply(half, size));
   scale = scale < coding.scale_clamp ? scale : coding.scale_clamp;
   if (coding.symmetric_clamp) scale = scale > -coding.scale_clamp ? scale : -coding.scale_clamp;
-  const acc_t moved = add(multiply(move, size), center);
+  acc_t shift = multiply(move, size);
+  shift = shift < coding.center_clamp ? shift : coding.center_clamp;
+  shift = shift > -coding.center_clamp ? shift : -coding.center_clamp;
+  const acc_t moved = add(shift, center);
   const acc_t reach = multiply(half, multiply(exponential(scale), size));
   return {subtract(moved, reach), add(moved, reach)};
 }
@@ -57,6 +61,17 @@ HOST_DEVICE Box<acc_t> decode(const BoxCoding<acc_t>& coding, const Box<acc_t>& 
   const Side<acc_t> across = decode_side(coding, anchor.x1, anchor.x2, code[0], code[2]);
   const Side<acc_t> down = decode_side(coding, anchor.y1, anchor.y2, code[1], code[3]);
   return {across.lo, down.lo, across.hi, down.hi};
+}
+
+// `distances` are (left, top, right, bottom) from the anchor's centre, in its sides, finite: torchvision's
+// BoxLinearCoder.
+template <class acc_t>
+HOST_DEVICE Box<acc_t> decode_distances(const Box<acc_t>& anchor, const acc_t* distances) {
+  const acc_t half = acc_t(0.5);
+  const acc_t x = multiply(half, add(anchor.x1, anchor.x2)), y = multiply(half, add(anchor.y1, anchor.y2));
+  const acc_t width = subtract(anchor.x2, anchor.x1), height = subtract(anchor.y2, anchor.y1);
+  return {subtract(x, multiply(distances[0], width)), subtract(y, multiply(distances[1], height)),
+          add(x, multiply(distances[2], width)), add(y, multiply(distances[3], height))};
 }
 
 template <class acc_t>

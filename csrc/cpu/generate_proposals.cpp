@@ -42,13 +42,17 @@ HOST_DEVICE void propose(const Heads<T>& heads, const ProposalArguments<acc_t>& 
   const std::vector<Box<acc_t>>& cells = heads.cells[level];
   const int64_t anchors = static_cast<int64_t>(cells.size()), width = deltas.width;
   const acc_t* size = heads.image_sizes + 2 * image;
-  const auto& keys = scratch.top.select(heads.objectness[level], image, arguments.pre_nms_top_n);
+  const FeatureMap<const T>& objectness = heads.objectness[level];
+  scratch.top.reset(arguments.pre_nms_top_n, anchors * objectness.height * width,
+                    -std::numeric_limits<acc_t>::infinity());
+  scratch.top.scan_rows(objectness, image, 0, objectness.height);
+  const auto& keys = scratch.top.sorted();
   const int64_t room = std::min<int64_t>(keys.size(), arguments.post_nms_top_n);
   scratch.kept.reset(room);
   found.reserve(room);
   for (const auto key : keys) {
     if (static_cast<int64_t>(found.size()) == room) break;
-    const acc_t logit = TopLogits<T>::logit_of(key);
+    const acc_t logit = TopLogits<T>::number_of(key);
     const acc_t probability = logistic(logit);
     // Later ones are not higher.
     if (!(probability >= arguments.score_thresh)) break;
@@ -121,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_proposals_cpu(
     std::vector<int64_t> strides, Tensor image_sizes, int64_t pre_nms_top_n, int64_t post_nms_top_n, double nms_thresh,
     double score_thresh, double min_size, std::vector<double> weights, std::vector<double> means,
     std::vector<double> stds, double scale_clamp, bool symmetric_clamp, bool mean_center, double center_offset,
-    bool strict_size, bool logits_out, int64_t convention) {
+    double center_clamp, bool strict_size, bool logits_out, int64_t convention) {
   check_proposals(objectness, deltas, cell_anchors, strides, image_sizes, pre_nms_top_n, post_nms_top_n, convention);
   const ScalarType type = image_sizes.scalar_type();
   const int64_t batch = objectness[0].size(0), anchors = objectness[0].size(1);
@@ -137,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_proposals_cpu(
     arguments.strict_size = strict_size, arguments.logits_out = logits_out;
     arguments.rule = make_overlap_rule<acc_t>(nms_thresh, static_cast<NmsConvention>(convention));
     arguments.coding =
-        box_coding<acc_t>(weights, means, stds, scale_clamp, symmetric_clamp, mean_center, center_offset);
+        box_coding<acc_t>(weights, means, stds, scale_clamp, symmetric_clamp, mean_center, center_offset, center_clamp);
     Heads<T> heads{to_feature_maps<const T>(objectness),
                    to_feature_maps<const T>(deltas),
                    {},

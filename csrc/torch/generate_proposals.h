@@ -44,9 +44,10 @@ inline void check_proposals(const std::vector<Tensor>& objectness, const std::ve
 template <class acc_t>
 BoxCoding<acc_t> box_coding(const std::vector<double>& weights, const std::vector<double>& means,
                             const std::vector<double>& stds, double scale_clamp, bool symmetric_clamp, bool mean_center,
-                            double center_offset) {
+                            double center_offset, double center_clamp) {
   STD_TORCH_CHECK(weights.size() == 4 && means.size() == 4 && stds.size() == 4,
                   "generate_proposals takes four weights, means and stds");
+  STD_TORCH_CHECK(center_clamp >= 0, "generate_proposals takes a center_clamp of 0 or more");
   BoxCoding<acc_t> coding{};
   for (int i = 0; i < 4; ++i) {
     coding.weight[i] = static_cast<acc_t>(weights[i]);
@@ -54,6 +55,7 @@ BoxCoding<acc_t> box_coding(const std::vector<double>& weights, const std::vecto
   }
   coding.scale_clamp = static_cast<acc_t>(scale_clamp), coding.symmetric_clamp = symmetric_clamp;
   coding.mean_center = mean_center, coding.center_offset = static_cast<acc_t>(center_offset);
+  coding.center_clamp = static_cast<acc_t>(center_clamp);
   return coding;
 }
 

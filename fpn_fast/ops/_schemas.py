@@ -30,7 +30,8 @@ SCHEMAS = {
         "(Tensor[] objectness, Tensor[] deltas, float[] cell_anchors, SymInt[] strides, Tensor image_sizes, "
         "SymInt pre_nms_top_n, SymInt post_nms_top_n, float nms_thresh, float score_thresh, float min_size, "
         "float[] weights, float[] means, float[] stds, float scale_clamp, bool symmetric_clamp, bool mean_center, "
-        "float center_offset, bool strict_size, bool logits_out, int convention) -> (Tensor, Tensor, Tensor)"
+        "float center_offset, float center_clamp, bool strict_size, bool logits_out, int convention) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
     "match_anchors": (
         "(Tensor gt_boxes, Tensor gt_counts, Tensor? anchors, Tensor? anchor_counts, float[] cell_anchors, "
@@ -39,5 +40,15 @@ SCHEMAS = {
     ),
     "paste_masks": (
         "(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor"
+    ),
+    "select_detections": (
+        "(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] strides, "
+        "Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt max_detections, "
+        "float[] weights, float scale_clamp, bool distances) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "select_box_detections": (
+        "(Tensor logits, Tensor deltas, Tensor boxes, Tensor? counts, Tensor image_sizes, float score_thresh, "
+        "float min_size, SymInt? class_top_n, float nms_thresh, SymInt max_detections, float[] weights, "
+        "float scale_clamp) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }

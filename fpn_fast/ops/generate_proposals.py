@@ -55,6 +55,7 @@ def generate_proposals(
     scale_clamp: float = math.log(1000 / 16),
     clamp: str = "max",
     center: str = "corner",
+    center_clamp: float = math.inf,
     center_offset: float = 0.0,
     strict_size: bool = False,
     scores: str = "probability",
@@ -83,6 +84,8 @@ def generate_proposals(
             -scale_clamp, for "max" as small as they are.
         center: an anchor's centre is "corner" ``x1 + width / 2``, or "mean" ``(x1 + x2) / 2`` (mmdetection); they round
             differently.
+        center_clamp: the farthest, in pixels, that a centre moves along either axis (mmdetection's ctr_clamp, for
+            which it takes clamp="max").
         center_offset: of the first anchor from the image's corner, in strides: detectron2's offset.
         scores: "probability", or "logit" (detectron2): what levels are merged by, and what is returned.
         convention: "torchvision" or "mmcv": how overlap is compared, see :func:`segmented_nms`.
@@ -121,17 +124,19 @@ def generate_proposals(
     for name, values in (("weights", weights), ("means", means), ("stds", stds)):
         if len(values) != 4:
             raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
+    if not center_clamp >= 0:
+        raise ValueError(f"center_clamp must be 0 or more pixels, got {center_clamp}")
     flat_strides = check_strides(strides, len(objectness))
     sizes = check_image_sizes(image_sizes, objectness[0])
     cells = flatten_cells(cell_anchors, len(objectness), anchors)
     coding = (*constants(weights), *constants(means), *constants(stds))
     thresholds = check_numbers(nms_thresh=nms_thresh, score_thresh=score_thresh, min_size=min_size)
-    scale_clamp, center_offset = constants((scale_clamp, center_offset))
+    scale_clamp, center_offset, center_clamp = constants((scale_clamp, center_offset, center_clamp))
     backend = backends.choose_for(objectness[0], "generate_proposals")
     return _FORWARD[backend](
         objectness, deltas, cells, flat_strides, sizes, pre_nms_top_n, post_nms_top_n, *thresholds,
         coding[:4], coding[4:8], coding[8:], scale_clamp, clamp == "symmetric", center == "mean", center_offset,
-        bool(strict_size), scores == "logit", CONVENTIONS.index(convention),
+        center_clamp, bool(strict_size), scores == "logit", CONVENTIONS.index(convention),
     )  # fmt: skip
 
 

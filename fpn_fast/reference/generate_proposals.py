@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ def decode(
     scale_clamp: float,
     symmetric_clamp: bool,
     mean_center: bool,
+    center_clamp: float = math.inf,
 ) -> Tensor:
     """[K, 4] anchors and (dx, dy, dw, dh) -> [K, 4] boxes, every step rounded to their type.
 
@@ -54,8 +56,14 @@ def decode(
     sides = anchors[:, 2:] - anchors[:, :2]
     centers = (anchors[:, :2] + anchors[:, 2:]) * 0.5 if mean_center else anchors[:, :2] + 0.5 * sides
     scales = codes[:, 2:].clamp(min=-scale_clamp if symmetric_clamp else None, max=scale_clamp)
-    moved, reach = codes[:, :2] * sides + centers, 0.5 * (exponential(scales) * sides)
+    moved = (codes[:, :2] * sides).clamp(-center_clamp, center_clamp) + centers
+    reach = 0.5 * (exponential(scales) * sides)
     return torch.cat([moved - reach, moved + reach], 1)
+
+
+def clip(boxes: Tensor, image_size: Tensor) -> Tensor:
+    """[K, 4] boxes, cut to the image of (height, width)."""
+    return torch.minimum(boxes.clamp(min=0), image_size.flip(0).repeat(2))
 
 
 def _propose(
@@ -83,7 +91,7 @@ def _propose(
     anchors = anchors_at(index, cells, width, stride, center_offset, dtype)
     boxes = decode(anchors, deltas, **coding)
     valid = deltas.isfinite().all(1) & boxes.isfinite().all(1) & (logistic(logits) >= score_thresh)
-    boxes = torch.minimum(boxes.clamp(min=0), image_size.flip(0).repeat(2))
+    boxes = clip(boxes, image_size)
     sides = boxes[:, 2:] - boxes[:, :2]
     valid &= (sides > min_size if strict_size else sides >= min_size).all(1)
     boxes, logits = boxes[valid], logits[valid]
@@ -109,6 +117,7 @@ def generate_proposals(
     symmetric_clamp: bool,
     mean_center: bool,
     center_offset: float,
+    center_clamp: float,
     strict_size: bool,
     logits_out: bool,
     convention: str,
@@ -132,6 +141,7 @@ def generate_proposals(
         "scale_clamp": scale_clamp,
         "symmetric_clamp": symmetric_clamp,
         "mean_center": mean_center,
+        "center_clamp": center_clamp,
     }
     for n in range(batch):
         levels = [
