@@ -26,6 +26,8 @@ SOURCES = [
     "csrc/cpu/multiscale_roi_align_max.cpp",
     "csrc/cpu/nms.cpp",
     "csrc/cpu/paste_masks.cpp",
+    "csrc/cpu/select_box_detections.cpp",
+    "csrc/cpu/select_detections.cpp",
     "csrc/cpu/top_down.cpp",
     "csrc/cpu/top_down_backward.cpp",
 ]

@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
   library.def(
       "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor");
   library.def(
-      "select_detections(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] strides, "
+      "select_detections(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] "
+      "strides, "
       "Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt max_detections, float[] "
       "weights, float scale_clamp, bool distances) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(

@@ -3,6 +3,8 @@
 // sample is on the map, how many samples there are): every backend then decides alike. The CPU build contracts nothing.
 #pragma once
 
+#include <cmath>
+
 #include "host_device.h"
 
 namespace fpn_fast {
@@ -16,6 +18,8 @@ HOST_DEVICE float subtract(float a, float b) { return __fsub_rn(a, b); }
 HOST_DEVICE double subtract(double a, double b) { return __dsub_rn(a, b); }
 HOST_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 HOST_DEVICE double divide(double a, double b) { return __ddiv_rn(a, b); }
+HOST_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
+HOST_DEVICE double square_root(double a) { return __dsqrt_rn(a); }
 #else
 template <class acc_t>
 HOST_DEVICE acc_t multiply(acc_t a, acc_t b) {
@@ -32,6 +36,10 @@ HOST_DEVICE acc_t subtract(acc_t a, acc_t b) {
 template <class acc_t>
 HOST_DEVICE acc_t divide(acc_t a, acc_t b) {
   return a / b;
+}
+template <class acc_t>
+HOST_DEVICE acc_t square_root(acc_t a) {
+  return std::sqrt(a);
 }
 #endif
 

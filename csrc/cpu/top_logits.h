@@ -18,48 +18,46 @@
 
 namespace fpn_fast {
 
-// A logit and its index as one integer, of which the largest comes first: higher logits, then lower indices.
+// A number and its index as one integer, of which the largest comes first: higher numbers, then lower indices.
 template <class acc_t>
-struct LogitKey {
+struct RankKey {
   using type = uint64_t;
 };
 template <>
-struct LogitKey<double> {
+struct RankKey<double> {
   using type = unsigned __int128;
 };
 
-template <class T, class acc_t = acc_type<T>>
-class TopLogits {
+// The best `count` of the numbers that it is shown.
+template <class acc_t>
+class TopNumbers {
  public:
-  using Key = typename LogitKey<acc_t>::type;
+  using Key = typename RankKey<acc_t>::type;
 
-  // Indices are torchvision's, (y, x, anchor); logits that are not finite are left out. Best first.
-  HOST_DEVICE const std::vector<Key>& select(const FeatureMap<const T>& map, int64_t image, int64_t count) {
-    const int64_t anchors = map.channels, height = map.height, width = map.width;
-    const int64_t all = anchors * height * width;
+  // Nothing yet, of `all` numbers; those below `floor` are none.
+  HOST_DEVICE void reset(int64_t count, int64_t all, acc_t floor) {
     count_ = std::min(count, all);
     keys_.clear();
     // Room for as many again, so that a cut is paid for by the candidates since the last.
     room_ = std::min(all, 2 * count_ + kBlock);
-    keys_.reserve(room_);
-    lowest_ = -std::numeric_limits<acc_t>::infinity();
+    lowest_ = count_ == 0 ? std::numeric_limits<acc_t>::infinity() : floor;
     lowest_key_ = 0;
-    if (count_ == 0) return keys_;
-    const T* data = map.at(image, 0, 0, 0);
-    if (map.stride_c == 1 && map.stride_w == anchors) {
-      const bool dense = map.stride_h == width * anchors;
-      for (int64_t y = 0; y < (dense ? 1 : height); ++y) {
-        scan(data + y * map.stride_h, dense ? all : width * anchors, 1, y * width * anchors, 1);
-      }
-    } else {
-      const bool dense = map.stride_w == 1 && map.stride_h == width;
-      for (int64_t a = 0; a < anchors; ++a) {
-        for (int64_t y = 0; y < (dense ? 1 : height); ++y) {
-          const T* row = data + a * map.stride_c + y * map.stride_h;
-          scan(row, dense ? height * width : width, map.stride_w, y * width * anchors + a, anchors);
-        }
-      }
-    }
+  }
+
+  // A number below this one is not among the best.
+  HOST_DEVICE acc_t lowest() const { return lowest_; }
+
+  HOST_DEVICE void consider(acc_t number, int64_t index) {
+    // Written so that NaN fails.
+    if (number >= lowest_ && is_finite(number)) consider(key_of(number, index));
+  }
+
+  HOST_DEVICE void take_over(const TopNumbers& other) {
+    for (const Key key : other.keys_) consider(key);
+  }
+
+  // Best first.
+  HOST_DEVICE const std::vector<Key>& sorted() {
     cut();
     std::sort(keys_.begin(), keys_.end(), std::greater<Key>());
     return keys_;
@@ -67,40 +65,24 @@ class TopLogits {
 
   static HOST_DEVICE int64_t index_of(Key key) { return static_cast<int64_t>(~static_cast<uint32_t>(key)); }
 
-  static HOST_DEVICE acc_t logit_of(Key key) { return from_ordered_bits(static_cast<OrderedBits<acc_t>>(key >> 32)); }
+  static HOST_DEVICE acc_t number_of(Key key) { return from_ordered_bits(static_cast<OrderedBits<acc_t>>(key >> 32)); }
 
- private:
+ protected:
   // Two vectors of AVX2 floats between branches.
   static constexpr int kBlock = 16;
 
-  static HOST_DEVICE Key key_of(acc_t logit, int64_t index) {
-    return Key{ordered_bits(logit)} << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(index));
+ private:
+  static HOST_DEVICE Key key_of(acc_t number, int64_t index) {
+    return Key{ordered_bits(number)} << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(index));
   }
 
-  // `length` logits, `step` elements and `index_step` indices apart.
-  HOST_DEVICE void scan(const T* logits, int64_t length, int64_t step, int64_t index, int64_t index_step) {
-    int64_t i = 0;
-    if (step == 1) {
-      for (; i + kBlock <= length; i += kBlock) {
-        int any = 0;
-        for (int j = 0; j < kBlock; ++j) any |= to_acc(logits[i + j]) >= lowest_ ? 1 : 0;
-        if (any == 0) continue;
-        for (int j = 0; j < kBlock; ++j) consider(to_acc(logits[i + j]), index + (i + j) * index_step);
-      }
-    }
-    for (; i < length; ++i) consider(to_acc(logits[i * step]), index + i * index_step);
-  }
-
-  HOST_DEVICE void consider(acc_t logit, int64_t index) {
-    // Written so that NaN fails.
-    if (!(logit >= lowest_) || !is_finite(logit)) return;
-    const Key key = key_of(logit, index);
+  HOST_DEVICE void consider(Key key) {
     if (key <= lowest_key_) return;
     keys_.push_back(key);
     if (static_cast<int64_t>(keys_.size()) < room_) return;
     cut();
     lowest_key_ = keys_[count_ - 1];
-    lowest_ = logit_of(lowest_key_);
+    lowest_ = number_of(lowest_key_);
   }
 
   // Leaves the best `count_`, the lowest of them last.
@@ -114,6 +96,49 @@ class TopLogits {
   acc_t lowest_ = 0;
   Key lowest_key_ = 0;
   std::vector<Key> keys_;
+};
+
+template <class T, class acc_t = acc_type<T>>
+class TopLogits : public TopNumbers<acc_t> {
+ public:
+  // Rows [begin, end) of an image's map. Indices are torchvision's, (y, x, channel); logits that are not finite are
+  // left out.
+  HOST_DEVICE void scan_rows(const FeatureMap<const T>& map, int64_t image, int64_t begin, int64_t end) {
+    const int64_t channels = map.channels, width = map.width, rows = end - begin;
+    const T* data = map.at(image, 0, begin, 0);
+    const int64_t first = begin * width * channels;
+    if (map.stride_c == 1 && map.stride_w == channels) {
+      const bool dense = map.stride_h == width * channels;
+      for (int64_t y = 0; y < (dense ? 1 : rows); ++y) {
+        scan(data + y * map.stride_h, (dense ? rows : 1) * width * channels, 1, first + y * width * channels, 1);
+      }
+    } else {
+      const bool dense = map.stride_w == 1 && map.stride_h == width;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t y = 0; y < (dense ? 1 : rows); ++y) {
+          const T* row = data + c * map.stride_c + y * map.stride_h;
+          scan(row, (dense ? rows : 1) * width, map.stride_w, first + y * width * channels + c, channels);
+        }
+      }
+    }
+  }
+
+ private:
+  // `length` logits, `step` elements and `index_step` indices apart.
+  HOST_DEVICE void scan(const T* logits, int64_t length, int64_t step, int64_t index, int64_t index_step) {
+    constexpr int kBlock = TopNumbers<acc_t>::kBlock;
+    int64_t i = 0;
+    if (step == 1) {
+      for (; i + kBlock <= length; i += kBlock) {
+        const acc_t lowest = this->lowest();
+        int any = 0;
+        for (int j = 0; j < kBlock; ++j) any |= to_acc(logits[i + j]) >= lowest ? 1 : 0;
+        if (any == 0) continue;
+        for (int j = 0; j < kBlock; ++j) this->consider(to_acc(logits[i + j]), index + (i + j) * index_step);
+      }
+    }
+    for (; i < length; ++i) this->consider(to_acc(logits[i * step]), index + i * index_step);
+  }
 };
 
 }  // namespace fpn_fast

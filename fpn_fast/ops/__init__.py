@@ -7,6 +7,8 @@ from fpn_fast.ops.match_anchors import AnchorGrid, match_anchors, pad_boxes
 from fpn_fast.ops.multiscale_roi_align import multiscale_roi_align, roi_align
 from fpn_fast.ops.nms import batched_nms, nms, segmented_nms
 from fpn_fast.ops.paste_masks import paste_masks
+from fpn_fast.ops.select_box_detections import select_box_detections
+from fpn_fast.ops.select_detections import select_detections
 from fpn_fast.ops.top_down import top_down, upsample_add
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "paste_masks",
     "roi_align",
     "segmented_nms",
+    "select_box_detections",
+    "select_detections",
     "top_down",
     "upsample_add",
 ]

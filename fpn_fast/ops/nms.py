@@ -100,8 +100,8 @@ def segmented_nms(
     if boxes.dim() != 3 or boxes.size(2) != 4:
         raise ValueError(f"boxes must be [N, B, 4], got {tuple(boxes.shape)}")
     boxes, scores = _numbers(boxes, scores)
-    groups = _integers(groups, "groups", boxes, (boxes.size(0), boxes.size(1)))
-    counts = _integers(counts, "counts", boxes, (boxes.size(0),))
+    groups = check_integers(groups, "groups", boxes, (boxes.size(0), boxes.size(1)))
+    counts = check_integers(counts, "counts", boxes, (boxes.size(0),))
     return _suppress(boxes, scores, groups, counts, iou_threshold, max_output, CONVENTIONS.index(convention))
 
 
@@ -109,7 +109,7 @@ def _of_one_image(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_thre
     if boxes.dim() != 2 or boxes.size(1) != 4:
         raise ValueError(f"boxes must be [B, 4], got {tuple(boxes.shape)}")
     boxes, scores = _numbers(boxes, scores)
-    groups = _integers(groups, "idxs", boxes, (boxes.size(0),))
+    groups = check_integers(groups, "idxs", boxes, (boxes.size(0),))
     groups = None if groups is None else groups.unsqueeze(0)
     keep, counts = _suppress(boxes.unsqueeze(0), scores.unsqueeze(0), groups, None, iou_threshold, boxes.size(0), 0)
     return keep[0, : int(counts)]
@@ -130,7 +130,8 @@ def _numbers(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return boxes.detach().to(dtype).contiguous(), scores.detach().to(dtype).contiguous()
 
 
-def _integers(tensor: Tensor | None, name: str, boxes: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+def check_integers(tensor: Tensor | None, name: str, boxes: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """`tensor` as contiguous int64, if it is of an integer type, of `shape` and on the boxes' device."""
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):

@@ -7,6 +7,7 @@ from fpn_fast.reference.multiscale_roi_align import assign_levels, multiscale_ro
 from fpn_fast.reference.multiscale_roi_align_max import multiscale_roi_align_max, multiscale_roi_align_max_backward
 from fpn_fast.reference.nms import nms, segmented_nms
 from fpn_fast.reference.paste_masks import paste_masks
+from fpn_fast.reference.select_detections import select_box_detections, select_detections
 from fpn_fast.reference.top_down import top_down, upsample_add
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "nms",
     "paste_masks",
     "segmented_nms",
+    "select_box_detections",
+    "select_detections",
     "top_down",
     "upsample_add",
 ]

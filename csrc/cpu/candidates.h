@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Candidates of a batch of images, and the detections that class-aware suppression leaves of them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../torch/select_detections.h"
+#include "segmented_nms.h"
+
+namespace fpn_fast {
+
+template <class acc_t>
+struct Candidate {
+  Box<acc_t> box;
+  acc_t score;
+  int64_t label;
+};
+
+// `found[n * parts + i]` are candidates of image n; those of equal scores count in their order.
+template <class acc_t>
+void detect(const std::vector<std::vector<Candidate<acc_t>>>& found, int64_t parts, double nms_thresh,
+            const Detections& detections) {
+  const int64_t batch = detections.scores.size(0), room = detections.scores.size(1);
+  std::vector<int64_t> counts(batch, 0);
+  for (size_t i = 0; i < found.size(); ++i) counts[i / parts] += static_cast<int64_t>(found[i].size());
+  const int64_t most = batch == 0 ? 0 : *std::max_element(counts.begin(), counts.end());
+  std::vector<Box<acc_t>> boxes(batch * most);
+  std::vector<acc_t> scores(batch * most);
+  std::vector<int64_t> labels(batch * most), keep(batch * room);
+  for (int64_t n = 0; n < batch; ++n) {
+    int64_t at = n * most;
+    for (int64_t i = n * parts; i < (n + 1) * parts; ++i) {
+      for (const auto& each : found[i]) boxes[at] = each.box, scores[at] = each.score, labels[at++] = each.label;
+    }
+  }
+  int64_t* kept = static_cast<int64_t*>(detections.counts.data_ptr());
+  segmented_nms(boxes.data(), scores.data(), labels.data(), counts.data(), batch, most, nms_thresh, room,
+                NmsConvention::kDivision, keep.data(), kept);
+  auto* out_boxes = static_cast<Box<acc_t>*>(detections.boxes.data_ptr());
+  auto* out_scores = static_cast<acc_t*>(detections.scores.data_ptr());
+  auto* out_labels = static_cast<int64_t*>(detections.labels.data_ptr());
+  for (int64_t i = 0; i < batch * room; ++i) {
+    const bool is_there = keep[i] >= 0;
+    const int64_t source = is_there ? i / room * most + keep[i] : 0;
+    out_boxes[i] = is_there ? boxes[source] : Box<acc_t>{0, 0, 0, 0};
+    out_scores[i] = is_there ? scores[source] : acc_t(0);
+    out_labels[i] = is_there ? labels[source] : 0;
+  }
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Detections of a head that scores given boxes, on the CPU. A task is some boxes of an image, from their softmax to
+// their candidates; where each class has a limit, the candidates wait for it before they are decoded.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/exponential.h"
+#include "../torch/select_detections.h"
+#include "candidates.h"
+
+namespace fpn_fast {
+namespace {
+
+constexpr int64_t kBoxesPerTask = 64;
+// Logits in the time of an exponential.
+constexpr int64_t kExponentialCost = 16;
+
+template <class acc_t>
+struct BoxHeads {
+  const acc_t *logits, *deltas;
+  const Box<acc_t>* boxes;
+  const int64_t* counts;     // null: all
+  const acc_t* image_sizes;  // [N, 2], height and width
+  int64_t batch, room, classes;
+  bool own_deltas;  // for each class
+  acc_t score_thresh, min_size;
+  BoxCoding<acc_t> coding;
+
+  int64_t count(int64_t image) const { return counts == nullptr ? room : std::clamp<int64_t>(counts[image], 0, room); }
+};
+
+// A pair of a box and a class that passes the threshold.
+template <class acc_t>
+struct Pair {
+  acc_t score;
+  uint32_t index;  // box * classes + class
+};
+
+// The pairs of one box. Probabilities are made in double and rounded, so that a library's exp decides nothing.
+template <class acc_t>
+HOST_DEVICE void pass_threshold(const BoxHeads<acc_t>& heads, int64_t image, int64_t box, std::vector<double>& powers,
+                                std::vector<Pair<acc_t>>& pairs) {
+  const int64_t classes = heads.classes;
+  const acc_t* logits = heads.logits + (image * heads.room + box) * classes;
+  acc_t highest = logits[0];
+  for (int64_t c = 1; c < classes; ++c) highest = logits[c] > highest ? logits[c] : highest;
+  FPN_FAST_IVDEP
+  for (int64_t c = 0; c < classes; ++c) {
+    powers[c] = exponential(static_cast<double>(logits[c]) - static_cast<double>(highest));
+  }
+  double sum = 0;
+  bool is_number = true;
+  // exponential() takes no NaN: the logits say where there is one.
+  for (int64_t c = 0; c < classes; ++c) {
+    sum += powers[c];
+    is_number &= logits[c] == logits[c];
+  }
+  if (!is_number || !is_finite(highest)) return;
+  for (int64_t c = 1; c < classes; ++c) {
+    const acc_t score = static_cast<acc_t>(powers[c] / sum);
+    if (score > heads.score_thresh) pairs.push_back({score, static_cast<uint32_t>(box * classes + c)});
+  }
+}
+
+template <class acc_t>
+HOST_DEVICE void decode_pair(const BoxHeads<acc_t>& heads, int64_t image, const Pair<acc_t>& pair,
+                             std::vector<Candidate<acc_t>>& found) {
+  const int64_t box = pair.index / heads.classes, label = pair.index % heads.classes;
+  const int64_t row = image * heads.room + box;
+  const acc_t* code = heads.deltas + 4 * (heads.own_deltas ? row * heads.classes + label : row);
+  const acc_t* size = heads.image_sizes + 2 * image;
+  if (!is_finite(heads.boxes[row]) || !is_finite(Box<acc_t>{code[0], code[1], code[2], code[3]})) return;
+  const Box<acc_t> decoded = decode(heads.coding, heads.boxes[row], code);
+  if (!is_finite(decoded)) return;
+  const Box<acc_t> clipped = clip(decoded, size[0], size[1]);
+  if (is_large_enough(clipped, heads.min_size, false)) found.push_back({clipped, pair.score, label});
+}
+
+// Of each class the best `limit`, of equal ones the first; in the order that they were in.
+template <class acc_t>
+void limit_classes(std::vector<Pair<acc_t>>& pairs, int64_t classes, int64_t limit) {
+  std::vector<std::vector<Pair<acc_t>>> by_class(classes);
+  for (const auto& pair : pairs) by_class[pair.index % classes].push_back(pair);
+  pairs.clear();
+  for (auto& own : by_class) {
+    if (static_cast<int64_t>(own.size()) > limit) {
+      std::nth_element(own.begin(), own.begin() + limit, own.end(), [](const auto& a, const auto& b) {
+        return a.score != b.score ? a.score > b.score : a.index < b.index;
+      });
+      own.resize(limit);
+    }
+    pairs.insert(pairs.end(), own.begin(), own.end());
+  }
+  std::sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) { return a.index < b.index; });
+}
+
+template <class acc_t>
+void select(const BoxHeads<acc_t>& heads, std::optional<int64_t> class_top_n, double nms_thresh,
+            const Detections& detections) {
+  const int64_t parts = (heads.room + kBoxesPerTask - 1) / kBoxesPerTask;
+  std::vector<std::vector<Pair<acc_t>>> pairs(heads.batch * parts);
+  std::vector<std::vector<Candidate<acc_t>>> found(heads.batch * parts);
+  const auto decode_part = [&](int64_t i) {
+    for (const auto& pair : pairs[i]) decode_pair(heads, i / parts, pair, found[i]);
+  };
+  parallel_tasks(heads.batch * parts, kExponentialCost * kBoxesPerTask * heads.classes, [&](const auto& next) {
+    std::vector<double> powers(heads.classes);
+    for (int64_t i = next(); i < heads.batch * parts; i = next()) {
+      const int64_t image = i / parts, begin = i % parts * kBoxesPerTask;
+      const int64_t end = std::min(begin + kBoxesPerTask, heads.count(image));
+      for (int64_t box = begin; box < end; ++box) pass_threshold(heads, image, box, powers, pairs[i]);
+      if (!class_top_n.has_value()) decode_part(i);
+    }
+  });
+  if (class_top_n.has_value()) {
+    parallel_rows(heads.batch, kExponentialCost * heads.room, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        // The first part takes all of its image.
+        auto& all = pairs[n * parts];
+        for (int64_t i = n * parts + 1; i < (n + 1) * parts; ++i) {
+          all.insert(all.end(), pairs[i].begin(), pairs[i].end());
+        }
+        limit_classes(all, heads.classes, *class_top_n);
+        decode_part(n * parts);
+      }
+    });
+  }
+  detect(found, parts, nms_thresh, detections);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_box_detections_cpu(Tensor logits, Tensor deltas, Tensor boxes,
+                                                                     std::optional<Tensor> counts, Tensor image_sizes,
+                                                                     double score_thresh, double min_size,
+                                                                     std::optional<int64_t> class_top_n,
+                                                                     double nms_thresh, int64_t max_detections,
+                                                                     std::vector<double> weights, double scale_clamp) {
+  const int64_t classes =
+      check_box_heads(logits, deltas, boxes, counts, image_sizes, class_top_n, max_detections, weights);
+  const Detections detections = empty_detections(image_sizes, max_detections);
+  const auto run = [&](auto tag) {
+    using acc_t = typename decltype(tag)::type;
+    BoxHeads<acc_t> heads{};
+    heads.logits = static_cast<const acc_t*>(logits.data_ptr());
+    heads.deltas = static_cast<const acc_t*>(deltas.data_ptr());
+    heads.boxes = static_cast<const Box<acc_t>*>(boxes.data_ptr());
+    heads.counts = optional_data<int64_t>(counts);
+    heads.image_sizes = static_cast<const acc_t*>(image_sizes.data_ptr());
+    heads.batch = boxes.size(0), heads.room = boxes.size(1), heads.classes = classes;
+    heads.own_deltas = deltas.size(2) != 4;
+    heads.score_thresh = static_cast<acc_t>(score_thresh), heads.min_size = static_cast<acc_t>(min_size);
+    heads.coding = plain_box_coding<acc_t>(weights, scale_clamp);
+    select(heads, class_top_n, nms_thresh, detections);
+  };
+  boxes.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : run(TypeTag<float>{});
+  return {detections.boxes, detections.scores, detections.labels, detections.counts};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
+  library.impl("select_box_detections", TORCH_BOX(&select_box_detections_cpu));
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections of a dense head, such as RetinaNet's or FCOS's, straight from its maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_fast import backends, reference
+from fpn_fast.ops._heads import (
+    check_channels,
+    check_choice,
+    check_head,
+    check_image_sizes,
+    check_numbers,
+    check_strides,
+    constants,
+    flatten_cells,
+)
+from fpn_fast.ops._registration import register_op
+
+
+def select_detections(
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    cell_anchors: Sequence[Sequence[Sequence[float]] | Tensor],
+    strides: Sequence[tuple[int, int]],
+    image_sizes: Tensor,
+    *,
+    score_thresh: float,
+    pre_nms_top_n: int,
+    nms_thresh: float,
+    max_detections: int,
+    centerness: Sequence[Tensor] = (),
+    coder: str = "deltas",
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    scale_clamp: float = math.log(1000 / 16),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The detections of a batch of images, from the maps of the head; anchors are never in memory.
+
+    Of each image and level: the highest `pre_nms_top_n` pairs of an anchor and a class whose score is above the
+    threshold; their boxes, decoded and clipped to the image. Of all levels: what is left when each one removes lower
+    ones of its class that it overlaps, and of that the `max_detections` highest.
+
+    Args:
+        logits: 1 to 8 maps [N, A * classes, H_l, W_l], the classes of an anchor together, of one dtype (float64,
+            float32, float16 or bfloat16) and device, with any strides: a head's output that was permuted to
+            [N, H * W * A, classes] is such a map, seen through other strides. Under autocast, all maps are promoted to
+            the widest dtype among them.
+        deltas: as many maps [N, 4A, H_l, W_l].
+        cell_anchors: for each level A anchors (x1, y1, x2, y2) about the origin, as numbers or as a tensor [A, 4]. A
+            tensor is read here, so that one on a GPU is waited for.
+        strides: for each level (stride_y, stride_x), integers: pixels between neighbouring anchors.
+        image_sizes: [N, 2] (height, width) in pixels, of any real type, on the maps' device.
+        score_thresh: a score has to be above it. It is the logit's sigmoid; with centerness, the root of its product
+            with the sigmoid of that.
+        pre_nms_top_n, max_detections: of each level and image, and of each image; 0 or more.
+        nms_thresh: intersection over union above which a box removes a lower one of its class.
+        centerness: none, or as many maps [N, A, H_l, W_l] of logits (FCOS).
+        coder: what deltas are: "deltas" (dx, dy, dw, dh), or "distances" (left, top, right, bottom) from the anchor's
+            centre, in the anchor's sides (FCOS).
+        weights, scale_clamp: of "deltas": each is divided by its weight; dw and dh are at most scale_clamp.
+
+    Returns:
+        (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = max_detections: float32 (float64 for float64
+        maps) and int64. Boxes are in image pixels, scores descending, labels the head's classes from 0; zero after the
+        last.
+
+        Equal logits (scores, with centerness) count in the order of (y, x, anchor, class), equal scores in that of
+        levels. What is not finite is never selected. Nothing here waits for a GPU.
+
+    Raises:
+        TypeError: something is not a tensor, or not of a type above, or dtypes differ.
+        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
+        BackendUnavailableError: the backend asked for cannot serve the maps' device.
+
+    No gradient, as in every detector.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection, 2017; Tian et al., FCOS, 2019;
+    torchvision/models/detection/retinanet.py and fcos.py postprocess_detections.
+    """
+    maps = {"logits": logits, "deltas": deltas} | ({"centerness": centerness} if len(centerness) else {})
+    logits, deltas, *others = check_head(**maps)
+    check_choice("coder", coder, ("deltas", "distances"))
+    cells = flatten_cells(cell_anchors, len(logits), None)
+    anchors = len(cells) // 4 // len(logits)
+    if anchors == 0 or logits[0].size(1) % anchors:
+        raise ValueError(f"logits must be [N, A * classes, H, W] for {anchors} anchors, got {tuple(logits[0].shape)}")
+    check_channels("deltas", "[N, 4A, H, W]", deltas, 4 * anchors, logits)
+    centers = others[0] if others else []
+    if centers:
+        check_channels("centerness", "[N, A, H, W]", centers, anchors, logits)
+    for name, number in (("pre_nms_top_n", pre_nms_top_n), ("max_detections", max_detections)):
+        if number < 0:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
+    if len(weights) != 4:
+        raise ValueError(f"weights must be four, for (dx, dy, dw, dh), got {weights}")
+    flat_strides = check_strides(strides, len(logits))
+    sizes = check_image_sizes(image_sizes, logits[0])
+    score_thresh, nms_thresh = check_numbers(score_thresh=score_thresh, nms_thresh=nms_thresh)
+    backend = backends.choose_for(logits[0], "select_detections")
+    return _FORWARD[backend](
+        logits, deltas, centers, cells, flat_strides, sizes, score_thresh, pre_nms_top_n, nms_thresh, max_detections,
+        constants(weights), *constants((scale_clamp,)), coder == "distances",
+    )  # fmt: skip
+
+
+def empty_detections(image_sizes: Tensor, max_detections: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten boxes, scores, labels and counts, for a tracer."""
+    batch = image_sizes.size(0)
+    return (
+        image_sizes.new_empty((batch, max_detections, 4)),
+        image_sizes.new_empty((batch, max_detections)),
+        image_sizes.new_empty((batch, max_detections), dtype=torch.int64),
+        image_sizes.new_empty((batch,), dtype=torch.int64),
+    )
+
+
+def _fake(
+    logits: list[Tensor],
+    deltas: list[Tensor],
+    centerness: list[Tensor],
+    cell_anchors: list[float],
+    strides: list[int],
+    image_sizes: Tensor,
+    score_thresh: float,
+    pre_nms_top_n: int,
+    nms_thresh: float,
+    max_detections: int,
+    *coding: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_detections(image_sizes, max_detections)
+
+
+def _reference(
+    logits: list[Tensor],
+    deltas: list[Tensor],
+    centerness: list[Tensor],
+    cell_anchors: list[float],
+    strides: list[int],
+    image_sizes: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = image_sizes.new_tensor(cell_anchors).view(len(logits), -1, 4)
+    pairs = list(zip(strides[::2], strides[1::2], strict=True))
+    # Autocast would round the products of the specification.
+    with torch.autocast(logits[0].device.type, enabled=False):
+        return reference.select_detections(logits, deltas, centerness, list(tables), pairs, image_sizes, *numbers)
+
+
+_FORWARD = register_op("select_detections", fake=_fake, reference=_reference)
