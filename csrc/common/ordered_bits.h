@@ -41,4 +41,33 @@ HOST_DEVICE double from_ordered_bits(uint64_t bits) {
 template <class acc_t>
 using OrderedBits = decltype(ordered_bits(acc_t{}));
 
+template <class acc_t>
+struct RankKeyType {
+  using type = uint64_t;
+};
+template <>
+struct RankKeyType<double> {
+  using type = unsigned __int128;
+};
+
+// A number and its index as one integer, of which the largest comes first: higher numbers, then lower indices. That of
+// a finite number is not zero.
+template <class acc_t>
+using RankKey = typename RankKeyType<acc_t>::type;
+
+template <class acc_t>
+HOST_DEVICE RankKey<acc_t> rank_key(acc_t number, uint32_t index) {
+  return RankKey<acc_t>{ordered_bits(number)} << 32 | static_cast<uint32_t>(~index);
+}
+
+template <class Key>
+HOST_DEVICE uint32_t index_of_key(Key key) {
+  return ~static_cast<uint32_t>(key);
+}
+
+template <class acc_t>
+HOST_DEVICE acc_t number_of_key(RankKey<acc_t> key) {
+  return from_ordered_bits(static_cast<OrderedBits<acc_t>>(key >> 32));
+}
+
 }  // namespace fpn_fast

@@ -18,21 +18,11 @@
 
 namespace fpn_fast {
 
-// A number and its index as one integer, of which the largest comes first: higher numbers, then lower indices.
-template <class acc_t>
-struct RankKey {
-  using type = uint64_t;
-};
-template <>
-struct RankKey<double> {
-  using type = unsigned __int128;
-};
-
 // The best `count` of the numbers that it is shown.
 template <class acc_t>
 class TopNumbers {
  public:
-  using Key = typename RankKey<acc_t>::type;
+  using Key = RankKey<acc_t>;
 
   // Nothing yet, of `all` numbers; those below `floor` are none.
   HOST_DEVICE void reset(int64_t count, int64_t all, acc_t floor) {
@@ -49,7 +39,7 @@ class TopNumbers {
 
   HOST_DEVICE void consider(acc_t number, int64_t index) {
     // Written so that NaN fails.
-    if (number >= lowest_ && is_finite(number)) consider(key_of(number, index));
+    if (number >= lowest_ && is_finite(number)) consider(rank_key(number, static_cast<uint32_t>(index)));
   }
 
   HOST_DEVICE void take_over(const TopNumbers& other) {
@@ -63,19 +53,15 @@ class TopNumbers {
     return keys_;
   }
 
-  static HOST_DEVICE int64_t index_of(Key key) { return static_cast<int64_t>(~static_cast<uint32_t>(key)); }
+  static HOST_DEVICE int64_t index_of(Key key) { return index_of_key(key); }
 
-  static HOST_DEVICE acc_t number_of(Key key) { return from_ordered_bits(static_cast<OrderedBits<acc_t>>(key >> 32)); }
+  static HOST_DEVICE acc_t number_of(Key key) { return number_of_key<acc_t>(key); }
 
  protected:
   // Two vectors of AVX2 floats between branches.
   static constexpr int kBlock = 16;
 
  private:
-  static HOST_DEVICE Key key_of(acc_t number, int64_t index) {
-    return Key{ordered_bits(number)} << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(index));
-  }
-
   HOST_DEVICE void consider(Key key) {
     if (key <= lowest_key_) return;
     keys_.push_back(key);
