@@ -381,7 +381,9 @@ def test_works_without_torchvision():
     ]
 
 
-@pytest.mark.parametrize("module", [fpn_fast.nn.roi_align, fpn_fast.nn.detectron2, fpn_fast.nn.mmdet])
+@pytest.mark.parametrize(
+    "module", [fpn_fast.nn.roi_align, fpn_fast.nn.detectron2.poolers, fpn_fast.nn.mmdet.roi_extractors]
+)
 def test_doctests(module):
     result = doctest.testmod(module)
     assert result.failed == 0

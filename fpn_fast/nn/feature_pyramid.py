@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from fpn_fast import ops
+from fpn_fast.nn._pyramid import merge_pyramid
 
 try:
     # torchvision's models check isinstance: where it is installed its classes are the base.
@@ -50,9 +50,8 @@ class FeaturePyramidNetwork(_Base):
         features = list(x.values())
         # As in torchvision the coarsest map takes the last block, however many maps there are.
         indices = [*range(len(features) - 1), -1]
-        laterals = [self.inner_blocks[i](feature) for i, feature in zip(indices, features, strict=True)]
-        merged = ops.top_down(laterals)
-        results = [self.layer_blocks[i](map) for i, map in zip(indices, merged, strict=True)]
+        inner, layers = [self.inner_blocks[i] for i in indices], [self.layer_blocks[i] for i in indices]
+        _, results = merge_pyramid(features, inner, layers)
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
         return OrderedDict(zip(names, results, strict=False))

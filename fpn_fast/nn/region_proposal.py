@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
+from fpn_fast.nn._proposals import proposals_of_images, sizes_beside
 
 __all__ = ["AnchorGenerator", "RegionProposalNetwork"]
 
@@ -95,10 +96,10 @@ class RegionProposalNetwork(_RegionProposalBase):
         if self.training and targets is None:
             raise ValueError("targets must have the boxes of each image in training, got None")
         objectness, deltas = self.head(maps)
-        padded, _, counts = self.proposals_of_head(images, objectness, deltas)
+        padded = self.proposals_of_head(images, objectness, deltas)
         losses = self._losses(images, maps, objectness, deltas, targets) if self.training else {}
         # Last, so that a GPU works on the losses meanwhile.
-        return [boxes[:count] for boxes, count in zip(padded, counts.tolist(), strict=True)], losses
+        return [boxes for boxes, _ in proposals_of_images(*padded)], losses
 
     def proposals(self, images: ImageList, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The proposals with outputs of a fixed size, without a wait: (boxes [N, P, 4], scores [N, P], counts [N]).
@@ -120,14 +121,12 @@ class RegionProposalNetwork(_RegionProposalBase):
         height, width = images.tensors.shape[-2:]
         # torchvision's strides: quotients of the padded size, 61 for a height of 800 on 13 rows.
         strides = [(height // m.shape[2], width // m.shape[3]) for m in objectness]
-        # Of memory that is not pinned a copy this small is staged by the driver: it does not wait.
-        sizes = torch.tensor(images.image_sizes).view(-1, 2).to(objectness[0].device, non_blocking=True)
         return ops.generate_proposals(
             objectness,
             deltas,
-            _cell_numbers(self.anchor_generator),
+            cell_numbers(self.anchor_generator),
             strides,
-            sizes,
+            sizes_beside(objectness, images.image_sizes),
             pre_nms_top_n=self.pre_nms_top_n(),
             post_nms_top_n=self.post_nms_top_n(),
             nms_thresh=self.nms_thresh,
@@ -159,7 +158,8 @@ class RegionProposalNetwork(_RegionProposalBase):
         return {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
 
 
-def _cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:
+def cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:
+    """For each level the anchors about the origin, A times (x1, y1, x2, y2)."""
     if isinstance(generator, AnchorGenerator):
         return generator.cell_numbers()
     return [table.tolist() for table in generator.cell_anchors]

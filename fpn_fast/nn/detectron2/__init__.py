@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""detectron2's modules, without detectron2: its constructors, checkpoint keys and results."""
+
+from fpn_fast.nn.detectron2.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from fpn_fast.nn.detectron2.poolers import ROIPooler
+from fpn_fast.nn.detectron2.proposals import DefaultAnchorGenerator, find_top_rpn_proposals, proposals_of_images
+
+__all__ = [
+    "FPN",
+    "DefaultAnchorGenerator",
+    "LastLevelMaxPool",
+    "LastLevelP6P7",
+    "ROIPooler",
+    "find_top_rpn_proposals",
+    "proposals_of_images",
+]

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""detectron2's FPN over any backbone that tells the shapes of its maps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_fast.nn._pyramid import merge_pyramid
+
+__all__ = ["FPN", "LastLevelMaxPool", "LastLevelP6P7", "ShapeSpec"]
+
+#: Names of `norm`, and what each makes of a number of channels.
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": lambda channels: nn.GroupNorm(32, channels),
+}
+
+
+class ShapeSpec(NamedTuple):
+    """Channels and stride of a map, as detectron2's ShapeSpec has them."""
+
+    channels: int
+    stride: int
+
+
+class ConvWithNorm(nn.Conv2d):
+    """A convolution and the normalisation after it, with the keys of detectron2's Conv2d: `weight`, `norm.weight`."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, norm: str | Callable[[int], nn.Module] | None
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm == "")
+        self.norm = None if norm is None or norm == "" else _norm_maker(norm)(out_channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H, W]"""
+        convolved = super().forward(input)
+        return convolved if self.norm is None else self.norm(convolved)
+
+
+def _norm_maker(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    if not isinstance(norm, str):
+        return norm
+    if norm not in _NORMS:
+        raise ValueError(f"norm must be '', {', '.join(_NORMS)} or a function of the channels, got {norm!r}")
+    return _NORMS[norm]
+
+
+def _fill(convolution: nn.Conv2d) -> None:
+    """What detectron2 calls c2_xavier_fill."""
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+
+
+class LastLevelMaxPool(nn.Module):
+    """Every second pixel of the coarsest output: detectron2's top block of Faster R-CNN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_levels = 1
+        self.in_feature = "p5"
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[N, C, H, W] -> one map, half as high and wide."""
+        return [F.max_pool2d(x, kernel_size=1, stride=2, padding=0)]
+
+
+class LastLevelP6P7(nn.Module):
+    """RetinaNet's P6 and P7 by strided 3x3 convolutions: detectron2's top block, whose input is named.
+
+    Args:
+        in_channels: channels of the map named `in_feature`, one of the backbone's or of the pyramid's outputs.
+        out_channels: channels of both maps.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str = "res5") -> None:
+        super().__init__()
+        self.num_levels = 2
+        self.in_feature = in_feature
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
+        _fill(self.p6)
+        _fill(self.p7)
+
+    def forward(self, c5: Tensor) -> list[Tensor]:
+        """[N, in_channels, H, W] -> maps of half and a quarter of the size."""
+        p6 = self.p6(c5)
+        return [p6, self.p7(F.relu(p6))]
+
+
+class FPNForward:
+    """What FPN computes, for our module and for detectron2's own, which has the same attributes."""
+
+    bottom_up: nn.Module
+    top_block: Any
+    in_features: Sequence[str]
+    lateral_convs: Sequence[nn.Module]
+    output_convs: Sequence[nn.Module]
+    _out_features: list[str]
+    _fuse_type: str
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images [N, 3, H, W], padded to a multiple of ``size_divisibility`` -> maps by name, finest first.
+
+        The maps are p{s}, [N, out_channels, H / 2**s, W / 2**s], and the top block's after them.
+
+        Raises:
+            ValueError: the backbone's maps are not each twice as high and wide as the next; others: see
+                :func:`fpn_fast.ops.top_down`.
+        """
+        maps = self.bottom_up(x)
+        # The convolutions are kept coarsest first.
+        _, results = merge_pyramid(
+            [maps[name] for name in self.in_features],
+            self.lateral_convs[::-1],
+            self.output_convs[::-1],
+            scale_factor=2,
+            fuse=self._fuse_type,
+        )
+        if self.top_block is not None:
+            name = self.top_block.in_feature
+            results += self.top_block(maps[name] if name in maps else results[self._out_features.index(name)])
+        return dict(zip(self._out_features, results, strict=True))
+
+
+class FPN(FPNForward, nn.Module):
+    """Feature Pyramid Network (Lin et al., 2017): drop-in for detectron2's ``FPN``, which needs not be installed.
+
+    Same constructor, ``state_dict`` keys, initialisation under the same seed and results; the merge of all levels is
+    one call of :func:`fpn_fast.ops.top_down`.
+
+    Args:
+        bottom_up: the backbone: a module that makes a dict of maps of an image and whose ``output_shape()`` gives each
+            map's ``channels`` and ``stride`` by name, as detectron2's ShapeSpec has them.
+        in_features: names of its maps to use, finest first; strides are powers of two, each twice the one before.
+        out_channels: channels of every output.
+        norm: ``""`` for none, and then convolutions have a bias; ``"BN"``, ``"SyncBN"``, ``"GN"``, of 32 groups, or a
+            function that makes a layer of a number of channels.
+        top_block: :class:`LastLevelMaxPool`, :class:`LastLevelP6P7` or a module with their attributes; or none.
+        fuse_type: ``"sum"``, or ``"avg"`` for half of it.
+        square_pad: the side to which images are padded; only kept, for ``padding_constraints``.
+
+    Raises:
+        ValueError: strides that are no such sequence; another norm or fuse_type.
+
+    Source: detectron2/modeling/backbone/fpn.py.
+
+    >>> import torch
+    >>> class Backbone(torch.nn.Module):
+    ...     def output_shape(self):
+    ...         return {"res2": ShapeSpec(channels=3, stride=4), "res3": ShapeSpec(channels=3, stride=8)}
+    ...     def forward(self, x):
+    ...         return {"res2": x[:, :, ::4, ::4], "res3": x[:, :, ::8, ::8]}
+    >>> fpn = FPN(Backbone(), ["res2", "res3"], 6)
+    >>> {name: tuple(map.shape) for name, map in fpn(torch.rand(1, 3, 32, 64)).items()}
+    {'p2': (1, 6, 8, 16), 'p3': (1, 6, 4, 8)}
+    """
+
+    def __init__(
+        self,
+        bottom_up: nn.Module,
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: str | Callable[[int], nn.Module] = "",
+        top_block: Any = None,
+        fuse_type: str = "sum",
+        square_pad: int = 0,
+    ) -> None:
+        super().__init__()
+        if fuse_type not in ("sum", "avg"):
+            raise ValueError(f"fuse_type must be 'sum' or 'avg', got {fuse_type!r}")
+        shapes: Any = bottom_up.output_shape()  # type: ignore[operator]
+        strides = [shapes[name].stride for name in in_features]
+        levels = _levels_of(strides)
+        laterals, outputs = [], []
+        for level, name in zip(levels, in_features, strict=True):
+            laterals.append(ConvWithNorm(shapes[name].channels, out_channels, 1, norm))
+            outputs.append(ConvWithNorm(out_channels, out_channels, 3, norm))
+            _fill(laterals[-1])
+            _fill(outputs[-1])
+            self.add_module(f"fpn_lateral{level}", laterals[-1])
+            self.add_module(f"fpn_output{level}", outputs[-1])
+        # As detectron2 keeps them: coarsest first, beside the names above.
+        self.lateral_convs, self.output_convs = laterals[::-1], outputs[::-1]
+        self.top_block = top_block
+        self.in_features = tuple(in_features)
+        self.bottom_up = bottom_up
+        extra = 0 if top_block is None else top_block.num_levels
+        self._out_feature_strides = {f"p{level}": 2**level for level in range(levels[0], levels[-1] + 1 + extra)}
+        self._out_features = list(self._out_feature_strides)
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+        self._size_divisibility = strides[-1]
+        self._square_pad = square_pad
+        self._fuse_type = fuse_type
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images must be padded to a multiple of this."""
+        return self._size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """{"square_size": the side to which images are padded, 0 for none}"""
+        return {"square_size": self._square_pad}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output, by name."""
+        return {
+            name: ShapeSpec(self._out_feature_channels[name], self._out_feature_strides[name])
+            for name in self._out_features
+        }
+
+
+def _levels_of(strides: Sequence[int]) -> list[int]:
+    levels = [math.log2(stride) for stride in strides]
+    halving = all(coarser == finer + 1 for finer, coarser in itertools.pairwise(levels))
+    if not levels or not halving or not levels[0].is_integer():
+        raise ValueError(f"in_features must have strides that are powers of two, each twice the last, got {strides}")
+    return [int(level) for level in levels]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""detectron2's proposals, straight from the maps of an RPN's head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fpn_fast import ops
+from fpn_fast.nn._proposals import proposals_of_images, sizes_beside
+from fpn_fast.ops.generate_proposals import DETECTRON2
+from fpn_fast.reference.generate_proposals import anchors_at
+
+__all__ = ["DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_images"]
+
+
+class Anchors(Protocol):
+    """What is asked of an anchor generator: detectron2's DefaultAnchorGenerator has it too."""
+
+    cell_anchors: Iterable[Tensor]
+    strides: Sequence[int]
+    offset: float
+
+
+class DefaultAnchorGenerator(nn.Module):
+    """Anchors of a pyramid: detectron2's DefaultAnchorGenerator, with its constructor, order and numbers.
+
+    Anchors are not rounded, sizes vary slower than ratios. It has no parameters and nothing in a ``state_dict``.
+
+    Args:
+        sizes: roots of the anchors' areas in pixels, for each map; or of all maps, one list.
+        aspect_ratios: heights as a multiple of widths, for each map or of all.
+        strides: image pixels per map pixel of each map.
+        offset: of the first anchor's centre from the image's corner, in strides, 0 to below 1.
+
+    Raises:
+        ValueError: lists whose numbers differ from that of strides; an offset out of range.
+
+    Source: detectron2/modeling/anchor_generator.py.
+
+    >>> generator = DefaultAnchorGenerator(sizes=[[32]], aspect_ratios=[[1.0]], strides=[16], offset=0.5)
+    >>> generator([torch.rand(1, 8, 1, 2)])
+    [tensor([[-8., -8., 24., 24.],
+            [ 8., -8., 40., 24.]])]
+    """
+
+    box_dim = 4
+
+    def __init__(
+        self,
+        *,
+        sizes: Sequence[Sequence[float]] | Sequence[float],
+        aspect_ratios: Sequence[Sequence[float]] | Sequence[float],
+        strides: Sequence[int],
+        offset: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0 <= offset < 1:
+            raise ValueError(f"offset must be 0 to below 1 stride, got {offset}")
+        self.strides = list(strides)
+        self.offset = offset
+        self.cell_anchors = [
+            torch.tensor([_cell_anchor(size, ratio) for size in of_map for ratio in ratios])
+            for of_map, ratios in zip(
+                _of_each_map("sizes", sizes, len(strides)),
+                _of_each_map("aspect_ratios", aspect_ratios, len(strides)),
+                strict=True,
+            )
+        ]
+
+    @property
+    def num_anchors(self) -> list[int]:
+        """How many anchors each place of each map has."""
+        return [len(table) for table in self.cell_anchors]
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [N, C, H_l, W_l] -> for each [H_l * W_l * A, 4] float32, (x1, y1, x2, y2), in order (y, x, anchor)."""
+        anchors = []
+        for map, table, stride in zip(features, self.cell_anchors, self.strides, strict=True):
+            height, width = map.shape[-2:]
+            index = torch.arange(height * width * len(table), device=map.device)
+            anchors.append(anchors_at(index, table.to(map.device), width, (stride, stride), self.offset, torch.float32))
+        return anchors
+
+
+def _of_each_map(name: str, values: Sequence[Any], maps: int) -> list[Sequence[float]]:
+    """`values` for each of the maps: those of one list are every map's."""
+    lists = list(values) if values and isinstance(values[0], (list, tuple)) else [values]
+    if len(lists) == 1:
+        lists *= maps
+    if len(lists) != maps or not all(lists):
+        raise ValueError(f"{name} must be a list for each of the {maps} strides, or one list, got {values}")
+    return lists
+
+
+def _cell_anchor(size: float, ratio: float) -> list[float]:
+    width = math.sqrt(size**2.0 / ratio)
+    height = ratio * width
+    return [-width / 2, -height / 2, width / 2, height / 2]
+
+
+def find_top_rpn_proposals(
+    pred_objectness_logits: Sequence[Tensor],
+    pred_anchor_deltas: Sequence[Tensor],
+    anchor_generator: Anchors,
+    image_sizes: Sequence[Sequence[int]] | Tensor,
+    *,
+    pre_nms_topk: int,
+    post_nms_topk: int,
+    nms_thresh: float = 0.7,
+    min_box_size: float = 0.0,
+    box2box_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    scale_clamp: float = math.log(1000.0 / 16),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The proposals that detectron2's RPN makes of its head's maps, by :func:`fpn_fast.ops.generate_proposals`.
+
+    detectron2's function of this name begins after the decoding of all anchors; here neither anchors nor boxes are in
+    memory but those chosen. Logits and boxes that are not finite are left out, in training too, where detectron2
+    raises. Boxes and logits are float32 for half precision, as there.
+
+    Args:
+        pred_objectness_logits, pred_anchor_deltas: the head's maps, [N, A, H_l, W_l] and [N, 4A, H_l, W_l].
+        anchor_generator: :class:`DefaultAnchorGenerator`, or detectron2's own. Anchors on a GPU are waited for.
+        image_sizes: (height, width) of each image in pixels, or a tensor [N, 2] on the maps' device.
+        pre_nms_topk, post_nms_topk: how many of each map and image, and of each image.
+        nms_thresh: intersection over union above which a box removes a lower one of its map.
+        min_box_size: sides must be longer than this, in pixels.
+        box2box_weights, scale_clamp: Box2BoxTransform's.
+
+    Returns:
+        (boxes [N, P, 4], logits [N, P], counts [N]), P = post_nms_topk; logits descend, zeros after the last.
+        :func:`proposals_of_images` makes lists of them. Nothing here waits for a GPU.
+
+    Raises:
+        TypeError, ValueError: the op's.
+
+    Source: detectron2/modeling/proposal_generator/proposal_utils.py, rpn.py.
+    """
+    return ops.generate_proposals(
+        pred_objectness_logits,
+        pred_anchor_deltas,
+        [table.tolist() for table in anchor_generator.cell_anchors],
+        [(stride, stride) for stride in anchor_generator.strides],
+        sizes_beside(pred_objectness_logits, image_sizes),
+        pre_nms_top_n=pre_nms_topk,
+        post_nms_top_n=post_nms_topk,
+        nms_thresh=nms_thresh,
+        weights=box2box_weights,
+        scale_clamp=scale_clamp,
+        center_offset=anchor_generator.offset,
+        **{**DETECTRON2, "min_size": min_box_size},
+    )

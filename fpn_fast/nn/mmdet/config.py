@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules from configurations in mmdetection's form, without its registries."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fpn_fast.nn.mmdet.necks import FPN, PAFPN
+from fpn_fast.nn.mmdet.roi_extractors import GenericRoIExtractor, SingleRoIExtractor
+
+__all__ = ["build_neck", "build_roi_extractor"]
+
+_NECKS: dict[str, type[nn.Module]] = {"FPN": FPN, "PAFPN": PAFPN}
+_ROI_EXTRACTORS: dict[str, type[nn.Module]] = {
+    "GenericRoIExtractor": GenericRoIExtractor,
+    "SingleRoIExtractor": SingleRoIExtractor,
+}
+
+
+def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
+    """A neck from a dict as it stands in mmdetection's configurations: its ``type``, FPN or PAFPN, and its arguments.
+
+    Raises ValueError for another type, for keys that it does not have, naming them, and for keys that are missing;
+    others: the module's.
+
+    >>> neck = build_neck(dict(type="FPN", in_channels=[8, 16], out_channels=4, num_outs=3))
+    >>> neck.num_outs
+    3
+    """
+    return _build(cfg, _NECKS)
+
+
+def build_roi_extractor(cfg: Mapping[str, Any]) -> nn.Module:
+    """:func:`build_neck` for RoI extractors, of type SingleRoIExtractor or GenericRoIExtractor."""
+    return _build(cfg, _ROI_EXTRACTORS)
+
+
+def _build(cfg: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]]) -> nn.Module:
+    arguments = dict(cfg)
+    # A configuration may name the library that a type is of.
+    name = str(arguments.pop("type", None)).removeprefix("mmdet.")
+    if name not in kinds:
+        raise ValueError(f"type must be one of {', '.join(kinds)}, got {cfg.get('type')!r}")
+    known = dict(inspect.signature(kinds[name]).parameters)
+    unknown = [str(key) for key in arguments if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+    needed = [key for key, each in known.items() if each.default is each.empty and key not in arguments]
+    if needed:
+        raise ValueError(f"{name} needs {', '.join(needed)}, got {', '.join(map(str, arguments)) or 'nothing'}")
+    return kinds[name](**arguments)

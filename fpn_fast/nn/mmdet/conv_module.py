@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmcv's ConvModule as necks use it: a convolution, a normalisation and an activation from dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+#: type -> the name under which mmcv keeps the layer, and the layer.
+_NORMS: dict[str, tuple[str, type[nn.Module]]] = {
+    "BN": ("bn", nn.BatchNorm2d),
+    "BN2d": ("bn", nn.BatchNorm2d),
+    "SyncBN": ("bn", nn.SyncBatchNorm),
+    "GN": ("gn", nn.GroupNorm),
+}
+_ACTIVATIONS = ("ReLU", "LeakyReLU", "PReLU", "RReLU", "ReLU6", "ELU", "Sigmoid", "Tanh", "SiLU", "GELU")
+
+
+class ConvModule(nn.Module):
+    """A convolution that keeps the size, but for its stride; with a bias where no normalisation follows.
+
+    Keys: ``conv.weight``, ``conv.bias``, ``bn.*`` or ``gn.*``. Weights are drawn as mmcv draws them.
+
+    Args:
+        norm_cfg: none, or a dict of ``type`` BN, SyncBN or GN, ``requires_grad`` and the layer's own arguments.
+        act_cfg: none, or a dict of ``type``, a name in torch.nn such as ReLU, and its arguments.
+        conv_cfg: none: other convolutions have no form here.
+
+    Raises:
+        ValueError: a dict of another type, or GN without num_groups.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        conv_cfg: Mapping[str, Any] | None = None,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if conv_cfg is not None:
+            raise ValueError(f"conv_cfg must be None, for an ordinary convolution, got {dict(conv_cfg)}")
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=norm_cfg is None
+        )
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        self.norm_name = None
+        if norm_cfg is not None:
+            self.norm_name, norm = _norm(norm_cfg, out_channels)
+            self.add_module(self.norm_name, norm)
+        self.activate = None if act_cfg is None else _activation(act_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
+        x = self.conv(x)
+        if self.norm_name is not None:
+            x = getattr(self, self.norm_name)(x)
+        return x if self.activate is None else self.activate(x)
+
+
+def _norm(norm_cfg: Mapping[str, Any], channels: int) -> tuple[str, nn.Module]:
+    options = dict(norm_cfg)
+    kind, trained = options.pop("type", None), options.pop("requires_grad", True)
+    if kind not in _NORMS:
+        raise ValueError(f"norm_cfg must be of type {', '.join(_NORMS)}, got {kind!r}")
+    name, layer = _NORMS[kind]
+    if kind == "GN":
+        if "num_groups" not in options:
+            raise ValueError(f"norm_cfg of type 'GN' must have num_groups, got {dict(norm_cfg)}")
+        options["num_channels"] = channels
+    else:
+        options["num_features"] = channels
+    norm = layer(**options)
+    for parameter in norm.parameters():
+        parameter.requires_grad = trained
+    return name, norm
+
+
+def _activation(act_cfg: Mapping[str, Any]) -> nn.Module:
+    options = dict(act_cfg)
+    kind = options.pop("type", None)
+    if kind not in _ACTIVATIONS:
+        raise ValueError(f"act_cfg must be of type {', '.join(_ACTIVATIONS)}, got {kind!r}")
+    return getattr(nn, kind)(**options)

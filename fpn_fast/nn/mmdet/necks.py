@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmdetection's FPN and PAFPN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_fast.nn._pyramid import merge_pyramid
+from fpn_fast.nn.mmdet.conv_module import ConvModule
+
+__all__ = ["FPN", "PAFPN"]
+
+#: The only initialisation but None, which leaves mmcv's: mmdetection's default.
+_XAVIER = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}
+_EXTRA_CONVS = (False, True, "on_input", "on_lateral", "on_output")
+
+
+def merge_options(upsample_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """upsample_cfg, arguments of F.interpolate -> options of :func:`fpn_fast.ops.top_down`; ValueError if it has none.
+
+    Without a scale_factor the lateral's size counts, whatever the ratio.
+    """
+    options = dict(upsample_cfg)
+    mode, scale = options.pop("mode", "nearest"), options.pop("scale_factor", None)
+    corners = options.pop("align_corners", None)
+    if options:
+        raise ValueError(f"upsample_cfg has unknown keys {', '.join(map(str, options))}")
+    if mode not in ("nearest", "bilinear"):
+        raise ValueError(f"upsample_cfg's mode must be 'nearest' or 'bilinear', got {mode!r}")
+    if corners and mode == "nearest":
+        raise ValueError("upsample_cfg's align_corners goes with mode 'bilinear', got 'nearest'")
+    if scale is not None and (not isinstance(scale, (int, float)) or scale < 1 or int(scale) != scale):
+        raise ValueError(f"upsample_cfg's scale_factor must be a positive integer, got {scale}")
+    return {"mode": mode, "align_corners": bool(corners), "scale_factor": None if scale is None else int(scale)}
+
+
+class FPNForward:
+    """What FPN computes, for our module and for mmdetection's own, which has the same attributes."""
+
+    in_channels: Sequence[int]
+    num_outs: int
+    start_level: int
+    backbone_end_level: int
+    add_extra_convs: bool | str
+    relu_before_extra_convs: bool
+    upsample_cfg: Mapping[str, Any]
+    lateral_convs: nn.ModuleList
+    fpn_convs: nn.ModuleList
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All stages' maps [N, in_channels[i], H_i, W_i], finest first -> num_outs maps [N, out_channels, H, W].
+
+        Raises:
+            ValueError: not as many maps as in_channels; others: see :func:`fpn_fast.ops.top_down`.
+        """
+        merged, outs = self._pyramid(inputs)
+        return self._extend(inputs, merged, outs)
+
+    def _pyramid(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(f"inputs must be a map for each of the {len(self.in_channels)} stages, got {len(inputs)}")
+        used = inputs[self.start_level : self.backbone_end_level]
+        # Those after them make the extra levels.
+        output_convs = list(self.fpn_convs)[: len(self.lateral_convs)]
+        return merge_pyramid(used, self.lateral_convs, output_convs, **merge_options(self.upsample_cfg))
+
+    def _extend(self, inputs: Sequence[Tensor], merged: list[Tensor], outs: list[Tensor]) -> tuple[Tensor, ...]:
+        """`outs` with the coarser levels above them, up to num_outs."""
+        if not self.add_extra_convs:
+            for _ in range(self.num_outs - len(outs)):
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+            return tuple(outs)
+        sources = {"on_input": inputs[self.backbone_end_level - 1], "on_lateral": merged[-1], "on_output": outs[-1]}
+        source = sources[str(self.add_extra_convs)]
+        for conv in list(self.fpn_convs)[len(self.lateral_convs) :]:
+            outs.append(conv(source))
+            # The first extra level takes its source as it is.
+            source = F.relu(outs[-1]) if self.relu_before_extra_convs else outs[-1]
+        return tuple(outs)
+
+
+class FPN(FPNForward, nn.Module):
+    """Feature Pyramid Network (Lin et al., 2017): drop-in for mmdetection's ``FPN`` neck, which needs not be installed.
+
+    Same constructor, ``state_dict`` keys and results; the merge of all levels is one call of
+    :func:`fpn_fast.ops.top_down`. Weights are drawn at once, as mmdetection's ``init_weights()`` draws them.
+
+    Args:
+        in_channels: channels of every stage of the backbone, finest first.
+        out_channels: channels of every output.
+        num_outs: how many outputs; those above the backbone's last stage are extra levels.
+        start_level, end_level: first and last stage to use; -1 is the last there is. Only after this one there are
+            extra levels.
+        add_extra_convs: extra levels are every second pixel of the last output for False, and otherwise strided 3x3
+            convolutions, the first ``"on_input"`` (or True) of the last stage, ``"on_lateral"`` of its lateral or
+            ``"on_output"`` of the last output.
+        relu_before_extra_convs: a ReLU before each of those but the first.
+        no_norm_on_lateral: leaves lateral convolutions without normalisation.
+        conv_cfg, norm_cfg, act_cfg: of every convolution, see :class:`~fpn_fast.nn.mmdet.conv_module.ConvModule`.
+        upsample_cfg: ``mode``, "nearest" or "bilinear"; with it ``align_corners``; and ``scale_factor``, a whole number
+            of times that each map must be as high and wide as the next, where without it any ratio goes.
+        init_cfg: mmdetection's default, or None for the weights with which mmcv makes a convolution.
+
+    Raises:
+        ValueError: something is not of this kind; the message says what.
+
+    Source: mmdet/models/necks/fpn.py.
+
+    >>> import torch
+    >>> neck = FPN([8, 16, 32], 4, num_outs=4, start_level=1, add_extra_convs="on_output")
+    >>> [tuple(map.shape) for map in neck([torch.rand(1, 8 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(3)])]
+    [(1, 4, 8, 8), (1, 4, 4, 4), (1, 4, 2, 2), (1, 4, 1, 1)]
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int,
+        start_level: int = 0,
+        end_level: int = -1,
+        add_extra_convs: bool | str = False,
+        relu_before_extra_convs: bool = False,
+        no_norm_on_lateral: bool = False,
+        conv_cfg: Mapping[str, Any] | None = None,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = None,
+        upsample_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | None = _XAVIER,
+    ) -> None:
+        super().__init__()
+        if add_extra_convs not in _EXTRA_CONVS:
+            raise ValueError(f"add_extra_convs must be one of {_EXTRA_CONVS}, got {add_extra_convs!r}")
+        if init_cfg is not None and dict(init_cfg) != _XAVIER:
+            raise ValueError(f"init_cfg must be None or {_XAVIER}, got {init_cfg}")
+        self.in_channels = list(in_channels)
+        self.out_channels = out_channels
+        self.num_ins = len(self.in_channels)
+        self.num_outs = num_outs
+        self.start_level, self.end_level = start_level, end_level
+        self.backbone_end_level = _end_of(end_level, start_level, num_outs, self.num_ins)
+        self.add_extra_convs = "on_input" if add_extra_convs is True else add_extra_convs
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.no_norm_on_lateral = no_norm_on_lateral
+        self.upsample_cfg = {"mode": "nearest"} if upsample_cfg is None else dict(upsample_cfg)
+        merge_options(self.upsample_cfg)
+        self.init_cfg = init_cfg
+        layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
+        lateral_layers = {**layers, "norm_cfg": None} if no_norm_on_lateral else layers
+        self.lateral_convs, self.fpn_convs = nn.ModuleList(), nn.ModuleList()
+        for channels in self.in_channels[start_level : self.backbone_end_level]:
+            self.lateral_convs.append(ConvModule(channels, out_channels, 1, **lateral_layers))
+            self.fpn_convs.append(ConvModule(out_channels, out_channels, 3, **layers))
+        if self.add_extra_convs:
+            for i in range(num_outs - len(self.lateral_convs)):
+                of_input = i == 0 and self.add_extra_convs == "on_input"
+                channels = self.in_channels[self.backbone_end_level - 1] if of_input else out_channels
+                self.fpn_convs.append(ConvModule(channels, out_channels, 3, stride=2, **layers))
+        self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        if self.init_cfg is None:
+            return
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
+
+
+def _end_of(end_level: int, start_level: int, num_outs: int, stages: int) -> int:
+    """The stage after the last one used, with the rules that mmdetection asserts."""
+    if not 0 <= start_level < stages:
+        raise ValueError(f"start_level must be one of the {stages} stages, got {start_level}")
+    if end_level in (-1, stages - 1):
+        if num_outs < stages - start_level:
+            raise ValueError(f"num_outs must be at least {stages - start_level}, one for each stage, got {num_outs}")
+        return stages
+    if not start_level <= end_level < stages:
+        raise ValueError(f"end_level must be -1 or a stage from {start_level} to {stages - 1}, got {end_level}")
+    if num_outs != end_level - start_level + 1:
+        raise ValueError(f"num_outs must be {end_level - start_level + 1} for an end_level before the last stage's, "
+                         f"where there are no extra levels, got {num_outs}")  # fmt: skip
+    return end_level + 1
+
+
+class PAFPNForward(FPNForward):
+    """What PAFPN computes, for our module and for mmdetection's own."""
+
+    downsample_convs: nn.ModuleList
+    pafpn_convs: nn.ModuleList
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """As of FPN."""
+        merged, outs = self._pyramid(inputs)
+        for i, conv in enumerate(self.downsample_convs):
+            outs[i + 1] = outs[i + 1] + conv(outs[i])
+        outs[1:] = [conv(out) for conv, out in zip(self.pafpn_convs, outs[1:], strict=True)]
+        return self._extend(inputs, merged, outs)
+
+
+class PAFPN(PAFPNForward, FPN):
+    """Path aggregation (Liu et al., 2018): drop-in for mmdetection's ``PAFPN`` neck.
+
+    A :class:`FPN` and a bottom-up path over its outputs; its arguments but upsample_cfg, which is nearest, and its
+    errors.
+
+    Source: mmdet/models/necks/pafpn.py.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int,
+        start_level: int = 0,
+        end_level: int = -1,
+        add_extra_convs: bool | str = False,
+        relu_before_extra_convs: bool = False,
+        no_norm_on_lateral: bool = False,
+        conv_cfg: Mapping[str, Any] | None = None,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Mapping[str, Any] | None = _XAVIER,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, num_outs, start_level, end_level, add_extra_convs, relu_before_extra_convs,
+            no_norm_on_lateral, conv_cfg, norm_cfg, act_cfg, init_cfg=init_cfg,
+        )  # fmt: skip
+        layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
+        self.downsample_convs, self.pafpn_convs = nn.ModuleList(), nn.ModuleList()
+        for _ in range(len(self.lateral_convs) - 1):
+            self.downsample_convs.append(ConvModule(out_channels, out_channels, 3, stride=2, **layers))
+            self.pafpn_convs.append(ConvModule(out_channels, out_channels, 3, **layers))
+        self._draw_weights()
