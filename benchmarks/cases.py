@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured, as data: shapes of named detectors, and the bytes that each op must move.
 
-A later op adds cases and a family here, and its callables in providers.py; nothing else changes.
+A later op adds cases and a family here, and its callables in providers.py or selection.py; nothing else changes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,13 @@ Levels = tuple[tuple[int, int], ...]
 #: before padding: its widths halve to 334, 167, 84, 42, so the ratio is not two everywhere.
 RESNET50_FPN_800X1344: Levels = ((200, 336), (100, 168), (50, 84), (25, 42))
 RESNET50_FPN_800X1333: Levels = ((200, 334), (100, 167), (50, 84), (25, 42))
+#: Strides 4 to 64 of 800 x 1344, of an RPN: 268,569 anchors at three a cell.
+RPN_800X1344: Levels = (*RESNET50_FPN_800X1344, (13, 21))
+#: Strides 8 to 128, of RetinaNet: 201,600 anchors at nine a cell.
+RETINANET_800X1344: Levels = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+#: An image instead of maps.
+IMAGE_800X1344: Levels = ((800, 1344),)
+IMAGE_800X1333: Levels = ((800, 1333),)
 TINY_3_LEVELS: Levels = ((4, 4), (2, 2), (1, 1))
 TINY_2_MAPS: Levels = ((4, 4), (2, 2))
 
@@ -47,6 +55,12 @@ class Case:
     output_size: int = 0
     sampling_ratio: int = 0
     clustered: bool = False
+    #: Of a selection: anchors of a cell, classes (groups of boxes), candidates of a level, and boxes that are there
+    #: before (candidates, ground truths or masks of an image; output_size is then a mask's).
+    anchors: int = 0
+    classes: int = 0
+    pre_nms_top_n: int = 0
+    boxes: int = 0
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}-n{self.batch}-{self.dtype}-{self.memory_format}-{self.direction}"
@@ -54,10 +68,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """What the fused op must reach on a CPU, as times as fast as another provider."""
+    """What the fused op must reach on a CPU: times as fast as another provider, in a share of its peak memory."""
 
     provider: str
     times: float
+    peak_share: float | None = None
 
 
 def _elements(case: Case) -> list[int]:
@@ -87,6 +102,17 @@ def scales(case: Case) -> tuple[float, ...]:
     return tuple(2.0 ** -(2 + level) for level in range(len(case.levels)))
 
 
+#: Pixels between the finest map's cells, where that is not four.
+_FINEST_STRIDE = {"select_detections": 8, "batched_nms": 1, "paste_masks": 1}
+
+
+def image_size(case: Case) -> tuple[int, int]:
+    """(height, width) of the image that the case's maps are of."""
+    stride = _FINEST_STRIDE.get(case.op, 4)
+    height, width = case.levels[0]
+    return stride * height, stride * width
+
+
 def _roi_align_elements(case: Case) -> int:
     """Forward: every pixel that a RoI reads, and the output. Backward: the output's gradient, and that of all maps."""
     pooled = case.batch * case.rois * case.channels * case.output_size**2
@@ -98,10 +124,47 @@ def _roi_align_elements(case: Case) -> int:
     return pooled + read * case.channels
 
 
+def _anchors(case: Case) -> list[int]:
+    """Anchors of each level."""
+    return [case.anchors * height * width for height, width in case.levels]
+
+
+def _proposal_elements(case: Case) -> int:
+    """Every logit, the deltas of what is selected by them, and boxes and scores of as many proposals."""
+    selected = sum(min(case.pre_nms_top_n, anchors) for anchors in _anchors(case))
+    return case.batch * (sum(_anchors(case)) + 4 * selected + 5 * min(case.pre_nms_top_n, selected))
+
+
+def _detection_elements(case: Case) -> int:
+    """Every logit. What is above the threshold is data, and little."""
+    return case.batch * case.classes * sum(_anchors(case))
+
+
+def _nms_elements(case: Case) -> int:
+    """Boxes, scores and groups, and an index of what is kept: one in each group at least. Integers are of 8 bytes."""
+    return (4 + 1 + 2) * case.boxes + 2 * min(case.classes, case.boxes)
+
+
+def _match_elements(case: Case) -> int:
+    """Ground truths and anchors, and an index of 8 bytes for each anchor."""
+    return 4 * case.boxes + (4 + 2) * sum(_anchors(case))
+
+
+def _paste_elements(case: Case) -> int:
+    """Masks and boxes, and an image for each."""
+    height, width = image_size(case)
+    return case.boxes * (case.output_size**2 + 4 + height * width)
+
+
 _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "top_down": _top_down_elements,
     "upsample_add": _upsample_add_elements,
     "multiscale_roi_align": _roi_align_elements,
+    "generate_proposals": _proposal_elements,
+    "select_detections": _detection_elements,
+    "batched_nms": _nms_elements,
+    "match_anchors": _match_elements,
+    "paste_masks": _paste_elements,
 }
 
 
@@ -116,10 +179,25 @@ def bytes_moved(case: Case) -> int:
     return elements * ELEMENT_BYTES[case.dtype]
 
 
+#: What selections are held to, whatever the case.
+_SELECTION_TARGETS = {
+    "generate_proposals": Target("eager", 8.0),
+    "select_detections": Target("eager", 5.0),
+    "batched_nms": Target("eager", 3.0),
+    "paste_masks": Target("eager", 5.0),
+}
+#: By the number of ground truths.
+_MATCH_TARGETS = {20: Target("eager", 10.0, peak_share=0.1), 300: Target("eager", 20.0, peak_share=0.1)}
+
+
 def targets(case: Case) -> tuple[Target, ...]:
     """What the compiled library is held to for `case` on two CPU cores; empty where it is only reported."""
     if case.overhead:
         return (Target("eager", 1.0),)
+    if case.op in _SELECTION_TARGETS:
+        return (_SELECTION_TARGETS[case.op],)
+    if case.op == "match_anchors":
+        return (_MATCH_TARGETS[case.boxes],) if case.boxes in _MATCH_TARGETS else ()
     if case.op == "multiscale_roi_align" and case.dtype == "float32":
         if case.direction == "forward" and case.sampling_ratio == 0:
             return (Target("eager", 10.0),)
@@ -201,14 +279,67 @@ def _multiscale_roi_align(device_type: str) -> list[Case]:
     return cases
 
 
+def _selection(op: str, name: str, levels: Levels, batch: int = 1, memory_format: str = "channels_first",
+               **numbers: int) -> Case:  # fmt: skip
+    return Case(op, name, levels, batch, 0, "float32", memory_format, "forward", **numbers)
+
+
+def _generate_proposals(device_type: str) -> list[Case]:
+    return [
+        _selection("generate_proposals", f"top_{top_n}_800x1344", RPN_800X1344, batch, memory_format, anchors=3,
+                   pre_nms_top_n=top_n)
+        for batch, top_n, memory_format in itertools.product((1, 2, 8), (1000, 2000), MEMORY_FORMATS)
+    ]  # fmt: skip
+
+
+def _select_detections(device_type: str) -> list[Case]:
+    # Tables, an anchor's classes together: what maps are whose channels come last.
+    return [
+        _selection("select_detections", "retinanet_91_classes_800x1344", RETINANET_800X1344, batch, "channels_last",
+                   anchors=9, classes=91, pre_nms_top_n=1000)
+        for batch in (1, 2)
+    ]  # fmt: skip
+
+
+def _batched_nms(device_type: str) -> list[Case]:
+    return [
+        _selection("batched_nms", f"{boxes}_boxes_{groups}_groups", IMAGE_800X1344, boxes=boxes, classes=groups)
+        for boxes, groups in itertools.product((1_000, 5_000, 10_000, 30_000), (1, 5, 80, 1203))
+    ]
+
+
+def _match_anchors(device_type: str) -> list[Case]:
+    return [
+        _selection("match_anchors", f"{gts}_gts_800x1344", RPN_800X1344, anchors=3, boxes=gts)
+        for gts in (20, 300, 100, 7)
+    ]
+
+
+def _paste_masks(device_type: str) -> list[Case]:
+    return [_selection("paste_masks", "100_masks_800x1333", IMAGE_800X1333, boxes=100, output_size=28)]
+
+
 #: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
 FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "top_down": _top_down,
     "multiscale_roi_align": _multiscale_roi_align,
+    "generate_proposals": _generate_proposals,
+    "select_detections": _select_detections,
+    "batched_nms": _batched_nms,
+    "match_anchors": _match_anchors,
+    "paste_masks": _paste_masks,
 }
 
 
 def tiny(case: Case) -> Case:
-    """`case` with eight channels, maps of a few pixels and few RoIs, to walk the code and measure nothing."""
+    """`case` with eight channels, maps of a few pixels and few boxes, to walk the code and measure nothing."""
     levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)
-    return replace(case, levels=levels, channels=8, rois=min(case.rois, 4))
+    return replace(
+        case,
+        levels=levels,
+        channels=min(case.channels, 8),
+        rois=min(case.rois, 4),
+        classes=min(case.classes, 3),
+        pre_nms_top_n=min(case.pre_nms_top_n, 20),
+        boxes=min(case.boxes, 20),
+    )

@@ -50,16 +50,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fpn_fast benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--case-seconds", type=float, default=4.0, help="time for each case, beyond warming up")
+    group.addoption("--family", help=f"comma-separated, of {', '.join(FAMILIES)}; all by default")
     group.addoption("--results", type=Path, help="folder for <machine>/<family>.json; without it no rows are kept")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `case` and `provider` gets those of the family that its module is named after."""
-    if {"case", "provider"} <= set(metafunc.fixturenames):
-        device_type = metafunc.config.getoption("--device")
-        family = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
-        pairs = [(c, p.name) for c in FAMILIES[family](device_type) for p in providers(c, device_type)]
-        metafunc.parametrize(("case", "provider"), pairs, ids=[f"{case}-{name}" for case, name in pairs])
+    """A test that takes `family`, `case` and `provider` gets all of them."""
+    if {"family", "case", "provider"} <= set(metafunc.fixturenames):
+        device_type, chosen = (metafunc.config.getoption(name) for name in ("--device", "--family"))
+        families = chosen.split(",") if chosen else list(FAMILIES)
+        if unknown := set(families) - set(FAMILIES):
+            raise pytest.UsageError(f"--family takes {', '.join(FAMILIES)}, not {', '.join(sorted(unknown))}")
+        found = [(f, c, p.name) for f in families for c in FAMILIES[f](device_type) for p in providers(c, device_type)]
+        ids = [f"{case}-{name}" for _, case, name in found]
+        metafunc.parametrize(("family", "case", "provider"), found, ids=ids)
 
 
 @pytest.fixture(scope="session")
@@ -67,21 +71,22 @@ def machine(request: pytest.FixtureRequest) -> dict[str, Any]:
     return facts(request.config.getoption("--device"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def measured(
     request: pytest.FixtureRequest, machine: dict[str, Any]
-) -> Callable[[Case], tuple[dict[tuple[str, str], Row], Samples]]:
+) -> Callable[[str, Case], tuple[dict[tuple[str, str], Row], Samples]]:
     """A case's rows and samples by (provider, metric). It is measured when it is first asked for."""
     options = request.config.option
-    family = request.module.__name__.rpartition(".")[2].removeprefix("test_")
-    results = None if options.results is None else Results(options.results, family, machine)
+    results: dict[str, Results] = {}
     latest: dict[Case, tuple[dict[tuple[str, str], Row], Samples]] = {}
 
-    def of(case: Case) -> tuple[dict[tuple[str, str], Row], Samples]:
+    def of(family: str, case: Case) -> tuple[dict[tuple[str, str], Row], Samples]:
         if case not in latest:
             rows, samples = measure(case, options.device, options.case_seconds)
-            if results is not None:
-                results.add(rows)
+            if options.results is not None:
+                if family not in results:
+                    results[family] = Results(options.results, family, machine)
+                results[family].add(rows)
             latest.clear()
             latest[case] = {(row.provider, row.metric): row for row in rows}, samples
         return latest[case]

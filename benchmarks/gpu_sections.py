@@ -25,6 +25,17 @@ SANITIZER_TOOLS = ("memcheck", "racecheck")
 #: What a sanitizer tool exits with when it found something.
 SANITIZER_ERROR = 9
 
+#: What a dry run walks of the benchmarks: some of each family.
+DRY_CASES = (
+    "resnet50_fpn_800x1344-n1-float32-channels_last",
+    "ratio_2_spread-n1-bfloat16-channels_last",
+    "top_1000_800x1344-n1-float32-channels_last",
+    "91_classes_800x1344-n1",
+    "1000_boxes_5_groups",
+    "20_gts",
+    "100_masks",
+)
+
 #: One test's line of `pytest -v`, without or with xdist.
 _VERDICT = re.compile(r"^(?:\S+::.* |\[gw\d+\].*?)(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b", re.MULTILINE)
 
@@ -123,8 +134,7 @@ def benchmarks(run: Run) -> Outcome:
     """Every case, into <machine>/<family>.json."""
     arguments = ["--output", str(run.output), "--seconds", "2"]
     if run.options.dry_run:
-        cases = ("800x1344-n1-float32-channels_last", "ratio_2_spread-n1-bfloat16-channels_last")
-        arguments += ["--tiny", "--only", ",".join(cases)]
+        arguments += ["--tiny", "--only", ",".join(DRY_CASES)]
     # A case that has begun needs time to end, most of it for torch.compile.
     limit = max(5.0, run.section_left() - 30)
     before = {path: path.stat().st_mtime_ns for path in run.output.glob("*/*.json")}

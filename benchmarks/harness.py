@@ -26,7 +26,8 @@ from torch import Tensor
 
 from benchmarks import cpu_timing, gpu_timing
 from benchmarks.cases import Case, bytes_moved
-from benchmarks.providers import Expectation, Provider, bind, expectation, op_of, output_grads, providers, running
+from benchmarks.op import Expectation
+from benchmarks.providers import Provider, bind, expectation, op_of, output_grads, providers, running
 from benchmarks.rows import Row
 from benchmarks.sampling import MAX_ROUNDS, Measurement, interleave, quantile, ratio
 

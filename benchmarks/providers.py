@@ -2,9 +2,9 @@
 """Who computes a case, and the check that it is the right thing that is computed.
 
 - eager: the sequence of PyTorch calls that the op replaces, as torchvision writes it.
-- compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes. The pooler's reference is
-  a loop that nobody would compile: there it is of torchvision's module, graph breaks and all.
-- cpp and triton: the op, by that backend (triton on a GPU only).
+- compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes. Where the reference is a
+  loop that nobody would compile, it is of torchvision's code, graph breaks and all.
+- cpp and triton: the op, by that backend where it has kernels of it (triton on a GPU only).
 """
 
 from __future__ import annotations
@@ -12,30 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
+from benchmarks import selection
 from benchmarks.cases import Case, scales
+from benchmarks.op import Expectation, Function, Op, largest, listed
 from benchmarks.rois import random_rois
 from fpn_fast import backends, ops, reference
-
-Function = Callable[[Sequence[Tensor]], Any]
-
-
-@dataclass(frozen=True)
-class Op:
-    """How one op is called: each function takes the case's inputs and gives a tensor or a list of them."""
-
-    inputs: Callable[[Case, torch.device], list[Tensor]]
-    reference: Function
-    eager: Function
-    fused: Function
-    #: What torch.compile is given, where that is not the reference.
-    compiled: Function | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +57,18 @@ def _eager_upsample_add(maps: Sequence[Tensor]) -> Tensor:
     return lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
 
 
+def _reference_upsample_add(maps: Sequence[Tensor]) -> Tensor:
+    return reference.upsample_add(maps[0], maps[1])
+
+
 OPS: dict[str, Op] = {
-    "top_down": Op(_maps, reference.top_down, _eager_top_down, ops.top_down),
+    "top_down": Op(_maps, reference.top_down, _eager_top_down, ops.top_down, compiled=reference.top_down),
     "upsample_add": Op(
         _maps,
-        lambda maps: reference.upsample_add(maps[0], maps[1]),
+        _reference_upsample_add,
         _eager_upsample_add,
         lambda maps: ops.upsample_add(maps[0], maps[1]),
+        compiled=_reference_upsample_add,
     ),
 }
 
@@ -109,26 +101,34 @@ def _pooler(case: Case) -> Op:
             sampling_ratio=case.sampling_ratio,
         )
 
-    def plain(maps: Sequence[Tensor]) -> Tensor:
-        with backends.use("reference"):
-            return fused(maps)
+    return Op(_maps, selection.by_reference(fused), eager, fused, compiled=eager, fullgraph=False)
 
-    return Op(_maps, plain, eager, fused, compiled=eager)
+
+#: Op -> how its cases are called, of those that a case shapes.
+_OF_CASE: dict[str, Callable[[Case], Op]] = {"multiscale_roi_align": _pooler, **selection.OPS}
 
 
 def op_of(case: Case) -> Op:
     """How `case` is called."""
-    return _pooler(case) if case.op == "multiscale_roi_align" else OPS[case.op]
+    return _OF_CASE[case.op](case) if case.op in _OF_CASE else OPS[case.op]
 
 
 def providers(case: Case, device_type: str, names: Sequence[str] | None = None) -> list[Provider]:
     """The providers that can serve `case` on this machine, eager first; only `names` where given."""
     op = op_of(case)
-    compiled = torch.compile(op.compiled or op.reference, fullgraph=op.compiled is None, dynamic=False)
-    found = [Provider("eager", op.eager), Provider("compile", compiled)]
+    found = [Provider("eager", op.eager)]
+    if op.compiled is not None:
+        # Where the lengths of what is selected are data, static shapes would be compiled anew for each.
+        dynamic = False if op.fullgraph else None
+        found.append(Provider("compile", torch.compile(op.compiled, fullgraph=op.fullgraph, dynamic=dynamic)))
     for backend in ("cpp", "triton"):
+        has_form = backends.has_form(op.kernel or case.op, backend, device_type)
         # On a CPU Triton kernels run in an interpreter, which is for tests.
-        if backends.problem(backend, device_type) is None and (backend != "triton" or device_type == "cuda"):
+        if (
+            backends.problem(backend, device_type) is None
+            and has_form
+            and (backend != "triton" or device_type == "cuda")
+        ):
             found.append(Provider(backend, op.fused, backend))
     return [provider for provider in found if names is None or provider.name in names]
 
@@ -139,11 +139,6 @@ def running(case: Case, provider: Provider) -> Iterator[None]:
     backend = nullcontext() if provider.backend is None else backends.use(provider.backend)
     with backend, torch.set_grad_enabled(case.direction != "forward"):
         yield
-
-
-def listed(result: Any) -> list[Tensor]:
-    """A tensor or a sequence of them, as a list."""
-    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def output_grads(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -169,43 +164,18 @@ def bind(
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """The right results of a case in float64, their dtype, and how far from them each may be."""
-
-    results: list[Tensor]
-    bounds: list[float]
-    dtype: torch.dtype
-
-    def problem(self, actual: Any) -> str | None:
-        """What is wrong with the result of a step; None where it is right."""
-        actual = listed(actual)
-        if len(actual) != len(self.results):
-            return f"{len(actual)} results where the reference has {len(self.results)}"
-        for i, (result, exact, bound) in enumerate(zip(actual, self.results, self.bounds, strict=True)):
-            if result.shape != exact.shape or result.dtype != self.dtype:
-                return f"result {i} is {result.dtype} {tuple(result.shape)}, not {self.dtype} {tuple(exact.shape)}"
-            error = _largest(result.detach().double() - exact)
-            # Written so that a NaN is an error.
-            if not error <= bound:
-                return f"result {i} differs from the reference by {error:.3g}, more than {bound:.3g}"
-        return None
-
-
-def _largest(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, ord=torch.inf).item()
-
-
 def expectation(case: Case, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Expectation:
-    """What `case` must give: within twice the reference's own error in the case's dtype, plus one rounding."""
-    function = op_of(case).reference
+    """What `case` must give: as its op says, or within twice the reference's own error plus one rounding."""
+    op = op_of(case)
+    if op.expected is not None:
+        with torch.no_grad():
+            return op.expected(inputs)
     with torch.set_grad_enabled(case.direction != "forward"):
-        exact = listed(bind(case, function, [t.double() for t in inputs], [g.double() for g in grads])())
-        own = listed(bind(case, function, inputs, grads)())
+        exact = listed(bind(case, op.reference, [t.double() for t in inputs], [g.double() for g in grads])())
+        own = listed(bind(case, op.reference, inputs, grads)())
     exact = [result.detach() for result in exact]
-    dtype = inputs[0].dtype
     bounds = [
-        2 * _largest(same.detach().double() - right) + torch.finfo(dtype).eps * _largest(right)
+        2 * largest(same.detach().double() - right) + torch.finfo(same.dtype).eps * largest(right)
         for same, right in zip(own, exact, strict=True)
     ]
-    return Expectation(exact, bounds, dtype)
+    return Expectation(exact, bounds, [inputs[0].dtype] * len(exact))

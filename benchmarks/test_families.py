@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-level RoIAlign. See harness.py for the protocol, cases.py for what is measured."""
+"""Every family's cases, for pytest-benchmark; ``--family NAME`` for one. See harness.py for the protocol."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from benchmarks.rows import as_dict
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_multiscale_roi_align(case, provider, measured, machine, benchmark):
-    rows, samples = measured(case)
+def test_family(family, case, provider, measured, machine, benchmark):
+    rows, samples = measured(family, case)
     refused = rows.get((provider, "none"))
     if refused is not None:
         pytest.fail(f"refused: {refused.refused}", pytrace=False)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of objects as a trained detector sees them: what its heads give, its boxes, and its masks.
+
+Selection takes as long as its data make it: boxes that crowd around objects suppress each other, and few scores are
+high. So nothing here is uniform noise.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
+
+from benchmarks.rois import random_boxes
+from fpn_fast import ops
+
+#: Objects of an image: COCO's mean is 7.3, and crowded images count for more of the time.
+OBJECTS = 20
+#: A box about an object: its centre is off by this share of the object's sides, its sides by this much in logarithm.
+CENTRE_NOISE, SIDE_NOISE = 0.15, 0.2
+#: The share of boxes that have nothing to do with an object.
+STRAY = 0.25
+#: Logits: of an anchor far from all objects, what one gains with its IoU, from none to a perfect fit, and noise.
+BACKGROUND_LOGIT, OBJECT_GAIN, LOGIT_NOISE = -6.0, 8.0, 0.7
+#: So many of an image's logits are this far apart, which float32 tells apart before and after a sigmoid: of equal ones
+#: each side may keep another.
+APART, LOGIT_GAP = 300_000, 4e-6
+#: Boxes stand on this grid of pixels. torchvision's batched_nms moves the boxes of a group by a multiple of the image's
+#: side; on this grid no bits are lost by it for up to 1,500 groups, so that all keep the same boxes.
+GRID = 1 / 8
+
+
+@dataclass(frozen=True)
+class Head:
+    """A dense head's place in an image: its maps, anchors and the image's size."""
+
+    image_size: tuple[int, int]
+    levels: tuple[tuple[int, int], ...]
+    generator: AnchorGenerator
+
+    @property
+    def strides(self) -> list[tuple[int, int]]:
+        """(down, right) of each level, torchvision's quotients."""
+        return [(self.image_size[0] // height, self.image_size[1] // width) for height, width in self.levels]
+
+    @property
+    def cells(self) -> list[list[list[float]]]:
+        """The anchors around the origin, of each level."""
+        return [table.tolist() for table in self.generator.cell_anchors]
+
+    def images(self, batch: int, device: torch.device) -> ImageList:
+        """Images that take no memory: only their sizes are looked at."""
+        pixel = torch.zeros((), device=device)
+        return ImageList(pixel.expand(batch, 3, *self.image_size), [self.image_size] * batch)
+
+    def anchors(self) -> Tensor:
+        """[M, 4], in (level, row, column, cell anchor) order."""
+        return ops.AnchorGrid(self.cells, self.levels, self.strides).boxes()
+
+
+def rpn_head(image_size: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> Head:
+    """Faster R-CNN's: one size a level, three ratios."""
+    sizes = tuple((float(32 * 2**level),) for level in range(len(levels)))
+    return Head(image_size, levels, AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels)))
+
+
+def retinanet_head(image_size: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> Head:
+    """RetinaNet's: three sizes a level, three ratios; torchvision rounds the sizes down."""
+    base = [32 * 2**level for level in range(len(levels))]
+    sizes = tuple((float(x), float(int(x * 2 ** (1 / 3))), float(int(x * 2 ** (2 / 3)))) for x in base)
+    return Head(image_size, levels, AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels)))
+
+
+def _about(objects: Tensor, generator: torch.Generator) -> Tensor:
+    """A box about each of `objects` [B, 4], off by a detector's error."""
+    sides = objects[:, 2:] - objects[:, :2]
+    noise = torch.randn(len(objects), 4, generator=generator)
+    centres = (objects[:, :2] + objects[:, 2:]) / 2 + CENTRE_NOISE * noise[:, :2] * sides
+    reach = sides * torch.exp(SIDE_NOISE * noise[:, 2:]) / 2
+    return torch.cat([centres - reach, centres + reach], 1)
+
+
+@functools.lru_cache(maxsize=4)
+def detections(count: int, classes: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [count, 4], scores [count] without ties, and classes [count]: what a detector would suppress.
+
+    A box about an object mostly has the object's class and a higher score the nearer it is.
+    """
+    generator = torch.Generator().manual_seed(count + classes)
+    # Of 30,000 boxes on one image no detector puts thousands about each object.
+    objects = random_boxes(OBJECTS + count // 100, height, width, False, generator)
+    kinds = torch.randint(classes, (len(objects),), generator=generator)
+    chosen = torch.randint(len(objects), (count,), generator=generator)
+    stray = torch.rand(count, generator=generator) < STRAY
+    boxes = torch.where(stray[:, None], random_boxes(count, height, width, False, generator),
+                        _about(objects[chosen], generator))  # fmt: skip
+    near = torch.where(stray, 0.1, _paired_iou(boxes, objects[chosen]))
+    other = torch.rand(count, generator=generator) < STRAY
+    labels = torch.where(stray | other, torch.randint(classes, (count,), generator=generator), kinds[chosen])
+    rank = (near + 0.1 * torch.randn(count, generator=generator)).argsort().argsort()
+    return _on_grid(boxes, height, width), (rank + 1) / (count + 1), labels
+
+
+def _paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    sides = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b)]
+    return sides.prod(1) / (areas[0] + areas[1] - sides.prod(1))
+
+
+def _on_grid(boxes: Tensor, height: int, width: int) -> Tensor:
+    limit = torch.tensor([width, height] * 2)
+    low = torch.minimum((boxes / GRID).round() * GRID, limit - 1).clamp(min=0)[:, :2]
+    return torch.cat([low, torch.maximum(torch.minimum((boxes / GRID).round() * GRID, limit)[:, 2:], low + 1)], 1)
+
+
+@functools.lru_cache(maxsize=4)
+def ground_truths(count: int, height: int, width: int) -> Tensor:
+    """[count, 4]: an image's objects."""
+    return random_boxes(count, height, width, False, torch.Generator().manual_seed(count))
+
+
+def head_tables(head: Head, batch: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Logits [N, M, classes] and deltas [N, M, 4] of a trained head, in the order of :meth:`Head.anchors`.
+
+    Anchors near an object have a high logit (of its class) and a delta to a box about it; all others are background.
+    """
+    generator = torch.Generator().manual_seed(len(head.levels) + batch)
+    anchors, coder = head.anchors(), BoxCoder((1.0, 1.0, 1.0, 1.0))
+    of_images: list[tuple[Tensor, Tensor]] = []
+    for _ in range(batch):
+        objects = random_boxes(OBJECTS, *head.image_size, False, generator)
+        kinds = torch.randint(classes, (OBJECTS,), generator=generator)
+        overlap, index = box_iou(objects, anchors).max(0)
+        logits = BACKGROUND_LOGIT + LOGIT_NOISE * torch.randn(len(anchors), classes, generator=generator)
+        logits[torch.arange(len(anchors)), kinds[index]] += OBJECT_GAIN * overlap
+        found = coder.encode_single(_about(objects[index], generator), anchors)
+        stray = 0.1 * torch.randn(len(anchors), 4, generator=generator)
+        of_images.append((_without_ties(logits), torch.where(overlap[:, None] > 0.3, found, stray)))
+    logits, deltas = (torch.stack(each) for each in zip(*of_images, strict=True))
+    return logits, deltas
+
+
+def maps_of(head: Head, table: Tensor) -> list[Tensor]:
+    """[N, M, numbers] -> maps [N, A * numbers, H, W], without a copy."""
+    numbers = [height * width * len(cells) for (height, width), cells in zip(head.levels, head.cells, strict=True)]
+    return [
+        level.view(len(level), *size, -1).permute(0, 3, 1, 2)
+        for level, size in zip(table.split(numbers, 1), head.levels, strict=True)
+    ]
+
+
+def _without_ties(logits: Tensor) -> Tensor:
+    """`logits` in their order, the highest moved up a little where they are too close."""
+    values, index = logits.flatten().topk(min(APART, logits.numel()))
+    steps = LOGIT_GAP * torch.arange(len(values), dtype=torch.float64)
+    apart = (values.flip(0).double() - steps).cummax(0).values + steps
+    return logits.flatten().scatter(0, index.flip(0), apart.float()).view_as(logits)
+
+
+def mask_probabilities(count: int, size: int) -> Tensor:
+    """[count, 1, size, size], most of them near 0 or 1, as a trained mask head gives: a blob in each box."""
+    generator = torch.Generator().manual_seed(count)
+    axis = torch.linspace(-1, 1, size)
+    distance = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
+    noise = torch.randn(count, 1, size, size, generator=generator)
+    return torch.sigmoid(8 * (0.8 - distance) + noise)
