@@ -100,7 +100,7 @@ void limit_classes(std::vector<Pair<acc_t>>& pairs, int64_t classes, int64_t lim
 template <class acc_t>
 void select(const BoxHeads<acc_t>& heads, std::optional<int64_t> class_top_n, double nms_thresh,
             const Detections& detections) {
-  const int64_t parts = (heads.room + kBoxesPerTask - 1) / kBoxesPerTask;
+  const int64_t parts = std::max<int64_t>(1, (heads.room + kBoxesPerTask - 1) / kBoxesPerTask);
   std::vector<std::vector<Pair<acc_t>>> pairs(heads.batch * parts);
   std::vector<std::vector<Candidate<acc_t>>> found(heads.batch * parts);
   const auto decode_part = [&](int64_t i) {

@@ -130,7 +130,7 @@ def select_box_detections(
     Source: torchvision/models/detection/roi_heads.py and ssd.py, postprocess_detections.
     """
     found, dtype = _empty(image_sizes, max_detections), image_sizes.dtype
-    room, classes = logits.shape[1:]
+    room = logits.size(1)
     for n, count in enumerate([room] * len(logits) if counts is None else counts.clamp(0, room).tolist()):
         scores = torch.softmax(logits[n, :count].double(), -1).to(dtype)
         chosen = scores > torch.tensor(score_thresh, dtype=dtype)
@@ -139,7 +139,7 @@ def select_box_detections(
             ranked = scores.where(chosen, -1).sort(dim=0, descending=True, stable=True).indices[class_top_n:]
             chosen.scatter_(0, ranked, False)
         box, label = chosen.nonzero().unbind(1)
-        codes = deltas[n, :count].view(count, -1, 4)
+        codes = deltas[n, :count].view(count, deltas.size(2) // 4, 4)
         codes = codes[box, label if codes.size(1) > 1 else torch.zeros_like(label)]
         sources = boxes[n, box]
         decoded = decode(sources, codes, weights, [0.0] * 4, [1.0] * 4, scale_clamp, False, False)
