@@ -96,9 +96,56 @@ def multiscale_roi_align(device: torch.device) -> int:
     return calls
 
 
+def match_anchors(device: torch.device) -> int:
+    """Anchors made and loaded, with and without low-quality matches; returns the number of calls."""
+    cells = [[(-12.0, -8.0, 12.0, 8.0), (-8.0, -12.0, 8.0, 12.0)]] * len(LEVELS)
+    grid = ops.AnchorGrid(cells, LEVELS, [(4 * 2**i, 4 * 2**i) for i in range(len(LEVELS))])
+    # More than a block of threads loads at once.
+    low = torch.rand(2, 300, 2) * 60
+    gts, counts = torch.cat((low, low + 4 + torch.rand(2, 300, 2) * 40), 2).round(), torch.tensor([300, 5])
+    calls = 0
+    for low_quality, stored in itertools.product((True, False), repeat=2):
+        results = []
+        for where, backend in ((torch.device("cpu"), "reference"), (device, "cpp")):
+            anchors = grid.boxes(device=where).expand(2, -1, -1) if stored else grid
+            with backends.use(backend):
+                results.append(
+                    ops.match_anchors(
+                        gts.to(where),
+                        counts.to(where),
+                        anchors,
+                        high_threshold=0.5,
+                        low_threshold=0.3,
+                        allow_low_quality_matches=low_quality,
+                    )
+                )
+        _compare(f"match_anchors low_quality={low_quality} stored={stored}", results[1], results[0])
+        calls += 1
+    return calls
+
+
+def paste_masks(device: torch.device) -> int:
+    """Values and bool, boxes inside, across an edge and outside; returns the number of calls."""
+    boxes = torch.tensor(ROIS)[:, 1:]
+    calls = 0
+    for dtype, threshold in itertools.product((torch.float32, torch.bfloat16), (None, 0.5)):
+        masks = torch.rand(len(boxes), 1, 28, 28).to(dtype)
+        expected = reference.paste_masks(masks, boxes, 45, 67, 1, threshold)
+        pasted = ops.paste_masks(masks.to(device), boxes.to(device), (45, 67), threshold=threshold)
+        if threshold is None:
+            _compare(f"paste_masks {dtype}", [pasted], [expected])
+        # A value next to the threshold may fall on either side.
+        elif (pasted.cpu() != expected).float().mean() > 0.001:
+            raise AssertionError(f"paste_masks {dtype} above {threshold}: wrong result")
+        calls += 1
+    return calls
+
+
 CALLS: dict[str, Callable[[torch.device], int]] = {
     "top_down": top_down,
     "multiscale_roi_align": multiscale_roi_align,
+    "match_anchors": match_anchors,
+    "paste_masks": paste_masks,
 }
 
 
@@ -110,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     with backends.use("cpp"):
         for name, call in CALLS.items():
-            print(f"{name}: {call(torch.device(options.device))} calls on {options.device}, forward and backward")
+            print(f"{name}: {call(torch.device(options.device))} calls on {options.device}")
     return 0
 
 

@@ -3,6 +3,7 @@
 because the tests around it run Triton's interpreter: `python compile_triton.py 80 90 100`."""
 
 import json
+import re
 import sys
 
 import torch
@@ -11,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
-from fpn_fast.triton import _resample, multiscale_roi_align, multiscale_roi_align_max, top_down
+from fpn_fast.triton import _resample, match_anchors, multiscale_roi_align, multiscale_roi_align_max, top_down
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -65,8 +66,8 @@ class Driver:
         return 0
 
 
-def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
-    """The kernels that the op and its gradient launch in both modes, for a pyramid of 256 channels."""
+def launches_compiled(arch):
+    """A list that gets (kernel, what it is compiled to) at every launch from now on."""
     compiled = []
 
     def launch(kernel, grid):
@@ -76,6 +77,23 @@ def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
 
     JITFunction.__getitem__ = launch
     driver.set_active(Driver(arch))
+    return compiled
+
+
+def compile_match_anchors(dtype, arch, stored):
+    """The kernels that the op launches with low-quality matches, for the anchors of a pyramid."""
+    compiled = launches_compiled(arch)
+    gts, counts = torch.zeros(2, 7, 4, dtype=getattr(torch, dtype)), torch.zeros(2, dtype=torch.int64)
+    cells, sizes, strides = [-8.0, -8.0, 8.0, 8.0] * 6, [50, 84, 25, 42], [16, 16, 32, 32]
+    grid = ([], [], [], []) if stored else (cells, [3, 3], sizes, strides)
+    anchors = gts.new_zeros(2, 999, 4) if stored else None
+    match_anchors.match_anchors(gts, counts, anchors, None, *grid, 0.0, 0.7, 0.3, True)
+    return compiled
+
+
+def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
+    """The kernels that the op and its gradient launch in both modes, for a pyramid of 256 channels."""
+    compiled = launches_compiled(arch)
     dtype, form = getattr(torch, dtype), torch.channels_last if channels_last else torch.contiguous_format
     sizes, scales, thresholds = [(25, 40), (13, 20)], [1 / 16, 1 / 32], [448.0**2]
     maps = [torch.empty(1, 256, *size, dtype=dtype).contiguous(memory_format=form) for size in sizes]
@@ -105,6 +123,9 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         "wide_loads": ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b64"),
         "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
         "atomics": ptx.count("atom.") + ptx.count("red.global"),
+        # Of integers: the same in any order.
+        "atomic_maxima": len(re.findall(r"atom\.\S+\.max\.s(?:32|64)", ptx)),
+        "fused_multiply_adds": ptx.count("fma.rn"),
         "local": ptx.count(".local"),
     }
 
@@ -122,6 +143,9 @@ def main():
             ]:
                 compiled = compile_kernel(kernel, dtype, arch, channels_last, modes[mode])
                 rows.append(row(kernel, compiled, arch, dtype, channels_last, mode))
+        for dtype, stored in [("float32", False), ("float64", True)]:
+            for kernel, compiled in compile_match_anchors(dtype, arch, stored):
+                rows.append(row(kernel, compiled, arch, dtype, True, "stored" if stored else "made"))
         for dtype, channels_last, sampling_ratio in [
             ("bfloat16", True, 2),
             ("float32", False, -1),

@@ -44,6 +44,10 @@ class Kernel:
     types: tuple[str, ...] = tuple(TYPES)
     # Reads memory that it writes itself, so it may not read through the cache for constant data.
     reads_own_writes: bool = False
+    # Reads single elements on purpose; its stores alone are wide.
+    gathers: bool = False
+    # Counts, or takes maxima of integers: the same in any order.
+    integer_atomics: bool = False
 
     def instances(self) -> list[Instance]:
         values = itertools.product(self.types, *[(False, True)] * len(self.switches))
@@ -138,6 +142,39 @@ KERNELS = [
         scalar=frozenset(),
         types=("double", "float"),
     ),
+    # 40 warps, and 24 for float64.
+    Kernel(
+        "match_anchors.cuh",
+        "match_anchors_kernel",
+        "AnchorMatching",
+        (),
+        registers=48,
+        more_registers={"double": 72},
+        scalar=frozenset(),
+        types=("double", "float"),
+        integer_atomics=True,
+    ),
+    Kernel(
+        "match_anchors.cuh",
+        "match_anchors_low_quality_kernel",
+        "AnchorMatching",
+        (),
+        registers=48,
+        more_registers={"double": 72},
+        scalar=frozenset(),
+        types=("double", "float"),
+        reads_own_writes=True,
+    ),
+    # 40 warps, and 32 for float64.
+    Kernel(
+        "paste_masks.cuh",
+        "paste_masks_kernel",
+        "MaskPasting",
+        ("above",),
+        registers=48,
+        more_registers={"double": 64},
+        gathers=True,
+    ),
 ]
 
 
@@ -151,15 +188,28 @@ class Code:
     def count(self, *prefixes: str) -> int:
         return sum(n for opcode, n in self.instructions.items() if opcode.startswith(prefixes))
 
-    def faults(self, *, vectorised: bool, reads_own_writes: bool, registers: int) -> list[str]:
+    def atomics(self, *, integers_allowed: bool) -> int:
+        """Those that are not allowed: of floats, or a compare-and-swap, which may be an operation on floats."""
+        forbidden = re.compile(r"(ATOM|RED\.|REDG)" + (r".*\.(CAS|B?F\d)" if integers_allowed else ""))
+        return sum(n for opcode, n in self.instructions.items() if forbidden.match(opcode))
+
+    def faults(
+        self,
+        *,
+        vectorised: bool,
+        reads_own_writes: bool,
+        registers: int,
+        gathers: bool = False,
+        integer_atomics: bool = False,
+    ) -> list[str]:
         """What keeps this code from being fast, deterministic or right."""
         found = {
             f"{self.registers} registers, {registers} allowed": self.registers > registers,
             f"{self.stack} bytes of stack": self.stack > 0,
             f"{self.spills} bytes spilled": self.spills > 0,
             "local memory": self.count("LDL", "STL") > 0,
-            "atomics": self.count("ATOM", "RED.", "REDG") > 0,
-            "no 16-byte loads": vectorised and self.count("LDG.E.128") == 0,
+            "atomics": self.atomics(integers_allowed=integer_atomics) > 0,
+            "no 16-byte loads": vectorised and not gathers and self.count("LDG.E.128") == 0,
             "no 16-byte stores": vectorised and self.count("STG.E.128") == 0,
             "reads its own writes through the constant cache": reads_own_writes
             and any(opcode.startswith("LDG") and ".CONSTANT" in opcode for opcode in self.instructions),
@@ -254,6 +304,8 @@ def test_kernels(kernel, arch):
             vectorised=instance.is_vectorised,
             reads_own_writes=kernel.reads_own_writes,
             registers=kernel.more_registers.get(instance.type, kernel.registers),
+            gathers=kernel.gathers,
+            integer_atomics=kernel.integer_atomics,
         )
         faults += [f"{instance}: {fault}" for fault in found]
     assert not faults, "\n".join(faults)
@@ -292,3 +344,23 @@ def test_the_gates_can_fail():
         "no 16-byte stores",
         "reads its own writes through the constant cache",
     ]
+
+
+ATOMICS = """
+__global__ void float_kernel(float* sum, double* total) { atomicAdd(sum, 1.0f), atomicAdd(total, 1.0); }
+__global__ void swap_kernel(int* a) { atomicCAS(a, 1, 2); }
+__global__ void integer_kernel(unsigned* a, unsigned long long* b) { atomicMax(a, 3u), atomicMax(b, 3ull); }
+"""
+
+
+def test_integer_atomics_are_told_from_others():
+    cuda_toolkit.nvcc()
+    cuda_toolkit.cuobjdump()
+    code = compile_unit("atomics", ATOMICS, "sm_80")
+    found = {name: code[name].atomics(integers_allowed=True) for name in code}
+    assert {name: n > 0 for name, n in found.items()} == {
+        "_Z12float_kernelPfPd": True,
+        "_Z11swap_kernelPi": True,
+        "_Z14integer_kernelPjPy": False,
+    }
+    assert all(each.atomics(integers_allowed=False) > 0 for each in code.values())

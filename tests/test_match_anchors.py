@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from anchor_matching import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from fpn_fast import backends, ops
+from fpn_fast import backends, ops, reference
 from fpn_fast.ops.match_anchors import _OP
 
 NAN, INF = float("nan"), float("inf")
@@ -219,6 +220,46 @@ def test_backends_agree_bit_for_bit_on_anything():
                 results.append(ops.match_anchors(gts, counts, anchors, high_threshold=0.5, low_threshold=0.2))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert not results[0][1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_triton_equals_the_reference_bit_for_bit(name, dtype):
+    case = CASES[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, gts, counts, anchors, anchor_counts = [tensor.to(device) for tensor in case.tensors(dtype)]
+    rule = {"high_threshold": case.high, "low_threshold": case.low, "allow_low_quality_matches": case.low_quality}
+    if case.anchor_counts is not None:
+        rule["anchor_counts"] = anchor_counts
+    with backends.use("triton"):
+        assert backends.choose(device, "match_anchors") == "triton"
+        results = ops.match_anchors(gts, counts, anchors if torch.is_tensor(case.anchors) else case.anchors, **rule)
+    for actual, expected in zip(results, case.expected(dtype), strict=True):
+        assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_gpu_equals_the_reference_bit_for_bit_without_a_wait(name, dtype, low_quality):
+    sizes = ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))
+    anchors, description = pyramid(sizes, (800, 1344), 1)
+    gts, counts = ops.pad_boxes([ground_truths(n, 800, 1344, seed=n, whole=True).to(dtype) for n in (7, 300, 0)])
+    rule = {**RULE, "allow_low_quality_matches": low_quality}
+    numbers = (rule["high_threshold"], rule["low_threshold"], low_quality)
+    expected = reference.match_anchors(gts, counts, anchors.to(dtype), None, *numbers)
+    gts, counts, anchors = gts.cuda(), counts.cuda(), anchors.to("cuda", dtype)
+    with backends.use(name):
+        for each in (anchors, anchors.expand(3, -1, -1).contiguous(), description):
+            ops.match_anchors(gts, counts, each, **rule)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                runs = [ops.match_anchors(gts, counts, each, **rule) for _ in range(2)]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for run in runs:
+                assert all(torch.equal(actual.cpu(), right) for actual, right in zip(run, expected, strict=True))
 
 
 corner = st.integers(0, 12).map(float)

@@ -27,6 +27,20 @@ HOST_DEVICE bool grow_axis(T lo, T hi, T scale, int& first, int& last) {
   return true;
 }
 
+// The first and last pixels of a grown box along each axis; none, from 0 to -1, where it is no box.
+struct GrownBox {
+  int left = 0, right = -1, top = 0, bottom = -1;
+};
+
+// `corners` are (x1, y1, x2, y2).
+template <class T>
+HOST_DEVICE GrownBox grow_box(const T* corners, T scale) {
+  GrownBox box;
+  const bool found = grow_axis(corners[0], corners[2], scale, box.left, box.right) &&
+                     grow_axis(corners[1], corners[3], scale, box.top, box.bottom);
+  return found ? box : GrownBox{};
+}
+
 // The part of the image that the box covers, empty where there is none, and the mask of `size` pixels resized to it.
 template <class acc_t>
 struct PasteAxis {

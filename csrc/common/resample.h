@@ -38,7 +38,7 @@ struct Taps {
 };
 
 template <class acc_t>
-Axis<acc_t> make_axis(int in, int out, Resample mode) {
+HOST_DEVICE Axis<acc_t> make_axis(int in, int out, Resample mode) {
   Axis<acc_t> axis{in, out, 0, 0, 0};
   if (mode == Resample::kNearest) {
     axis.scale = static_cast<float>(in) / static_cast<float>(out);

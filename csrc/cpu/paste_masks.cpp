@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Mask pasting on the CPU. A task is a mask. Rows of the mask are resized along x once each, then blended along
 // y for each row of the image; a byte of the output is written once, and few masks are larger than their zeros.
-#include "../common/paste_masks.h"
+#include "../torch/paste_masks.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "../torch/tensors.h"
+#include "../common/paste_masks.h"
 #include "huge_pages.h"
 #include "tasks.h"
 
@@ -107,14 +107,9 @@ void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Stor
   parallel_tasks(masks.size(0), height * width, [&](const auto& next) {
     Resized<acc_t> resized;
     for (int64_t k = next(); k < masks.size(0); k = next()) {
-      const B* corners = box + 4 * k;
-      int low[2] = {0, 0}, high[2] = {-1, -1};
-      const bool found = grow_axis(corners[0], corners[2], scale, low[0], high[0]) &&
-                         grow_axis(corners[1], corners[3], scale, low[1], high[1]);
-      // An axis from 0 to -1 has no pixels.
-      if (!found) low[0] = 0, high[0] = -1;
-      const PasteAxis<acc_t> x(low[0], high[0], static_cast<int>(width), size + 2 * padding);
-      const PasteAxis<acc_t> y(low[1], high[1], static_cast<int>(height), size + 2 * padding);
+      const GrownBox grown = grow_box(box + 4 * k, scale);
+      const PasteAxis<acc_t> x(grown.left, grown.right, static_cast<int>(width), size + 2 * padding);
+      const PasteAxis<acc_t> y(grown.top, grown.bottom, static_cast<int>(height), size + 2 * padding);
       paste(mask + k * size * size, size, padding, x, y, height, width, store, resized, target + k * height * width);
     }
   });
@@ -122,18 +117,7 @@ void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Stor
 
 Tensor paste_masks_cpu(Tensor masks, Tensor boxes, int64_t height, int64_t width, int64_t padding,
                        std::optional<double> threshold) {
-  constexpr const char* kOp = "paste_masks";
-  const ScalarType box_type = boxes.scalar_type();
-  STD_TORCH_CHECK(masks.dim() == 4 && masks.size(1) == 1 && masks.size(2) == masks.size(3) && masks.size(3) > 0 &&
-                      masks.size(3) <= 4096 && masks.is_contiguous(),
-                  kOp, " takes contiguous masks [K, 1, M, M], M from 1 to 4096");
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4 && boxes.is_contiguous() &&
-                      (box_type == ScalarType::Float || box_type == ScalarType::Double) && on_device_of(boxes, masks),
-                  kOp, " takes contiguous boxes [K, 4] of float32 or float64 on the masks' device");
-  STD_TORCH_CHECK(height >= 0 && width >= 0 && height <= 1 << 29 && width <= 1 << 29, kOp, " takes an image's size");
-  STD_TORCH_CHECK(padding >= 0 && padding <= 4096, kOp, " takes a padding of 0 to 4096");
-  const ScalarType type = threshold.has_value() ? ScalarType::Bool : masks.scalar_type();
-  Tensor out = empty_like(masks, {masks.size(0), 1, height, width}, type);
+  Tensor out = empty_pasted(masks, boxes, height, width, padding, threshold.has_value());
   if (out.numel() == 0) return out;
   const auto with_boxes = [&](auto mask_tag, auto box_tag) {
     using S = typename decltype(mask_tag)::type;
@@ -146,8 +130,8 @@ Tensor paste_masks_cpu(Tensor masks, Tensor boxes, int64_t height, int64_t width
       paste_all<S, S, B>(masks, boxes, static_cast<int>(padding), StoreValue<acc_t>{}, out);
     }
   };
-  dispatch_floating(masks.scalar_type(), kOp, [&](auto tag) {
-    box_type == ScalarType::Double ? with_boxes(tag, TypeTag<double>{}) : with_boxes(tag, TypeTag<float>{});
+  dispatch_floating(masks.scalar_type(), "paste_masks", [&](auto tag) {
+    boxes.scalar_type() == ScalarType::Double ? with_boxes(tag, TypeTag<double>{}) : with_boxes(tag, TypeTag<float>{});
   });
   return out;
 }

@@ -103,10 +103,10 @@ def match_anchors(
         TypeError: something is not a tensor, or not of a type above.
         ValueError: shapes, devices or thresholds do not fit.
         BackendUnavailableError: the backend asked for cannot serve the boxes' device.
+        RuntimeError: on a GPU, by the compiled library: an AnchorGrid of more than 8 levels or 64 cell anchors.
 
-    Memory grows with M and G, never with their product. The only kernels are the CPU's; other devices are served by the
-    reference, which never waits for a GPU but to upload an AnchorGrid's cell anchors. Two runs are equal bit for bit.
-    Not differentiable.
+    Memory grows with M and G, never with their product. Nothing waits for a GPU, but for the reference's upload of an
+    AnchorGrid's cell anchors. Two runs are equal bit for bit, and backends too. Not differentiable.
 
     Source: Ren et al., Faster R-CNN, 2015, 3.1.2; torchvision/models/detection/_utils.py, Matcher.
     """

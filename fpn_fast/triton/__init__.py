@@ -21,4 +21,9 @@ def register(name: str, function: Callable[..., Any]) -> None:
         _library.impl(name, function, device)
 
 
-from fpn_fast.triton import multiscale_roi_align, multiscale_roi_align_max, top_down  # noqa: E402, F401  register their ops
+from fpn_fast.triton import (  # noqa: E402, F401  register their ops
+    match_anchors,
+    multiscale_roi_align,
+    multiscale_roi_align_max,
+    top_down,
+)

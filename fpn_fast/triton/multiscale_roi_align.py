@@ -72,7 +72,8 @@ def roi_at(rois, k):
 def scale_of(number, ACC: tl.constexpr):
     """See :func:`_scale_argument`."""
     if ACC == tl.float64:
-        return number.to(tl.float64, bitcast=True)
+        # Zero arrives as an int32.
+        return number.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return number
 

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// Anchor matching: see Note [Matching without the matrix] in common/matching.h. A thread owns an anchor, made or
+// loaded, and ground truths pass through shared memory. A warp leaves out those that none of its anchors meets: anchors
+// that follow one another lie close together. The highest IoU of a ground truth is a maximum of integers, which is the
+// same in whatever order blocks arrive.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "../common/anchors.h"
+#include "../common/boxes.h"
+#include "../common/matching.h"
+#include "launch.h"
+
+namespace fpn_fast {
+
+// 8 warps, which share the loading of ground truths.
+constexpr int kMatchThreads = 256;
+constexpr int kMatchWarps = kMatchThreads / 32;
+// With these a kernel's argument is below 4 KB in float64 as well: 8 levels of 8 anchors a cell, or 5 of 12.
+constexpr int kMaxAnchorLevels = 8;
+constexpr int kMaxCellAnchors = 64;
+
+// No IoU is negative, and so their bits as integers are in their order. Zeroed memory is an IoU of 0.
+template <class T>
+using IouBits = std::conditional_t<sizeof(T) == sizeof(double), unsigned long long, unsigned>;
+
+template <class T>
+struct AnchorMatching {
+  const T* gt_boxes;             // [images, gts_per_image, 4]
+  const int64_t* gt_counts;      // [images]
+  const T* anchors;              // boxes; null: made of `level`
+  const int64_t* anchor_counts;  // [images]; null: all exist
+  int64_t images, anchors_per_image;
+  int gts_per_image;
+  bool anchors_differ;  // from image to image
+  MatchRule<T> rule;
+  int64_t* matches;
+  T* ious;
+  IouBits<T>* highest;  // of each ground truth, zeroed; for low-quality matches only
+  int levels;
+  AnchorLevel level[kMaxAnchorLevels];
+  T cell_anchor[4 * kMaxCellAnchors];
+  BoxCoding<T> coding;  // of which the offset alone matters
+
+  HOST_DEVICE int64_t blocks_per_image() const { return (anchors_per_image + kMatchThreads - 1) / kMatchThreads; }
+};
+
+// What takes no part: it meets nothing, and enlarges nothing that it is put around.
+template <class T>
+__device__ __forceinline__ Box<T> no_box() {
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  return {kInfinity, kInfinity, -kInfinity, -kInfinity};
+}
+
+template <class T>
+__device__ __forceinline__ Box<T> made_anchor(const AnchorMatching<T>& matching, int64_t index) {
+  int l = 0;
+  // Levels without cells begin where the next one does.
+  while (l + 1 < matching.levels && index >= matching.level[l + 1].first) ++l;
+  const AnchorLevel& level = matching.level[l];
+  index -= level.first;
+  const int64_t place = index / level.cells, y = place / level.width, x = place % level.width;
+  const T* corners = matching.cell_anchor + 4 * (level.first_cell + index % level.cells);
+  return anchor_at(matching.coding, Box<T>{corners[0], corners[1], corners[2], corners[3]}, y, x,
+                   static_cast<T>(level.stride_y), static_cast<T>(level.stride_x));
+}
+
+template <class T>
+__device__ __forceinline__ Box<T> anchor_of(const AnchorMatching<T>& matching, int64_t image, int64_t index) {
+  const int64_t counted =
+      matching.anchor_counts == nullptr ? matching.anchors_per_image : matching.anchor_counts[image];
+  if (index >= counted || index >= matching.anchors_per_image) return no_box<T>();
+  Box<T> box;
+  if (matching.anchors == nullptr) {
+    box = made_anchor(matching, index);
+  } else {
+    const T* corners =
+        matching.anchors + 4 * ((matching.anchors_differ ? image * matching.anchors_per_image : 0) + index);
+    box = {corners[0], corners[1], corners[2], corners[3]};
+  }
+  return is_finite(box) ? box : no_box<T>();
+}
+
+template <class T>
+__device__ __forceinline__ T warp_maximum(T value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const T other = __shfl_xor_sync(~0u, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// The smallest box around those of the warp.
+template <class T>
+__device__ __forceinline__ Box<T> warp_union(const Box<T>& box) {
+  return {-warp_maximum(-box.x1), -warp_maximum(-box.y1), warp_maximum(box.x2), warp_maximum(box.y2)};
+}
+
+// As many ground truths as a block has threads.
+template <class T>
+struct GroundTruths {
+  Box<T> box[kMatchThreads];
+  T area[kMatchThreads];
+  unsigned valid[kMatchWarps];  // a bit for each
+
+  // Each thread loads one of those of `image` from `begin` on, of `count`.
+  __device__ __forceinline__ bool load(const AnchorMatching<T>& matching, int64_t image, int64_t begin, int count) {
+    const int64_t g = begin + threadIdx.x;
+    Box<T> gt = no_box<T>();
+    if (g < count) {
+      const T* corners = matching.gt_boxes + 4 * (image * matching.gts_per_image + g);
+      gt = {corners[0], corners[1], corners[2], corners[3]};
+      if (!is_finite(gt)) gt = no_box<T>();
+    }
+    const bool is_valid = gt.x1 <= std::numeric_limits<T>::max();
+    const unsigned votes = __ballot_sync(~0u, is_valid);
+    if (threadIdx.x % 32 == 0) valid[threadIdx.x / 32] = votes;
+    box[threadIdx.x] = gt, area[threadIdx.x] = fpn_fast::area(gt);
+    return is_valid;
+  }
+
+  // The first that is valid, or -1.
+  __device__ __forceinline__ int first_valid() const {
+    for (int warp = 0; warp < kMatchWarps; ++warp) {
+      if (valid[warp] != 0) return 32 * warp + __ffs(valid[warp]) - 1;
+    }
+    return -1;
+  }
+
+  // 0 where it is no number, as between boxes without area.
+  __device__ __forceinline__ T iou(int g, const Box<T>& anchor, T anchor_area) const {
+    const T value = box_iou(box[g], area[g], anchor, anchor_area);
+    return value > 0 ? value : T(0);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ int gt_count(const AnchorMatching<T>& matching, int64_t image) {
+  const int64_t count = matching.gt_counts[image];
+  return static_cast<int>(max(int64_t{0}, min(count, int64_t{matching.gts_per_image})));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMatchThreads)
+    match_anchors_kernel(const __grid_constant__ AnchorMatching<T> matching) {
+  __shared__ GroundTruths<T> gts;
+  // Of each warp, so that a block sends one number for a ground truth.
+  __shared__ T highest[kMatchWarps][kMatchThreads];
+  const int64_t image = blockIdx.x / matching.blocks_per_image();
+  const int64_t index = blockIdx.x % matching.blocks_per_image() * kMatchThreads + threadIdx.x;
+  const Box<T> anchor = anchor_of(matching, image, index);
+  const T anchor_area = area(anchor);
+  const Box<T> around = warp_union(anchor);
+  const int count = gt_count(matching, image), warp = threadIdx.x / 32;
+  T best = 0;
+  int match = -1;
+  for (int64_t begin = 0; begin < count; begin += kMatchThreads) {
+    __syncthreads();
+    gts.load(matching, image, begin, count);
+    if (matching.rule.low_quality) {
+#pragma unroll
+      for (int i = 0; i < kMatchWarps; ++i) highest[i][threadIdx.x] = 0;
+    }
+    __syncthreads();
+    if (match < 0) {
+      const int first = gts.first_valid();
+      // Nothing but a higher IoU than 0 takes its place.
+      if (first >= 0) match = static_cast<int>(begin) + first;
+    }
+    const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
+    for (int g = 0; g < here; ++g) {
+      if (!boxes_meet(gts.box[g], around)) continue;
+      const T iou = gts.iou(g, anchor, anchor_area);
+      // Strictly: the first of equals stays.
+      if (iou > best) best = iou, match = static_cast<int>(begin) + g;
+      if (!matching.rule.low_quality) continue;
+      const T top = warp_maximum(iou);
+      if (threadIdx.x % 32 == 0) highest[warp][g] = top;
+    }
+    if (!matching.rule.low_quality) continue;
+    __syncthreads();
+    T top = 0;
+#pragma unroll
+    for (int i = 0; i < kMatchWarps; ++i) top = max(top, highest[i][threadIdx.x]);
+    if (top > 0) {
+      IouBits<T> bits;
+      memcpy(&bits, &top, sizeof bits);
+      atomicMax(matching.highest + image * matching.gts_per_image + begin + threadIdx.x, bits);
+    }
+  }
+  if (index >= matching.anchors_per_image) return;
+  const int64_t at = image * matching.anchors_per_image + index;
+  const bool can_match = match >= 0 && is_finite(anchor);
+  matching.ious[at] = best;
+  // With low-quality matches the codes have to wait for the second kernel.
+  const int64_t code = matching.rule.low_quality ? match : matching.rule.code(best, match);
+  matching.matches[at] = can_match ? code : kBelowLowThreshold;
+}
+
+// Codes of matches: those that reach the highest IoU of a ground truth stay.
+template <class T>
+__global__ void __launch_bounds__(kMatchThreads)
+    match_anchors_low_quality_kernel(const __grid_constant__ AnchorMatching<T> matching) {
+  __shared__ GroundTruths<T> gts;
+  __shared__ T highest[kMatchThreads];
+  const int64_t image = blockIdx.x / matching.blocks_per_image();
+  const int64_t index = blockIdx.x % matching.blocks_per_image() * kMatchThreads + threadIdx.x;
+  const int64_t at = image * matching.anchors_per_image + index;
+  const bool exists = index < matching.anchors_per_image;
+  const int64_t match = exists ? matching.matches[at] : kBelowLowThreshold;
+  const T best = exists ? matching.ious[at] : T(0);
+  // An anchor's own best bounds all its IoUs.
+  const T bound = warp_maximum(match >= 0 ? best : T(-1));
+  const Box<T> anchor = anchor_of(matching, image, index);
+  const T anchor_area = area(anchor);
+  const int count = gt_count(matching, image);
+  bool restored = false;
+  for (int64_t begin = 0; begin < count; begin += kMatchThreads) {
+    __syncthreads();
+    T wanted = std::numeric_limits<T>::infinity();
+    if (gts.load(matching, image, begin, count)) {
+      memcpy(&wanted, matching.highest + image * matching.gts_per_image + begin + threadIdx.x, sizeof wanted);
+    }
+    highest[threadIdx.x] = wanted;
+    __syncthreads();
+    const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
+    for (int g = 0; g < here; ++g) {
+      // A ground truth that no anchor overlaps has a highest IoU of 0, which is that of every anchor.
+      if (highest[g] <= bound && gts.iou(g, anchor, anchor_area) == highest[g]) restored = true;
+    }
+  }
+  if (match >= 0 && !restored) matching.matches[at] = matching.rule.code(best, match);
+}
+
+// Calls `launch(kernel, config, argument)` once, or twice with low-quality matches.
+template <class T, class Launch>
+void match_in_launches(const AnchorMatching<T>& matching, const Launch& launch) {
+  const LaunchConfig config{matching.images * matching.blocks_per_image(), kMatchThreads};
+  launch(match_anchors_kernel<T>, config, matching);
+  if (!matching.rule.low_quality || matching.gts_per_image == 0) return;
+  launch(match_anchors_low_quality_kernel<T>, config, matching);
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Mask pasting, all masks in one launch. A thread owns 16 bytes of the output, so that bool costs no more stores than
+// its bytes; few of them lie in a box, and the others are zeros after a look at it.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "../common/feature_map.h"
+#include "../common/paste_masks.h"
+#include "../common/scalar.h"
+#include "launch.h"
+
+namespace fpn_fast {
+
+// 8 warps that share nothing.
+constexpr int kPasteThreads = 256;
+
+template <class T>
+struct MaskPasting {
+  const T* masks;     // [count, size, size]
+  const void* boxes;  // [count, 4]
+  bool double_boxes;  // double, not float
+  double box_scale;   // by which boxes grow
+  int64_t count;
+  int size, padding, height, width;
+  // Either values or whether they are above the threshold, [count, height, width], at a multiple of 16 bytes.
+  T* values;
+  bool* above;
+  acc_type<T> threshold;
+};
+
+template <class T>
+__device__ __forceinline__ GrownBox grown_box(const MaskPasting<T>& pasting, int64_t k) {
+  if (pasting.double_boxes) return grow_box(static_cast<const double*>(pasting.boxes) + 4 * k, pasting.box_scale);
+  return grow_box(static_cast<const float*>(pasting.boxes) + 4 * k, static_cast<float>(pasting.box_scale));
+}
+
+// Elements [begin, end) of `values`, which are pixels from `x` on of row `y` of image `k`; those outside of the box
+// stay.
+template <bool kAbove, class T, class out_t, int kRun>
+__device__ __forceinline__ void paste_in_row(const MaskPasting<T>& pasting, int64_t k, int y, int x, int begin, int end,
+                                             out_t (&values)[kRun]) {
+  using acc_t = acc_type<T>;
+  const int padded = pasting.size + 2 * pasting.padding;
+  const GrownBox box = grown_box(pasting, k);
+  const PasteAxis<acc_t> across(box.left, box.right, pasting.width, padded);
+  const PasteAxis<acc_t> down(box.top, box.bottom, pasting.height, padded);
+  if (y < down.pixels.begin || y >= down.pixels.end) return;
+  begin = begin > across.pixels.begin - x ? begin : across.pixels.begin - x;
+  end = end < across.pixels.end - x ? end : across.pixels.end - x;
+  if (begin >= end) return;
+  const Taps<acc_t> rows = down.taps(y);
+  const T* mask = pasting.masks + k * pasting.size * pasting.size;
+  const auto read = [&](int row, int column) {
+    row -= pasting.padding, column -= pasting.padding;
+    const bool inside = row >= 0 && row < pasting.size && column >= 0 && column < pasting.size;
+    return inside ? to_acc(mask[row * pasting.size + column]) : acc_t(0);
+  };
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (i < begin || i >= end) continue;
+    const Taps<acc_t> columns = across.taps(x + i);
+    const acc_t upper = columns.weight_lo * read(rows.lo, columns.lo) + columns.weight_hi * read(rows.lo, columns.hi);
+    const acc_t lower = columns.weight_lo * read(rows.hi, columns.lo) + columns.weight_hi * read(rows.hi, columns.hi);
+    const acc_t value = rows.weight_lo * upper + rows.weight_hi * lower;
+    if constexpr (kAbove) {
+      values[i] = value > pasting.threshold;
+    } else {
+      values[i] = Rounded<T>::from(value);
+    }
+  }
+}
+
+template <class T, bool kAbove>
+__global__ void __launch_bounds__(kPasteThreads) paste_masks_kernel(const __grid_constant__ MaskPasting<T> pasting) {
+  using out_t = std::conditional_t<kAbove, bool, T>;
+  constexpr int kRun = kVec<out_t>;
+  const int64_t rows = pasting.count * pasting.height, pixels = rows * pasting.width;
+  const int64_t first = (int64_t{blockIdx.x} * kPasteThreads + threadIdx.x) * kRun;
+  if (first >= pixels) return;
+  int64_t row = first / pasting.width;
+  int x = static_cast<int>(first % pasting.width);
+  out_t values[kRun] = {};
+  // A run goes on in the next row, in images of few pixels in some.
+#pragma unroll 1
+  for (int begin = 0; begin < kRun && row < rows; ++row) {
+    const int end = begin + min(kRun - begin, pasting.width - x);
+    paste_in_row<kAbove>(pasting, row / pasting.height, static_cast<int>(row % pasting.height), x - begin, begin, end,
+                         values);
+    begin = end, x = 0;
+  }
+  out_t* target;
+  if constexpr (kAbove) {
+    target = pasting.above + first;
+  } else {
+    target = pasting.values + first;
+  }
+  if (first + kRun <= pixels) {
+    uint4 raw;
+    memcpy(&raw, values, sizeof raw);
+    *reinterpret_cast<uint4*>(target) = raw;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (first + i < pixels) target[i] = values[i];
+    }
+  }
+}
+
+// Calls `launch(kernel, config, argument)` once.
+template <class T, class Launch>
+void paste_in_launch(const MaskPasting<T>& pasting, const Launch& launch) {
+  const int64_t bytes =
+      pasting.count * pasting.height * pasting.width * static_cast<int64_t>(pasting.above ? sizeof(bool) : sizeof(T));
+  const int64_t per_block = 16 * kPasteThreads;
+  const LaunchConfig config{(bytes + per_block - 1) / per_block, kPasteThreads};
+  pasting.above ? launch(paste_masks_kernel<T, true>, config, pasting)
+                : launch(paste_masks_kernel<T, false>, config, pasting);
+}
+
+}  // namespace fpn_fast
