@@ -76,6 +76,27 @@ def test_atomics(flavour):
 
 
 @flavours
+def test_counts_of_bits(flavour):
+    out = torch.zeros(BLOCKS, THREADS, 7, dtype=torch.int64)
+    out = toy("bits", [], poison(0), out, flavour=flavour)
+    values = [5 << i & (1 << 64) - 1 for i in range(THREADS)]
+
+    def counts(value, bits):
+        return [value.bit_count(), bits - value.bit_length()]
+
+    def first_bit(value):
+        return (value & -value).bit_length()
+
+    expected = [
+        [*counts(v % (1 << 32), 32), first_bit(v % (1 << 32)), *counts(v, 64), first_bit((v - 5) % (1 << 64))]
+        for v in values
+    ]
+    assert torch.equal(out[..., :6], torch.tensor(expected).expand(BLOCKS, -1, -1))
+    thirds = sum(1 << i for i in range(0, THREADS, 3))
+    assert (out[:, 0, 6] == thirds - (1 << 64)).all()
+
+
+@flavours
 def test_threads_that_return_early_hold_nobody_up(flavour):
     out = toy("early_return", [], poison(0), poison(BLOCKS, THREADS), flavour=flavour)
     even = torch.arange(0, THREADS, 2)

@@ -24,6 +24,8 @@ COMMON_FLAGS = (
     "-std=c++20",
     "-O1",
     "-g",
+    # Reports name lines, not variables, whose places take half of a build to follow.
+    "-fno-var-tracking-assignments",
     "-pthread",
     # A product and a sum stay two roundings, so that results are the same on every host.
     "-ffp-contract=off",

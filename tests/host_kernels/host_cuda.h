@@ -271,6 +271,11 @@ void __stcs(T* address, std::type_identity_t<T> value) {
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __ffs(int value) { return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1; }
+inline int __popcll(unsigned long long value) { return std::popcount(value); }
+inline int __clzll(long long value) { return std::countl_zero(static_cast<unsigned long long>(value)); }
+inline int __ffsll(long long value) {
+  return value == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(value)) + 1;
+}
 
 template <class T>
 constexpr T min(T a, std::type_identity_t<T> b) {

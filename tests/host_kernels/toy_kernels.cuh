@@ -46,6 +46,15 @@ __global__ void histogram_kernel(const float* values, int count, int bins, int* 
   }
 }
 
+// Counts of 32 and of 64 bits, and one bit of each thread in a word that its block shares.
+__global__ void bits_kernel(unsigned long long* out) {
+  const unsigned long long value = 5ull << threadIdx.x, low = value & 0xffffffffull;
+  unsigned long long* row = out + 7 * (blockIdx.x * kThreads + threadIdx.x);
+  row[0] = __popc(low), row[1] = __clz(low), row[2] = __ffs(low);
+  row[3] = __popcll(value), row[4] = __clzll(value), row[5] = __ffsll(value - 5);
+  atomicOr(&out[7 * blockIdx.x * kThreads + 6], threadIdx.x % 3 == 0 ? 1ull << threadIdx.x : 0);
+}
+
 // Odd threads return before the barrier that the even ones wait at.
 __global__ void early_return_kernel(float* out) {
   __shared__ float seen[kThreads];

@@ -25,6 +25,8 @@ int main(int count, char** arguments) {
     launch([&] { toy::lanes_kernel(counts); });
   } else if (kernel == "histogram") {
     launch([&] { toy::histogram_kernel(values, number(1), number(2), counts); });
+  } else if (kernel == "bits") {
+    launch([&] { toy::bits_kernel(file.tensors.at(1).data<unsigned long long>()); });
   } else if (kernel == "early_return") {
     launch([&] { toy::early_return_kernel(out); });
   } else if (kernel == "copy") {
