@@ -7,7 +7,7 @@ stay as they are, checkpoints go both ways, and undoing it is changing the class
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -42,13 +42,23 @@ class Report:
         return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines])
 
 
-def _fused() -> dict[type, type]:
-    """Class -> its fused class, of the libraries that are installed."""
-    if importlib.util.find_spec("torchvision") is None:
-        return {}
-    from fpn_fast.integrations import torchvision
+#: Each has a module here, which imports the library.
+_LIBRARIES = ("detectron2", "mmdet", "torchvision")
 
-    return torchvision.FUSED
+
+def _fused(model: nn.Module) -> dict[type, type]:
+    """Class -> its fused class, of the libraries whose classes `model` is made of: no other is imported."""
+    roots = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
+    fused: dict[type, type] = {}
+    for library in _LIBRARIES:
+        if library in roots:
+            fused |= importlib.import_module(f"fpn_fast.integrations.{library}").FUSED
+    return fused
+
+
+def _problem(module: nn.Module, fused: type) -> str | None:
+    """Why `module` must be left although its class has a fused one, which knows."""
+    return fused.problem(module) if hasattr(fused, "problem") else None
 
 
 def _qualified(kind: type) -> str:
@@ -70,11 +80,13 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: `model` is not a module.
     """
     _check_model(model)
-    fused = _fused()
+    fused = _fused(model)
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)
-        if kind in fused:
+        if kind in fused and (reason := _problem(module, fused[kind])):
+            report.left.append(Entry(name, _qualified(kind), reason))
+        elif kind in fused:
             module.__class__ = fused[kind]
             report.swapped.append(Entry(name, _qualified(kind), f"now {_qualified(fused[kind])}"))
         elif kind in fused.values():
@@ -91,7 +103,7 @@ def restore(model: nn.Module) -> Report:
     Modules that were built as fused ones become the library's too. Raises TypeError if `model` is not a module.
     """
     _check_model(model)
-    originals = {new: old for old, new in _fused().items()}
+    originals = {new: old for old, new in _fused(model).items()}
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)

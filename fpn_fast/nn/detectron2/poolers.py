@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""detectron2's ROIPooler, without detectron2."""
+"""detectron2's ROIPooler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,60 @@ __all__ = ["ROIPooler"]
 _ALIGNED = {"ROIAlign": False, "ROIAlignV2": True}
 
 
-class ROIPooler(nn.Module):
+class PoolerForward:
+    """What ROIPooler computes, for our module and for detectron2's own."""
+
+    output_size: tuple[int, int]
+    canonical_box_size: float
+    canonical_level: float
+    strict: bool
+
+    def _sampling(self) -> tuple[Sequence[float], int, bool]:
+        """(scales, sampling_ratio, aligned)"""
+        raise NotImplementedError
+
+    def forward(self, x: Sequence[Tensor], box_lists: Sequence[Any]) -> Tensor:
+        """Pools the boxes of a batch of images.
+
+        Args:
+            x: a map [N, C, H_l, W_l] for each of the scales, finest first.
+            box_lists: for each of the N images [L_i, 4], (x1, y1, x2, y2) in image pixels, or an object that has them
+                as ``tensor``, such as detectron2's Boxes. L_i may be 0.
+
+        Returns:
+            [sum of L_i, C, PH, PW], the images' boxes one after the other, in the features' type.
+
+        Raises:
+            ValueError: as many maps as scales, or as many lists as images, are not given; others: the op's.
+            TypeError: see the op.
+        """
+        scales, sampling_ratio, aligned = self._sampling()
+        if len(x) != len(scales):
+            raise ValueError(f"x must have a map for each of the {len(scales)} scales, got {len(x)}")
+        if len(box_lists) != x[0].size(0):
+            raise ValueError(f"box_lists must be one for each of the {x[0].size(0)} images, got {len(box_lists)}")
+        boxes = [each if isinstance(each, Tensor) else each.tensor for each in box_lists]
+        rois = rois_of_images(boxes) if boxes else torch.zeros(0, 5, device=x[0].device)
+        rule: dict[str, Any] = {
+            "canonical_scale": self.canonical_box_size,
+            "canonical_level": self.canonical_level,
+            "level_formula": "detectron2",
+        }
+        if self.strict:
+            rule = {"levels": ops.assign_levels(rois, scales, **rule)}
+            rois = rois.to(x[0].dtype)
+        return ops.multiscale_roi_align(
+            x,
+            rois,
+            self.output_size,
+            scales,
+            sampling_ratio=sampling_ratio,
+            aligned=aligned,
+            **rule,
+        )
+
+
+class ROIPooler(PoolerForward, nn.Module):
     """Pools boxes from a pyramid: drop-in for ``detectron2.modeling.poolers.ROIPooler``, which needs not be installed.
 
     Same constructor, level formula and results, in one call of :func:`fpn_fast.ops.multiscale_roi_align`. It has no
@@ -78,44 +131,8 @@ class ROIPooler(nn.Module):
         self.canonical_level = canonical_level
         self.strict = strict
 
-    def forward(self, x: Sequence[Tensor], box_lists: Sequence[Any]) -> Tensor:
-        """Pools the boxes of a batch of images.
-
-        Args:
-            x: a map [N, C, H_l, W_l] for each of the scales, finest first.
-            box_lists: for each of the N images [L_i, 4], (x1, y1, x2, y2) in image pixels, or an object that has them
-                as ``tensor``, such as detectron2's Boxes. L_i may be 0.
-
-        Returns:
-            [sum of L_i, C, PH, PW], the images' boxes one after the other, in the features' type.
-
-        Raises:
-            ValueError: as many maps as scales, or as many lists as images, are not given; others: the op's.
-            TypeError: see the op.
-        """
-        if len(x) != len(self.scales):
-            raise ValueError(f"x must have a map for each of the {len(self.scales)} scales, got {len(x)}")
-        if len(box_lists) != x[0].size(0):
-            raise ValueError(f"box_lists must be one for each of the {x[0].size(0)} images, got {len(box_lists)}")
-        boxes = [each if isinstance(each, Tensor) else each.tensor for each in box_lists]
-        rois = rois_of_images(boxes) if boxes else torch.zeros(0, 5, device=x[0].device)
-        rule: dict[str, Any] = {
-            "canonical_scale": self.canonical_box_size,
-            "canonical_level": self.canonical_level,
-            "level_formula": "detectron2",
-        }
-        if self.strict:
-            rule = {"levels": ops.assign_levels(rois, self.scales, **rule)}
-            rois = rois.to(x[0].dtype)
-        return ops.multiscale_roi_align(
-            x,
-            rois,
-            self.output_size,
-            self.scales,
-            sampling_ratio=self.sampling_ratio,
-            aligned=_ALIGNED[self.pooler_type],
-            **rule,
-        )
+    def _sampling(self) -> tuple[Sequence[float], int, bool]:
+        return self.scales, self.sampling_ratio, _ALIGNED[self.pooler_type]
 
     def extra_repr(self) -> str:
         return (

@@ -21,7 +21,7 @@ __all__ = ["DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_ima
 class Anchors(Protocol):
     """What is asked of an anchor generator: detectron2's DefaultAnchorGenerator has it too."""
 
-    cell_anchors: Iterable[Tensor]
+    cell_anchors: Iterable[Tensor | Sequence[Sequence[float]]]
     strides: Sequence[int]
     offset: float
 
@@ -143,7 +143,7 @@ def find_top_rpn_proposals(
     return ops.generate_proposals(
         pred_objectness_logits,
         pred_anchor_deltas,
-        [table.tolist() for table in anchor_generator.cell_anchors],
+        list(anchor_generator.cell_anchors),
         [(stride, stride) for stride in anchor_generator.strides],
         sizes_beside(pred_objectness_logits, image_sizes),
         pre_nms_top_n=pre_nms_topk,

@@ -205,7 +205,7 @@ def predict_proposals(
     Source: mmdet/models/dense_heads/rpn_head.py.
     """
     _check_clip_border(bbox_coder.clip_border)
-    nms = _check_config(cfg)
+    nms = check_config(cfg)
     nms_pre, min_size = cfg.get("nms_pre", -1), cfg.get("min_bbox_size", -1)
     options = {**MMDET, "min_size": min_size if min_size >= 0 else -math.inf}
     if bbox_coder.add_ctr_clamp:
@@ -213,7 +213,7 @@ def predict_proposals(
     return ops.generate_proposals(
         cls_scores,
         bbox_preds,
-        [table.tolist() for table in prior_generator.base_anchors],
+        prior_generator.base_anchors,
         [(height, width) for width, height in prior_generator.strides],
         sizes_beside(cls_scores, image_sizes),
         pre_nms_top_n=nms_pre if nms_pre > 0 else max(map[0].numel() for map in cls_scores),
@@ -225,8 +225,8 @@ def predict_proposals(
     )
 
 
-def _check_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Its nms."""
+def check_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The nms of an RPN's configuration; ValueError where :func:`predict_proposals` does not know it."""
     for name, given, known, needed in (
         ("cfg", cfg, _CONFIG_KEYS, ("max_per_img", "nms")),
         ("cfg's nms", cfg.get("nms") or {}, _NMS_KEYS, ("iou_threshold",)),

@@ -24,11 +24,18 @@ _ROI_ALIGN_DEFAULTS: dict[str, Any] = {
 }
 
 
+#: Those of them that change what is pooled.
+LAYER_KEYS = ("output_size", "sampling_ratio", "pool_mode", "aligned")
+
+
 class ExtractorForward:
     """What both extractors share, of our modules and of mmdetection's own."""
 
-    roi_layer: dict[str, Any]
     featmap_strides: Sequence[float]
+
+    def _layer(self) -> dict[str, Any]:
+        """output_size, sampling_ratio, pool_mode and aligned of every map's RoIAlign."""
+        raise NotImplementedError
 
     @property
     def num_inputs(self) -> int:
@@ -43,9 +50,8 @@ class ExtractorForward:
         return torch.stack([image, x - half_width, y - half_height, x + half_width, y + half_height], 1)
 
     def _pool(self, maps: Sequence[Tensor], rois: Tensor, strides: Sequence[float], **rule: Any) -> Tensor:
-        layer = {key: self.roi_layer[key] for key in ("sampling_ratio", "aligned", "pool_mode")}
         scales = [1 / stride for stride in strides]
-        return ops.multiscale_roi_align(maps, rois, self.roi_layer["output_size"], scales, **layer, **rule)
+        return ops.multiscale_roi_align(maps, rois, scales=scales, **self._layer(), **rule)
 
     def _maps_of(self, feats: Sequence[Tensor]) -> list[Tensor]:
         if len(feats) == 0:
@@ -70,6 +76,9 @@ class RoIExtractor(ExtractorForward, nn.Module):
         self.out_channels = out_channels
         self.featmap_strides = featmap_strides
         self.init_cfg = init_cfg
+
+    def _layer(self) -> dict[str, Any]:
+        return {key: self.roi_layer[key] for key in LAYER_KEYS}
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.roi_layer.items())

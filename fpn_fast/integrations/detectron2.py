@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What accelerate() swaps in a model of detectron2, and names for its configurations. Imports detectron2.
+
+Beside :mod:`fpn_fast.nn.detectron2`, whose modules need it not, here are its own classes with what those compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from detectron2.layers import ROIAlign
+from detectron2.modeling import poolers
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, fpn
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, rpn
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from fpn_fast import backends
+from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
+from fpn_fast.nn.detectron2.fpn import FPNForward
+from fpn_fast.nn.detectron2.poolers import PoolerForward
+
+
+class FPN(FPNForward, fpn.FPN):
+    """detectron2's FPN, its merge by :func:`fpn_fast.ops.top_down`."""
+
+
+class ROIPooler(PoolerForward, poolers.ROIPooler):
+    """detectron2's ROIPooler by :func:`fpn_fast.ops.multiscale_roi_align`; boxes stay float32."""
+
+    strict = False
+    level_poolers: nn.ModuleList
+
+    @staticmethod
+    def problem(module: Any) -> str | None:
+        """Why `module`, which may be of the class that this one replaces, must be left; None: it need not."""
+        if any(type(pooler) is not ROIAlign for pooler in module.level_poolers):
+            return f"its layers are {type(module.level_poolers[0]).__name__}, which has no fused form"
+        if len(module.level_poolers) > 1 and module.output_size[0] != module.output_size[1]:
+            return f"detectron2 makes its output_size {tuple(module.output_size)} square, the fused form does not"
+        return None
+
+    def _sampling(self) -> tuple[Sequence[float], int, bool]:
+        first: Any = self.level_poolers[0]
+        scales = [float(pooler.spatial_scale) for pooler in self.level_poolers]  # type: ignore[arg-type]
+        return scales, first.sampling_ratio, first.aligned
+
+
+class RPN(rpn.RPN):
+    """detectron2's RPN, its proposals by :func:`fpn_fast.ops.generate_proposals`, anchors in memory for losses only.
+
+    Another anchor generator or box transform, and a device for which the op has no kernel, are served by detectron2's
+    own steps. Where a prediction is not finite, training goes on without it; detectron2 raises.
+    """
+
+    # (tensors, the numbers in them)
+    _cells: tuple[list[Tensor], list[Any]] | None = None
+
+    def forward(
+        self, images: Any, features: dict[str, Tensor], gt_instances: list[Any] | None = None
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """detectron2's: images with image_sizes, maps by name, targets -> Instances of each image, losses."""
+        maps = [features[name] for name in self.in_features]
+        if not self._is_usual(maps):
+            return super().forward(images, features, gt_instances)
+        logits, deltas = self.rpn_head(maps)
+        generator = self.anchor_generator
+        padded = find_top_rpn_proposals(
+            logits,
+            deltas,
+            SimpleNamespace(cell_anchors=self._numbers(), strides=generator.strides, offset=generator.offset),
+            images.image_sizes,
+            pre_nms_topk=self.pre_nms_topk[self.training],
+            post_nms_topk=self.post_nms_topk[self.training],
+            nms_thresh=self.nms_thresh,
+            min_box_size=self.min_box_size,
+            box2box_weights=self.box2box_transform.weights,
+            scale_clamp=self.box2box_transform.scale_clamp,
+        )
+        losses = self._losses(maps, logits, deltas, gt_instances) if self.training else {}
+        # Last, so that a GPU works on the losses meanwhile.
+        found = zip(images.image_sizes, proposals_of_images(*padded), strict=True)
+        return [
+            Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=scores) for size, (boxes, scores) in found
+        ], losses
+
+    def _losses(
+        self, maps: list[Tensor], logits: list[Tensor], deltas: list[Tensor], gt_instances: list[Any] | None
+    ) -> dict[str, Tensor]:
+        if gt_instances is None:
+            raise ValueError("gt_instances must have the boxes of each image in training, got None")
+        anchors = self.anchor_generator(maps)
+        labels, boxes = self.label_and_sample_anchors(anchors, gt_instances)
+        # [N, H * W * A] and [N, H * W * A, 4]
+        flat_logits = [map.permute(0, 2, 3, 1).flatten(1) for map in logits]
+        flat_deltas = [map.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for map in deltas]
+        return self.losses(anchors, flat_logits, labels, flat_deltas, boxes)
+
+    def _numbers(self) -> list[Any]:
+        """The cell anchors. They are where the model is: a GPU is waited for when they are new, not at every call."""
+        tables = list(self.anchor_generator.cell_anchors)
+        known = self._cells
+        if known is None or any(a is not b for a, b in zip(known[0], tables, strict=True)):
+            known = self._cells = (tables, [table.tolist() for table in tables])
+        return known[1]
+
+    def _is_usual(self, maps: Sequence[Tensor]) -> bool:
+        """Whether the op knows how anchors are made and coded, and has a kernel for the maps."""
+        generator = self.anchor_generator
+        if type(generator) is not DefaultAnchorGenerator or type(self.box2box_transform) is not Box2BoxTransform:
+            return False
+        same = len({len(table) for table in generator.cell_anchors}) == 1
+        return same and backends.beats_torchvision(maps[0], "generate_proposals")
+
+
+FUSED: dict[type, type] = {fpn.FPN: FPN, poolers.ROIPooler: ROIPooler, rpn.RPN: RPN}
+
+
+def build_fast_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
+    """detectron2's build_resnet_fpn_backbone, with the merge in one call."""
+    backbone = fpn.build_resnet_fpn_backbone(cfg, input_shape)
+    backbone.__class__ = FPN
+    return backbone
+
+
+def build_fast_retinanet_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
+    """detectron2's build_retinanet_resnet_fpn_backbone, with the merge in one call."""
+    backbone = fpn.build_retinanet_resnet_fpn_backbone(cfg, input_shape)
+    backbone.__class__ = FPN
+    return backbone
+
+
+def build_fast_rpn(cfg: Any, input_shape: Any) -> RPN:
+    """detectron2's RPN, with its proposals in one call."""
+    return RPN(cfg, input_shape)
+
+
+def register() -> list[str]:
+    """Puts the modules into detectron2's registries, for configurations: MODEL.BACKBONE.NAME and
+    MODEL.PROPOSAL_GENERATOR.NAME.
+
+    Returns the names. Calling it again changes nothing. Poolers have no registry there: :func:`fpn_fast.accelerate`
+    swaps them.
+    """
+    names = []
+    for registry, builders in (
+        (BACKBONE_REGISTRY, (build_fast_resnet_fpn_backbone, build_fast_retinanet_resnet_fpn_backbone)),
+        (PROPOSAL_GENERATOR_REGISTRY, (build_fast_rpn,)),
+    ):
+        for builder in builders:
+            names.append(builder.__name__)
+            if builder.__name__ not in registry:
+                registry.register(builder)
+    return names
