@@ -8,7 +8,8 @@
     python benchmarks/report.py --targets                   fails where the library misses what it is held to
 
 A block is ``<!-- benchmark:FAMILY MACHINE [WORD ...] -->`` to ``<!-- /benchmark -->``. MACHINE is a folder's name or a
-device type that only one folder has; of the cases, those are shown that have every WORD in their name.
+device type that only one folder has; of the cases, those are shown that have every WORD in their name. The census is of
+no machine: ``<!-- census -->`` to ``<!-- /census -->``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import census  # noqa: E402
 from benchmarks.cases import Case, targets  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +34,7 @@ PROVIDERS = {"eager": "eager", "compile": "`torch.compile`", "cpp": "fpn_fast (c
 FUSED = ("cpp", "triton")
 BASELINES = ("eager", "compile")
 _BLOCK = re.compile(r"(<!-- benchmark:(\w+) (\S+)((?: \S+)*) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+_CENSUS = re.compile(r"(<!-- census -->\n).*?(<!-- /census -->)", re.DOTALL)
 
 Row = dict[str, Any]
 
@@ -75,6 +78,14 @@ def time_text(row: Row | None) -> str:
     return f"{value:.3g} {unit}" if value < 1e3 else f"{value:.0f} {unit}"
 
 
+def memory_text(row: Row | None) -> str:
+    """The peak memory of a call, to three digits."""
+    if row is None or "peak_bytes" not in row:
+        return ""
+    value = row["peak_bytes"] / 1e6
+    return f"{value:.3g} MB" if value < 1e3 else f"{value:.0f} MB"
+
+
 def table(results: dict[str, Any], overhead: bool, words: tuple[str, ...] = ()) -> list[str]:
     """The lines of one Markdown table: the cases where bytes count, or those where `overhead` does."""
     cases = {case: rows for case, rows in by_case(results, words).items() if case.overhead == overhead}
@@ -82,10 +93,14 @@ def table(results: dict[str, Any], overhead: bool, words: tuple[str, ...] = ()) 
         return []
     present = [name for name in PROVIDERS if any(name in rows for rows in cases.values())]
     fused = [name for name in present if name in FUSED]
-    header = ["op", "maps", "N", "dtype", "memory format", "direction", *(PROVIDERS[name] for name in present)]
+    # Shown where the library is held to it.
+    memory = any(target.peak_share is not None for case in cases for target in targets(case))
+    header = ["op", "case", "N", "dtype", "memory format", "direction", *(PROVIDERS[name] for name in present)]
     header += [f"{name} vs {baseline}" for name in fused for baseline in BASELINES if baseline in present]
     if not overhead:
         header += [f"{name}, share of copy" for name in fused]
+    if memory:
+        header += [f"peak memory, {PROVIDERS[name]}" for name in present]
     lines = [header, ["---"] * 6 + ["---:"] * (len(header) - 6)]
     for case, rows in cases.items():
         cells = [case.op, case.name, str(case.batch), case.dtype, case.memory_format, case.direction]
@@ -100,6 +115,8 @@ def table(results: dict[str, Any], overhead: bool, words: tuple[str, ...] = ()) 
         if not overhead:
             shares = [rows.get(name, {}).get("copy_share") for name in fused]
             cells += ["" if share is None else f"{share:.0%}" for share in shares]
+        if memory:
+            cells += [memory_text(rows.get(name)) for name in present]
         lines.append(cells)
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
@@ -150,7 +167,11 @@ def render_readme(text: str, folder: Path) -> str:
         begin, family, machine, words, end = match.groups()
         return begin + markdown(load(find(folder, family, machine)), tuple(words.split())) + end
 
-    return _BLOCK.sub(block, text)
+    def counts(match: re.Match[str]) -> str:
+        begin, end = match.groups()
+        return begin + census.table(json.loads((folder / "census.json").read_text())) + end
+
+    return _CENSUS.sub(counts, _BLOCK.sub(block, text))
 
 
 def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:
@@ -161,11 +182,23 @@ def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:
             continue
         for target in targets(case):
             times = rows.get("cpp", {}).get("speedup", {}).get(target.provider)
-            met = times is not None and times >= target.times
-            all_met &= met
             value = "no figure" if times is None else f"{times:.2f}x"
-            lines.append(f"{'met   ' if met else 'MISSED'} {case}: {value} {target.provider}, wants {target.times}x")
+            held = [(times is not None and times >= target.times, f"{value} {target.provider}, wants {target.times}x")]
+            if target.peak_share is not None:
+                share = peak_share(rows, target.provider)
+                value = "no figure" if share is None else f"{share:.1%}"
+                text = f"{value} of {target.provider}'s peak memory, wants {target.peak_share:.0%} at most"
+                held.append((share is not None and share <= target.peak_share, text))
+            for met, text in held:
+                all_met &= met
+                lines.append(f"{'met   ' if met else 'MISSED'} {case}: {text}")
     return lines, all_met
+
+
+def peak_share(rows: dict[str, Row], provider: str) -> float | None:
+    """The library's peak memory as a share of the provider's; None where either was not measured."""
+    own, other = (rows.get(name, {}).get("peak_bytes") for name in ("cpp", provider))
+    return None if own is None or not other else own / other
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

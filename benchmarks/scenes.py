@@ -36,7 +36,7 @@ APART, LOGIT_GAP = 300_000, 4e-6
 GRID = 1 / 8
 
 
-@dataclass(frozen=True)
+@dataclass
 class Head:
     """A dense head's place in an image: its maps, anchors and the image's size."""
 
@@ -49,14 +49,14 @@ class Head:
         """(down, right) of each level, torchvision's quotients."""
         return [(self.image_size[0] // height, self.image_size[1] // width) for height, width in self.levels]
 
-    @property
+    @functools.cached_property
     def cells(self) -> list[list[list[float]]]:
         """The anchors around the origin, of each level."""
         return [table.tolist() for table in self.generator.cell_anchors]
 
     def images(self, batch: int, device: torch.device) -> ImageList:
         """Images that take no memory: only their sizes are looked at."""
-        pixel = torch.zeros((), device=device)
+        pixel = torch.empty((), device=device)
         return ImageList(pixel.expand(batch, 3, *self.image_size), [self.image_size] * batch)
 
     def anchors(self) -> Tensor:

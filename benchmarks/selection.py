@@ -49,7 +49,8 @@ def unpadded(result: Any) -> list[Tensor]:
     if isinstance(result, list):
         return result
     *padded, counts = result
-    return [image[:count] for tensor in padded for image, count in zip(tensor, counts.tolist(), strict=True)]
+    lengths = counts.tolist()
+    return [image[:length] for tensor in padded for image, length in zip(tensor, lengths, strict=True)]
 
 
 def decided(reference: Function, tensors_of: Callable[[Any], list[Tensor]] = listed) -> Function:
@@ -88,8 +89,10 @@ def generate_proposals(case: Case) -> Op:
     head = scenes.rpn_head(image_size(case), case.levels)
     # As torchvision has them: as many proposals as candidates of a level.
     top_n = {"training": case.pre_nms_top_n, "testing": case.pre_nms_top_n}
-    arguments = (head.generator, None, HIGH_IOU, LOW_IOU, 256, 0.5, top_n, top_n, PROPOSAL_IOU)
-    theirs, mine = (kind(*arguments).eval() for kind in (rpn.RegionProposalNetwork, nn.RegionProposalNetwork))
+    arguments = (None, HIGH_IOU, LOW_IOU, 256, 0.5, top_n, top_n, PROPOSAL_IOU)
+    theirs = rpn.RegionProposalNetwork(head.generator, *arguments).eval()
+    anchors = nn.AnchorGenerator(head.generator.sizes, head.generator.aspect_ratios)
+    mine = nn.RegionProposalNetwork(anchors, *arguments).eval()
     levels = len(case.levels)
 
     form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format

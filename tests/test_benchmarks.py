@@ -21,7 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import cases, gpu_run, gpu_timing, harness, providers, report, rois, rows, sampling  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    census,
+    cpu_timing,
+    gpu_run,
+    gpu_timing,
+    harness,
+    op,
+    providers,
+    report,
+    rois,
+    rows,
+    sampling,
+    scenes,
+    selection,
+)
 from benchmarks.conftest import RecordedClock  # noqa: E402
 
 CASE = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.direction == "backward")
@@ -102,6 +117,160 @@ def test_poolers_agree_on_a_small_pyramid(direction: str) -> None:
     assert {row.provider for row in found} == {"eager", "compile", "cpp", harness.COPY}
 
 
+@pytest.mark.parametrize(
+    ("op_name", "changes", "elements"),
+    [
+        # One level of 2 x 3 places and three anchors: 18 logits, 4 deltas of each of 5 candidates, 5 numbers of each of
+        # 5 proposals.
+        ("generate_proposals", {"levels": ((2, 3),), "anchors": 3, "pre_nms_top_n": 5}, 18 + 20 + 25),
+        # Of few anchors all are candidates.
+        ("generate_proposals", {"levels": ((1, 1),), "anchors": 3, "pre_nms_top_n": 5}, 3 + 12 + 15),
+        ("select_detections", {"levels": ((2, 3),), "anchors": 9, "classes": 7}, 2 * 3 * 9 * 7),
+        # 28 bytes of a box, score and group, and one index of 8 bytes for each of four groups.
+        ("batched_nms", {"boxes": 10, "classes": 4}, (10 * 28 + 4 * 8) // 4),
+        ("match_anchors", {"levels": ((2, 3),), "anchors": 3, "boxes": 5}, 5 * 4 + 18 * (4 + 2)),
+        ("paste_masks", {"levels": ((8, 9),), "boxes": 2, "output_size": 28}, 2 * (28 * 28 + 4 + 72)),
+    ],
+)
+def test_bytes_of_selections(op_name: str, changes: dict, elements: int) -> None:
+    case = _case("forward", op=op_name, channels=0, **changes)
+    assert cases.bytes_moved(case) == elements * 4
+    if op_name in ("generate_proposals", "select_detections"):
+        assert cases.bytes_moved(replace(case, batch=3)) == 3 * elements * 4
+
+
+def test_every_selection_that_is_promised_is_measured() -> None:
+    def of(family: str) -> list[cases.Case]:
+        found = cases.FAMILIES[family]("cpu")
+        assert {case.op for case in found} == {family}
+        return found
+
+    assert {(c.batch, c.pre_nms_top_n) for c in of("generate_proposals")} == set(
+        itertools.product((1, 2, 8), (1000, 2000))
+    )
+    assert {(c.batch, c.classes) for c in of("select_detections")} == {(1, 91), (2, 91)}
+    assert {(c.boxes, c.classes) for c in of("batched_nms")} == set(
+        itertools.product((1_000, 5_000, 10_000, 30_000), (1, 5, 80, 1203))
+    )
+    assert {c.boxes for c in of("match_anchors")} == {7, 20, 100, 300}
+    assert [(c.boxes, cases.image_size(c)) for c in of("paste_masks")] == [(100, (800, 1333))]
+    anchors = {c.op: sum(cases._anchors(c)) for family in selection.OPS for c in of(family)}
+    assert anchors["generate_proposals"] == anchors["match_anchors"] == 268_569
+    assert anchors["select_detections"] == 201_600
+    for family in ("generate_proposals", "select_detections", "match_anchors"):
+        assert cases.image_size(of(family)[0]) == (800, 1344)
+
+
+@pytest.mark.parametrize("family", selection.OPS)
+def test_selections_agree_on_small_inputs(family: str) -> None:
+    case = cases.tiny(cases.FAMILIES[family]("cpu")[0])
+    candidates = providers.providers(case, "cpu", ["eager", "cpp"])
+    found, _ = harness.measure(case, "cpu", 0.0, candidates, max_rounds=1)
+    assert harness.refused(found) == []
+    assert {row.provider for row in found} == {"eager", "cpp", harness.COPY}
+
+
+def _first_two_swapped(results: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat([each[[1, 0]], each[2:]]) for each in results]
+
+
+def _one_missing(results: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [each[:-1] for each in results]
+
+
+@pytest.mark.parametrize(("fault", "reason"), [(_first_two_swapped, "differs from"), (_one_missing, "not torch")])
+@pytest.mark.parametrize("family", ["generate_proposals", "select_detections", "batched_nms", "match_anchors"])
+def test_a_wrong_decision_is_refused(family: str, fault, reason: str) -> None:
+    case = cases.tiny(cases.FAMILIES[family]("cpu")[0])
+    of_case = providers.op_of(case)
+    inputs = of_case.inputs(case, torch.device("cpu"))
+    expected = providers.expectation(case, inputs, [])
+    right = op.listed(of_case.eager(inputs))
+    assert expected.problem(right) is None
+    # An anchor's match is an index, and of the first two anchors it is the same.
+    wrong = [1 - each for each in right] if family == "match_anchors" and fault is _first_two_swapped else fault(right)
+    assert reason in expected.problem(wrong if len(wrong) > 1 else wrong[0])
+
+
+def test_a_padded_result_is_compared_without_its_padding() -> None:
+    """What a GPU is asked for, in place of lists."""
+    case = cases.tiny(cases.FAMILIES["select_detections"]("cpu")[1])
+    of_case = providers.op_of(case)
+    inputs = of_case.inputs(case, torch.device("cpu"))
+    expected = providers.expectation(case, inputs, [])
+    lists = of_case.fused(inputs)
+    images = len(lists) // 3
+    padded = [torch.nn.utils.rnn.pad_sequence(lists[i : i + images], True) for i in range(0, len(lists), images)]
+    counts = torch.tensor([len(each) for each in lists[:images]])
+    assert counts.unique().numel() > 1
+    assert expected.problem((*padded, counts)) is None
+    assert "not torch" in expected.problem((*padded, counts - 1))
+
+
+def test_scores_have_no_ties_after_a_sigmoid() -> None:
+    head = scenes.rpn_head((400, 672), ((100, 168), (50, 84), (25, 42)))
+    logits, _ = scenes.head_tables(head, 2, 1)
+    for image in logits.sigmoid().flatten(1):
+        assert len(image.unique()) == len(image)
+    assert 0.0001 < (logits.sigmoid() > 0.5).double().mean() < 0.01
+
+
+@pytest.mark.parametrize(("count", "classes"), [(1_000, 1203), (3_000, 5)])
+def test_boxes_of_detections_overlap_within_their_classes(count: int, classes: int) -> None:
+    boxes, scores, labels = scenes.detections(count, classes, 800, 1344)
+    assert len(scores.unique()) == count
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    # Moved apart as torchvision does it for few boxes, they are the same boxes.
+    assert torch.equal((boxes * 8).round() / 8, boxes)
+    moved = boxes + (labels * (boxes.max() + 1))[:, None]
+    assert torch.equal(moved[:, 2:] - moved[:, :2], boxes[:, 2:] - boxes[:, :2])
+    kept = fpn_fast.ops.batched_nms(boxes, scores, labels, selection.NMS_IOU)
+    assert 0.1 * count < len(kept) < 0.7 * count
+
+
+def test_peak_memory_sees_through_memory_that_was_kept() -> None:
+    # As large as what an allocator keeps when it is freed.
+    for _ in range(3):
+        kept = [torch.ones(1 << 20) for _ in range(4)]
+        del kept
+    peak = cpu_timing.peak_bytes(lambda: [torch.ones(1 << 20) for _ in range(4)])
+    assert 0.9 * (16 << 20) < peak < 1.5 * (16 << 20)
+
+
+def test_census_counts_what_torchvision_waits_for() -> None:
+    found = {(r["stage"].split(",")[0], r["batch"], r["library"]): r for r in census.rows((1, 2), small=True)}
+    assert len(found) == 4 * 2 * 2
+    for batch in (1, 2):
+        theirs = {stage: found[stage, batch, "torchvision"] for stage in ("RPN", "RetinaNet", "mask pasting")}
+        # Of an image: small boxes, low scores and NMS; decode uploads two numbers, NMS one of each image.
+        assert theirs["RPN"]["waits_by_cause"] == {
+            "aten::nonzero": 2 * batch,
+            "torchvision::nms": batch,
+            "upload": 2 + batch,
+        }
+        # A mask and a nonzero of each level.
+        assert theirs["RetinaNet"]["waits_by_cause"]["mask as index"] == 5 * batch
+        assert theirs["mask pasting"]["waits"] > 10 * 20 * batch
+        assert found["RPN", batch, "fpn_fast"]["waits_by_cause"] == {"tolist": 1}
+        assert found["RetinaNet", batch, "fpn_fast"]["waits_by_cause"] == {"tolist": 1}
+        assert found["mask pasting", batch, "fpn_fast"]["waits_by_cause"] == {}
+        assert found["mask pasting", batch, "fpn_fast"]["operations"] == batch
+        assert found["RPN", batch, "fpn_fast"]["operations"] < 5 < 100 < theirs["RPN"]["operations"]
+
+
+def test_census_knows_an_upload_from_a_number_that_stays() -> None:
+    value = torch.ones(2)
+
+    def call() -> None:
+        torch.tensor(1.0).to(value)
+        torch.tensor([1, 2]).view(1, 2).to(value.device, non_blocking=True)
+        torch.tensor(1.0, device="cpu")
+        torch.tensor([3]).tolist()
+        value[value > 0].sum().item()
+
+    assert census.count(call).waits == {"upload": 2, "mask as index": 1, "aten::_local_scalar_dense": 1}
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_cases_have_names_of_their_own(device_type: str) -> None:
     names = [str(case) for family in cases.FAMILIES.values() for case in family(device_type)]
@@ -161,7 +330,8 @@ def test_a_refused_row_is_kept_and_fails_the_run(
     faulty = providers.Provider("cpp", _one_pixel_wrong)
     right = providers.Provider("eager", providers.OPS["top_down"].eager)
     monkeypatch.setattr(command_line, "providers", lambda case, device_type, names: [right, faulty])
-    arguments = ["--output", str(tmp_path), "--device", "cpu", "--tiny", "--only", "fpn_800x1344-n1-float32-channels_last-forw"]
+    only = "fpn_800x1344-n1-float32-channels_last-forw"
+    arguments = ["--output", str(tmp_path), "--device", "cpu", "--tiny", "--only", only]
     assert command_line.main(arguments) == 1
     assert "differs from the reference" in capsys.readouterr().err
     (path,) = tmp_path.glob("*/top_down.json")
@@ -352,6 +522,44 @@ def test_targets_name_what_is_missed(results: Path, capsys: pytest.CaptureFixtur
     assert f"met    {_case('forward')}: 2.67x eager, wants 2.0x" in lines
     assert f"MISSED {_case('backward')}: no figure eager, wants 2.0x" in lines
     assert any(line.startswith("MISSED top_down-tiny_3_levels") and "0.80x eager, wants 1.0x" in line for line in lines)
+
+
+def test_memory_is_shown_and_held_to_where_it_counts(tmp_path: Path, results: Path) -> None:
+    kept = rows.Results(tmp_path / "memory", "match_anchors", report.load(results)["machine"])
+    few, many = (next(c for c in cases.FAMILIES["match_anchors"]("cpu") if c.boxes == n) for n in (20, 300))
+    for case, peak in ((few, 3_200_000), (many, 320_000_000)):
+        times = {"eager": (800.0, {}, 1_000_000_000), "cpp": (10.0, {"eager": 80.0}, peak)}
+        kept.add(
+            [rows.Row(case, name, "wall", "clock", 8, t, t, t, 9, 1, speedup=speedup, peak_bytes=memory)
+             for name, (t, speedup, memory) in times.items()]
+        )  # fmt: skip
+    found = report.load(kept.path)
+    text = report.markdown(found)
+    assert "| peak memory, eager | peak memory, fpn_fast (cpp) |\n" in text
+    assert "| 1000 MB | 3.2 MB |\n" in text
+    lines, met = report.target_lines(found)
+    assert not met
+    assert f"met    {few}: 80.00x eager, wants 10.0x" in lines
+    assert f"met    {few}: 0.3% of eager's peak memory, wants 10% at most" in lines
+    assert f"MISSED {many}: 32.0% of eager's peak memory, wants 10% at most" in lines
+    for row in found["rows"]:
+        del row["peak_bytes"]
+    lines, _ = report.target_lines(found)
+    assert f"MISSED {few}: no figure of eager's peak memory, wants 10% at most" in lines
+
+
+def test_readme_block_of_the_census(tmp_path: Path) -> None:
+    counted = [
+        {"stage": "RPN", "batch": 8, "library": library, "operations": operations, "waits": waits}
+        for library, operations, waits in (("torchvision", 328, 34), ("fpn_fast", 2, 1))
+    ]
+    found = {"torch": "2.14.1", "torchvision": "0.29.1", "commit": "0123abc", "rows": counted}
+    (tmp_path / "census.json").write_text(json.dumps(found))
+    text = report.render_readme("before\n<!-- census -->\nold\n<!-- /census -->\nafter\n", tmp_path)
+    assert "| RPN | 8 | 328 | 34 | 2 | 1 |\n" in text
+    assert "commit 0123abc" in text
+    assert "old" not in text
+    assert text.endswith("<!-- /census -->\nafter\n")
 
 
 def test_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations and host waits of a detector's selections, counted on a CPU as they would be on a GPU.
+
+    python -m benchmarks.census                                          the table
+    python -m benchmarks.census --json benchmarks/results/census.json    and the file of the README's table
+
+An operation is one that PyTorch's dispatcher hands to a backend, without views and bare allocations, which launch
+nothing; on a GPU it is at least one launch. One of ours counts as one, though it may launch several kernels.
+
+A host wait is a read of a number that the GPU has yet to compute, such as the length of what ``nonzero`` finds, or an
+upload of a number from pageable memory, such as ``torch.tensor(0.5, device="cuda")``. Nothing here ran on a GPU: the
+sites are known from the libraries' sources, and what is counted is how often they are reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection import roi_heads
+from torchvision.ops import boxes as box_ops
+
+from benchmarks import scenes, selection
+from benchmarks.cases import FAMILIES, tiny
+from benchmarks.machine import commit
+from benchmarks.rows import write_text
+from fpn_fast import nn
+
+#: Operators whose result, or its shape, the host has to read. torchvision's nms ends in a masked_select.
+READS = {
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    "torchvision::nms",
+}
+#: Beside views, what launches nothing.
+NO_LAUNCH = {"aten::_unsafe_view", "aten::empty", "aten::empty_strided", "aten::promote_types"}
+#: torchvision's batched_nms goes through groups one by one above so many numbers; on a CPU above 4,000 already.
+NUMBERS_OF_ONE_NMS_ON_A_GPU = 100_000
+BATCHES = (1, 8)
+DETECTIONS, PROPOSALS, CLASSES = 100, 1000, 91
+
+
+@dataclass
+class Count:
+    """What a call did: operations, and waits by what caused them."""
+
+    operations: int = 0
+    waits: Counter[str] = field(default_factory=Counter)
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        self.count.operations += not func.is_view and name not in NO_LAUNCH
+        if name in READS:
+            self.count.waits[name] += 1
+        if name == "aten::index":
+            masks = [i for i in args[1] if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)]
+            self.count.waits["mask as index"] += len(masks)
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    """Uploads and downloads, which on a CPU are none that the dispatcher would see."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count = count
+        # Tensors that would be in the host's memory; kept, so that no other takes the place of one.
+        self.on_host: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
+            if kwargs.get("device") is None:
+                self.on_host[id(result)] = result
+            else:
+                self.count.waits["upload"] += 1
+        elif func is Tensor.view and id(args[0]) in self.on_host:
+            self.on_host[id(result)] = result
+        elif func is Tensor.to and id(args[0]) in self.on_host:
+            self.count.waits["upload"] += not kwargs.get("non_blocking", False)
+        elif func is Tensor.tolist and id(args[0]) not in self.on_host:
+            self.count.waits["tolist"] += 1
+        return result
+
+
+def _batched_nms_of_a_gpu(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    if boxes.numel() > NUMBERS_OF_ONE_NMS_ON_A_GPU:
+        return box_ops._batched_nms_vanilla(boxes, scores, idxs, iou_threshold)
+    return box_ops._batched_nms_coordinate_trick(boxes, scores, idxs, iou_threshold)
+
+
+def count(call: Callable[[], Any]) -> Count:
+    """What `call` does, after a first time that sets up what is kept."""
+    found = Count()
+    with mock.patch.object(box_ops, "batched_nms", _batched_nms_of_a_gpu), torch.no_grad():
+        call()
+        with _Called(found), _Dispatched(found):
+            call()
+    found.waits = +found.waits
+    return found
+
+
+#: (torchvision's call, ours).
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+def _of_family(family: str, batch: int, small: bool) -> Pair:
+    """A family's first case, in batches of `batch`."""
+    case = FAMILIES[family]("cpu")[0]
+    case = replace(tiny(case) if small else case, batch=batch)
+    op = selection.OPS[family](case)
+    inputs = op.inputs(case, torch.device("cpu"))
+    return lambda: op.eager(inputs), lambda: op.fused(inputs)
+
+
+def _roi_head(batch: int, small: bool) -> Pair:
+    """Faster R-CNN's choice of detections among 1,000 proposals an image."""
+    rows, size = (20, (50, 84)) if small else (PROPOSALS, (800, 1344))
+    generator = torch.Generator().manual_seed(0)
+    boxes, _, labels = scenes.detections(rows, CLASSES - 1, *size)
+    logits = torch.randn(batch * rows, CLASSES, generator=generator)
+    logits[torch.arange(batch * rows), labels.repeat(batch) + 1] += 6
+    deltas = torch.randn(batch * rows, 4 * CLASSES, generator=generator) * 0.3
+    arguments = (None, None, None, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, DETECTIONS)
+
+    def call(kind: type) -> Callable[[], Any]:
+        heads = kind(*arguments).eval()
+        return lambda: heads.postprocess_detections(logits, deltas, [boxes] * batch, [size] * batch)
+
+    return call(roi_heads.RoIHeads), call(nn.RoIHeads)
+
+
+def _masks(batch: int, small: bool) -> Pair:
+    """Mask R-CNN's pasting, which both do image by image."""
+    calls = _of_family("paste_masks", 1, small)
+    theirs, mine = (lambda call=call: [call() for _ in range(batch)] for call in calls)
+    return theirs, mine
+
+
+STAGES: dict[str, Callable[[int, bool], Pair]] = {
+    "RPN, 800x1344, 1000 candidates a level": lambda batch, small: _of_family("generate_proposals", batch, small),
+    "RetinaNet, 800x1344, 91 classes": lambda batch, small: _of_family("select_detections", batch, small),
+    "RoI head, 1000 proposals, 91 classes": _roi_head,
+    "mask pasting, 100 masks": _masks,
+}
+
+
+def rows(batches: Sequence[int] = BATCHES, small: bool = False) -> list[dict[str, Any]]:
+    """One row for each stage, batch and library; `small` with tiny inputs."""
+    found = []
+    for stage, pair_of in STAGES.items():
+        for batch in batches:
+            for library, call in zip(("torchvision", "fpn_fast"), pair_of(batch, small), strict=True):
+                counted = count(call)
+                found.append(
+                    {
+                        "stage": stage,
+                        "batch": batch,
+                        "library": library,
+                        "operations": counted.operations,
+                        "waits": counted.waits.total(),
+                        "waits_by_cause": dict(sorted(counted.waits.items())),
+                    }
+                )
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown of a census."""
+    lines = [
+        "| after the networks | N | torchvision: operations | waits | fpn_fast: operations | waits |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    by_key = {(row["stage"], row["batch"], row["library"]): row for row in found["rows"]}
+    for stage, batch in dict.fromkeys((row["stage"], row["batch"]) for row in found["rows"]):
+        numbers = [
+            str(by_key[stage, batch, library][what])
+            for library in ("torchvision", "fpn_fast")
+            for what in ("operations", "waits")
+        ]
+        lines.append(f"| {stage} | {batch} | {' | '.join(numbers)} |")
+    versions = f"torch {found['torch']}, torchvision {found['torchvision']}, commit {found['commit'] or 'unknown'}"
+    note = (
+        "Counted, not timed: operations that the dispatcher sees, without views and allocations, and host waits that a "
+        f"GPU would make of them; {versions}."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.census", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--json", type=Path, help="file for the counts")
+    parser.add_argument("--tiny", action="store_true", help="tiny inputs, to walk the code")
+    options = parser.parse_args(arguments)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    found = {**versions, "commit": commit(), "rows": rows(small=options.tiny)}
+    print(table(found))
+    if options.json is not None:
+        lines = ",\n".join(json.dumps(row) for row in found.pop("rows"))
+        write_text(options.json, f'{{{json.dumps(found)[1:-1]},\n"rows": [\n{lines}\n]}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
