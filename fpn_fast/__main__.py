@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fpn_fast info``: what this installation has, what it lacks, and how to get it."""
+"""``python -m fpn_fast``, or ``fpn-fast``: ``info``, what this installation has, what it lacks, and how to get it; and
+``verify``, whether it computes what it should."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 
 from fpn_fast import _library, backends
 from fpn_fast._version import __version__
+from fpn_fast.verify import command
 
 
 def gather() -> dict[str, Any]:
@@ -75,7 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what this installation has, what it lacks, and how to get it")
     info.add_argument("--json", action="store_true", help="plain data instead of a table")
+    info.set_defaults(run=_info)
+    command.add_arguments(commands)
     options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _info(options: argparse.Namespace) -> int:
     facts = gather()
     print(json.dumps(facts, indent=2) if options.json else render(facts))
     return 0

@@ -23,7 +23,7 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     source = folder / "source"
     for name in ("csrc", "fpn_fast"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "pytest_fpn_fast.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     options = ["--no-build-isolation", "--no-deps", "-w", str(folder)]
     command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]

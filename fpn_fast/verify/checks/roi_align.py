@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoIAlign of one map and of a pyramid, the rule of levels, and the poolers over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_fast import nn, ops, reference
+from fpn_fast.ops.levels import level_thresholds
+from fpn_fast.reference.multiscale_roi_align import LEVEL_FORMULAS
+from fpn_fast.verify.checks import register
+from fpn_fast.verify.draw import INF, NAN, Draw, form_of, text_of
+from fpn_fast.verify.trial import Rule, Trial, chosen, decided, not_worse
+
+_KEYS = ("batch", "channels", "sizes", "rois", "output_size")
+#: The kernels behind the modules are checked in every type where the ops are.
+_OF_MODULES = (torch.float32, torch.bfloat16)
+#: At which RoIs of maps as small as these are spread over all levels.
+_CANONICAL_SCALE = 64
+
+
+def _odd_box(draw: Draw, height: int, width: int) -> tuple[float, float, float, float]:
+    """Inverted, without area, infinite, far off, huge, or with a NaN."""
+    x, y = draw.random.uniform(0, width), draw.random.uniform(0, height)
+    return draw.choice(
+        (
+            (NAN, y, x, y),
+            (x, y, x + 9, NAN),
+            (x, y, x / 2, y + 9),
+            (x, y, x + 9, y / 2),
+            (x, y, x / 2, y / 2),
+            (x, y, x, y),
+            (x, y, x, y + 30),
+            (x, y, INF, y + 30),
+            (-INF, -INF, INF, INF),
+            (INF, INF, INF, INF),
+            (1000 + x, 1000 + y, 1100 + x, 1100 + y),
+            (-4000.0, -3000.0, 5000.0, 4000.0),
+            (1e30, 1e30, 2e30, 2e30),
+        )
+    )
+
+
+def boxes_in(draw: Draw, count: int, height: int, width: int, *, odd: bool = False) -> Tensor:
+    """[count, 4] float64 boxes of an image: of a few to all of its pixels, some over its edges; or `odd` ones."""
+    rows: list[tuple[float, ...]] = []
+    for _ in range(count):
+        if odd and draw.chance(0.7):
+            rows.append(_odd_box(draw, height, width))
+            continue
+        w, h = (2 + (side - 2) * draw.random.random() ** 2 for side in (width, height))
+        x, y = draw.random.uniform(0, width - w), draw.random.uniform(0, height - h)
+        if draw.chance(0.25):
+            x, y = x + draw.random.uniform(-w, w), y + draw.random.uniform(-h, h)
+        corners = [x, y, x + w, y + h]
+        # Numbers that quotients of are often whole: where a grid's samples are counted, and where a map ends.
+        rows.append(tuple(round(c * 64) / 64 for c in corners) if draw.chance(0.5) else tuple(corners))
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
+def _threshold_boxes(draw: Draw, count: int, maps: int, rule: dict[str, Any]) -> Tensor:
+    """[count, 4] whose areas are exactly those at which levels begin, or the next numbers to them."""
+    areas = torch.tensor(level_thresholds(2, 1 + maps, *rule.values())).view(torch.int32)
+    areas = areas[draw.integers(0, len(areas) - 1, count)] + draw.integers(-1, 1, count).int()
+    # A power of two: the area is what it was before it was divided. From the left edge, for a sum would round.
+    wide = areas.view(torch.float32).double() / 64
+    # No sample comes to lie where a map ends, on either side of which float32 and float64 may see it.
+    top = draw.integers(0, 500, count) / 8 + 1 / 32
+    return torch.stack([torch.zeros(count).double(), top, wide, top + 64], 1)
+
+
+@dataclass
+class Scene:
+    """A pyramid and RoIs on it. sizes: (H, W) of each map; rois: [K, 5] in the type beside features, on the device."""
+
+    batch: int
+    sizes: list[tuple[int, int]]
+    scales: list[float]
+    maps: list[Tensor]
+    rois: Tensor
+    layout: str
+
+    @property
+    def text(self) -> str:
+        return f"{text_of(self.maps)}, {self.layout}, {len(self.rois)} RoIs"
+
+    @property
+    def largest(self) -> int:
+        return max(max(size) for size in self.sizes)
+
+
+def _scene(
+    draw: Draw, levels: int, rule: dict[str, Any], *, flavour: str = "any", images: bool = False, flat: bool = False
+) -> Scene:
+    """images: whether RoIs are those of one image after the other, none of another; flat: whether many pixels tie."""
+    sizes = draw.pyramid(levels)
+    if flavour == "one pixel":
+        sizes = [(1, 1)] * len(sizes)
+    batch = 0 if flavour == "no images" else draw.size("batch", lambda: draw.integer(1, 3))
+    channels, layout = draw.channels(), draw.layout()
+    numbers = [draw.normal(batch, channels, *size) for size in sizes]
+    maps = [draw.place(n.relu() if flat else n, layout) for n in numbers]
+    count = 0 if flavour == "no RoIs" else draw.size("rois", lambda: draw.integer(1, 4 if draw.small else 9))
+    height, width = 4 * max(sizes[0][0], 2), 4 * max(sizes[0][1], 2)
+    if flavour == "thresholds" and len(sizes) > 1:
+        boxes = _threshold_boxes(draw, count, len(sizes), rule)
+    else:
+        boxes = boxes_in(draw, count, height, width, odd=flavour == "odd RoIs")
+    image = draw.integers(0, max(batch - 1, 0), count).double()
+    if images:
+        image = image.sort().values
+    elif flavour == "odd RoIs":
+        absent = torch.tensor([-1.0, batch, NAN, INF, 1e20], dtype=torch.float64)
+        image = torch.where(draw.uniform(count) < 0.2, absent[draw.integers(0, 4, count)], image)
+    rois = torch.cat([image[:, None], boxes], 1).to(draw.wide).to(draw.device)
+    return Scene(batch, sizes, [2.0 ** -(2 + i) for i in range(len(sizes))], maps, rois, layout)
+
+
+def _trial(
+    draw: Draw,
+    scene: Scene,
+    levels: Tensor,
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+    call: Callable[[list[Tensor]], list[Tensor]],
+    *,
+    maximum: bool = False,
+    form: torch.memory_format | None = None,
+    text: str = "",
+) -> Trial:
+    """The truth of whatever pools `scene` with these numbers; levels: [K], the map of each RoI."""
+
+    def arguments(like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return scene.rois.to(like.device, wide), levels.to(like.device)
+
+    numbers: Any = (scene.scales, sampling_ratio, aligned)
+
+    def plain(maps: list[Tensor]) -> list[Tensor]:
+        if maximum:
+            return [reference.multiscale_roi_align_max(maps, *arguments(maps[0]), output_size, *numbers)[0]]
+        return [reference.multiscale_roi_align(maps, *arguments(maps[0]), output_size, *numbers)]
+
+    def plain_gradients(maps: list[Tensor], seeds: list[Tensor]) -> list[Tensor]:
+        rest: Any = (*arguments(maps[0]), scene.batch, scene.sizes, *numbers)
+        if not maximum:
+            return reference.multiscale_roi_align_backward(seeds[0], *rest)
+        # Which sample is the largest is decided in the features' own type.
+        own = [m.to(maps[0].device) for m in scene.maps]
+        _, winners = reference.multiscale_roi_align_max(own, *arguments(own[0]), output_size, *numbers)
+        return reference.multiscale_roi_align_max_backward(seeds[0], winners, *rest)
+
+    absolute = [m.cpu().double().abs() for m in scene.maps]
+    magnitude = None if maximum else plain(absolute)[0]
+
+    def gradient_rules(seeds: list[Tensor], *_: list[Tensor]) -> list[Rule]:
+        magnitudes = plain_gradients(absolute, [seeds[0].cpu().double().abs()])
+        return [not_worse(scene.largest, each) for each in magnitudes]
+
+    return Trial(
+        f"{scene.text}, {output_size[0]}x{output_size[1]} bins, ratio {sampling_ratio}, aligned {aligned}{text}",
+        scene.maps,
+        call,
+        plain,
+        lambda i: chosen if maximum else not_worse(scene.largest, magnitude),
+        gradient_rules,
+        plain_gradients,
+        form=form,
+        output_seeds=draw.seeds,
+    )
+
+
+def _grid(draw: Draw) -> tuple[tuple[int, int], int]:
+    """Bins and samples."""
+    largest = 3 if draw.small else 7
+    given = draw.size("output_size", lambda: (draw.integer(1, largest), draw.integer(1, largest)))
+    height, width = (given, given) if isinstance(given, int) else given
+    return (int(height), int(width)), draw.choice((0, -1, 1, 2, 2, 3))
+
+
+_FLAVOURS = ("any", "odd RoIs", "any", "one pixel", "thresholds", "any", "no RoIs", "odd RoIs", "any", "no images")
+
+
+@register("multiscale_roi_align", keys=_KEYS)
+@register("multiscale_roi_align(max)", ops=("multiscale_roi_align_max",), keys=_KEYS, maximum=True)
+def multiscale_roi_align(draw: Draw, maximum: bool = False) -> Trial:
+    rule: dict[str, Any] = {
+        "canonical_scale": _CANONICAL_SCALE,
+        "canonical_level": draw.choice((3, 4)),
+        "level_formula": draw.choice(tuple(LEVEL_FORMULAS)),
+    }
+    flavour = draw.flavour(*_FLAVOURS)
+    levels = draw.integer(2 if flavour == "thresholds" else 1, 3 if draw.small else 5)
+    scene = _scene(draw, levels, rule, flavour=flavour, flat=maximum and draw.chance(0.5))
+    output_size, sampling_ratio = _grid(draw)
+    aligned, given = draw.chance(0.5), None
+    if draw.chance(0.15):
+        given = draw.integers(-1, len(scene.maps), len(scene.rois)).to(draw.device)
+    expected = ops.assign_levels(scene.rois, scene.scales, **rule) if given is None else given
+
+    def call(maps: list[Tensor]) -> list[Tensor]:
+        pooled = ops.multiscale_roi_align(
+            maps, scene.rois, output_size, scene.scales, sampling_ratio=sampling_ratio, aligned=aligned, levels=given,
+            pool_mode="max" if maximum else "avg", **rule,
+        )  # fmt: skip
+        return [pooled]
+
+    text = f", {rule['level_formula']}{'' if given is None else ', given levels'}"
+    return _trial(
+        draw, scene, expected, output_size, sampling_ratio, aligned, call,
+        maximum=maximum, form=form_of(scene.maps, scene.layout), text=text,
+    )  # fmt: skip
+
+
+@register("roi_align", ops=("multiscale_roi_align",), keys=_KEYS)
+@register("nn.RoIAlign", ops=("multiscale_roi_align",), dtypes=_OF_MODULES, keys=_KEYS, module=True)
+def roi_align(draw: Draw, module: bool = False) -> Trial:
+    scene = _scene(draw, 1, {}, flavour=draw.flavour("any", "odd RoIs", "any", "one pixel", "any", "no RoIs"))
+    output_size, sampling_ratio = _grid(draw)
+    aligned = draw.chance(0.5)
+    numbers = (output_size, 1 / 4, sampling_ratio, aligned)
+    levels = torch.where(scene.rois.isnan().any(1), -1, 0)
+
+    def call(maps: list[Tensor]) -> list[Tensor]:
+        return [nn.RoIAlign(*numbers)(maps[0], scene.rois) if module else ops.roi_align(maps[0], scene.rois, *numbers)]
+
+    scene.maps, scene.sizes, scene.scales = scene.maps[:1], scene.sizes[:1], scene.scales[:1]
+    return _trial(
+        draw, scene, levels, output_size, sampling_ratio, aligned, call, form=form_of(scene.maps, scene.layout)
+    )  # fmt: skip
+
+
+@register("assign_levels", backends=("reference",), dtypes=(torch.float32,), keys=("rois",))
+def assign_levels(draw: Draw) -> Trial:
+    """The areas at which levels begin, against the logarithm that they stand for."""
+    maps, formula = draw.integer(2, 6), draw.choice(tuple(LEVEL_FORMULAS))
+    rule: dict[str, Any] = {"canonical_scale": draw.choice((56, 100, 224)), "canonical_level": draw.choice((2, 3, 4))}
+    rule["level_formula"] = formula
+    count = draw.size("rois", lambda: 300)
+    boxes = boxes_in(draw, count, 800, 1344, odd=draw.flavour("any", "odd") == "odd")
+    boxes = torch.cat([boxes, _threshold_boxes(draw, count, maps, rule)])
+    rois = torch.cat([torch.zeros(len(boxes), 1), boxes], 1).float()
+    area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+    # Where this torch's square root is not the nearest number, the logarithm's level is not either.
+    usable = (area.sqrt() == area.double().sqrt().float()) | ~(area > 0)
+    rois = rois[usable].to(draw.device)
+    scales = [2.0 ** -(2 + i) for i in range(maps)]
+    return Trial(
+        f"{len(rois)} RoIs, {maps} maps, {formula}",
+        [],
+        lambda _: [ops.assign_levels(rois, scales, **rule)],
+        lambda _: [reference.assign_levels(rois.cpu(), 2, 1 + maps, **rule)],
+        lambda i: decided(),
+        decisions=True,
+    )
+
+
+@register("nn.MultiScaleRoIAlign", ops=("multiscale_roi_align",), dtypes=_OF_MODULES, keys=_KEYS)
+@register(
+    "nn.detectron2.ROIPooler", ops=("multiscale_roi_align",), dtypes=_OF_MODULES, keys=_KEYS, library="detectron2"
+)
+@register("nn.mmdet.SingleRoIExtractor", ops=("multiscale_roi_align",), dtypes=_OF_MODULES, keys=_KEYS, library="mmdet")
+def pooler(draw: Draw, library: str = "torchvision") -> Trial:
+    """The modules, whose arguments and boxes are the libraries' own."""
+    rule: dict[str, Any] = {"canonical_scale": _CANONICAL_SCALE, "canonical_level": 4, "level_formula": library}
+    flavour = draw.flavour("any", "odd RoIs", "any", "no RoIs")
+    # Heights of which torchvision's module infers the scales that these maps have.
+    draw.given.setdefault("sizes", [(8 >> i, draw.integer(1, 12 >> i)) for i in range(draw.integer(1, 3))])
+    scene = _scene(draw, 1, rule, flavour=flavour, images=True)
+    output_size, sampling_ratio = _grid(draw)
+    aligned = library != "torchvision" and draw.chance(0.5)
+    levels = torch.where(scene.rois.isnan().any(1), -1, 0)
+    if len(scene.maps) > 1:
+        levels = ops.assign_levels(scene.rois, scene.scales, **rule)
+    boxes = [scene.rois[scene.rois[:, 0] == i, 1:] for i in range(scene.batch)]
+    names = [str(i) for i in range(len(scene.maps))]
+    module: Any
+    if library == "torchvision":
+        module = nn.MultiScaleRoIAlign(names, output_size, sampling_ratio, canonical_scale=_CANONICAL_SCALE)
+        images = [(4 * scene.sizes[0][0], 4 * scene.sizes[0][1])] * scene.batch
+        call = lambda maps: [module(dict(zip(names, maps, strict=True)), boxes, images)]  # noqa: E731
+    elif library == "detectron2":
+        kind = "ROIAlignV2" if aligned else "ROIAlign"
+        module = nn.detectron2.ROIPooler(output_size, scene.scales, sampling_ratio, kind, _CANONICAL_SCALE)
+        call = lambda maps: [module(maps, boxes)]  # noqa: E731
+    else:
+        layer = {"type": "RoIAlign", "output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned}
+        strides = [4 * 2**i for i in range(len(scene.maps))]
+        module = nn.mmdet.SingleRoIExtractor(layer, scene.maps[0].size(1), strides, _CANONICAL_SCALE / 4)
+        call = lambda maps: [module(maps, scene.rois)]  # noqa: E731
+    return _trial(draw, scene, levels, output_size, sampling_ratio, aligned, call)

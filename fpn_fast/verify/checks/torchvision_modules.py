@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules that need torchvision, against torchvision's own arithmetic or the reference behind the same module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import roi_heads, transform
+from torchvision.models.detection.anchor_utils import AnchorGenerator as PlainAnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign as PlainPooler
+
+from fpn_fast import backends, nn
+from fpn_fast.verify.checks import register
+from fpn_fast.verify.checks.proposals import boxes_rule, head_maps
+from fpn_fast.verify.checks.roi_align import boxes_in
+from fpn_fast.verify.draw import Draw, text_of
+from fpn_fast.verify.trial import Trial, decided, not_worse
+
+_SINGLE = (torch.float32, torch.float64)
+
+
+class _GivenHead(torch.nn.Module):
+    """A head whose features are its outputs: A logits, then 4A deltas."""
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        anchors = features[0].size(1) // 5
+        return [f[:, :anchors] for f in features], [f[:, anchors:] for f in features]
+
+
+def _generators(draw: Draw, levels: int) -> tuple[PlainAnchorGenerator, nn.AnchorGenerator]:
+    sizes = tuple((draw.integer(8, 20) << i,) for i in range(levels))
+    ratios = (draw.choice(((1.0,), (0.5, 1.0, 2.0))),) * levels
+    return PlainAnchorGenerator(sizes, ratios), nn.AnchorGenerator(sizes, ratios)
+
+
+def _on(device: str, images: ImageList) -> ImageList:
+    return ImageList(images.tensors.to(device), images.image_sizes)
+
+
+@register("nn.AnchorGenerator", backends=("reference",), dtypes=_SINGLE)
+def anchor_generator(draw: Draw) -> Trial:
+    sizes = draw.pyramid(draw.integer(1, 4))
+    plain, fast = _generators(draw, len(sizes))
+    maps = [torch.zeros(2, 1, *size, dtype=draw.dtype, device=draw.device) for size in sizes]
+    images = ImageList(torch.zeros(2, 3, 100, 168, device=draw.device), [(100, 160), (90, 168)])
+    return Trial(
+        text_of(maps),
+        [],
+        lambda _: fast(images, maps),
+        lambda _: plain(_on("cpu", images), [m.cpu() for m in maps]),
+        lambda i: decided(),
+        decisions=True,
+    )
+
+
+@register("nn.RegionProposalNetwork", ops=("generate_proposals", "match_anchors"), dtypes=_SINGLE)
+def region_proposal_network(draw: Draw) -> Trial:
+    """Proposals, and in training losses: of the same labels and the same random sample."""
+    sizes = draw.pyramid(draw.integer(1, 3))
+    generator = _generators(draw, len(sizes))[1]
+    anchors, batch = generator.num_anchors_per_location()[0], draw.integer(1, 2)
+    counts = {"training": draw.integer(1, 300), "testing": draw.integer(1, 200)}
+    module = nn.RegionProposalNetwork(
+        generator, _GivenHead(), 0.7, 0.3, 64, 0.5, counts, counts, draw.choice((0.5, 0.7)), draw.choice((0.0, 0.3))
+    )  # fmt: skip
+    module.train(draw.flavour("training", "evaluation") == "training")
+    logits, deltas = head_maps(draw, batch, anchors, sizes, "apart")
+    features = [torch.cat(each, 1) for each in zip(logits, deltas, strict=True)]
+    images = ImageList(torch.zeros(batch, 3, 100, 168, device=draw.device), [(100, 160), (90, 168)][:batch])
+    truths = [boxes_in(draw, draw.integer(0, 6), 90, 160) for _ in range(batch)]
+    sampler_seed = draw.random.getrandbits(60)
+
+    def run(device: str) -> list[Tensor]:
+        own = copy.deepcopy(module)
+        named = {str(i): f.to(device) for i, f in enumerate(features)}
+        targets = [{"boxes": boxes.to(device, draw.dtype)} for boxes in truths] if module.training else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sampler_seed)
+            boxes, losses = own(_on(device, images), named, targets)
+        room = module.post_nms_top_n()
+        padded = [torch.nn.functional.pad(b, (0, 0, 0, room - len(b)), value=-1.0) for b in boxes]
+        # Of randomly sampled anchors, and a GPU has random numbers of its own.
+        return [*padded, *(losses.values() if device == "cpu" and draw.device == "cpu" else ())]
+
+    def plain(_: list[Tensor]) -> list[Tensor]:
+        with backends.use("reference"):
+            return run("cpu")
+
+    mode = "training" if module.training else "evaluation"
+    return Trial(
+        f"{text_of(features)}, {mode}",
+        [],
+        lambda _: run(draw.device),
+        plain,
+        lambda i: boxes_rule(draw.dtype),
+        decisions=True,
+    )
+
+
+@register("nn.RoIHeads", ops=("match_anchors",), dtypes=_SINGLE)
+def roi_heads_matching(draw: Draw) -> Trial:
+    """What it matches proposals by, against torchvision's own matrix."""
+    pooler = PlainPooler(["0"], 2, 2)
+    numbers = (0.5, draw.choice((0.3, 0.5)), 64, 0.25, None, 0.05, 0.5, 100)
+    plain, fast = (kind(pooler, None, None, *numbers) for kind in (roi_heads.RoIHeads, nn.RoIHeads))
+    truths = [draw.place(boxes_in(draw, draw.integer(0, 6), 100, 168)) for _ in range(draw.integer(1, 3))]
+    proposals = [draw.place(boxes_in(draw, draw.integer(1, 300), 100, 168)) for _ in truths]
+    labels = [draw.integers(1, 5, len(boxes)).to(draw.device) for boxes in truths]
+
+    def run(module: Any, device: str) -> list[Tensor]:
+        lists = ([t.to(device) for t in each] for each in (proposals, truths, labels))
+        indices, found = module.assign_targets_to_proposals(*lists)
+        return [*indices, *found]
+
+    return Trial(
+        f"{[len(p) for p in proposals]} proposals, {[len(t) for t in truths]} ground truths",
+        [],
+        lambda _: run(fast, draw.device),
+        lambda _: run(plain, "cpu"),
+        lambda i: decided(),
+        decisions=True,
+    )
+
+
+@register("nn.GeneralizedRCNNTransform", ops=("paste_masks",), dtypes=_SINGLE)
+def postprocess(draw: Draw) -> Trial:
+    """Boxes and masks in images of their original size, against torchvision's loop over masks."""
+    plain, fast = (
+        kind(64, 128, [0.0] * 3, [1.0] * 3).eval()
+        for kind in (transform.GeneralizedRCNNTransform, nn.GeneralizedRCNNTransform)
+    )
+    count, size = draw.integer(0, 5), (draw.integer(20, 70), draw.integer(20, 70))
+    masks = draw.place((draw.normal(count, 1, 28, 28) * 4).sigmoid())
+    boxes = boxes_in(draw, count, 64, 96).clamp(min=0).to(torch.float32).to(draw.device)
+
+    def run(module: Any, inputs: list[Tensor]) -> list[Tensor]:
+        result = [{"boxes": boxes.to(inputs[0].device), "masks": inputs[0]}]
+        return [module.postprocess(result, [(64, 96)], [size])[0]["masks"]]
+
+    return Trial(
+        f"{count} masks into {size[0]}x{size[1]}",
+        [masks],
+        lambda inputs: run(fast, inputs),
+        lambda inputs: run(plain, inputs),
+        lambda i: not_worse(256),
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fpn_fast verify``: its arguments, and what it exits with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fpn_fast import backends
+from fpn_fast.verify import report
+from fpn_fast.verify.checks import CHECKS
+from fpn_fast.verify.run import Plan, devices, name_of, read_shapes, run
+
+CASES, QUICK_CASES, SHAPE_CASES = 24, 6, 2
+
+SUMMARY = "checks every op and module on this machine against the reference"
+_DESCRIPTION = """\
+Checks every op and module, forward and backward, on every backend and device present, on a seeded random sample of
+shapes, types, memory formats and edge cases: against the reference in float64 for values, with the tolerances of the
+package's own tests, and against the reference's decisions for what selects. Exits with 0 if all passed, 1 if not,
+2 for bad arguments."""
+_EPILOG = """\
+worst ulp: of the largest error, in units in the last place of the type; relative: as a share of the largest number of
+its tensor; decisions: how many differ from the reference's (what is kept, matched, or above a threshold).
+
+A file for --shapes has sizes by op, each entry checked with --cases random contents and options:
+  {"top_down": [{"batch": 2, "channels": 256, "sizes": [[200, 336], [100, 168], [50, 84], [25, 42]]}],
+   "multiscale_roi_align": [{"sizes": [[200, 336], [100, 168]], "rois": 512, "output_size": 7}]}
+Sizes that an entry leaves out are drawn. What each op knows:
+"""
+
+
+def _keys() -> str:
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for check in CHECKS.values():
+        if check.keys:
+            rows.setdefault(check.keys, []).append(check.name)
+    return "".join(f"  {', '.join(keys)}: {', '.join(names)}\n" for keys, names in rows.items())
+
+
+def add_arguments(commands: Any) -> argparse.ArgumentParser:
+    """Adds ``verify`` to the commands of ``python -m fpn_fast``."""
+    parser = commands.add_parser(
+        "verify",
+        help=SUMMARY,
+        description=_DESCRIPTION,
+        epilog=_EPILOG + _keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--ops", nargs="+", metavar="OP", choices=list(CHECKS), help="only these; one of them all: %(choices)s"
+    )
+    parser.add_argument("--backends", nargs="+", choices=backends.BACKENDS, help="only these; by default all present")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases: under a minute on two cores")
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help=f"cases of each op, backend and type; {CASES} by default"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random sample; 0 by default")
+    parser.add_argument("--shapes", type=Path, metavar="FILE", help="JSON of your own sizes: only these are checked")
+    parser.add_argument("--case", metavar="OP/BACKEND/DEVICE/TYPE/NUMBER", help="one case alone, as a failure names it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes all results as JSON")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also writes JUnit XML")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also writes a Markdown table")
+    parser.set_defaults(run=verify, parser=parser)
+    return parser
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Runs ``verify`` with parsed arguments; returns the exit code."""
+    try:
+        plan = _plan(options)
+        for path in (options.json, options.junit, options.markdown):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
+    except ValueError as error:
+        # Exits with 2.
+        options.parser.error(str(error))
+    began = time.monotonic()
+    rows = run(plan, report.Progress(sys.stderr))
+    seconds = time.monotonic() - began
+    print(report.table(rows))
+    also = "" if options.shapes is None else f" --shapes {shlex.quote(str(options.shapes))}"
+    problems = report.failures(rows, also)
+    print(*([problems] if problems else []), report.summary(rows, seconds), sep="\n")
+    settings = {"seed": plan.seed, "cases": plan.cases, "ops": list(plan.ops), "backends": list(plan.backends)}
+    if options.json is not None:
+        found = report.as_json(rows, settings, seconds, also)
+        options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    if options.junit is not None:
+        options.junit.write_text(report.as_junit(rows, seconds, also))
+    if options.markdown is not None:
+        options.markdown.write_text(report.as_markdown(rows, seconds, also))
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.quick and options.cases is not None:
+        raise ValueError("--quick has a number of cases of its own; leave out --cases or --quick")
+    if options.cases is not None and options.cases < 1:
+        raise ValueError(f"--cases must be at least 1, got {options.cases}")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {options.seed}")
+    wanted = options.backends or [b for b in backends.BACKENDS if any(_serves(b, device) for device in devices())]
+    for name in wanted:
+        if not any(_serves(name, device) for device in devices()):
+            raise ValueError(f"backend {name} is not available here: {backends.problem(name, 'cpu')}")
+    shapes = {} if options.shapes is None else read_shapes(options.shapes)
+    default = SHAPE_CASES if shapes else QUICK_CASES if options.quick else CASES
+    ops = options.ops or list(shapes or CHECKS)
+    if missing := [op for op in ops if shapes and op not in shapes]:
+        raise ValueError(f"{options.shapes} has no sizes for {', '.join(missing)}")
+    only = None
+    if options.case is not None:
+        if options.ops or options.backends or options.quick or options.cases or options.seed:
+            raise ValueError("--case says all by itself: leave out --ops, --backends, --quick, --cases and --seed")
+        only = _parse_case(options.case)
+        ops = [only[0]]
+    return Plan(ops, wanted, options.seed, options.cases or default, shapes, only)
+
+
+def _serves(backend: str, device: str) -> bool:
+    return backends.problem(backend, device) is None
+
+
+def _parse_case(text: str) -> tuple[str, str, str, str, int]:
+    parts = text.split("/")
+    if len(parts) != 5 or not parts[4].isdecimal():
+        raise ValueError(f"--case must be OP/BACKEND/DEVICE/TYPE/NUMBER, got {text!r}")
+    op, backend, device, dtype, number = parts
+    if op not in CHECKS:
+        raise ValueError(f"there is no op {op!r}; there are {', '.join(CHECKS)}")
+    if backend not in backends.BACKENDS or device not in devices() or not _serves(backend, device):
+        reason = backends.problem(backend, device) if backend in backends.BACKENDS else "there is no such backend"
+        raise ValueError(f"backend {backend!r} does not serve {device} tensors here: {reason or 'there is no GPU'}")
+    if dtype not in map(name_of, CHECKS[op].dtypes):
+        raise ValueError(f"{op} is not checked in {dtype!r}")
+    return op, backend, device, dtype, int(number)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""assert_parity, and the pytest plugin that gives it."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fpn_fast
+from fpn_fast.testing import assert_parity
+
+ROOT = Path(__file__).parents[1]
+
+
+def maps(dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"0": (2, 6, 25, 21), "1": (2, 9, 13, 11)}
+    return {name: torch.randn(size, generator=generator).to(dtype).requires_grad_(grad) for name, size in sizes.items()}
+
+
+class Scaled(nn.Module):
+    """Wrong by a factor, or in one element."""
+
+    def __init__(self, factor=1.0, at=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.factor, self.at = factor, at
+
+    def forward(self, x):
+        y = x * self.weight * self.factor
+        if self.at is not None:
+            y = y.index_put((torch.tensor(self.at[0]), torch.tensor(self.at[1])), y.detach()[self.at] + 1)
+        return {"y": y, "count": torch.tensor(x.shape[0])}
+
+
+def test_our_pyramid_is_torchvisions_in_every_way():
+    for options in ({}, {"autocast": torch.bfloat16}, {"compile": "aot_eager"}, {"gradients": False}):
+        assert_parity(
+            fpn_fast.nn.FeaturePyramidNetwork([6, 9], 8),
+            torchvision.ops.FeaturePyramidNetwork([6, 9], 8),
+            maps(),
+            **options,
+        )
+    both = [
+        kind([6, 9], 8).double() for kind in (fpn_fast.nn.FeaturePyramidNetwork, torchvision.ops.FeaturePyramidNetwork)
+    ]
+    assert_parity(*both, maps(torch.float64))
+
+
+def test_our_pooler_is_torchvisions():
+    boxes = [torch.tensor([[3.3, 5.1, 60.7, 61.9], [0.0, 0, 80, 90]]), torch.empty(0, 4)]
+    kinds = fpn_fast.nn.MultiScaleRoIAlign, torchvision.ops.MultiScaleRoIAlign
+    features = {name: m[:, :6].detach().requires_grad_() for name, m in maps().items()}
+    assert_parity(*(kind(["0", "1"], 5, 2) for kind in kinds), features, boxes, [(100, 84)] * 2)
+
+
+def test_neither_module_changes():
+    fast, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = copy.deepcopy((fast.state_dict(), plain.state_dict()))
+    x = torch.randn(4, 3, requires_grad=True)
+    assert_parity(fast, plain, x)
+    assert all(
+        torch.equal(a[k], b[k]) for a, b in zip(before, (fast.state_dict(), plain.state_dict()), strict=True) for k in a
+    )
+    assert x.grad is None
+    assert fast.weight.grad is None
+
+
+def test_functions_and_keywords_and_random_numbers():
+    x = torch.randn(5, 3, requires_grad=True)
+    assert_parity(
+        lambda a, *, p: torch.dropout(a, p, True), lambda a, *, p: nn.functional.dropout(a, p), x, p=0.5, exact=True
+    )
+
+
+COUNT = torch.tensor(4)
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("fast", "options", "message"),
+    [
+        (Scaled(1 + 1e-4), {}, r"output\['y'\] \[4, 3\] float32 differs from the reference in 12 of 12 elements"),
+        (Scaled(at=(2, 1)), {}, r"in 1 of 12 elements, most at \(2, 1\): .* and not .*, 1\.0\d*e\+00 apart"),
+        (Scaled(at=(2, 1)), {"exact": True}, r"most at \(2, 1\).*have to be equal"),
+        (Scaled(1.1), {"rtol": 0.05}, r"rtol 0\.05, atol 0\.0"),
+        (Scaled(1.1), {"compile": "aot_eager"}, "differs"),
+        (nn.Linear(3, 3), {}, "fast does not load the reference's state_dict"),
+        (lambda x: {"y": x}, {}, r"fast lacks \[.*\"output\['count'\]\".*\] of the reference"),
+        (lambda x: {"y": x[:2], "count": COUNT}, {"gradients": False}, r"\['y'\] is \[2, 3\] .*'s is \[4, 3\]"),
+        (lambda x: {"y": x.double(), "count": COUNT}, {"gradients": False}, "float64, the reference's"),
+        (lambda x: {"y": x * 1, "count": COUNT + 1}, {"gradients": False}, "'count'.*: 5 and not 4.*have to be equal"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_said(fast, options, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_parity(fast, Scaled(), X, **options)
+
+
+class Half(torch.autograd.Function):
+    """The identity with half its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+def test_a_wrong_gradient_is_found_where_asked_for():
+    assert_parity(Half.apply, torch.clone, X, gradients=False)
+    with pytest.raises(AssertionError, match=r"gradient of input \[0\] \[4, 3\] float32 differs"):
+        assert_parity(Half.apply, torch.clone, X)
+
+
+def test_not_a_number_is_not_a_number():
+    bad = torch.tensor([float("nan"), float("inf"), 1.0])
+    assert_parity(lambda x: x + 0, lambda x: x * 1, bad)
+    with pytest.raises(AssertionError, match=r"in 1 of 3 elements, most at \(0,\): 0\.0 and not nan"):
+        assert_parity(lambda x: x.nan_to_num(0, float("inf")), lambda x: x * 1, bad)
+
+
+def test_a_reference_that_bounds_nothing():
+    rounded = lambda x: x.round() if x.dtype == torch.float64 else (x + 0.4).round()  # noqa: E731
+    with pytest.raises(ValueError, match=r"off from itself in float64 by .* give rtol and atol"):
+        assert_parity(rounded, rounded, torch.rand(9))
+    assert_parity(rounded, rounded, torch.rand(9), atol=0)
+    with pytest.raises(ValueError, match="cannot run in float64"):
+        assert_parity(torch.clone, lambda x: x @ torch.eye(3), torch.rand(3, 3))
+    with pytest.raises(ValueError, match="leaves no room"):
+        assert_parity(torch.clone, torch.clone, torch.rand(3), exact=True, atol=1.0)
+
+
+PROJECT = """
+import pytest, sys, torch
+assert "torch" not in EARLY and "fpn_fast" not in EARLY, "the plugin imports them before conftest.py"
+
+@pytest.mark.fpn_fast_parity(gradients=False)
+class TestSwap:
+    def test_equal(self, assert_parity):
+        assert_parity(torch.relu, lambda x: x.clamp(min=0), torch.randn(5))
+
+    @pytest.mark.fpn_fast_parity(exact=True)
+    def test_off(self, assert_parity):
+        assert assert_parity.keywords == {"gradients": False, "exact": True}
+        assert_parity(lambda x: x * (1 + 1e-7), torch.clone, torch.randn(5))
+
+def test_other():
+    pass
+"""
+
+
+def run_project(folder, *arguments):
+    (folder / "conftest.py").write_text("import builtins, sys\nbuiltins.EARLY = list(sys.modules)\n")
+    (folder / "test_project.py").write_text(PROJECT)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", *arguments]
+    # Named here, for a checkout that was installed before there was a plugin; an entry point names it as well.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [*command, "-p", "pytest_fpn_fast"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def test_plugin(tmp_path):
+    text = run_project(tmp_path)
+    assert re.search("1 failed, 2 passed", text), text
+    assert "they have to be equal" in text
+    text = run_project(tmp_path, "-m", "fpn_fast_parity")
+    assert re.search("1 failed, 1 passed, 1 deselected", text), text
+    assert "@pytest.mark.fpn_fast_parity(**options): checks parity" in run_project(tmp_path, "--markers")
