@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection._utils import Matcher, SSDMatcher
+from torchvision.models.detection._utils import BoxCoder, Matcher, SSDMatcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou, generalized_box_iou
 
@@ -88,6 +90,98 @@ def test_other_matchers_and_similarities_stay_themselves(monkeypatch):
         _matching.match_boxes(usual, box_iou, gts, boxes)
     with pytest.raises(ValueError, match="No proposal boxes available"):
         _matching.match_boxes(usual, box_iou, gts, boxes[:0])
+
+
+@pytest.mark.parametrize("gt_types", [(torch.float32,), (torch.float16,), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize("type", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("counts", [(12, 0, 1), (3, 5), (0, 0)], ids=str)
+def test_all_images_get_torchvisions_matches_in_one_call(counts, type, gt_types):
+    gts = [boxes_of(n, n).to(gt_types[i % len(gt_types)]) if n else torch.zeros(0) for i, n in enumerate(counts)]
+    anchors, module = boxes_of(900, 1).to(type), rpn()
+    matches, padded = _matching.match_images(module.proposal_matcher, module.box_similarity, gts, anchors)
+    labels, matched = module.assign_targets_to_anchors([anchors] * len(gts), [{"boxes": each} for each in gts])
+    assert torch.equal(_matching.labels_of(matches), torch.stack(labels))
+    # Of torchvision's targets, all images' in one tensor.
+    assert padded.dtype == torch.cat(matched).dtype
+    for row, boxes, theirs in zip(matches, padded, matched, strict=True):
+        positive = row >= 0
+        assert torch.equal(boxes[row[positive]], theirs[positive].to(padded.dtype))
+
+
+def heads_of(channels=8):
+    torch.manual_seed(0)
+    generator = AnchorGenerator(((16,), (32,)), ((0.5, 1.0, 2.0),) * 2)
+    numbers = {"training": 50, "testing": 50}
+    # More anchors are sampled than are positive for one image, and fewer for another.
+    plain = RegionProposalNetwork(generator, RPNHead(channels, 3), 0.7, 0.3, 24, 0.5, numbers, dict(numbers), 0.7)
+    nn.init.normal_(plain.head.conv[0][0].weight, std=0.2)
+    nn.init.normal_(plain.head.bbox_pred.weight, std=0.1)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = fpn_fast.nn.RegionProposalNetwork
+    return plain, fast
+
+
+def inputs_of(counts, type=torch.float32, gt_type=torch.float32, channels=8):
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(counts), channels)
+    maps = {str(s): torch.randn(*shape, s, s + 3, generator=generator).to(type) for s in (16, 8)}
+    images = ImageList(
+        torch.zeros(len(counts), 3, 128, 152, dtype=type), [(128, 152 - 3 * i) for i, _ in enumerate(counts)]
+    )
+    return images, maps, [{"boxes": boxes_of(n, n, gt_type) if n else torch.zeros(0, 4)} for n in counts]
+
+
+def trained(module, arguments):
+    torch.manual_seed(7)
+    _, losses = module.train()(*arguments)
+    sum(losses.values()).backward()
+    return losses, [p.grad for p in module.parameters()], torch.rand(5)
+
+
+@pytest.mark.parametrize("gt_type", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("type", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("counts", [(20, 0, 1), (2, 3), (0,), (0, 0)], ids=str)
+def test_losses_and_gradients_are_torchvisions_bit_for_bit(counts, type, gt_type):
+    """Of an RPN; with its random numbers, whose stream goes on as after torchvision's."""
+    plain, fast = heads_of()
+    (losses, grads, after), (fast_losses, fast_grads, fast_after) = (
+        trained(module.to(type), inputs_of(counts, type, gt_type)) for module in (plain, fast)
+    )
+    assert losses.keys() == fast_losses.keys()
+    assert all(torch.equal(losses[name], fast_losses[name]) for name in losses)
+    assert all(torch.equal(a, b) for a, b in zip(grads, fast_grads, strict=True))
+    assert torch.equal(after, fast_after)
+    assert any(counts) == (losses["loss_rpn_box_reg"] > 0)
+
+
+def test_boxes_are_encoded_for_the_sampled_positives_alone(monkeypatch):
+    rows, anchors = [], []
+    encode, generate = BoxCoder.encode_single, AnchorGenerator.forward
+    monkeypatch.setattr(BoxCoder, "encode_single", lambda *args: (rows.append(len(args[1])), encode(*args))[1])
+    monkeypatch.setattr(AnchorGenerator, "forward", lambda *args: (anchors.append(generate(*args)), anchors[-1])[1])
+    _, fast = heads_of()
+    trained(fast, inputs_of((20, 0, 1)))
+    # 12 of an image are sampled as positives at most; anchors are made for one image.
+    assert [len(each) for each in anchors] == [1]
+    assert len(anchors[0][0]) == 3 * (16 * 19 + 8 * 11)
+    assert len(rows) == 1
+    assert 0 < rows[0] <= 3 * 12
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "assign_targets_to_anchors"])
+def test_a_step_of_your_own_is_taken(name):
+    called = []
+
+    def own(self, *arguments):
+        called.append(name)
+        return getattr(super(changed, self), name)(*arguments)
+
+    changed = type("Changed", (fpn_fast.nn.RegionProposalNetwork,), {name: own})
+    plain, fast = heads_of()
+    fast.__class__ = changed
+    losses = [trained(module, inputs_of((20, 2)))[0] for module in (plain, fast)]
+    assert called == [name]
+    assert all(torch.equal(losses[0][key], losses[1][key]) for key in losses[0])
 
 
 def test_masks_and_keypoints_of_each_image():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,18 +18,45 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
     """gt_boxes [G, 4], boxes [M, 4] -> [M] int64, what ``matcher(similarity(gt_boxes, boxes))`` gives; G above 0."""
-    usual = type(matcher) is Matcher and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
-    if not usual or not backends.beats_torchvision(boxes, "match_anchors"):
+    if not _is_served(matcher, similarity, gt_boxes, boxes):
         return matcher(similarity(gt_boxes, boxes))
+    return _matches(matcher, gt_boxes[None], None, boxes)[0]
+
+
+def match_images(
+    matcher: Matcher, similarity: Similarity, gt_boxes: Sequence[Tensor], boxes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`match_boxes` of each image's ground truths [G_n, 4] and the same boxes [M, 4] for all, in one call.
+
+    Returns: [N, M] int64, -1 throughout an image without ground truths; and the ground truths [N, G, 4], padded, of the
+        type that torchvision's targets have.
+    """
+    # torchvision's targets of an image without ground truths are float32.
+    types = [torch.float32 if each.numel() == 0 else each.dtype for each in gt_boxes]
+    target_type = functools.reduce(torch.promote_types, types, types[0])
+    padded, counts = ops.pad_boxes([each.to(target_type) for each in gt_boxes])
+    if all(each == target_type for each in types) and _is_served(matcher, similarity, padded, boxes):
+        return _matches(matcher, padded, counts, boxes), padded
+    none = torch.full(boxes.shape[:1], Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64, device=boxes.device)
+    rows = [match_boxes(matcher, similarity, each, boxes) if each.numel() else none for each in gt_boxes]
+    return torch.stack(rows), padded
+
+
+def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> bool:
+    usual = type(matcher) is Matcher and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
+    return usual and backends.beats_torchvision(boxes, "match_anchors")
+
+
+def _matches(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: Tensor) -> Tensor:
     matches, _ = ops.match_anchors(
-        gt_boxes[None],
-        None,
+        gt_boxes,
+        counts,
         boxes,
         high_threshold=matcher.high_threshold,
         low_threshold=matcher.low_threshold,
         allow_low_quality_matches=matcher.allow_low_quality_matches,
     )
-    return matches[0]
+    return matches
 
 
 def _same_arithmetic(gt_boxes: Tensor, boxes: Tensor) -> bool:
@@ -36,6 +64,12 @@ def _same_arithmetic(gt_boxes: Tensor, boxes: Tensor) -> bool:
     types = {gt_boxes.dtype, boxes.dtype}
     one = types in ({torch.float32}, {torch.float64}, {torch.float32, torch.float16}, {torch.float32, torch.bfloat16})
     return one and len(boxes) > 0
+
+
+def labels_of(matches: Tensor) -> Tensor:
+    """Codes of a matcher -> float32: 1 for a match, 0 for background, -1 for what counts as neither."""
+    # -2, -1 and matches to -1, 0 and 1.
+    return (matches + 1).clamp(max=1).to(torch.float32)
 
 
 def assign_targets_to_anchors(
@@ -56,8 +90,7 @@ def assign_targets_to_anchors(
             matched.append(torch.zeros(boxes.shape, dtype=torch.float32, device=boxes.device))
             continue
         matches = match_boxes(matcher, similarity, gt_boxes, boxes)
-        # -2, -1 and matches to -1, 0 and 1.
-        labels.append((matches + 1).clamp(max=1).to(torch.float32))
+        labels.append(labels_of(matches))
         matched.append(gt_boxes[matches.clamp(min=0)])
     return labels, matched
 

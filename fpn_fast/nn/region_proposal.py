@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator as _AnchorGeneratorBase
 from torchvision.models.detection.image_list import ImageList
@@ -64,7 +65,7 @@ class RegionProposalNetwork(_RegionProposalBase):
     Same constructor, keys, losses and random numbers, and the same proposals, by one call of
     :func:`fpn_fast.ops.generate_proposals`, which needs no anchors: only the losses do. There is one wait for a GPU,
     for the lengths of the lists; :meth:`proposals` has none. Boxes and scores are float32 where the head is half
-    precision.
+    precision. In training, ground truths are gathered and encoded for the anchors that were sampled, not for all.
 
     An anchor generator or box coder of a class of your own may compute something else: proposals are then
     torchvision's. So they are on a device that the op has no kernel for.
@@ -151,11 +152,39 @@ class RegionProposalNetwork(_RegionProposalBase):
     def _losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> dict[str, Tensor]:
-        anchors = self.anchor_generator(images, maps)
-        labels, matched = self.assign_targets_to_anchors(anchors, targets)
-        goals = self.box_coder.encode(matched, anchors)
-        loss, box_loss = self.compute_loss(*concat_box_prediction_layers(objectness, deltas), labels, goals)
+        if self._has_losses_of_its_own():
+            anchors = self.anchor_generator(images, maps)
+            labels, matched = self.assign_targets_to_anchors(anchors, targets)
+            goals = self.box_coder.encode(matched, anchors)
+            loss, box_loss = self.compute_loss(*concat_box_prediction_layers(objectness, deltas), labels, goals)
+        else:
+            loss, box_loss = self._sampled_losses(images, maps, objectness, deltas, targets)
         return {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
+
+    def _has_losses_of_its_own(self) -> bool:
+        """Whether a subclass has changed a step between the targets and the losses."""
+        own = type(self)
+        usual = RegionProposalNetwork.assign_targets_to_anchors, _RegionProposalBase.compute_loss
+        return (own.assign_targets_to_anchors, own.compute_loss) != usual
+
+    def _sampled_losses(
+        self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
+    ) -> tuple[Tensor, Tensor]:
+        """torchvision's, bit for bit and with its random numbers: its sampler looks at the labels alone, and so may come
+        before the boxes are encoded."""
+        # For one image, as they are the same for all.
+        (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
+        matches, gt_boxes = _matching.match_images(
+            self.proposal_matcher, self.box_similarity, [target["boxes"] for target in targets], anchors
+        )
+        labels = _matching.labels_of(matches)
+        positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(list(labels)))
+        sampled = torch.cat([positive, negative])
+        scores, box_deltas = concat_box_prediction_layers(objectness, deltas)
+        image, anchor = positive // len(anchors), positive % len(anchors)
+        goals = self.box_coder.encode_single(gt_boxes[image, matches[image, anchor]], anchors[anchor])
+        box_loss = smooth_l1_loss(box_deltas[positive], goals, beta=1 / 9, reduction="sum") / sampled.numel()
+        return binary_cross_entropy_with_logits(scores.flatten()[sampled], labels.flatten()[sampled]), box_loss
 
 
 def cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:
