@@ -2,7 +2,7 @@
 """Calls each compiled kernel once on small odd maps, for compute-sanitizer: ``python -m benchmarks.sanitize``.
 
 The sanitizer slows kernels a hundredfold, so this is no test suite: results are only held against gross error, which
-shows that the kernels ran.
+shows that the kernels ran. An op without a kernel for the device is named.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from benchmarks import providers
+from benchmarks.cases import FAMILIES, tiny
 from fpn_fast import backends, ops, reference
 
 #: Ratios of two and others, a single pixel at the top, and channels that do and do not fill 16 bytes.
@@ -141,9 +144,44 @@ def paste_masks(device: torch.device) -> int:
     return calls
 
 
+def _selection(device: torch.device, family: str, *cases: dict[str, int]) -> int:
+    """The family's tiny case with each of `cases`; returns the number of calls."""
+    for changes in cases:
+        case = replace(tiny(FAMILIES[family]("cpu")[0]), **changes)
+        op = providers.op_of(case)
+        here = op.inputs(case, torch.device("cpu"))
+        expected = providers.expectation(case, here, [])
+        result = op.fused([each.to(device) for each in here])
+        problem = expected.problem([each.cpu() for each in expected.tensors_of(result)])
+        if problem is not None:
+            raise AssertionError(f"{case} {changes}: {problem}")
+    return len(cases)
+
+
+def generate_proposals(device: torch.device) -> int:
+    """Some candidates of a level in a batch, and all of one image."""
+    cases = ({"pre_nms_top_n": 20, "batch": 2}, {"pre_nms_top_n": 900})
+    return _selection(device, "generate_proposals", *cases)
+
+
+def select_detections(device: torch.device) -> int:
+    """Few classes and many, in a batch."""
+    return _selection(device, "select_detections", *({"classes": classes, "batch": 2} for classes in (3, 91)))
+
+
+def segmented_nms(device: torch.device) -> int:
+    """One group and many, of boxes that fill no block and several."""
+    cases = ({"boxes": boxes, "classes": classes} for boxes, classes in ((7, 1), (500, 5), (900, 80)))
+    return _selection(device, "batched_nms", *cases)
+
+
+#: By the op whose kernels are called.
 CALLS: dict[str, Callable[[torch.device], int]] = {
     "top_down": top_down,
     "multiscale_roi_align": multiscale_roi_align,
+    "generate_proposals": generate_proposals,
+    "select_detections": select_detections,
+    "segmented_nms": segmented_nms,
     "match_anchors": match_anchors,
     "paste_masks": paste_masks,
 }
@@ -154,10 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    device = torch.device(options.device)
     torch.manual_seed(0)
     with backends.use("cpp"):
         for name, call in CALLS.items():
-            print(f"{name}: {call(torch.device(options.device))} calls on {options.device}")
+            done = f"{call(device)} calls" if backends.has_form(name, "cpp", device.type) else "no kernel"
+            print(f"{name}: {done} on {device}")
     return 0
 
 
