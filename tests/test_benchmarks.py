@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpn_fast
 
@@ -205,6 +206,20 @@ def test_a_padded_result_is_compared_without_its_padding() -> None:
     assert counts.unique().numel() > 1
     assert expected.problem((*padded, counts)) is None
     assert "not torch" in expected.problem((*padded, counts - 1))
+
+
+@pytest.mark.parametrize("family", selection.OPS)
+def test_on_a_gpu_nothing_that_is_measured_waits(family: str) -> None:
+    """No value is looked at, as fake tensors have none; so the calls can be captured in a graph."""
+    case = cases.tiny(cases.FAMILIES[family]("cuda")[-1])
+    of_case = providers.op_of(case)
+    inputs = of_case.inputs(case, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="cuda") for each in inputs]
+        found = op.listed(of_case.fused(there))
+        assert all(each.device.type == "cuda" for each in found)
+        if family not in ("match_anchors", "paste_masks"):
+            assert [each.shape[0] for each in found] == [case.batch] * len(found)
 
 
 def test_scores_have_no_ties_after_a_sigmoid() -> None:
