@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.hlines([y for _, y in copies], *ends, color="black", lw=1.2, label="copy of as many bytes")
         labels = [
             f"{case.op} {case.name}\n{case.direction}" if case.overhead
-            else f"{case.name.rpartition('_')[2]} N={case.batch}\n{case.dtype}\n{case.memory_format}"
+            else f"{textwrap.fill(case.name.replace('_', ' '), 16)}\nN={case.batch}\n{case.dtype}\n{case.memory_format}"
             for case in cases
         ]  # fmt: skip
         axis.set_xticks(range(len(cases)), labels, fontsize=7)
