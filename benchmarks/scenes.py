@@ -36,7 +36,8 @@ APART, LOGIT_GAP = 300_000, 4e-6
 GRID = 1 / 8
 
 
-@dataclass
+# The same head is the same object, so that its tables are found again.
+@dataclass(eq=False)
 class Head:
     """A dense head's place in an image: its maps, anchors and the image's size."""
 
@@ -64,12 +65,14 @@ class Head:
         return ops.AnchorGrid(self.cells, self.levels, self.strides).boxes()
 
 
+@functools.lru_cache(maxsize=4)
 def rpn_head(image_size: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> Head:
     """Faster R-CNN's: one size a level, three ratios."""
     sizes = tuple((float(32 * 2**level),) for level in range(len(levels)))
     return Head(image_size, levels, AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels)))
 
 
+@functools.lru_cache(maxsize=4)
 def retinanet_head(image_size: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> Head:
     """RetinaNet's: three sizes a level, three ratios; torchvision rounds the sizes down."""
     base = [32 * 2**level for level in range(len(levels))]
@@ -125,6 +128,7 @@ def ground_truths(count: int, height: int, width: int) -> Tensor:
     return random_boxes(count, height, width, False, torch.Generator().manual_seed(count))
 
 
+@functools.lru_cache(maxsize=1)
 def head_tables(head: Head, batch: int, classes: int) -> tuple[Tensor, Tensor]:
     """Logits [N, M, classes] and deltas [N, M, 4] of a trained head, in the order of :meth:`Head.anchors`.
 
