@@ -12,7 +12,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
-from fpn_fast.triton import _resample, match_anchors, multiscale_roi_align, multiscale_roi_align_max, top_down
+from fpn_fast.triton import (
+    _resample,
+    match_anchors,
+    multiscale_roi_align,
+    multiscale_roi_align_max,
+    paste_masks,
+    top_down,
+)
 
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -91,6 +98,14 @@ def compile_match_anchors(dtype, arch, stored):
     return compiled
 
 
+def compile_paste_masks(dtype, arch, threshold):
+    compiled = launches_compiled(arch)
+    masks = torch.zeros(3, 1, 28, 28, dtype=getattr(torch, dtype))
+    boxes = torch.zeros(3, 4, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    paste_masks.paste_masks(masks, boxes, 45, 67, 1, threshold)
+    return compiled
+
+
 def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
     """The kernels that the op and its gradient launch in both modes, for a pyramid of 256 channels."""
     compiled = launches_compiled(arch)
@@ -126,7 +141,8 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         # Of integers: the same in any order.
         "atomic_maxima": len(re.findall(r"atom\.\S+\.max\.s(?:32|64)", ptx)),
         "fused_multiply_adds": ptx.count("fma.rn"),
-        "local": ptx.count(".local"),
+        # Accesses and addresses: LLVM also declares what it does not use.
+        "local": len(re.findall(r"(?:ld|st|cvta)\S*\.local", ptx)),
     }
 
 
@@ -146,6 +162,9 @@ def main():
         for dtype, stored in [("float32", False), ("float64", True)]:
             for kernel, compiled in compile_match_anchors(dtype, arch, stored):
                 rows.append(row(kernel, compiled, arch, dtype, True, "stored" if stored else "made"))
+        for dtype, threshold in [("bfloat16", None), ("float32", 0.5), ("float64", 0.5)]:
+            for kernel, compiled in compile_paste_masks(dtype, arch, threshold):
+                rows.append(row(kernel, compiled, arch, dtype, True, f"threshold {threshold}"))
         for dtype, channels_last, sampling_ratio in [
             ("bfloat16", True, 2),
             ("float32", False, -1),

@@ -3,94 +3,35 @@
 
 from __future__ import annotations
 
-import math
 import struct
-from dataclasses import dataclass
 
 import pytest
 import torch
 from host_kernels import run
-
-from fpn_fast import reference
+from mask_pasting import CASES, DTYPES, Case
 
 PROGRAM = "paste_masks_main"
-NAN, INF = math.nan, math.inf
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# Inside, across each edge, the whole image and beyond, one pixel, thin; and what is no box.
-BOXES = (
-    (10.3, 8.7, 40.9, 31.2),
-    (-9.5, 12.1, 20.4, 40.6),
-    (30.2, -12.1, 95.4, 10.6),
-    (0.0, 0.0, 53.0, 37.0),
-    (-200.0, -100.0, 300.0, 200.0),
-    (30.2, 20.1, 30.4, 20.3),
-    (10.0, 30.0, 50.0, 30.5),
-    (52.9, 36.9, 53.0, 37.0),
-)
-EMPTY = (
-    (90.5, 10, 110, 30),
-    (40, 10, 20, 30),
-    (NAN, 10, 30, 30),
-    (10, 10, 30, INF),
-    (-1e30, 0, 1e30, 9),
-    (9, 9, 2e9, 20),
-)
 
 
-@dataclass(frozen=True)
-class Case:
-    boxes: tuple[tuple[float, ...], ...] = BOXES
-    size: int = 7
-    # Rows are no multiple of 16 bytes, and a run of bool goes on in the next.
-    image: tuple[int, int] = (37, 53)
-    padding: int = 1
-    threshold: float | None = None
-    box_type: torch.dtype = torch.float32
-
-    def inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(self.boxes), 1, self.size, self.size)
-        masks = torch.randn(shape, generator=generator, dtype=torch.float64).mul(4).sigmoid().to(dtype)
-        return [masks, torch.tensor(self.boxes, dtype=torch.float64).reshape(-1, 4).to(self.box_type)]
-
-    def numbers(self, dtype: torch.dtype) -> list[int]:
-        (bits,) = struct.unpack("q", struct.pack("d", self.threshold or 0.0))
-        return [run.DTYPES[dtype], int(self.box_type == torch.float64), self.padding, bits]
-
-    @property
-    def kernel(self) -> str:
-        return "values" if self.threshold is None else "above"
-
-    def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        return reference.paste_masks(*self.inputs(dtype), *self.image, self.padding, self.threshold)
-
-    def output(self, dtype: torch.dtype) -> torch.Tensor:
-        """Every byte 0xFF."""
-        expected = self.expected(dtype)
-        poison = torch.full((expected.numel() * expected.itemsize,), 0xFF, dtype=torch.uint8)
-        return poison.view(torch.uint8 if expected.dtype == torch.bool else dtype).view(expected.shape)
+def numbers_of(case: Case, dtype: torch.dtype) -> list[int]:
+    (bits,) = struct.unpack("q", struct.pack("d", case.threshold or 0.0))
+    return [run.DTYPES[dtype], int(case.box_type == torch.float64), case.padding, bits]
 
 
-CASES = {
-    "inside_and_across": Case(),
-    "bool": Case(threshold=0.5),
-    "empty": Case(EMPTY + BOXES[:1], threshold=-1.0),
-    "empty_values": Case(EMPTY + BOXES[:1]),
-    "one_pixel_masks": Case(size=1, padding=0),
-    "large_masks": Case(BOXES[:3], size=57, padding=3),
-    "boxes_in_double": Case(box_type=torch.float64),
-    # Runs of many rows and masks.
-    "one_pixel_images": Case(image=(1, 1), threshold=0.25),
-    "narrow_images": Case(image=(5, 3), threshold=0.25),
-    "no_masks": Case(()),
-    "no_pixels": Case(image=(0, 5)),
-}
+def kernel_of(case: Case) -> str:
+    return "values" if case.threshold is None else "above"
+
+
+def output_of(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """Every byte 0xFF."""
+    expected = case.expected(dtype)
+    poison = torch.full((expected.numel() * expected.itemsize,), 0xFF, dtype=torch.uint8)
+    return poison.view(torch.uint8 if expected.dtype == torch.bool else dtype).view(expected.shape)
 
 
 def check(case: Case, dtype: torch.dtype, **options) -> None:
     inputs = case.inputs(dtype)
-    results = run.run(PROGRAM, case.kernel, case.numbers(dtype), [*inputs, case.output(dtype)], **options)
+    results = run.run(PROGRAM, kernel_of(case), numbers_of(case, dtype), [*inputs, output_of(case, dtype)], **options)
     for before, after in zip(inputs, results, strict=False):
         assert run.storage_bytes(before) == run.storage_bytes(after), "an input was written"
     expected = case.expected(dtype)
@@ -118,10 +59,10 @@ def test_no_data_race():
 def test_blocks_are_independent(name):
     """Each pixel is written by one block."""
     case = CASES[name]
-    inputs, output = case.inputs(torch.float32), case.output(torch.float32)
+    inputs, output = case.inputs(torch.float32), output_of(case, torch.float32)
     expected = case.expected(torch.float32).to(output.dtype)
     written = torch.zeros(expected.shape, dtype=torch.int)
-    for alone in run.block_by_block(PROGRAM, case.kernel, case.numbers(torch.float32), [*inputs, output]):
+    for alone in run.block_by_block(PROGRAM, kernel_of(case), numbers_of(case, torch.float32), [*inputs, output]):
         here = ~alone[2].isnan() if output.is_floating_point() else alone[2] != 0xFF
         assert torch.equal(alone[2][here], expected[here])
         written += here

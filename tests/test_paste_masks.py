@@ -4,6 +4,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_pasting import CASES, DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -147,6 +148,39 @@ def test_backends_agree_bit_for_bit(boxes, size):
         with backends.use(name):
             results.append(ops.paste_masks(masks, boxes, (40, 50)))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_triton_equals_the_reference_bit_for_bit(name, dtype):
+    case = CASES[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    masks, boxes = (tensor.to(device) for tensor in case.inputs(dtype))
+    with backends.use("triton"):
+        assert backends.choose(device, "paste_masks") == "triton"
+        pasted = ops.paste_masks(masks, boxes, case.image, padding=case.padding, threshold=case.threshold)
+    assert torch.equal(pasted.cpu(), case.expected(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_gpu_equals_torchvision_without_a_wait(name, dtype):
+    masks, boxes = masks_of(len(BOXES), dtype=dtype), torch.tensor(BOXES)
+    on_gpu, their_boxes = masks.cuda(), boxes.cuda()
+    with backends.use(name):
+        ops.paste_masks(on_gpu, their_boxes, SIZE), ops.paste_masks(on_gpu, their_boxes, SIZE, threshold=0.5)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pasted = ops.paste_masks(on_gpu, their_boxes, SIZE)
+            above = ops.paste_masks(on_gpu, their_boxes, SIZE, threshold=0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        empty = ops.paste_masks(masks_of(len(EMPTY)).cuda(), torch.tensor(EMPTY).cuda(), SIZE)
+    check(pasted.cpu(), masks, boxes, SIZE)
+    assert not empty.any()
+    if dtype in (torch.float32, torch.float64):
+        assert torch.equal(above, pasted > 0.5)
 
 
 def test_repeats_bit_for_bit_on_any_number_of_threads(backend):

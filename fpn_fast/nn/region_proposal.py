@@ -170,7 +170,7 @@ class RegionProposalNetwork(_RegionProposalBase):
     def _sampled_losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> tuple[Tensor, Tensor]:
-        """torchvision's, bit for bit and with its random numbers: its sampler looks at the labels alone, and so may come
+        """torchvision's, bit for bit and with its random numbers: the sampler looks at labels alone, and so may come
         before the boxes are encoded."""
         # For one image, as they are the same for all.
         (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)

@@ -41,8 +41,7 @@ def paste_masks(
         ValueError: shapes, devices or numbers do not fit.
         BackendUnavailableError: the backend asked for cannot serve the masks' device.
 
-    Nothing waits for a GPU. The reference, which also serves for Triton, takes about four times the memory of the
-    result. Not differentiable.
+    Nothing waits for a GPU. The reference takes about four times the memory of the result. Not differentiable.
 
     Source: He et al., Mask R-CNN, 2017; torchvision/models/detection/roi_heads.py, paste_masks_in_image.
     """

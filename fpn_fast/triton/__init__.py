@@ -25,5 +25,6 @@ from fpn_fast.triton import (  # noqa: E402, F401  register their ops
     match_anchors,
     multiscale_roi_align,
     multiscale_roi_align_max,
+    paste_masks,
     top_down,
 )
