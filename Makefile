@@ -9,10 +9,10 @@ PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build bench lint format clean
+.PHONY: help demo test test-mmdet build bench lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.installed: requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,17 @@ demo: build  ## train Faster R-CNN on digits in photographs, eager beside fused 
 test: build  ## all tests that this machine can run
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
+# An environment over the one above, whose torch it uses.
+$(VENV)-mmdet/.installed: $(VENV)/.installed requirements-mmdet.txt
+	$(PYTHON) -m venv --clear $(VENV)-mmdet
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)-mmdet/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
+	$(VENV)-mmdet/bin/python -m pip install --quiet --no-deps -r requirements-mmdet.txt
+	@touch $@
+
+test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's own, in an environment that has it
+	$(VENV)-mmdet/bin/python -m pytest tests/against_mmdet.py $(PYTEST_ARGS)
+
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --case-seconds 2 \
 		--results output/benchmarks -q
@@ -52,4 +63,4 @@ format: $(VENV)/.installed  ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist output *.egg-info fpn_fast/*.so
+	rm -rf $(VENV) $(VENV)-mmdet build dist output *.egg-info fpn_fast/*.so

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our modules beside mmdetection's own, which `make test-mmdet` installs; no part of the default run.
+
+Same weights, inputs and configurations: outputs and gradients. mmcv's compiled ops are tests/mmcv_stand_in.py.
+"""
+
+import copy
+import logging
+
+import mmcv_stand_in
+import pytest
+import tolerances
+import torch
+
+mmcv_stand_in.install()
+
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder  # noqa: E402
+from mmdet.models.task_modules.prior_generators import AnchorGenerator  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
+from mmdet.structures import DetDataSample  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.structures import InstanceData  # noqa: E402
+from test_mmdet_modules import CHANNELS, EVEN, GENERATORS, GROUPS, LAYER, ODD, STRIDES, inputs, rois  # noqa: E402
+
+import fpn_fast  # noqa: E402
+from fpn_fast.integrations import mmdet as integration  # noqa: E402
+from fpn_fast.nn import mmdet  # noqa: E402
+
+# mmengine reports every weight that it draws.
+logging.disable(logging.WARNING)
+
+NECKS = [
+    {"type": "FPN", "num_outs": 5},
+    {"type": "FPN", "num_outs": 5, "start_level": 1, "add_extra_convs": "on_input"},
+    {"type": "FPN", "num_outs": 3, "start_level": 1, "end_level": 3},
+    {"type": "FPN", "num_outs": 2, "start_level": 1, "end_level": 2, "add_extra_convs": "on_output"},
+    {"type": "FPN", "num_outs": 7, "add_extra_convs": "on_lateral", "relu_before_extra_convs": True},
+    {"type": "FPN", "num_outs": 6, "add_extra_convs": True, "norm_cfg": {"type": "BN"}, "act_cfg": {"type": "ReLU"}},
+    {"type": "FPN", "num_outs": 4, "norm_cfg": GROUPS, "no_norm_on_lateral": True},
+    {"type": "FPN", "num_outs": 4, "norm_cfg": {"type": "SyncBN", "requires_grad": False}},
+    {"type": "FPN", "num_outs": 4, "act_cfg": {"type": "LeakyReLU", "negative_slope": 0.1}},
+    {"type": "FPN", "num_outs": 4, "upsample_cfg": {"mode": "bilinear", "align_corners": False}},
+    {"type": "FPN", "num_outs": 4, "upsample_cfg": {"mode": "nearest", "scale_factor": 2}},
+    {"type": "PAFPN", "num_outs": 5},
+    {"type": "PAFPN", "num_outs": 6, "start_level": 1, "add_extra_convs": "on_output", "relu_before_extra_convs": True},
+    {"type": "PAFPN", "num_outs": 5, "add_extra_convs": "on_lateral", "norm_cfg": GROUPS},
+]
+
+
+def outputs_and_gradients(module, arguments, leaves):
+    found = module(*arguments)
+    found = list(found) if isinstance(found, tuple) else [found]
+    generator = torch.Generator().manual_seed(4)
+    seeds = [torch.randint(-8, 9, out.shape, generator=generator).to(out) / 8 for out in found]
+    leaves = [each for each in [*leaves, *module.parameters()] if each.requires_grad]
+    return found + [grad for grad in torch.autograd.grad(found, leaves, seeds, allow_unused=True) if grad is not None]
+
+
+def check(ours, theirs, exact):
+    assert len(ours) == len(theirs) == len(exact)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        tolerances.assert_not_worse(a, b, c, size=43)
+
+
+@pytest.mark.parametrize("cfg", NECKS, ids=str)
+def test_necks(cfg):
+    cfg = {**cfg, "in_channels": CHANNELS, "out_channels": 8}
+    theirs, ours = MODELS.build(copy.deepcopy(cfg)), mmdet.build_neck(cfg)
+    theirs.init_weights()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    sizes = EVEN if "scale_factor" in cfg.get("upsample_cfg", {}) else ODD
+    registered = MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
+    registered.load_state_dict(ours.state_dict())
+    swapped, wide = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+    assert len(fpn_fast.accelerate(swapped).swapped) == 1
+    exact_maps = inputs(sizes, torch.float64)
+    exact = outputs_and_gradients(wide, (exact_maps,), exact_maps)
+    maps = inputs(sizes)
+    expected = outputs_and_gradients(theirs, (maps,), maps)
+    for module in (ours, swapped, registered):
+        maps = inputs(sizes)
+        found = outputs_and_gradients(module, (maps,), maps)
+        check(found, expected, exact)
+    fpn_fast.restore(swapped)
+    assert type(swapped) is type(theirs)
+
+
+def test_weights_are_drawn_with_the_same_spread():
+    cfg = {"in_channels": [512], "out_channels": 64, "num_outs": 1}
+    for init in ({}, {"init_cfg": None}):
+        torch.manual_seed(0)
+        theirs, ours = MODELS.build({"type": "FPN", **cfg, **init}), mmdet.FPN(**cfg, **init)
+        theirs.init_weights()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            # 32768 numbers or more, or zeros.
+            torch.testing.assert_close(a.std(), b.std(), rtol=0.02, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("factor", [None, 1.3])
+@pytest.mark.parametrize(
+    "cfg",
+    [{"type": "SingleRoIExtractor"}, {"type": "SingleRoIExtractor", "finest_scale": 20},
+     {"type": "GenericRoIExtractor"}, {"type": "GenericRoIExtractor", "aggregation": "concat"}],
+    ids=str,
+)  # fmt: skip
+def test_extractors(cfg, factor):
+    channels = 32 if cfg.get("aggregation") == "concat" else 8
+    cfg = {**cfg, "roi_layer": LAYER, "out_channels": channels, "featmap_strides": STRIDES}
+
+    def maps(dtype=torch.float32):
+        generator = torch.Generator().manual_seed(5)
+        return [torch.randn(2, 8, *size, generator=generator).to(dtype).requires_grad_() for size in ODD]
+
+    theirs, ours = MODELS.build(copy.deepcopy(cfg)), mmdet.build_roi_extractor(cfg)
+    swapped, registered = copy.deepcopy(theirs), MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
+    assert len(fpn_fast.accelerate(swapped).swapped) == 1
+    wide = maps(torch.float64)
+    exact = outputs_and_gradients(theirs, (wide, rois().double(), factor), wide)
+    plain = maps()
+    expected = outputs_and_gradients(theirs, (plain, rois(), factor), plain)
+    for module in (ours, swapped, registered):
+        taken = maps()
+        check(outputs_and_gradients(module, (taken, rois(), factor), taken), expected, exact)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_anchors(name):
+    ours, theirs = mmdet.AnchorGenerator(**GENERATORS[name]), AnchorGenerator(**GENERATORS[name])
+    assert ours.num_base_priors == theirs.num_base_priors
+    assert [tuple(stride) for stride in theirs.strides] == ours.strides
+    for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(ours.grid_priors(ODD), theirs.grid_priors(ODD, device="cpu"), strict=True):
+        assert torch.equal(a, b)
+
+
+def head(name="rpn", coder=None, **config):
+    cfg = {
+        "type": "RPNHead", "in_channels": 8, "feat_channels": 8,
+        "anchor_generator": {"type": "AnchorGenerator", **GENERATORS[name]},
+        "bbox_coder": {"type": "DeltaXYWHBBoxCoder", **(coder or {})},
+        "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
+        "test_cfg": {"nms_pre": 120, "max_per_img": 100, "nms": {"type": "nms", "iou_threshold": 0.7},
+                     "min_bbox_size": 0, **config},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = MODELS.build(Config(cfg))
+    # Scores that are not near 1, where they tie and logits do not.
+    for layer, deviation in ((made.rpn_conv, 0.3), (made.rpn_cls, 0.1), (made.rpn_reg, 0.1)):
+        torch.nn.init.normal_(layer.weight, std=deviation)
+    return made
+
+
+def samples():
+    padded = {"pad_shape": (100, 168), "scale_factor": (1.0, 1.0)}
+    return [DetDataSample(metainfo={"img_shape": size, **padded}) for size in ((100, 160), (90, 168))]
+
+
+def features():
+    generator = torch.Generator().manual_seed(6)
+    return tuple(torch.randn(2, 8, *size, generator=generator) for size in ODD)
+
+
+def check_proposals(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a) == len(b) > 20
+        torch.testing.assert_close(a.scores, b.scores, rtol=2**-22, atol=0)
+        torch.testing.assert_close(a.bboxes, b.bboxes, rtol=2**-22, atol=2**-14)
+        assert a.labels.tolist() == b.labels.tolist()
+
+
+@pytest.mark.parametrize("coder", [{}, {"target_stds": (0.5, 0.5, 2.0, 2.0), "add_ctr_clamp": True, "ctr_clamp": 4}])
+@pytest.mark.parametrize("config", [{}, {"min_bbox_size": 12, "nms_pre": -1}], ids=["usual", "all"])
+@pytest.mark.parametrize("name", ["rpn", "retinanet", "offset"])
+def test_proposals(name, config, coder):
+    theirs = head(name, coder, **config)
+    swapped = copy.deepcopy(theirs)
+    assert [e.note for e in fpn_fast.accelerate(swapped).swapped] == ["now fpn_fast.RPNHead"]
+    with torch.no_grad():
+        expected = theirs.predict(features(), samples())
+        check_proposals(swapped.predict(features(), samples()), expected)
+        # The function by itself, with mmdetection's generator and coder or ours.
+        maps = theirs(features())
+        for generator, box_coder in (
+            (theirs.prior_generator, theirs.bbox_coder),
+            (mmdet.AnchorGenerator(**GENERATORS[name]), mmdet.DeltaXYWHBBoxCoder(**coder)),
+        ):
+            sizes = [(100, 160), (90, 168)]
+            found = mmdet.predict_proposals(*maps, generator, box_coder, sizes, theirs.test_cfg)
+            lists = mmdet.proposals_of_images(*found)
+            made = [InstanceData(bboxes=b, scores=s, labels=torch.zeros(len(s), dtype=torch.long)) for b, s in lists]
+            check_proposals(made, expected)
+
+
+@pytest.mark.parametrize("change", ["coder", "nms", "rescale"])
+def test_unusual_proposals_take_mmdetections_steps(change):
+    theirs = head(coder={"clip_border": False} if change == "coder" else {})
+    if change == "nms":
+        theirs.test_cfg["nms"] = {"type": "nms", "iou_threshold": 0.7, "class_agnostic": True}
+    swapped = copy.deepcopy(theirs)
+    fpn_fast.accelerate(swapped)
+    with torch.no_grad():
+        rescale = change == "rescale"
+        found = swapped.predict(features(), samples(), rescale=rescale)
+        for a, b in zip(found, theirs.predict(features(), samples(), rescale=rescale), strict=True):
+            assert torch.equal(a.bboxes, b.bboxes)
+
+
+def test_losses_are_mmdetections():
+    trained = MODELS.build(Config({
+        "type": "RPNHead", "in_channels": 8, "feat_channels": 8,
+        "anchor_generator": {"type": "AnchorGenerator", **GENERATORS["rpn"]},
+        "bbox_coder": {"type": "DeltaXYWHBBoxCoder"},
+        "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
+        "train_cfg": {
+            "assigner": {"type": "MaxIoUAssigner", "pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "min_pos_iou": 0.3},
+            "sampler": {"type": "PseudoSampler"}, "allowed_border": -1, "pos_weight": -1,
+        },
+    }))  # fmt: skip
+    fast = copy.deepcopy(trained)
+    fpn_fast.accelerate(fast)
+    batch = samples()
+    for sample in batch:
+        sample.gt_instances = InstanceData(bboxes=torch.tensor([[5.0, 6, 60, 50]]), labels=torch.tensor([0]))
+    proposal_cfg = head().test_cfg
+    torch.manual_seed(1)
+    losses, boxes = trained.loss_and_predict(features(), copy.deepcopy(batch), proposal_cfg=proposal_cfg)
+    torch.manual_seed(1)
+    fast_losses, fast_boxes = fast.loss_and_predict(features(), copy.deepcopy(batch), proposal_cfg=proposal_cfg)
+    assert losses.keys() == fast_losses.keys()
+    for key in losses:
+        assert all(torch.equal(a, b) for a, b in zip(losses[key], fast_losses[key], strict=True))
+    check_proposals(fast_boxes, boxes)
+
+
+def test_what_has_no_fused_form_is_left_or_refused():
+    cfg = {"in_channels": CHANNELS, "out_channels": 8, "num_outs": 4, "upsample_cfg": {"mode": "bicubic"}}
+    left = fpn_fast.accelerate(MODELS.build({"type": "FPN", **cfg})).left
+    assert [e.note for e in left] == ["upsample_cfg's mode must be 'nearest' or 'bilinear', got 'bicubic'"]
+    with pytest.raises(ValueError, match="got 'bicubic'"):
+        MODELS.build({"type": "FastFPN", **cfg})
+    extractor = {"out_channels": 8, "featmap_strides": STRIDES}
+    pooled = {"type": "SingleRoIExtractor", **extractor, "roi_layer": {"type": "RoIPool", "output_size": 3}}
+    assert [e.note for e in fpn_fast.accelerate(MODELS.build(copy.deepcopy(pooled))).left] == [
+        "its layers are RoIPool, which has no fused form"
+    ]
+    plugin = {"type": "ConvModule", "in_channels": 8, "out_channels": 8, "kernel_size": 1}
+    generic = {"type": "GenericRoIExtractor", **extractor, "roi_layer": LAYER, "pre_cfg": plugin}
+    assert "pre_module" in fpn_fast.accelerate(MODELS.build(copy.deepcopy(generic))).left[0].note
+    with pytest.raises(ValueError, match="pre_module"):
+        MODELS.build({**generic, "type": "FastGenericRoIExtractor"})
+
+
+def test_register_names_them():
+    names = ["FastFPN", "FastPAFPN", "FastSingleRoIExtractor", "FastGenericRoIExtractor", "FastRPNHead"]
+    assert integration.register() == names == integration.register()
+    assert all(MODELS.get(name) is getattr(integration, name.removeprefix("Fast")) for name in names)
+
+
+def test_coder_settings():
+    ours, theirs = mmdet.DeltaXYWHBBoxCoder(), DeltaXYWHBBoxCoder()
+    assert vars(ours).items() <= vars(theirs).items()
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    integration.register()
