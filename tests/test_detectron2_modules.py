@@ -274,8 +274,7 @@ def test_doctests(module):
 @pytest.fixture
 def integration(monkeypatch):
     detectron2_stand_in.install(monkeypatch)
-    from fpn_fast.integrations import detectron2 as module
-
+    module = fpn_fast.integrations.detectron2
     yield module
     # Its classes are of the stand-in.
     del sys.modules[module.__name__], fpn_fast.integrations.detectron2
@@ -379,7 +378,10 @@ def test_nothing_imports_the_libraries_unasked():
         "sys.meta_path.insert(0, Importer())\n"
         "print(len(fpn_fast.accelerate(torchvision.ops.RoIAlign(7, 1.0, 2)).swapped))\n"
         "fpn_fast.nn.mmdet.build_neck(dict(type='FPN', in_channels=[8], out_channels=8, num_outs=1))\n"
+        "try: fpn_fast.integrations.mmdet\n"
+        "except AssertionError as error: print(error)\n"
+        "print(hasattr(fpn_fast.integrations, 'mmyolo'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "1"
+    assert done.stdout.splitlines() == ["1", "mmcv", "False"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -46,13 +47,20 @@ class Report:
 _LIBRARIES = ("detectron2", "mmdet", "torchvision")
 
 
+def __getattr__(name: str) -> Any:
+    """Its modules, imported when they are asked for: ``fpn_fast.integrations.mmdet.register()``."""
+    if name in _LIBRARIES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _fused(model: nn.Module) -> dict[type, type]:
     """Class -> its fused class, of the libraries whose classes `model` is made of: no other is imported."""
     roots = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
     fused: dict[type, type] = {}
     for library in _LIBRARIES:
         if library in roots:
-            fused |= importlib.import_module(f"fpn_fast.integrations.{library}").FUSED
+            fused |= __getattr__(library).FUSED
     return fused
 
 
