@@ -117,16 +117,17 @@ class Draw:
         return [self.place(self.normal(batch, channels, *size), layout) for size in sizes]
 
     def seeds(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of `outputs`: dense, transposed, or one number expanded."""
+        """Gradients of `outputs`: dense, transposed, or one number expanded, as a sum of them gives."""
         kind = self.choice(("dense", "dense", "transposed", "expanded"))
         made = []
         for output in outputs:
+            if kind == "expanded":
+                # A power of two: errors of sums of another number add up, in whatever order they are summed.
+                number = torch.tensor(self.choice((1.0, 0.5, -2.0)), dtype=output.dtype, device=self.device)
+                made.append(number.expand(output.shape))
+                continue
             seed = self.normal(*output.shape).to(output.dtype).to(self.device)
-            if kind == "transposed" and seed.dim() == 4:
-                seed = seed.mT.contiguous().mT
-            elif kind == "expanded" and seed.numel():
-                seed = seed.flatten()[:1].view((1,) * seed.dim()).expand(output.shape)
-            made.append(seed)
+            made.append(seed.mT.contiguous().mT if kind == "transposed" and seed.dim() == 4 else seed)
         return made
 
 

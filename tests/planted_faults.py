@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of the package whose CPU library has faults in its kernels, one of which can be switched on.
+
+The faults are in the copy's sources alone: each replaces a text of a kernel by a choice between it and a wrong one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from host_kernels.build import compiler, locked
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "planted_faults"
+#: The number of the fault that is on; none without it.
+VARIABLE = "PLANTED_FAULT"
+
+_SWITCH = f"""
+#include <cstdlib>
+namespace fpn_fast {{
+inline const int planted_fault = std::getenv("{VARIABLE}") != nullptr ? std::atoi(std::getenv("{VARIABLE}")) : 0;
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`right`, an expression or a statement that `file` has once, is `wrong` when the fault is on; op: what notices."""
+
+    name: str
+    op: str
+    file: str
+    right: str
+    wrong: str
+
+    def planted(self, text: str, number: int) -> str:
+        """`text` of the file with the fault as `number`."""
+        if text.count(self.right) != 1:
+            raise ValueError(f"{self.name}: {self.file} has {text.count(self.right)} times {self.right!r}, not once")
+        chosen = f"(planted_fault == {number} ? ({self.wrong}) : ({self.right}))"
+        if self.right.endswith(";"):
+            chosen = f"if (planted_fault == {number}) {{ {self.wrong} }} else {{ {self.right} }}"
+        return text.replace(self.right, chosen)
+
+
+FAULTS = (
+    Fault("wrong_tap", "top_down", "common/resample.h", "lo < axis.in - 1 ? lo + 1 : lo", "lo"),
+    Fault(
+        "gradient_of_its_own_dropped",
+        "top_down",
+        "cpu/top_down_backward.cpp",
+        "(sums(i) + to_acc(grad[i])) * factor",
+        "sums(i) * factor",
+    ),
+    Fault("wrong_sample_tap", "roi_align", "common/roi_align.h", "floor + 1", "floor"),
+    Fault(
+        "lost_tail_of_a_vector",
+        "roi_align",
+        "cpu/multiscale_roi_align.cpp",
+        "c < channels",
+        "c < channels / kPackLanes * kPackLanes",
+    ),
+    Fault(
+        "unwritten_row",
+        "multiscale_roi_align",
+        "cpu/multiscale_roi_align.cpp",
+        "if (rois[k].reads_nothing()) clear_row(out, k);",
+        "",
+    ),
+    Fault(
+        "off_by_one_level",
+        "multiscale_roi_align",
+        "common/levels.h",
+        "if (level < rule.levels) roi.level = level;",
+        "roi.level = level > 0 ? level - 1 : 0;",
+    ),
+    Fault(
+        "above_a_threshold_for_at_least",
+        "multiscale_roi_align",
+        "common/levels.h",
+        "area >= rule.threshold[i]",
+        "area > rule.threshold[i]",
+    ),
+    # Veltkamp's split: of a float32's 24 bits the first 11 stay, as many as half precision has.
+    Fault(
+        "half_precision_coordinate",
+        "multiscale_roi_align",
+        "common/levels.h",
+        "row[1]",
+        "row[1] * acc_t(8193) - (row[1] * acc_t(8193) - row[1])",
+    ),
+    Fault(
+        "gradient_not_divided_by_the_samples",
+        "multiscale_roi_align",
+        "cpu/multiscale_roi_align_backward.cpp",
+        "to_acc(bins[pw * grad.stride_w]) * roi.inverse_count",
+        "to_acc(bins[pw * grad.stride_w])",
+    ),
+    Fault(
+        "last_of_equal_samples",
+        "multiscale_roi_align(max)",
+        "common/roi_align_max.h",
+        "value > largest.value",
+        "value >= largest.value",
+    ),
+    Fault(
+        "missing_clip",
+        "generate_proposals",
+        "cpu/generate_proposals.cpp",
+        "box = clip(box, size[0], size[1]);",
+        "",
+    ),
+    Fault(
+        "wrong_channel",
+        "generate_proposals",
+        "cpu/generate_proposals.cpp",
+        "4 * anchor + i",
+        "i * anchors + anchor",
+    ),
+    Fault(
+        "dropped_last_level", "generate_proposals", "cpu/generate_proposals.cpp", "level < count", "level < count - 1"
+    ),
+    Fault(
+        "kept_at_the_threshold",
+        "nms",
+        "common/boxes.h",
+        "divide(shared, united) > rule.threshold",
+        "divide(shared, united) >= rule.threshold",
+    ),
+    Fault(
+        "wrong_label",
+        "select_detections",
+        "cpu/select_detections.cpp",
+        "index % heads.classes",
+        "(index + 1) % heads.classes",
+    ),
+    Fault(
+        "tie_by_the_wrong_index",
+        "match_anchors",
+        "cpu/match_anchors.cpp",
+        "iou[i] > best[i] ? index : match[i]",
+        "iou[i] >= best[i] ? index : match[i]",
+    ),
+    Fault("no_low_quality_match", "match_anchors", "cpu/match_anchors.cpp", "highest[g] > top", "true"),
+    Fault(
+        "swapped_axes",
+        "match_anchors",
+        "cpu/match_anchors.cpp",
+        "anchor_at(coding, around, y, x, stride_y, stride_x)",
+        "anchor_at(coding, around, x, y, stride_x, stride_y)",
+    ),
+    Fault(
+        "last_row_and_column_left_out",
+        "paste_masks",
+        "common/paste_masks.h",
+        "last + 1 < extent ? last + 1 : extent",
+        "last < extent ? last : extent",
+    ),
+)
+
+
+def _sources() -> dict[str, str]:
+    """The sources of the CPU library, with every fault, by their paths."""
+    paths = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*"))]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
+    for number, fault in enumerate(FAULTS, start=1):
+        path = f"csrc/{fault.file}"
+        texts[path] = fault.planted(texts[path], number)
+    texts["csrc/common/host_device.h"] += _SWITCH
+    # Half the time to build, and nothing here is timed.
+    texts["setup.py"] = texts["setup.py"].replace('"-O3"', '"-O1"')
+    return texts
+
+
+def build() -> Path:
+    """A folder with a package that has the faulty library; built once for each content of the sources."""
+    texts = _sources()
+    key = hashlib.sha256("\0".join([torch.__version__, compiler()[1], *texts, *texts.values()]).encode()).hexdigest()[
+        :16
+    ]
+    folder = BUILD / key
+    with locked(BUILD / "lock"):
+        if not (folder / "done").exists():
+            for stale in BUILD.glob("*/"):
+                shutil.rmtree(stale)
+            for path, text in texts.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(text)
+            shutil.copy(ROOT / "pyproject.toml", folder)
+            _copy_package(folder)
+            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            environment = {**os.environ, "FPN_FAST_CUDA": "0"}
+            built = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+            if built.returncode != 0:
+                raise RuntimeError(f"the library with planted faults does not compile:\n{built.stdout[-4000:]}")
+            shutil.rmtree(folder / "build")
+            (folder / "done").touch()
+        # Of the checkout as it is now: the key is of what is compiled.
+        _copy_package(folder)
+    return folder
+
+
+def _copy_package(folder: Path) -> None:
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fpn_fast", folder / "fpn_fast", ignore=ignored, dirs_exist_ok=True)
