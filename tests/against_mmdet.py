@@ -19,6 +19,7 @@ from mmdet.models.task_modules.prior_generators import AnchorGenerator  # noqa: 
 from mmdet.registry import MODELS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config  # noqa: E402
+from mmengine.registry import init_default_scope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 from test_mmdet_modules import CHANNELS, EVEN, GENERATORS, GROUPS, LAYER, ODD, STRIDES, inputs, rois  # noqa: E402
 
@@ -28,6 +29,8 @@ from fpn_fast.nn import mmdet  # noqa: E402
 
 # mmengine reports every weight that it draws.
 logging.disable(logging.WARNING)
+# Names in a configuration are mmdetection's.
+init_default_scope("mmdet")
 
 NECKS = [
     {"type": "FPN", "num_outs": 5},
@@ -233,6 +236,86 @@ def test_losses_are_mmdetections():
     for key in losses:
         assert all(torch.equal(a, b) for a, b in zip(losses[key], fast_losses[key], strict=True))
     check_proposals(fast_boxes, boxes)
+
+
+def faster_rcnn():
+    """mmdetection's, with a ResNet-18; boxes and scores that differ, as an untrained head's do not."""
+    rpn = {"nms_pre": 60, "max_per_img": 40, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0}
+    assigner = {"type": "MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.5, "min_pos_iou": 0.5}
+    sampler = {"type": "RandomSampler", "num": 32, "pos_fraction": 0.25, "neg_pos_ub": -1}
+    coder = {"type": "DeltaXYWHBBoxCoder", "target_stds": [0.1, 0.1, 0.2, 0.2]}
+    cfg = {
+        "type": "FasterRCNN",
+        "data_preprocessor": {"type": "DetDataPreprocessor", "pad_size_divisor": 32},
+        "backbone": {"type": "ResNet", "depth": 18, "norm_eval": True, "frozen_stages": -1},
+        "neck": {"type": "FPN", "in_channels": [64, 128, 256, 512], "out_channels": 32, "num_outs": 5},
+        "rpn_head": {
+            "type": "RPNHead", "in_channels": 32, "feat_channels": 32,
+            "anchor_generator": {"type": "AnchorGenerator", "scales": [8], "ratios": [0.5, 1.0, 2.0],
+                                 "strides": [*STRIDES, 64]},
+            "bbox_coder": {"type": "DeltaXYWHBBoxCoder"},
+            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
+        },
+        "roi_head": {
+            "type": "StandardRoIHead",
+            "bbox_roi_extractor": {"type": "SingleRoIExtractor", "out_channels": 32, "featmap_strides": STRIDES,
+                                   "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0}},
+            "bbox_head": {"type": "Shared2FCBBoxHead", "in_channels": 32, "fc_out_channels": 64, "roi_feat_size": 7,
+                          "num_classes": 3, "bbox_coder": coder,
+                          "loss_cls": {"type": "CrossEntropyLoss"}, "loss_bbox": {"type": "L1Loss"}},
+        },
+        "train_cfg": {
+            "rpn": {"assigner": assigner, "sampler": sampler, "allowed_border": -1, "pos_weight": -1},
+            "rpn_proposal": rpn, "rcnn": {"assigner": assigner, "sampler": {**sampler, "add_gt_as_proposals": True},
+                                          "pos_weight": -1},
+        },
+        "test_cfg": {"rpn": rpn, "rcnn": {"score_thr": 0.05, "max_per_img": 20,
+                                          "nms": {"type": "nms", "iou_threshold": 0.5}}},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = MODELS.build(Config(cfg))
+    for layer, deviation in ((model.rpn_head.rpn_cls, 0.1), (model.rpn_head.rpn_reg, 0.02),
+                             (model.roi_head.bbox_head.fc_cls, 0.2)):  # fmt: skip
+        torch.nn.init.normal_(layer.weight, std=deviation)
+    # Too little rounding to change a decision.
+    return model.double()
+
+
+def test_a_whole_detector_has_the_same_losses_gradients_and_detections():
+    plain = faster_rcnn()
+    fast = copy.deepcopy(plain)
+    report = fpn_fast.accelerate(fast)
+    kinds = ["mmdet.FPN", "mmdet.RPNHead", "mmdet.SingleRoIExtractor"]
+    assert sorted(e.module for e in report.swapped) == kinds
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 3, 96, 128, generator=generator, dtype=torch.float64)
+    size = {"img_shape": (96, 128), "pad_shape": (96, 128), "ori_shape": (96, 128), "scale_factor": (1.0, 1.0)}
+    batch = [DetDataSample(metainfo=dict(size)) for _ in range(2)]
+    for sample in batch:
+        boxes = torch.tensor([[5.0, 6, 60, 70], [40, 30, 120, 90]], dtype=torch.float64)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 2]))
+    found = []
+    for model in (plain, fast):
+        torch.manual_seed(1)
+        losses = model.train().loss(images, copy.deepcopy(batch))
+        total = sum(each if isinstance(each, torch.Tensor) else sum(each) for each in losses.values())
+        grads = torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        with torch.no_grad():
+            detections = model.eval().predict(images, copy.deepcopy(batch))
+        found.append((losses, grads, [each.pred_instances for each in detections]))
+    (expected, expected_grads, expected_boxes), (losses, grads, boxes) = found
+    assert losses.keys() == expected.keys()
+    for key in losses:
+        torch.testing.assert_close(losses[key], expected[key], rtol=1e-9, atol=1e-9)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    for a, b in zip(boxes, expected_boxes, strict=True):
+        assert len(a) == len(b) > 5
+        assert a.labels.tolist() == b.labels.tolist()
+        torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-7, atol=1e-6)
+    assert len(fpn_fast.restore(fast).swapped) == 3
 
 
 def test_what_has_no_fused_form_is_left_or_refused():
