@@ -63,6 +63,17 @@ def test_without_a_compiler_the_package_still_works(tmp_path):
     text = install_and_use(wheel, tmp_path / "again", info)
     assert "cpp       not available: the package was installed without its compiled library" in text
     assert "install g++ or clang++" in text
+    site = tmp_path / "again" / "site"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment.pop("TRITON_INTERPRET", None)
+
+    def output_of(*command: str) -> str:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    # Commands and the pytest plugin are there by their entry points alone.
+    command = [sys.executable, str(site / "bin" / "fpn-fast"), "verify", "--cases", "1", "--ops", "nms", "upsample_add"]
+    assert "upsample_add  reference  cpu     bfloat16      1" in output_of(*command)
+    assert "@pytest.mark.fpn_fast_parity(" in output_of(sys.executable, "-m", "pytest", "--markers")
 
 
 def test_build_without_torch_says_what_to_do(tmp_path):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """assert_parity, and the pytest plugin that gives it."""
 
+import argparse
 import copy
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 
 import fpn_fast
 from fpn_fast.testing import assert_parity
+from fpn_fast.verify import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,9 +162,9 @@ def test_other():
 """
 
 
-def run_project(folder, *arguments):
+def run_project(folder, *arguments, project=PROJECT):
     (folder / "conftest.py").write_text("import builtins, sys\nbuiltins.EARLY = list(sys.modules)\n")
-    (folder / "test_project.py").write_text(PROJECT)
+    (folder / "test_project.py").write_text(project)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", *arguments]
     # Named here, for a checkout that was installed before there was a plugin; an entry point names it as well.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -178,3 +181,15 @@ def test_plugin(tmp_path):
     text = run_project(tmp_path, "-m", "fpn_fast_parity")
     assert re.search("1 failed, 1 passed, 1 deselected", text), text
     assert "@pytest.mark.fpn_fast_parity(**options): checks parity" in run_project(tmp_path, "--markers")
+
+
+def test_the_documented_test_passes_and_the_documented_commands_parse(tmp_path):
+    text = (ROOT / "docs" / "parity-in-your-ci.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    printed = run_project(tmp_path, "-m", "fpn_fast_parity", project=code)
+    assert "1 passed" in printed, printed
+    parser = command.add_arguments(argparse.ArgumentParser().add_subparsers())
+    lines = re.findall(r"(?:fpn-fast|python -m fpn_fast) verify (-.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        parser.parse_args(shlex.split(line.partition(";")[0]))
