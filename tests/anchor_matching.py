@@ -70,6 +70,7 @@ CASES = {
                           (270, 7)),
     "counted": Case(torch.stack([boxes(4, 0), boxes(4, 1)]), (-1, 9), boxes(40, 5), (0, 99)),
     "more_than_a_block_of_gts": Case(boxes(300, 6)[None], (300,), boxes(50, 7)),
+    "more_than_a_block_without_low_quality": Case(boxes(300, 6)[None], (300,), boxes(50, 7), low_quality=False),
     "nothing_reaches_one": Case(torch.cat((boxes(3, 0), FAR))[None], (4,), boxes(40, 8)),
     "only_the_last_is_a_box": Case(torch.cat((torch.full((260, 4), NAN), boxes(1, 0)))[None], (261,), boxes(40, 9)),
     "none_is_a_box": Case(torch.full((1, 3, 4), INF), (3,), boxes(40, 9)),

@@ -104,28 +104,24 @@ template <class T>
 struct GroundTruths {
   Box<T> box[kMatchThreads];
   T area[kMatchThreads];
-  unsigned valid[kMatchWarps];  // a bit for each
 
-  // Each thread loads one of those of `image` from `begin` on, of `count`.
+  // Each thread loads one of those of `image` from `begin` on, of `count`, and says whether it takes part.
   __device__ __forceinline__ bool load(const AnchorMatching<T>& matching, int64_t image, int64_t begin, int count) {
     const int64_t g = begin + threadIdx.x;
     Box<T> gt = no_box<T>();
     if (g < count) {
       const T* corners = matching.gt_boxes + 4 * (image * matching.gts_per_image + g);
       gt = {corners[0], corners[1], corners[2], corners[3]};
-      if (!is_finite(gt)) gt = no_box<T>();
     }
-    const bool is_valid = gt.x1 <= std::numeric_limits<T>::max();
-    const unsigned votes = __ballot_sync(~0u, is_valid);
-    if (threadIdx.x % 32 == 0) valid[threadIdx.x / 32] = votes;
+    // One that is not finite has an IoU of 0 with every anchor: its area is infinite or no number.
     box[threadIdx.x] = gt, area[threadIdx.x] = fpn_fast::area(gt);
-    return is_valid;
+    return is_finite(gt);
   }
 
-  // The first that is valid, or -1.
-  __device__ __forceinline__ int first_valid() const {
-    for (int warp = 0; warp < kMatchWarps; ++warp) {
-      if (valid[warp] != 0) return 32 * warp + __ffs(valid[warp]) - 1;
+  // The first of `count` that takes part, or -1.
+  __device__ __forceinline__ int first(int count) const {
+    for (int g = 0; g < count; ++g) {
+      if (is_finite(box[g])) return g;
     }
     return -1;
   }
@@ -165,12 +161,12 @@ __global__ void __launch_bounds__(kMatchThreads)
       for (int i = 0; i < kMatchWarps; ++i) highest[i][threadIdx.x] = 0;
     }
     __syncthreads();
+    const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
     if (match < 0) {
-      const int first = gts.first_valid();
+      const int first = gts.first(here);
       // Nothing but a higher IoU than 0 takes its place.
       if (first >= 0) match = static_cast<int>(begin) + first;
     }
-    const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
     for (int g = 0; g < here; ++g) {
       if (!boxes_meet(gts.box[g], around)) continue;
       const T iou = gts.iou(g, anchor, anchor_area);
