@@ -32,11 +32,13 @@ SOURCES = [
     "csrc/cpu/top_down_backward.cpp",
 ]
 CUDA_SOURCES = [
+    "csrc/cuda/generate_proposals.cu",
     "csrc/cuda/kernel_table.cu",
     "csrc/cuda/match_anchors.cu",
     "csrc/cuda/multiscale_roi_align.cu",
     "csrc/cuda/multiscale_roi_align_max.cu",
     "csrc/cuda/paste_masks.cu",
+    "csrc/cuda/segmented_nms.cu",
     "csrc/cuda/top_down.cu",
 ]
 # A checkout builds for the H100 and H200; a wheel for every GPU from Turing on.

@@ -170,8 +170,8 @@ def select_detections(device: torch.device) -> int:
 
 
 def segmented_nms(device: torch.device) -> int:
-    """One group and many, of boxes that fill no block and several."""
-    cases = ({"boxes": boxes, "classes": classes} for boxes, classes in ((7, 1), (500, 5), (900, 80)))
+    """One group and many, of boxes that fill no block and several, and a group that many blocks share."""
+    cases = ({"boxes": boxes, "classes": classes} for boxes, classes in ((7, 1), (500, 5), (900, 80), (1500, 1)))
     return _selection(device, "batched_nms", *cases)
 
 

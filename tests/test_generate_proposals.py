@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import sys
 
+import devices
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
@@ -26,9 +29,19 @@ FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.cha
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def cpu_backend(request):
     with backends.use(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[*BACKENDS, pytest.param("cuda-cpp", marks=pytest.mark.gpu)])
+def backend(request, monkeypatch):
+    """Backends on the CPU, and the compiled one on a GPU, where `ops` of this file then runs."""
+    *device, name = request.param.split("-")
+    if device:
+        monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
+    with backends.use(name):
+        yield name
 
 
 def head(dtype=torch.float32, form=torch.contiguous_format, batch=2, pyramid=PYRAMID, trained=False, seed=0):
@@ -359,12 +372,14 @@ def raw(backend):
     )  # fmt: skip
 
 
-def test_opcheck(backend):
-    torch.library.opcheck(*raw(backend))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(cpu_backend, device):
+    op, arguments = raw(cpu_backend)
+    torch.library.opcheck(op, tree_map_only(torch.Tensor, lambda t: devices.moved(t, device), arguments))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(backend, dynamic):
+def test_compiles_in_one_graph(cpu_backend, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(lambda o, d: propose(o, d), fullgraph=True, dynamic=dynamic)
     for pyramid in (PYRAMID[2:], ((9, 8), (5, 7))):
@@ -463,3 +478,43 @@ def test_decoding_is_torchvisions_coder():
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
     ours = decode(anchors, codes, (10, 10, 5, 5), (0,) * 4, (1,) * 4, coder.bbox_xform_clip, False, False)
     torch.testing.assert_close(ours, coder.decode_single(codes, anchors), rtol=2**-22, atol=2**-15)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("numbers", [(1000, 1000), (2000, 2000)], ids=str)
+def test_a_gpu_proposes_what_the_cpu_does(dtype, form, numbers):
+    """At a detector's size, bit for bit; the same in every run, with no wait."""
+    pyramid = ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))
+    objectness, deltas = head(dtype, form, pyramid=pyramid, trained=True)
+    cells = [*CELLS, (torch.tensor(CELLS[-1]) * 2).tolist()]
+    options = {"pre_nms_top_n": numbers[0], "post_nms_top_n": numbers[1], "nms_thresh": 0.7}
+    strides, sizes = strides_of(objectness, (800, 1344)), torch.tensor([[800, 1333], [780, 1344]])
+    expected = ops.generate_proposals(objectness, deltas, cells, strides, sizes, **options)
+    maps, sizes = [[m.cuda() for m in each] for each in (objectness, deltas)], sizes.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [ops.generate_proposals(*maps, cells, strides, sizes, **options) for _ in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found in results:
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_can_be_captured_in_a_graph():
+    objectness, deltas = ([m.cuda() for m in each] for each in head())
+    sizes = torch.tensor(SIZES).float().cuda()
+    options = {"pre_nms_top_n": 200, "post_nms_top_n": 150, "nms_thresh": 0.7}
+    call = lambda: ops.generate_proposals(objectness, deltas, CELLS, strides_of(objectness), sizes, **options)  # noqa: E731
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    # Other numbers than when it was captured.
+    for maps, new in zip((objectness, deltas), head(seed=5), strict=True):
+        for mine, other in zip(maps, new, strict=True):
+            mine.copy_(other)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))

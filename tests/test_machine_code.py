@@ -26,6 +26,8 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100"]
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
 # As C++ names them and as their names are mangled.
 TYPES = {"double": "d", "float": "f", "Half": "NS_4HalfE", "BFloat16": "NS_8BFloat16E"}
+# Of the keys and indices that selection kernels are templates over.
+INTEGERS = {"uint64_t": "m", "unsigned __int128": "o", "int64_t": "l"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class Kernel:
     reads_own_writes: bool = False
     # Reads single elements on purpose; its stores alone are wide.
     gathers: bool = False
-    # Counts, or takes maxima of integers: the same in any order.
+    # Counts, or takes maxima or unions of integers: the same in any order.
     integer_atomics: bool = False
+    # Most bytes of shared memory a block may take: two blocks on a Turing multiprocessor, eight on an H100.
+    shared: int = 28 * 1024
 
     def instances(self) -> list[Instance]:
         values = itertools.product(self.types, *[(False, True)] * len(self.switches))
@@ -70,7 +74,7 @@ class Instance:
     def symbol(self) -> str:
         """How the mangled name begins."""
         switches = "".join(f"Lb{int(on)}E" for on in self.on)
-        return f"_ZN8fpn_fast{len(self.kernel.name)}{self.kernel.name}I{TYPES[self.type]}{switches}E"
+        return f"_ZN8fpn_fast{len(self.kernel.name)}{self.kernel.name}I{(TYPES | INTEGERS)[self.type]}{switches}E"
 
     @property
     def is_vectorised(self) -> bool:
@@ -175,6 +179,144 @@ KERNELS = [
         more_registers={"double": 64},
         gathers=True,
     ),
+    # Eight bisections side by side: 32 warps.
+    Kernel(
+        "sorted_runs.cuh",
+        "merge_runs_kernel",
+        "RunMerge",
+        (),
+        registers=64,
+        scalar=frozenset(),
+        types=("uint64_t", "unsigned __int128"),
+    ),
+    # Sorts 2048 keys in shared memory, of 16 bytes for float64 and for groups: 24 warps.
+    *(
+        Kernel(
+            "segmented_nms.cuh",
+            name,
+            "NmsSorting",
+            (),
+            registers=80,
+            scalar=frozenset(),
+            types=("double", "float"),
+            reads_own_writes=name != "nms_scores_kernel",
+            shared=33 * 1024,
+        )
+        for name in ("nms_scores_kernel", "nms_groups_kernel")
+    ),
+    # 24 warps, because boxes are moved by group too.
+    Kernel(
+        "segmented_nms.cuh",
+        "nms_order_kernel",
+        "NmsSorting",
+        (),
+        registers=80,
+        scalar=frozenset(),
+        types=("double", "float"),
+    ),
+    Kernel(
+        "segmented_nms.cuh",
+        "nms_candidates_kernel",
+        "NmsSorting",
+        (),
+        registers=64,
+        scalar=frozenset(),
+        types=("double", "float"),
+    ),
+    Kernel(
+        "segmented_nms.cuh",
+        "nms_output_kernel",
+        "NmsOutput",
+        (),
+        registers=40,
+        scalar=frozenset(),
+        types=("int64_t",),
+    ),
+    # 24 warps.
+    Kernel(
+        "greedy_nms.cuh",
+        "greedy_nms_kernel",
+        "Candidates",
+        (),
+        registers=80,
+        scalar=frozenset(),
+        types=("double", "float"),
+        shared=4 * 1024,
+    ),
+    # Blocks unite in a word what kept boxes of earlier regions overlap. 40 warps, and 32 for float64.
+    Kernel(
+        "greedy_nms.cuh",
+        "nms_pairs_kernel",
+        "NmsRound",
+        (),
+        registers=48,
+        more_registers={"double": 64},
+        scalar=frozenset(),
+        types=("double", "float"),
+        integer_atomics=True,
+        shared=4 * 1024,
+    ),
+    # One block has the multiprocessor to itself: words are read ahead into registers.
+    Kernel(
+        "greedy_nms.cuh",
+        "nms_region_kernel",
+        "NmsRound",
+        (),
+        registers=96,
+        scalar=frozenset(),
+        types=("double", "float"),
+        shared=1024,
+    ),
+    # Counts of logits in shared memory, added up in global memory.
+    Kernel(
+        "top_logits.cuh",
+        "count_logits_kernel",
+        "LogitSelection",
+        (),
+        registers=40,
+        scalar=frozenset(),
+        integer_atomics=True,
+        shared=17 * 1024,
+    ),
+    # A count gives keys their places in shared memory, which are sorted afterwards. Keys of float64 are of 16 bytes.
+    Kernel(
+        "top_logits.cuh",
+        "select_logits_kernel",
+        "LogitSelection",
+        (),
+        registers=64,
+        more_registers={"double": 80},
+        scalar=frozenset(),
+        integer_atomics=True,
+        shared=33 * 1024,
+    ),
+    # 24 warps: the exponential is made in float64.
+    Kernel(
+        "generate_proposals.cuh",
+        "decode_proposals_kernel",
+        "ProposalDecoding",
+        (),
+        registers=80,
+        scalar=frozenset(),
+    ),
+    Kernel(
+        "generate_proposals.cuh",
+        "proposal_setup_kernel",
+        "ProposalSetup",
+        (),
+        registers=32,
+        scalar=frozenset(),
+        types=("double", "float"),
+    ),
+    Kernel(
+        "generate_proposals.cuh",
+        "merge_proposals_kernel",
+        "ProposalOutput",
+        (),
+        registers=80,
+        scalar=frozenset(),
+        types=("double", "float"),
+    ),
 ]
 
 
@@ -183,6 +325,7 @@ class Code:
     registers: int
     stack: int
     spills: int
+    shared: int
     instructions: collections.Counter[str]
 
     def count(self, *prefixes: str) -> int:
@@ -199,12 +342,14 @@ class Code:
         vectorised: bool,
         reads_own_writes: bool,
         registers: int,
+        shared: int,
         gathers: bool = False,
         integer_atomics: bool = False,
     ) -> list[str]:
         """What keeps this code from being fast, deterministic or right."""
         found = {
             f"{self.registers} registers, {registers} allowed": self.registers > registers,
+            f"{self.shared} bytes of shared memory, {shared} allowed": self.shared > shared,
             f"{self.stack} bytes of stack": self.stack > 0,
             f"{self.spills} bytes spilled": self.spills > 0,
             "local memory": self.count("LDL", "STL") > 0,
@@ -220,6 +365,7 @@ class Code:
 _RESOURCES = re.compile(
     r"Function properties for (?P<name>\S+)\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers"
+    r"(?:[^\n]* (?P<shared>\d+) bytes smem)?"
 )
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
@@ -235,6 +381,7 @@ def parse(ptxas: str, sass: str) -> dict[str, Code]:
             registers=int(match["registers"]),
             stack=int(match["stack"]),
             spills=int(match["stores"]) + int(match["loads"]),
+            shared=int(match["shared"] or 0),
             instructions=instructions[match["name"]],
         )
         for match in _RESOURCES.finditer(ptxas)
@@ -304,6 +451,7 @@ def test_kernels(kernel, arch):
             vectorised=instance.is_vectorised,
             reads_own_writes=kernel.reads_own_writes,
             registers=kernel.more_registers.get(instance.type, kernel.registers),
+            shared=kernel.shared,
             gathers=kernel.gathers,
             integer_atomics=kernel.integer_atomics,
         )
@@ -323,7 +471,11 @@ def test_every_kernel_is_here():
 
 FAULTY = """
 __global__ void faulty_kernel(const float* __restrict__ in, float* out, int* count) {
+  __shared__ float part[64];
   float kept[64] = {};
+  part[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[64] = part[63 - threadIdx.x];
   for (int i = 0; i < 1000; ++i) kept[count[i] & 63] += in[i];
   for (int i = 0; i < 64; ++i) out[i] = kept[i];
   atomicAdd(count, 1);
@@ -335,8 +487,9 @@ def test_the_gates_can_fail():
     cuda_toolkit.nvcc()
     cuda_toolkit.cuobjdump()
     (code,) = compile_unit("faulty", FAULTY, "sm_80").values()
-    assert code.faults(vectorised=True, reads_own_writes=True, registers=8) == [
+    assert code.faults(vectorised=True, reads_own_writes=True, registers=8, shared=255) == [
         f"{code.registers} registers, 8 allowed",
+        "256 bytes of shared memory, 255 allowed",
         "256 bytes of stack",
         "local memory",
         "atomics",

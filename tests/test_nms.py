@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import sys
 
+import devices
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import boxes as theirs
 
@@ -16,9 +19,19 @@ BACKENDS = ["cpp", "reference"]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def cpu_backend(request):
     with backends.use(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[*BACKENDS, pytest.param("cuda-cpp", marks=pytest.mark.gpu)])
+def backend(request, monkeypatch):
+    """Backends on the CPU, and the compiled one on a GPU, where `ops` of this file then runs."""
+    *device, name = request.param.split("-")
+    if device:
+        monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
+    with backends.use(name):
+        yield name
 
 
 def scene(count, groups=1, seed=0, side=300.0, dtype=torch.float32):
@@ -231,14 +244,16 @@ def raw(backend):
     return [(_FORWARD[backend], (*arguments, i)) for i in range(3)]
 
 
-def test_opcheck(backend):
-    for op, arguments in raw(backend):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(cpu_backend, device):
+    for op, arguments in raw(cpu_backend):
+        arguments = tuple(devices.moved(each, device) if isinstance(each, Tensor) else each for each in arguments)
         torch.library.opcheck(op, arguments)
         torch.library.opcheck(op, (*arguments[:2], None, None, *arguments[4:]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(backend, dynamic):
+def test_compiles_in_one_graph(cpu_backend, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(lambda b, s, g: ops.segmented_nms(b, s, g, None, 0.5, 10), fullgraph=True, dynamic=dynamic)
     for count in (20, 30):
@@ -257,11 +272,23 @@ def test_nothing_waits_for_the_device():
     assert (keep.shape, kept.shape, keep.device.type, keep.dtype) == ((2, 7), (2,), "cuda", torch.int64)
 
 
-def test_backends_without_a_kernel_leave_it_to_the_reference():
+def test_the_compiled_library_has_it_on_every_device():
     assert set(_FORWARD) == {"cpp", "reference"}
-    assert backends.choose("cpu", "segmented_nms") == "cpp"
+    for device in ("cpu", "cuda"):
+        served = backends.problem("cpp", device) is None
+        assert backends.choose(device, "segmented_nms") == ("cpp" if served else "reference")
+        assert backends.has_form("segmented_nms", "cpp", device)
+
+
+def test_backends_without_a_kernel_leave_it_to_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_missing", {("triton", "cuda"): {"segmented_nms"}})
+    backends.declare_missing("segmented_nms", "cpp", "cuda")
     assert backends.choose("cuda", "segmented_nms") == "reference"
     assert "reference taken" in backends.explain("cuda", "segmented_nms")
+
+
+def test_triton_has_no_form_of_it():
     pytest.importorskip("triton")
     with backends.use("triton"):
         assert backends.choose("cuda", "segmented_nms") == "reference"
@@ -323,3 +350,39 @@ def test_errors_of_torchvisions_forms():
 def test_the_reference_is_greedy():
     boxes, scores, _ = scene(200)
     assert reference.nms(boxes, scores, None, 0.3).tolist() == theirs.nms(boxes, scores, 0.3).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("groups", [None, 5, 80, 1203, 10**6])
+@pytest.mark.parametrize("count", [1000, 1500, 30000])
+def test_a_gpu_decides_as_the_cpu_does(count, groups, convention):
+    """One large segment, several of them, and many small ones; the same in every run, with no wait."""
+    images = [scene(count, groups or 1, seed=i, side=3000.0) for i in range(2)]
+    boxes, scores, labels = (torch.stack(each) for each in zip(*images, strict=True))
+    arguments = boxes, scores, labels if groups else None, torch.tensor([count, count - 300])
+    expected = ops.segmented_nms(*arguments, 0.5, count, convention=convention)
+    here = [None if each is None else each.cuda() for each in arguments]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [ops.segmented_nms(*here, 0.5, count, convention=convention) for _ in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found in results:
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [None, 80])
+def test_can_be_captured_in_a_graph(groups):
+    boxes, scores, labels = (each[None].cuda() for each in scene(3000, groups or 1))
+    call = lambda: ops.segmented_nms(boxes, scores, labels if groups else None, None, 0.5, 500)  # noqa: E731
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    # Other numbers than when it was captured.
+    for mine, new in zip((boxes, scores, labels), scene(3000, groups or 1, seed=5), strict=True):
+        mine.copy_(new[None])
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))

@@ -24,8 +24,8 @@ struct Proposal {
 template <class T, class acc_t = acc_type<T>>
 struct Heads {
   std::vector<FeatureMap<const T>> objectness, deltas;
-  std::vector<std::vector<Box<acc_t>>> cells;  // of each level
-  const acc_t* image_sizes;                    // [N, 2], height and width
+  std::vector<Box<acc_t>> cells;  // of each level, as many as objectness has channels
+  const acc_t* image_sizes;       // [N, 2], height and width
 };
 
 template <class T>
@@ -38,11 +38,10 @@ struct Scratch {
 template <class T, class acc_t = acc_type<T>>
 HOST_DEVICE void propose(const Heads<T>& heads, const ProposalArguments<acc_t>& arguments, int64_t image, int64_t level,
                          Scratch<T>& scratch, std::vector<Proposal<acc_t>>& found) {
-  const FeatureMap<const T>& deltas = heads.deltas[level];
-  const std::vector<Box<acc_t>>& cells = heads.cells[level];
-  const int64_t anchors = static_cast<int64_t>(cells.size()), width = deltas.width;
+  const FeatureMap<const T>&objectness = heads.objectness[level], &deltas = heads.deltas[level];
+  const int64_t anchors = objectness.channels, width = objectness.width;
+  const Box<acc_t>* cells = heads.cells.data() + level * anchors;
   const acc_t* size = heads.image_sizes + 2 * image;
-  const FeatureMap<const T>& objectness = heads.objectness[level];
   scratch.top.reset(arguments.pre_nms_top_n, anchors * objectness.height * width,
                     -std::numeric_limits<acc_t>::infinity());
   scratch.top.scan_rows(objectness, image, 0, objectness.height);
@@ -128,34 +127,19 @@ std::tuple<Tensor, Tensor, Tensor> generate_proposals_cpu(
     double center_clamp, bool strict_size, bool logits_out, int64_t convention) {
   check_proposals(objectness, deltas, cell_anchors, strides, image_sizes, pre_nms_top_n, post_nms_top_n, convention);
   const ScalarType type = image_sizes.scalar_type();
-  const int64_t batch = objectness[0].size(0), anchors = objectness[0].size(1);
+  const int64_t batch = objectness[0].size(0);
   Tensor boxes = empty_like(image_sizes, {batch, post_nms_top_n, 4}, type);
   Tensor scores = empty_like(image_sizes, {batch, post_nms_top_n}, type);
   Tensor counts = empty_like(image_sizes, {batch}, ScalarType::Long);
   dispatch_floating(objectness[0].scalar_type(), "generate_proposals", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc_t = acc_type<T>;
-    ProposalArguments<acc_t> arguments{};
-    arguments.pre_nms_top_n = pre_nms_top_n, arguments.post_nms_top_n = post_nms_top_n;
-    arguments.score_thresh = static_cast<acc_t>(score_thresh), arguments.min_size = static_cast<acc_t>(min_size);
-    arguments.strict_size = strict_size, arguments.logits_out = logits_out;
-    arguments.rule = make_overlap_rule<acc_t>(nms_thresh, static_cast<NmsConvention>(convention));
-    arguments.coding =
+    const auto coding =
         box_coding<acc_t>(weights, means, stds, scale_clamp, symmetric_clamp, mean_center, center_offset, center_clamp);
-    Heads<T> heads{to_feature_maps<const T>(objectness),
-                   to_feature_maps<const T>(deltas),
-                   {},
-                   static_cast<const acc_t*>(image_sizes.data_ptr())};
-    const double* cell = cell_anchors.data();
-    for (size_t level = 0; level < objectness.size(); ++level) {
-      arguments.stride_y[level] = static_cast<acc_t>(strides[2 * level]);
-      arguments.stride_x[level] = static_cast<acc_t>(strides[2 * level + 1]);
-      heads.cells.emplace_back();
-      for (int64_t a = 0; a < anchors; ++a, cell += 4) {
-        heads.cells.back().push_back({static_cast<acc_t>(cell[0]), static_cast<acc_t>(cell[1]),
-                                      static_cast<acc_t>(cell[2]), static_cast<acc_t>(cell[3])});
-      }
-    }
+    const auto arguments = proposal_arguments<acc_t>(strides, pre_nms_top_n, post_nms_top_n, nms_thresh, score_thresh,
+                                                     min_size, coding, strict_size, logits_out, convention);
+    const Heads<T> heads{to_feature_maps<const T>(objectness), to_feature_maps<const T>(deltas),
+                         cell_boxes<acc_t>(cell_anchors), static_cast<const acc_t*>(image_sizes.data_ptr())};
     generate(heads, arguments, static_cast<acc_t*>(boxes.data_ptr()), static_cast<acc_t*>(scores.data_ptr()),
              static_cast<int64_t*>(counts.data_ptr()));
   });

@@ -11,12 +11,6 @@
 namespace fpn_fast {
 namespace {
 
-auto launch_on(const Tensor& tensor) {
-  return [stream = current_stream(tensor)](auto kernel, const LaunchConfig& config, const auto& argument) {
-    launch(kernel, config, stream, argument);
-  };
-}
-
 Tensor multiscale_roi_align_cuda(std::vector<Tensor> features, Tensor rois, std::optional<Tensor> levels,
                                  int64_t pooled_height, int64_t pooled_width, std::vector<double> scales,
                                  std::vector<double> thresholds, int64_t sampling_ratio, bool aligned) {

@@ -27,4 +27,11 @@ void launch(void (*kernel)(Argument), const LaunchConfig& config, cudaStream_t s
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// `launch(kernel, config, argument)` on the stream of `tensor`.
+inline auto launch_on(const Tensor& tensor) {
+  return [stream = current_stream(tensor)](auto kernel, const LaunchConfig& config, const auto& argument) {
+    launch(kernel, config, stream, argument);
+  };
+}
+
 }  // namespace fpn_fast

@@ -59,4 +59,33 @@ BoxCoding<acc_t> box_coding(const std::vector<double>& weights, const std::vecto
   return coding;
 }
 
+template <class acc_t>
+ProposalArguments<acc_t> proposal_arguments(const std::vector<int64_t>& strides, int64_t pre_nms_top_n,
+                                            int64_t post_nms_top_n, double nms_thresh, double score_thresh,
+                                            double min_size, const BoxCoding<acc_t>& coding, bool strict_size,
+                                            bool logits_out, int64_t convention) {
+  ProposalArguments<acc_t> arguments{};
+  arguments.pre_nms_top_n = pre_nms_top_n, arguments.post_nms_top_n = post_nms_top_n;
+  arguments.score_thresh = static_cast<acc_t>(score_thresh), arguments.min_size = static_cast<acc_t>(min_size);
+  arguments.strict_size = strict_size, arguments.logits_out = logits_out;
+  arguments.rule = make_overlap_rule<acc_t>(nms_thresh, static_cast<NmsConvention>(convention));
+  arguments.coding = coding;
+  for (size_t level = 0; level < strides.size() / 2; ++level) {
+    arguments.stride_y[level] = static_cast<acc_t>(strides[2 * level]);
+    arguments.stride_x[level] = static_cast<acc_t>(strides[2 * level + 1]);
+  }
+  return arguments;
+}
+
+// The cell anchors of all levels.
+template <class acc_t>
+std::vector<Box<acc_t>> cell_boxes(const std::vector<double>& corners) {
+  std::vector<Box<acc_t>> cells;
+  for (size_t i = 0; i < corners.size(); i += 4) {
+    cells.push_back({static_cast<acc_t>(corners[i]), static_cast<acc_t>(corners[i + 1]),
+                     static_cast<acc_t>(corners[i + 2]), static_cast<acc_t>(corners[i + 3])});
+  }
+  return cells;
+}
+
 }  // namespace fpn_fast

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Region proposals: each level's highest logits, their boxes, suppression of each level by itself, and the best of all
+// levels. Six launches of up to 1024 boxes of a level; top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when
+// there are more.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../common/anchors.h"
+#include "../common/boxes.h"
+#include "../common/exponential.h"
+#include "../common/feature_map.h"
+#include "../common/ordered_bits.h"
+#include "../common/proposal_arguments.h"
+#include "../common/scalar.h"
+#include "greedy_nms.cuh"
+#include "launch.h"
+#include "scratch.h"
+#include "sorted_runs.cuh"
+#include "top_logits.cuh"
+
+namespace fpn_fast {
+
+constexpr int kProposalThreads = 256;
+// More than an RPN has; of float64 they are half of what a kernel's arguments may take.
+constexpr int kSetupCells = 64;
+
+// Cell anchors in arguments: a copy from the host's memory would have to be waited for.
+template <class acc_t>
+struct ProposalSetup {
+  Box<acc_t> cells[kSetupCells];
+  Box<acc_t>* table;  // where they go, `count` of them
+  int count;
+  uint32_t* bins;
+  int64_t bin_count;
+};
+
+template <class acc_t>
+__global__ void __launch_bounds__(kProposalThreads)
+    proposal_setup_kernel(const __grid_constant__ ProposalSetup<acc_t> setup) {
+  const int64_t thread = int64_t{blockIdx.x} * kProposalThreads + threadIdx.x;
+  if (thread < setup.count) setup.table[thread] = setup.cells[thread];
+  if (thread < setup.bin_count) setup.bins[thread] = 0;
+}
+
+template <class T>
+struct ProposalDecoding {
+  using acc_t = acc_type<T>;
+
+  ProposalArguments<acc_t> arguments;
+  FeatureMap<const T> deltas[kMaxProposalLevels];
+  const Box<acc_t>* cells;   // of each level, `anchors` of them
+  const acc_t* image_sizes;  // [N, 2], height and width
+  int anchors;
+  SortedRuns<RankKey<acc_t>> runs;  // of each image, a list of each level
+  Candidates<acc_t> candidates;     // a list of each level of each image
+  acc_t* scores;                    // of the candidates
+};
+
+// The clipped box of logit `index` of a level; one whose x1 is NaN where none is proposed.
+template <class T, class acc_t = acc_type<T>>
+__device__ __forceinline__ Box<acc_t> proposed_box(const ProposalDecoding<T>& decoding, int64_t image, int level,
+                                                   uint32_t index) {
+  const ProposalArguments<acc_t>& arguments = decoding.arguments;
+  const FeatureMap<const T>& deltas = decoding.deltas[level];
+  const Box<acc_t> none{std::numeric_limits<acc_t>::quiet_NaN(), 0, 0, 0};
+  const uint32_t anchors = decoding.anchors, width = deltas.width;
+  const uint32_t anchor = index % anchors, pixel = index / anchors, x = pixel % width, y = pixel / width;
+  acc_t code[4];
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    code[i] = to_acc(*deltas.at(image, 4 * int64_t{anchor} + i, y, x));
+    finite = finite && is_finite(code[i]);
+  }
+  if (!finite) return none;
+  const Box<acc_t> source = anchor_at(arguments.coding, decoding.cells[level * int64_t{anchors} + anchor], y, x,
+                                      arguments.stride_y[level], arguments.stride_x[level]);
+  const Box<acc_t> decoded = decode(arguments.coding, source, code);
+  if (!is_finite(decoded)) return none;
+  const acc_t* size = decoding.image_sizes + 2 * image;
+  const Box<acc_t> box = clip(decoded, size[0], size[1]);
+  return is_large_enough(box, arguments.min_size, arguments.strict_size) ? box : none;
+}
+
+// Merges the runs of a level, and decodes each logit where it comes to stand.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads, 3)
+    decode_proposals_kernel(const __grid_constant__ ProposalDecoding<T> decoding) {
+  using acc_t = acc_type<T>;
+  const Candidates<acc_t>& candidates = decoding.candidates;
+  const SortedRuns<RankKey<acc_t>>& runs = decoding.runs;
+  const RunElement element = run_element(runs);
+  const int64_t list = element.image * runs.lists + element.list, first = list * candidates.room;
+  const int64_t threads = (element.end - element.begin) * blocks_of_run(runs) * kMergeThreads;
+  const int64_t thread = (element.run - element.begin) * blocks_of_run(runs) * kMergeThreads + element.i;
+  for (int64_t place = thread; place < candidates.room; place += threads) prepare_place(candidates, list, place);
+  if (thread == 0) candidates.counts[list] = merged_count(runs, element);
+  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+    const acc_t logit = number_of_key<acc_t>(key), probability = logistic(logit);
+    Box<acc_t> box = proposed_box(decoding, element.image, element.list, index_of_key(key));
+    if (!(probability >= decoding.arguments.score_thresh)) box.x1 = std::numeric_limits<acc_t>::quiet_NaN();
+    candidates.boxes[first + rank] = box;
+    decoding.scores[first + rank] = decoding.arguments.logits_out ? logit : probability;
+  });
+}
+
+template <class acc_t>
+struct ProposalOutput {
+  Candidates<acc_t> candidates;
+  const acc_t* candidate_scores;
+  int levels;
+  int64_t room;
+  Box<acc_t>* boxes;  // [N, room]
+  acc_t* scores;      // [N, room]
+  int64_t* counts;    // [N]
+};
+
+// Puts each kept box where it comes among those of all levels, of equal scores the finer level's first; and fills up.
+template <class acc_t>
+__global__ void __launch_bounds__(kProposalThreads, 3)
+    merge_proposals_kernel(const __grid_constant__ ProposalOutput<acc_t> output) {
+  const Candidates<acc_t>& candidates = output.candidates;
+  const int64_t own = int64_t{output.levels} * candidates.room;
+  const int64_t blocks = (own + kProposalThreads - 1) / kProposalThreads;
+  const int64_t image = blockIdx.x / blocks, thread = blockIdx.x % blocks * kProposalThreads + threadIdx.x;
+  const int level = static_cast<int>(thread / candidates.room), number = static_cast<int>(thread % candidates.room);
+  const int64_t first_list = image * output.levels;
+  const auto score_of = [&](int64_t list, int i) {
+    const int64_t first = list * candidates.room;
+    return output.candidate_scores[first + candidates.kept[first + i]];
+  };
+  int counts[kMaxProposalLevels];
+  int64_t total = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxProposalLevels; ++i) {
+    counts[i] = i < output.levels ? candidates.kept_counts[(first_list + i) * candidates.room] : 0;
+    total += counts[i];
+  }
+  total = min(total, output.room);
+  if (thread == 0) output.counts[image] = total;
+  const int64_t first = image * output.room;
+  for (int64_t i = total + thread; i < output.room; i += blocks * kProposalThreads) {
+    output.boxes[first + i] = {0, 0, 0, 0}, output.scores[first + i] = 0;
+  }
+  if (level >= output.levels || number >= candidates.kept_counts[(first_list + level) * candidates.room]) return;
+  const acc_t score = score_of(first_list + level, number);
+  int found[kMaxProposalLevels] = {};
+#pragma unroll 1
+  for (int step = 1 << (31 - __clz(candidates.room)); step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < kMaxProposalLevels; ++i) {
+      const int next = found[i] + step;
+      if (i == level || next > counts[i]) continue;
+      const acc_t other = score_of(first_list + i, next - 1);
+      if (other > score || (other == score && i < level)) found[i] = next;
+    }
+  }
+  int64_t rank = number;
+#pragma unroll
+  for (int i = 0; i < kMaxProposalLevels; ++i) rank += found[i];
+  if (rank >= output.room) return;
+  const int64_t list = (first_list + level) * candidates.room;
+  output.boxes[first + rank] = candidates.boxes[list + candidates.kept[list + number]];
+  output.scores[first + rank] = score;
+}
+
+template <class T>
+struct ProposalPlan {
+  using acc_t = acc_type<T>;
+
+  LogitSelection<T> selection;
+  std::vector<RunMerge<RankKey<acc_t>>> merges;
+  ProposalDecoding<T> decoding;
+  Box<acc_t>* cells;
+};
+
+template <class T>
+ProposalPlan<T> plan_proposals(Scratch& scratch, const ProposalArguments<acc_type<T>>& arguments,
+                               const std::vector<FeatureMap<const T>>& objectness,
+                               const std::vector<FeatureMap<const T>>& deltas) {
+  using acc_t = acc_type<T>;
+  ProposalPlan<T> plan{};
+  const int64_t levels = static_cast<int64_t>(objectness.size()), images = objectness[0].batch;
+  const int64_t anchors = objectness[0].channels;
+  int64_t limit = 0;
+  for (const auto& map : objectness) limit = std::max(limit, anchors * map.height * map.width);
+  limit = std::min(limit, arguments.pre_nms_top_n);
+  ProposalDecoding<T>& decoding = plan.decoding;
+  decoding.arguments = arguments, decoding.anchors = static_cast<int>(anchors);
+  std::copy(deltas.begin(), deltas.end(), decoding.deltas);
+  decoding.candidates = plan_candidates<acc_t>(scratch, images * levels, limit, false, false, arguments.rule);
+  const int64_t room = decoding.candidates.room;
+  decoding.scores = scratch.take<acc_t>(images * levels * room);
+  decoding.cells = plan.cells = scratch.take<Box<acc_t>>(levels * anchors);
+  plan.selection = plan_selection<T>(scratch, objectness, limit, room);
+  decoding.runs = plan.selection.runs;
+  plan.merges = plan_merges(scratch, images, room, decoding.runs);
+  return plan;
+}
+
+// Calls `launch(kernel, config, argument)`. The plan is made with memory; `cells` are the levels' cell anchors.
+template <class T, class Launch, class acc_t = acc_type<T>>
+void propose_in_launches(ProposalPlan<T> plan, const std::vector<Box<acc_t>>& cells, const acc_t* image_sizes,
+                         Box<acc_t>* boxes, acc_t* scores, int64_t* counts, const Launch& launch) {
+  const int64_t images = plan.selection.images, levels = plan.selection.runs.lists;
+  const int64_t all_cells = static_cast<int64_t>(cells.size());
+  for (int64_t first = 0; first == 0 || first < all_cells; first += kSetupCells) {
+    ProposalSetup<acc_t> setup{};
+    setup.table = plan.cells + first, setup.count = static_cast<int>(std::min<int64_t>(all_cells - first, kSetupCells));
+    std::copy(cells.begin() + first, cells.begin() + first + setup.count, setup.cells);
+    setup.bins = plan.selection.bins, setup.bin_count = first == 0 ? images * levels * kBins : 0;
+    const int64_t threads = std::max<int64_t>(setup.bin_count, kSetupCells);
+    launch(proposal_setup_kernel<acc_t>,
+           LaunchConfig{(threads + kProposalThreads - 1) / kProposalThreads, kProposalThreads}, setup);
+  }
+  select_in_launches(plan.selection, launch);
+  merge_in_launches(plan.merges, images, launch);
+  plan.decoding.image_sizes = image_sizes;
+  launch(decode_proposals_kernel<T>, LaunchConfig{blocks_of_runs(plan.decoding.runs, images), kMergeThreads},
+         plan.decoding);
+  suppress_in_launches(plan.decoding.candidates, launch);
+  const Candidates<acc_t>& candidates = plan.decoding.candidates;
+  const int64_t threads = levels * candidates.room;
+  launch(merge_proposals_kernel<acc_t>,
+         LaunchConfig{images * ((threads + kProposalThreads - 1) / kProposalThreads), kProposalThreads},
+         ProposalOutput<acc_t>{candidates, plan.decoding.scores, static_cast<int>(levels),
+                               plan.decoding.arguments.post_nms_top_n, boxes, scores, counts});
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// The highest logits of every image and level, straight from a head's maps in either memory format.
+//
+// A histogram of the first 12 bits of each logit says in which bin a list's k-th highest lies. Then a block of each
+// span of a map keeps what is in that bin or above, mostly little more than k of a list together, and sorts it: a run
+// for sorted_runs.cuh to merge. Only counts are added up, so a result does not depend on the order of threads; equal
+// logits, however many, are told apart by their indices.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../common/boxes.h"
+#include "../common/feature_map.h"
+#include "../common/ordered_bits.h"
+#include "../common/proposal_arguments.h"
+#include "../common/scalar.h"
+#include "block_sort.cuh"
+#include "launch.h"
+#include "scratch.h"
+#include "sorted_runs.cuh"
+
+namespace fpn_fast {
+
+constexpr int kLogitThreads = kSortThreads;
+// Sign, exponent and three digits of a float32. 16 KB of a block's shared memory.
+constexpr int kBinBits = 12;
+constexpr int kBins = 1 << kBinBits;
+constexpr int kBinsOwn = kBins / kLogitThreads;
+// Four logits of a thread are under way at a time, and half a block's keys are left for them.
+constexpr int kLogitsOwn = 4;
+constexpr int kLogitsStep = kLogitThreads * kLogitsOwn;
+// A block's share: the finest level of an image of 800 x 1344 makes 25 runs, which one merge holds.
+constexpr int kLogitSpan = 8192;
+
+// As long as that only where a span can be cut back to the `limit` that are wanted of a list.
+inline int64_t logit_span_of(int64_t limit) { return limit <= kSortItems - kLogitsStep ? kLogitSpan : kSortItems; }
+
+// A map of logits and the order in which it is read, that of memory.
+template <class T>
+struct LogitMap {
+  FeatureMap<const T> map;
+  bool channels_inner, dense;
+};
+
+template <class T>
+LogitMap<T> logit_map(const FeatureMap<const T>& map) {
+  const int64_t width = map.width, pixels = width * map.height;
+  LogitMap<T> logits{map, map.stride_c < map.stride_w, false};
+  logits.dense = logits.channels_inner
+                     ? map.stride_c == 1 && map.stride_w == map.channels && map.stride_h == width * map.channels
+                     : map.stride_w == 1 && map.stride_h == width && map.stride_c == pixels;
+  return logits;
+}
+
+template <class T>
+HOST_DEVICE uint32_t logits_of(const LogitMap<T>& logits) {
+  return static_cast<uint32_t>(logits.map.channels * logits.map.height * logits.map.width);
+}
+
+// Place (y, x, channel) of the logit that is read `i`-th.
+template <class T>
+__device__ __forceinline__ uint32_t logit_index(const LogitMap<T>& logits, uint32_t i) {
+  if (logits.channels_inner) return i;
+  const uint32_t pixels = static_cast<uint32_t>(logits.map.height) * logits.map.width;
+  return i % pixels * static_cast<uint32_t>(logits.map.channels) + i / pixels;
+}
+
+template <class T>
+__device__ __forceinline__ acc_type<T> logit_at(const LogitMap<T>& logits, int64_t image, uint32_t i) {
+  const FeatureMap<const T>& map = logits.map;
+  if (logits.dense) return to_acc(map.data[image * map.stride_n + i]);
+  const uint32_t index = logit_index(logits, i), channels = static_cast<uint32_t>(map.channels);
+  const uint32_t pixel = index / channels, width = map.width;
+  return to_acc(*map.at(image, index % channels, pixel / width, pixel % width));
+}
+
+template <class acc_t>
+__device__ __forceinline__ int bin_of(acc_t logit) {
+  return static_cast<int>(ordered_bits(logit) >> (8 * sizeof(acc_t) - kBinBits));
+}
+
+template <class T>
+struct LogitSelection {
+  LogitMap<T> levels[kMaxProposalLevels];
+  int64_t images;
+  uint32_t span;
+  uint32_t* bins;                         // [images, levels, kBins], zero at first
+  SortedRuns<RankKey<acc_type<T>>> runs;  // of each image, a list of each level
+};
+
+struct LogitSpan {
+  int64_t image;
+  int level;
+  uint32_t begin, end;
+};
+
+template <class T>
+__device__ __forceinline__ LogitSpan logit_span(const LogitSelection<T>& selection) {
+  const int all = selection.runs.first[selection.runs.lists];
+  const int run = blockIdx.x % all;
+  LogitSpan span{blockIdx.x / all, 0, 0, 0};
+  while (run >= selection.runs.first[span.level + 1]) ++span.level;
+  const uint32_t count = logits_of(selection.levels[span.level]);
+  span.begin = static_cast<uint32_t>(run - selection.runs.first[span.level]) * selection.span;
+  span.end = min(span.begin + selection.span, count);
+  return span;
+}
+
+template <class T>
+__device__ __forceinline__ void load_logits(const LogitMap<T>& logits, const LogitSpan& span, uint32_t first,
+                                            acc_type<T> (&values)[kLogitsOwn]) {
+#pragma unroll
+  for (int k = 0; k < kLogitsOwn; ++k) {
+    const uint32_t i = first + k * kLogitThreads + threadIdx.x;
+    // Infinity is never selected.
+    values[k] = i < span.end ? logit_at(logits, span.image, i) : std::numeric_limits<acc_type<T>>::infinity();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLogitThreads, 3)
+    count_logits_kernel(const __grid_constant__ LogitSelection<T> selection) {
+  __shared__ uint32_t bins[kBins];
+  for (int i = threadIdx.x; i < kBins; i += kLogitThreads) bins[i] = 0;
+  __syncthreads();
+  const LogitSpan span = logit_span(selection);
+  const LogitMap<T>& logits = selection.levels[span.level];
+#pragma unroll 1
+  for (uint32_t first = span.begin; first < span.end; first += kLogitsStep) {
+    acc_type<T> values[kLogitsOwn];
+    load_logits(logits, span, first, values);
+#pragma unroll
+    for (int k = 0; k < kLogitsOwn; ++k) {
+      if (is_finite(values[k])) atomicAdd(&bins[bin_of(values[k])], 1u);
+    }
+  }
+  __syncthreads();
+  uint32_t* sums = selection.bins + (span.image * selection.runs.lists + span.level) * kBins;
+  for (int i = threadIdx.x; i < kBins; i += kLogitThreads) {
+    if (bins[i] != 0) atomicAdd(&sums[i], bins[i]);
+  }
+}
+
+// The highest bin with which `wanted` logits are reached, 0 where there are fewer, and kBins where none is wanted. For
+// a whole block.
+__device__ __forceinline__ int lowest_bin(const uint32_t* bins, uint32_t wanted) {
+  __shared__ uint32_t sums[kLogitThreads / 32];
+  __shared__ int lowest;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // From the highest down, 16 bins a thread.
+  const int top = kBins - 1 - kBinsOwn * static_cast<int>(threadIdx.x);
+  uint32_t own[kBinsOwn], sum = 0;
+#pragma unroll
+  for (int k = 0; k < kBinsOwn; k += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(bins + top - k - 3);
+    own[k] = four.w, own[k + 1] = four.z, own[k + 2] = four.y, own[k + 3] = four.x;
+    sum += four.x + four.y + four.z + four.w;
+  }
+  uint32_t before = sum;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t other = __shfl_up_sync(~0u, before, delta);
+    if (lane >= delta) before += other;
+  }
+  if (lane == 31) sums[warp] = before;
+  if (threadIdx.x == 0) lowest = wanted == 0 ? kBins : 0;
+  __syncthreads();
+  before -= sum;
+  for (int i = 0; i < warp; ++i) before += sums[i];
+#pragma unroll
+  for (int k = 0; k < kBinsOwn; ++k) {
+    if (before < wanted && wanted <= before + own[k]) lowest = top - k;
+    before += own[k];
+  }
+  __syncthreads();
+  return lowest;
+}
+
+// A block sorts what its span has of the logits that may be among the highest.
+template <class T>
+__global__ void __launch_bounds__(kLogitThreads, 3)
+    select_logits_kernel(const __grid_constant__ LogitSelection<T> selection) {
+  using acc_t = acc_type<T>;
+  using Key = RankKey<acc_t>;
+  __shared__ Key keys[kSortItems];
+  __shared__ int fill;
+  const LogitSpan span = logit_span(selection);
+  const LogitMap<T>& logits = selection.levels[span.level];
+  const SortedRuns<Key>& runs = selection.runs;
+  if (threadIdx.x == 0) fill = 0;
+  acc_t next[kLogitsOwn];
+  load_logits(logits, span, span.begin, next);
+  const uint32_t* bins = selection.bins + (span.image * runs.lists + span.level) * kBins;
+  const int lowest = lowest_bin(bins, static_cast<uint32_t>(runs.limit));
+  Key lowest_key = 0;
+#pragma unroll 1
+  for (uint32_t first = span.begin; first < span.end; first += kLogitsStep) {
+    acc_t values[kLogitsOwn];
+#pragma unroll
+    for (int k = 0; k < kLogitsOwn; ++k) values[k] = next[k];
+    load_logits(logits, span, min(first + kLogitsStep, span.end), next);
+#pragma unroll
+    for (int k = 0; k < kLogitsOwn; ++k) {
+      const bool may = is_finite(values[k]) && bin_of(values[k]) >= lowest;
+      Key key = 0;
+      if (may) key = rank_key(values[k], logit_index(logits, first + k * kLogitThreads + threadIdx.x));
+      const unsigned votes = __ballot_sync(~0u, key > lowest_key);
+      if (votes == 0) continue;
+      int place = 0;
+      if (threadIdx.x % 32 == 0) place = atomicAdd(&fill, __popc(votes));
+      place = __shfl_sync(~0u, place, 0) + __popc(votes & ((1u << threadIdx.x % 32) - 1));
+      if (key > lowest_key) keys[place] = key;
+    }
+    __syncthreads();
+    const int filled = fill;
+    __syncthreads();
+    if (filled <= kSortItems - kLogitsStep || first + kLogitsStep >= span.end) continue;
+    // Cut back to those wanted, fewer than these, so that there is room for the next.
+    sort_block(keys, filled);
+    lowest_key = keys[runs.limit - 1];
+    if (threadIdx.x == 0) fill = runs.limit;
+    __syncthreads();
+  }
+  __syncthreads();
+  const int length = fill;
+  sort_block(keys, length);
+  const int count = min(length, runs.limit);
+  for (int i = threadIdx.x; i < count; i += kLogitThreads) {
+    runs.keys[int64_t{blockIdx.x} * runs.capacity + i] = keys[i];
+  }
+  if (threadIdx.x == 0) runs.counts[blockIdx.x] = count;
+}
+
+// The runs of all levels, and how many logits each level has. A list has room for `room` of its `limit`.
+template <class T>
+LogitSelection<T> plan_selection(Scratch& scratch, const std::vector<FeatureMap<const T>>& maps, int64_t limit,
+                                 int64_t room) {
+  LogitSelection<T> selection{};
+  selection.images = maps[0].batch, selection.span = static_cast<uint32_t>(logit_span_of(limit));
+  std::vector<int64_t> lengths;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    selection.levels[i] = logit_map<T>(maps[i]);
+    const int64_t spans = (int64_t{logits_of(selection.levels[i])} + selection.span - 1) / selection.span;
+    lengths.push_back(std::max<int64_t>(spans, 1));
+  }
+  selection.bins = scratch.take<uint32_t>(selection.images * maps.size() * kBins);
+  selection.runs =
+      plan_runs<RankKey<acc_type<T>>>(scratch, selection.images, lengths, std::min<int64_t>(room, kSortItems), limit);
+  return selection;
+}
+
+// Calls `launch(kernel, config, argument)` twice, after the bins have been set to zero.
+template <class T, class Launch>
+void select_in_launches(const LogitSelection<T>& selection, const Launch& launch) {
+  const LaunchConfig config{selection.images * selection.runs.first[selection.runs.lists], kLogitThreads};
+  launch(count_logits_kernel<T>, config, selection);
+  launch(select_logits_kernel<T>, config, selection);
+}
+
+}  // namespace fpn_fast
