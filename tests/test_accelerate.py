@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
@@ -21,12 +21,10 @@ HEADS = ("roi_heads", "torchvision.RoIHeads")
 POOLER = ("roi_heads.box_roi_pool", "torchvision.MultiScaleRoIAlign")
 
 
-def detector(kind):
+def detector():
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
-    if kind == "faster_rcnn":
-        return FasterRCNN(backbone, num_classes=4, **SIZE)
-    return RetinaNet(backbone, num_classes=4, **SIZE)
+    return FasterRCNN(backbone, num_classes=4, **SIZE)
 
 
 def batch(dtype=torch.float32):
@@ -44,44 +42,33 @@ def losses_and_gradients(model, dtype):
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "swapped"),
-    [
-        # The pooler rounds in another order: in float64 that is too little to change a decision.
-        ("faster_rcnn", torch.float64, [TRANSFORM, FPN, RPN, ANCHORS, HEADS, POOLER]),
-        ("retinanet", torch.float32, [FPN, ("anchor_generator", "torchvision.AnchorGenerator"), TRANSFORM]),
-    ],
-    ids=["faster_rcnn", "retinanet"],
-)
-def test_same_detections_losses_and_gradients(kind, dtype, swapped):
-    plain = detector(kind).to(dtype)
+def test_same_detections_losses_and_gradients():
+    """In float64, where the pooler's other order of sums changes no decision: to rounding. test_detectors.py has every
+    detector in float32."""
+    dtype = torch.float64
+    plain = detector().to(dtype)
     fast = copy.deepcopy(plain)
     report = fpn_fast.accelerate(fast)
-    assert [(e.name, e.module) for e in report.swapped] == swapped
+    assert [(e.name, e.module) for e in report.swapped] == [TRANSFORM, FPN, RPN, ANCHORS, HEADS, POOLER]
     expected, expected_grads = losses_and_gradients(plain, dtype)
     losses, grads = losses_and_gradients(fast, dtype)
-    rounding = 1e-6 if dtype == torch.float32 else 1e-13
     assert losses.keys() == expected.keys()
     for name in losses:
-        torch.testing.assert_close(losses[name], expected[name], rtol=rounding, atol=rounding / 10)
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-13, atol=1e-14)
     assert grads.keys() == expected_grads.keys()
     for name in grads:
         scale = expected_grads[name].abs().max().item()
-        torch.testing.assert_close(
-            grads[name], expected_grads[name], rtol=1e3 * rounding, atol=1e2 * rounding * scale, msg=name
-        )
+        torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-10, atol=1e-11 * scale, msg=name)
     images = batch(dtype)[0]
     for ours, theirs in zip(fast.eval()(images), plain.eval()(images), strict=True):
         assert ours.keys() == theirs.keys()
+        assert len(theirs["boxes"]) > 3
         for key in theirs:
-            if POOLER in swapped:
-                torch.testing.assert_close(ours[key], theirs[key], rtol=1e2 * rounding, atol=1e2 * rounding)
-            else:
-                assert torch.equal(ours[key], theirs[key])
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-11, atol=1e-11)
 
 
 def test_keeps_everything_and_is_undone():
-    model = detector("faster_rcnn")
+    model = detector()
     fpn, before = model.backbone.fpn, copy.deepcopy(model.state_dict())
     calls = []
     fpn.register_forward_hook(lambda *_: calls.append(1))
@@ -108,7 +95,7 @@ def test_keeps_everything_and_is_undone():
 
 
 def test_checkpoints_go_both_ways_and_copies_stay_fused():
-    plain, fast = detector("faster_rcnn"), detector("faster_rcnn")
+    plain, fast = detector(), detector()
     fpn_fast.accelerate(fast)
     fast.load_state_dict(plain.state_dict())
     plain.load_state_dict(fast.state_dict())
@@ -121,7 +108,7 @@ def test_checkpoints_go_both_ways_and_copies_stay_fused():
 
 
 def test_report_says_what_was_left_and_why():
-    model = detector("faster_rcnn")
+    model = detector()
     model.rpn.anchor_generator.__class__ = type("Mine", (AnchorGenerator,), {})
     report = fpn_fast.accelerate(model)
     left = {e.name: e.note for e in report.left}

@@ -9,6 +9,9 @@ from fpn_fast.nn.feature_pyramid import ExtraFPNBlock, FeaturePyramidNetwork, La
 from fpn_fast.nn.roi_align import MultiScaleRoIAlign, RoIAlign
 
 try:
+    from fpn_fast.nn.dense_detectors import FCOS as FCOS
+    from fpn_fast.nn.dense_detectors import SSD as SSD
+    from fpn_fast.nn.dense_detectors import RetinaNet as RetinaNet
     from fpn_fast.nn.region_proposal import AnchorGenerator as AnchorGenerator
     from fpn_fast.nn.region_proposal import RegionProposalNetwork as RegionProposalNetwork
     from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform as GeneralizedRCNNTransform
@@ -17,7 +20,15 @@ except ImportError:
     # No torchvision, and these have no form of their own without it.
     _OF_TORCHVISION: list[str] = []
 else:
-    _OF_TORCHVISION = ["AnchorGenerator", "GeneralizedRCNNTransform", "RegionProposalNetwork", "RoIHeads"]
+    _OF_TORCHVISION = [
+        "FCOS",
+        "SSD",
+        "AnchorGenerator",
+        "GeneralizedRCNNTransform",
+        "RegionProposalNetwork",
+        "RetinaNet",
+        "RoIHeads",
+    ]
 
 __all__ = [
     "ExtraFPNBlock",

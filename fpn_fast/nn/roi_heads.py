@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torchvision's second stage does beside its networks: matching of proposals, and pasting of masks."""
+"""What torchvision's second stage does beside its networks: matching of proposals, the choice of detections, and
+pasting of masks."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import roi_heads, transform
+from torchvision.models.detection._utils import BoxCoder
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
+from fpn_fast.nn._proposals import sizes_beside
+from fpn_fast.nn.dense_detectors import Padded, lists_of
 
 __all__ = ["GeneralizedRCNNTransform", "RoIHeads"]
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """Drop-in for torchvision's RoIHeads: proposals are matched without the matrix of all pairs.
+    """Drop-in for torchvision's RoIHeads: its last step is one call, and proposals are matched without the matrix of
+    all pairs.
 
-    Same constructor, results and random numbers; by :func:`fpn_fast.ops.match_anchors`. A ground truth with a NaN,
-    which torchvision matches to everything, is matched to nothing.
+    Same constructor, results and random numbers; by :func:`fpn_fast.ops.select_box_detections` and
+    :func:`fpn_fast.ops.match_anchors`. There is one wait for a GPU, for the lengths of the lists; :meth:`detections`
+    has none. Boxes and scores are float32 where the head is half precision. A ground truth with a NaN, which
+    torchvision matches to everything, is matched to nothing.
 
     Source: torchvision/models/detection/roi_heads.py.
     """
@@ -26,6 +34,50 @@ class RoIHeads(roi_heads.RoIHeads):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """[M, 4], [G, 4] and [G] of each image -> each proposal's ground truth and label, [M] int64 of each image."""
         return _matching.assign_targets_to_proposals(self.proposal_matcher, proposals, gt_boxes, gt_labels)
+
+    def postprocess_detections(
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """[R, classes], [R, 4 * classes] and proposals [R_n, 4] of each image -> its boxes, scores and labels."""
+        usual = type(self.box_coder) is BoxCoder and box_regression.shape[-1] == 4 * class_logits.shape[-1]
+        if not usual or not backends.beats_torchvision(class_logits, "select_box_detections"):
+            return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
+        lengths = [len(boxes) for boxes in proposals]
+        logits, deltas = (pad_sequence(each.split(lengths), True) for each in (class_logits, box_regression))
+        boxes, counts = ops.pad_boxes(proposals)
+        found = self.detections(logits, deltas, boxes, counts, sizes_beside([boxes], image_shapes))
+        lists = lists_of(found)
+        return [each["boxes"] for each in lists], [each["scores"] for each in lists], [each["labels"] for each in lists]
+
+    def detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: Tensor, counts: Tensor, image_sizes: Tensor
+    ) -> Padded:
+        """The detections with outputs of a fixed size, without a wait.
+
+        class_logits [N, R, classes]; box_regression [N, R, 4 * classes]; proposals [N, R, 4], of which an image has its
+        first counts[n]; image_sizes [N, 2], (height, width).
+
+        Returns: (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = ``detections_per_img``; zero after the
+            last.
+        """
+        return ops.select_box_detections(
+            class_logits,
+            box_regression,
+            proposals,
+            counts,
+            image_sizes,
+            score_thresh=self.score_thresh,
+            nms_thresh=self.nms_thresh,
+            max_detections=self.detections_per_img,
+            # torchvision's, a constant there too.
+            min_size=1e-2,
+            weights=self.box_coder.weights,
+            scale_clamp=self.box_coder.bbox_xform_clip,
+        )
 
 
 class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):

@@ -98,8 +98,8 @@ def select_detections(
             valid = codes.isfinite().all(1) & boxes.isfinite().all(1)
             boxes = clip(boxes, image_sizes[n])
             candidates.append((boxes[valid], scores[index][valid], (index % classes)[valid]))
-        joined = [torch.cat(parts) for parts in zip(*candidates, strict=True)]
-        _finish(found, n, *joined, nms_thresh, max_detections)
+        joined, scores, labels = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+        _finish(found, n, joined, scores, labels, nms_thresh, max_detections)
     return found
 
 
