@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import FAMILIES, Case, tiny
-from benchmarks.harness import measure, refused
-from benchmarks.machine import clocks, facts
-from benchmarks.providers import providers
-from benchmarks.rows import Results, Row
+from fpn_fast.bench.cases import FAMILIES, Case, tiny
+from fpn_fast.bench.harness import measure, refused
+from fpn_fast.bench.machine import clocks, facts
+from fpn_fast.bench.providers import providers
+from fpn_fast.bench.rows import Results, Row
 
 
 def line(row: Row) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import clock
+from fpn_fast.bench.gpu_timing import clock
 
 NO_GPU = "skipped: no GPU"
 COPY_BYTES = 10**9

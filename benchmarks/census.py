@@ -32,11 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import roi_heads
 from torchvision.ops import boxes as box_ops
 
-from benchmarks import scenes, selection
-from benchmarks.cases import FAMILIES, tiny
-from benchmarks.machine import commit
-from benchmarks.rows import write_text
 from fpn_fast import nn
+from fpn_fast.bench import scenes, selection
+from fpn_fast.bench.cases import FAMILIES, tiny
+from fpn_fast.bench.machine import commit
+from fpn_fast.bench.rows import write_text
 
 #: Operators whose result, or its shape, the host has to read. torchvision's nms ends in a masked_select.
 READS = {

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import FAMILIES, Case
-from benchmarks.harness import Samples, measure
-from benchmarks.machine import facts
-from benchmarks.providers import providers
-from benchmarks.rows import Results, Row
+from fpn_fast.bench.cases import FAMILIES, Case
+from fpn_fast.bench.harness import Samples, measure
+from fpn_fast.bench.machine import facts
+from fpn_fast.bench.providers import providers
+from fpn_fast.bench.rows import Results, Row
 
 #: The metric that a test hands to pytest-benchmark.
 METRIC = {"cpu": "wall", "cuda": "gpu_cold"}

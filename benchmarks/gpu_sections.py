@@ -56,7 +56,7 @@ def _json_of(run: Run, module: str) -> tuple[dict[str, Any], int | None]:
 
 def environment(run: Run) -> Outcome:
     """Device, clocks, versions and kernels."""
-    results, code = _json_of(run, "benchmarks.machine")
+    results, code = _json_of(run, "fpn_fast.bench.machine")
     return results, None if code == 0 else _ending(code)
 
 

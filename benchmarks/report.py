@@ -27,7 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import census  # noqa: E402
-from benchmarks.cases import Case, targets  # noqa: E402
+from fpn_fast.bench.cases import Case, targets  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: In the order of the columns; the last two are the library's.

@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import providers
-from benchmarks.cases import FAMILIES, tiny
 from fpn_fast import backends, ops, reference
+from fpn_fast.bench import providers
+from fpn_fast.bench.cases import FAMILIES, tiny
 
 #: Ratios of two and others, a single pixel at the top, and channels that do and do not fill 16 bytes.
 LEVELS = ((13, 19), (7, 9), (4, 5), (1, 1))

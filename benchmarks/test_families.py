@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.conftest import CLOCK, METRIC
-from benchmarks.rows import as_dict
+from fpn_fast.bench.rows import as_dict
 
 
 @pytest.mark.benchmark(timer=CLOCK)

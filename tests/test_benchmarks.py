@@ -17,27 +17,25 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpn_fast
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import (  # noqa: E402
+from fpn_fast.bench import (
     cases,
-    census,
     cpu_timing,
-    gpu_run,
     gpu_timing,
     harness,
     op,
     providers,
-    report,
     rois,
     rows,
     sampling,
     scenes,
     selection,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as command_line  # noqa: E402
+from benchmarks import census, gpu_run, report  # noqa: E402
 from benchmarks.conftest import RecordedClock  # noqa: E402
 
 CASE = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.direction == "backward")

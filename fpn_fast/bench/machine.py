@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures were measured on. ``python -m benchmarks.machine`` prints it; nothing here changes a setting."""
+"""What the figures were measured on. ``python -m fpn_fast.bench.machine`` prints it; nothing here changes a setting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import torch
 
 from fpn_fast import __version__, _library, backends
 
-ROOT = Path(__file__).resolve().parents[1]
+#: The checkout, where this is one.
+ROOT = Path(__file__).resolve().parents[2]
 #: Settings of the memory allocator, which decide what a fresh output costs on a CPU.
 ALLOCATOR_VARIABLES = (
     "GLIBC_TUNABLES",
@@ -37,12 +38,15 @@ _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,tempera
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with "+changes" where the library's sources differ from it.
+    """The commit of the checkout, with "+changes" where the library's sources differ from it; None where there is none.
 
     FPN_FAST_COMMIT in the environment says it for a copy without its history.
     """
     if stated := os.environ.get("FPN_FAST_COMMIT"):
         return stated
+    if not (ROOT / "csrc" / "ops.cpp").exists():
+        # Installed: a repository around the installation is another project's.
+        return None
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -120,17 +124,20 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
+_KERNEL_FIELDS: dict[str, Any] = {
+    "name": ctypes.c_char * 128,
+    "threads": ctypes.c_int,
+    "registers": ctypes.c_int,
+    "shared_bytes": ctypes.c_int,
+    "local_bytes": ctypes.c_int,
+    "occupancy": ctypes.c_double,
+}
+
+
 class _KernelAttributes(ctypes.Structure):
     """csrc/cuda/kernel_attributes.h: struct KernelAttributes."""
 
-    _fields_ = [
-        ("name", ctypes.c_char * 128),
-        ("threads", ctypes.c_int),
-        ("registers", ctypes.c_int),
-        ("shared_bytes", ctypes.c_int),
-        ("local_bytes", ctypes.c_int),
-        ("occupancy", ctypes.c_double),
-    ]
+    _fields_ = list(_KERNEL_FIELDS.items())
 
 
 def kernels() -> list[dict[str, Any]] | str:
@@ -147,10 +154,10 @@ def kernels() -> list[dict[str, Any]] | str:
         read = ctypes.CDLL(path).fpn_fast_kernel_attributes
     except RuntimeError as error:
         return f"skipped: {error}"
-    found = []
+    found: list[dict[str, Any]] = []
     attributes = _KernelAttributes()
     while (status := read(len(found), ctypes.byref(attributes))) == 0:
-        kernel = {name: getattr(attributes, name) for name, _ in _KernelAttributes._fields_}
+        kernel = {name: getattr(attributes, name) for name in _KERNEL_FIELDS}
         found.append({**kernel, "name": attributes.name.decode()})
     # Past the last kernel the status is -1; above 0 it is the CUDA runtime's.
     return found if status < 0 else f"skipped: the CUDA runtime gives error {status}"
@@ -169,7 +176,7 @@ def environment() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fpn_fast.bench.machine", description=__doc__)
     parser.add_argument("--json", type=Path, help="file for the result; by default it is printed")
     options = parser.parse_args(arguments)
     text = json.dumps(environment(), indent=1)

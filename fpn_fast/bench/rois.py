@@ -44,8 +44,8 @@ def random_boxes(count: int, height: int, width: int, clustered: bool, generator
         chosen = objects[torch.randint(OBJECTS, (count,), generator=generator)]
         near = chosen + torch.randn(count, 2, generator=generator) * extent / 4
         centre = torch.where(uniform(count, 1) < CROWDED_SHARE, near, centre)
-    low, high = centre - extent / 2, centre + extent / 2
-    return torch.cat([torch.minimum(low.clamp(min=0), image - 1), torch.minimum(high.clamp(min=1), image)], 1)
+    first, last = centre - extent / 2, centre + extent / 2
+    return torch.cat([torch.minimum(first.clamp(min=0), image - 1), torch.minimum(last.clamp(min=1), image)], 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from benchmarks.rois import pixels_read
+from fpn_fast.bench.rois import pixels_read
 
 #: A pyramid's maps, (height, width), finest first.
 Levels = tuple[tuple[int, int], ...]
@@ -280,7 +281,7 @@ def _multiscale_roi_align(device_type: str) -> list[Case]:
 
 
 def _selection(op: str, name: str, levels: Levels, batch: int = 1, memory_format: str = "channels_first",
-               **numbers: int) -> Case:  # fmt: skip
+               **numbers: Any) -> Case:  # fmt: skip
     return Case(op, name, levels, batch, 0, "float32", memory_format, "forward", **numbers)
 
 

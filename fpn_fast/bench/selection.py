@@ -20,10 +20,10 @@ from torchvision.models.detection import retinanet, roi_heads, rpn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou
 
-from benchmarks import scenes
-from benchmarks.cases import Case, image_size
-from benchmarks.op import Expectation, Function, Op, listed
 from fpn_fast import backends, nn, ops
+from fpn_fast.bench import scenes
+from fpn_fast.bench.cases import Case, image_size
+from fpn_fast.bench.op import Expectation, Function, Op, listed
 
 NMS_IOU, PROPOSAL_IOU = 0.5, 0.7
 #: torchvision's RPN: at least and less than these a match and background.
@@ -161,8 +161,10 @@ def select_detections(case: Case) -> Op:
         return [each[name] for name in ("boxes", "scores", "labels") for each in found]
 
     def fused(tables: Sequence[Tensor]) -> Any:
+        logits, deltas = (scenes.maps_of(head, table) for table in tables)
         padded = ops.select_detections(
-            *(scenes.maps_of(head, table) for table in tables),
+            logits,
+            deltas,
             head.cells,
             head.strides,
             sizes.on(tables[0].device),

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
-from benchmarks import selection
-from benchmarks.cases import Case, scales
-from benchmarks.op import Expectation, Function, Op, largest, listed
-from benchmarks.rois import random_rois
 from fpn_fast import backends, ops, reference
+from fpn_fast.bench import selection
+from fpn_fast.bench.cases import Case, scales
+from fpn_fast.bench.op import Expectation, Function, Op, largest, listed
+from fpn_fast.bench.rois import random_rois
 
 
 @dataclass(frozen=True)

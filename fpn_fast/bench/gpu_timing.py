@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, bytes_moved
-from benchmarks.providers import Provider, bind, running
-from benchmarks.sampling import Measurement, Sampler
+from fpn_fast.bench.cases import Case, bytes_moved
+from fpn_fast.bench.providers import Provider, bind, running
+from fpn_fast.bench.sampling import Measurement, Sampler
 
 Step = Callable[[], Any]
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cpu_timing, gpu_timing
-from benchmarks.cases import Case, bytes_moved
-from benchmarks.op import Expectation
-from benchmarks.providers import Provider, bind, expectation, op_of, output_grads, providers, running
-from benchmarks.rows import Row
-from benchmarks.sampling import MAX_ROUNDS, Measurement, interleave, quantile, ratio
+from fpn_fast.bench import cpu_timing, gpu_timing
+from fpn_fast.bench.cases import Case, bytes_moved
+from fpn_fast.bench.op import Expectation
+from fpn_fast.bench.providers import Provider, bind, expectation, op_of, output_grads, providers, running
+from fpn_fast.bench.rows import Row
+from fpn_fast.bench.sampling import MAX_ROUNDS, Measurement, interleave, quantile, ratio
 
 #: The name under which the copy is reported.
 COPY = "copy"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from fpn_fast.bench.cases import Case
 
 Function = Callable[[Sequence[Tensor]], Any]
 

@@ -17,8 +17,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from benchmarks.rois import random_boxes
 from fpn_fast import ops
+from fpn_fast.bench.rois import random_boxes
 
 #: Objects of an image: COCO's mean is 7.3, and crowded images count for more of the time.
 OBJECTS = 20

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.machine import slug
+from fpn_fast.bench.cases import Case
+from fpn_fast.bench.machine import slug
 
 
 @dataclass
