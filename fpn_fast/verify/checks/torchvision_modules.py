@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import roi_heads, transform
 from torchvision.models.detection.anchor_utils import AnchorGenerator as PlainAnchorGenerator
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign as PlainPooler
 
@@ -147,4 +148,105 @@ def postprocess(draw: Draw) -> Trial:
         lambda inputs: run(fast, inputs),
         lambda inputs: run(plain, inputs),
         lambda i: not_worse(256),
+    )
+
+
+class _Pyramid(torch.nn.Module):
+    """Maps of zeros in the sizes that a backbone would give; what counts is the head's."""
+
+    out_channels = 1
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        height, width = images.shape[-2:]
+        sizes = [(-(-height // (8 << i)), -(-width // (8 << i))) for i in range(self.levels)]
+        return {str(i): images.new_zeros(len(images), 1, *size) for i, size in enumerate(sizes)}
+
+
+class _GivenDenseHead(torch.nn.Module):
+    """A head whose outputs are random numbers from a seed, and whose losses are the matches that they are made from."""
+
+    def __init__(self, draw: Draw, anchors: list[int], numbers: dict[str, int]) -> None:
+        super().__init__()
+        self.anchors, self.numbers, self.seed, self.dtype = anchors, numbers, draw.random.getrandbits(60), draw.dtype
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        rows = sum(a * f.shape[2] * f.shape[3] for a, f in zip(self.anchors, features, strict=True))
+        generator = torch.Generator().manual_seed(self.seed)
+        tables = {}
+        for name, numbers in self.numbers.items():
+            table = torch.randn(len(features[0]), rows, numbers, generator=generator, dtype=torch.float64)
+            # FCOS's distances, as its head gives them: not negative.
+            table = table.abs() if "bbox_ctrness" in self.numbers and name == "bbox_regression" else table
+            tables[name] = table.to(self.dtype).to(features[0].device)
+        return tables
+
+    def compute_loss(self, targets: Any, outputs: Any, anchors: Any, matches: list[Tensor]) -> dict[str, Tensor]:
+        return {str(i): match for i, match in enumerate(matches)}
+
+
+def _dense_detector(draw: Draw, kind: str, levels: int) -> Any:
+    classes, size = draw.integer(2, 5), 64
+    common = {"score_thresh": draw.choice((0.2, 0.5)), "nms_thresh": draw.choice((0.3, 0.5)),
+              "detections_per_img": draw.integer(1, 60), "topk_candidates": draw.integer(1, 200)}  # fmt: skip
+    shape = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    tables = {"cls_logits": classes, "bbox_regression": 4}
+    backbone = _Pyramid(levels)
+    if kind == "SSD":
+        boxes = DefaultBoxGenerator([[2]] * levels)
+        head = _GivenDenseHead(draw, boxes.num_anchors_per_location(), tables)
+        return nn.SSD(backbone, boxes, (size, size), classes, head=head, **common, **shape)
+    ratios = 1 if kind == "FCOS" else draw.integer(1, 3)
+    generator = nn.AnchorGenerator(tuple((8 << i,) for i in range(levels)), ((0.5, 1.0, 2.0)[:ratios],) * levels)
+    head = _GivenDenseHead(draw, [ratios] * levels, tables | ({"bbox_ctrness": 1} if kind == "FCOS" else {}))
+    build = nn.FCOS if kind == "FCOS" else nn.RetinaNet
+    return build(
+        backbone, classes, min_size=size, max_size=2 * size, anchor_generator=generator, head=head, **common, **shape
+    )
+
+
+@register("nn.RetinaNet", ops=("select_detections", "match_anchors"), dtypes=_SINGLE, kind="RetinaNet")
+@register("nn.FCOS", ops=("select_detections",), dtypes=_SINGLE, kind="FCOS")
+@register("nn.SSD", ops=("select_box_detections",), dtypes=_SINGLE, kind="SSD")
+def dense_detector(draw: Draw, kind: str) -> Trial:
+    """Detections of images, from what a head gives; in training, RetinaNet's matches."""
+    module = _dense_detector(draw, kind, draw.integer(1, 3))
+    module.train(kind == "RetinaNet" and draw.flavour("training", "evaluation", "evaluation") == "training")
+    sizes = [(draw.integer(30, 100), draw.integer(30, 100)) for _ in range(draw.integer(1, 2))]
+    images = [torch.zeros(3, *size, dtype=draw.dtype) for size in sizes]
+    truths = [boxes_in(draw, draw.integer(0, 6), *size) for size in sizes]
+    # A box without an extent is refused by torchvision.
+    truths = [torch.cat([b[:, :2], torch.maximum(b[:, 2:], b[:, :2] + 1)], 1) for b in truths]
+
+    def run(device: str) -> list[Tensor]:
+        own = copy.deepcopy(module)
+        placed = [image.to(device) for image in images]
+        if own.training:
+            labels = [torch.zeros(len(boxes), dtype=torch.int64, device=device) for boxes in truths]
+            pairs = zip(truths, labels, strict=True)
+            targets = [{"boxes": boxes.to(device, draw.dtype), "labels": of} for boxes, of in pairs]
+            return list(own(placed, targets).values())
+        room = own.detections_per_img
+        padded = []
+        for found in own(placed):
+            for table in found.values():
+                space = [0, 0] * (table.dim() - 1) + [0, room - len(table)]
+                padded.append(torch.nn.functional.pad(table, space, value=-1))
+        return padded
+
+    def plain(_: list[Tensor]) -> list[Tensor]:
+        with backends.use("reference"):
+            return run("cpu")
+
+    mode = "training" if module.training else "evaluation"
+    return Trial(
+        f"{kind}, images {sizes}, {mode}",
+        [],
+        lambda _: run(draw.device),
+        plain,
+        lambda i: boxes_rule(draw.dtype),
+        decisions=True,
     )
