@@ -5,8 +5,19 @@
 >>> report = fpn_fast.accelerate(model)  # a torchvision detector, in place  # doctest: +SKIP
 """
 
+from typing import Any
+
 from fpn_fast import backends, nn, ops, reference
 from fpn_fast._version import __version__
 from fpn_fast.integrations import Report, accelerate, restore
 
-__all__ = ["Report", "__version__", "accelerate", "backends", "nn", "ops", "reference", "restore"]
+__all__ = ["Report", "StaticDetector", "__version__", "accelerate", "backends", "nn", "ops", "reference", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StaticDetector":
+        # Asked for alone, as it needs torchvision.
+        from fpn_fast.nn.static_detector import StaticDetector
+
+        return StaticDetector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ try:
     from fpn_fast.nn.region_proposal import RegionProposalNetwork as RegionProposalNetwork
     from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform as GeneralizedRCNNTransform
     from fpn_fast.nn.roi_heads import RoIHeads as RoIHeads
+    from fpn_fast.nn.static_detector import StaticDetector as StaticDetector
 except ImportError:
     # No torchvision, and these have no form of their own without it.
     _OF_TORCHVISION: list[str] = []
@@ -28,6 +29,7 @@ else:
         "RegionProposalNetwork",
         "RetinaNet",
         "RoIHeads",
+        "StaticDetector",
     ]
 
 __all__ = [

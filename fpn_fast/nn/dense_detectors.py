@@ -78,18 +78,29 @@ class _DenseDetector(nn.Module):
         found = lists_of(self.detections(batch))
         return self.transform.postprocess(found, batch.image_sizes, original_sizes)
 
-    def detections(self, images: ImageList) -> Padded:
+    def detections(self, images: ImageList, *, max_detections: int | None = None) -> Padded:
         """The detections of transformed images with outputs of a fixed size, without a wait.
 
+        Args:
+            images: the padded images and their sizes, which may be a tensor [N, 2] (height, width).
+            max_detections: of each image; None: ``detections_per_img``.
+
         Returns: (boxes [N, D, 4] in pixels of the transformed images, scores [N, D], labels [N, D], counts [N]), D =
-            ``detections_per_img``; zero after the last.
+            max_detections; zero after the last.
         """
         features = self.backbone(images.tensors)
         features = OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
         maps = list(features.values())
-        return self.detections_of_head(images, maps, self.head(maps))
+        return self.detections_of_head(images, maps, self.head(maps), max_detections=max_detections)
 
-    def detections_of_head(self, images: ImageList, features: Sequence[Tensor], outputs: dict[str, Tensor]) -> Padded:
+    def detections_of_head(
+        self,
+        images: ImageList,
+        features: Sequence[Tensor],
+        outputs: dict[str, Tensor],
+        *,
+        max_detections: int | None = None,
+    ) -> Padded:
         """:meth:`detections` of what the head gave for `features`: [N, H * W * A of all levels, numbers] by name."""
         height, width = images.tensors.shape[-2:]
         maps = {name: _as_maps(table, features) for name, table in outputs.items()}
@@ -103,7 +114,7 @@ class _DenseDetector(nn.Module):
             score_thresh=self.score_thresh,
             pre_nms_top_n=self.topk_candidates,
             nms_thresh=self.nms_thresh,
-            max_detections=self.detections_per_img,
+            max_detections=self.detections_per_img if max_detections is None else max_detections,
             **self._coding(maps),
         )
 

@@ -54,15 +54,26 @@ class RoIHeads(roi_heads.RoIHeads):
         return [each["boxes"] for each in lists], [each["scores"] for each in lists], [each["labels"] for each in lists]
 
     def detections(
-        self, class_logits: Tensor, box_regression: Tensor, proposals: Tensor, counts: Tensor, image_sizes: Tensor
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: Tensor,
+        counts: Tensor,
+        image_sizes: Tensor,
+        *,
+        max_detections: int | None = None,
     ) -> Padded:
         """The detections with outputs of a fixed size, without a wait.
 
-        class_logits [N, R, classes]; box_regression [N, R, 4 * classes]; proposals [N, R, 4], of which an image has its
-        first counts[n]; image_sizes [N, 2], (height, width).
+        Args:
+            class_logits: [N, R, classes].
+            box_regression: [N, R, 4 * classes].
+            proposals: [N, R, 4], of which an image has its first counts[n].
+            counts: [N] int64.
+            image_sizes: [N, 2], (height, width).
+            max_detections: of each image; None: ``detections_per_img``.
 
-        Returns: (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = ``detections_per_img``; zero after the
-            last.
+        Returns: (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = max_detections; zero after the last.
         """
         return ops.select_box_detections(
             class_logits,
@@ -72,7 +83,7 @@ class RoIHeads(roi_heads.RoIHeads):
             image_sizes,
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,
-            max_detections=self.detections_per_img,
+            max_detections=self.detections_per_img if max_detections is None else max_detections,
             # torchvision's, a constant there too.
             min_size=1e-2,
             weights=self.box_coder.weights,

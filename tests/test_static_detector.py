@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StaticDetector against the lists that its model gives."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from test_detectors import calibrate
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+import fpn_fast
+from fpn_fast import StaticDetector
+
+SIZE = (60, 90)
+HEADS = {"box_detections_per_img": 12, "rpn_post_nms_top_n_test": 50, "box_score_thresh": 0.01}
+KINDS = {
+    "faster_rcnn": (detection.FasterRCNN, {"num_classes": 5, **HEADS}),
+    "mask_rcnn": (detection.MaskRCNN, {"num_classes": 5, **HEADS}),
+    "keypoint_rcnn": (detection.KeypointRCNN, {"num_classes": 2, "num_keypoints": 4, **HEADS}),
+    "retinanet": (detection.RetinaNet, {"num_classes": 5, "score_thresh": 0.009, "detections_per_img": 30}),
+    "fcos": (detection.FCOS, {"num_classes": 5, "score_thresh": 0.07, "detections_per_img": 30}),
+}
+
+
+@functools.cache
+def accelerated(kind):
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
+    make, options = KINDS[kind]
+    if kind == "fcos":  # its anchors are for five maps
+        options = {
+            **options,
+            "anchor_generator": detection.fcos.AnchorGenerator(tuple((8 * 2**i,) for i in range(5)), ((1.0,),) * 5),
+        }
+    if kind == "retinanet":
+        options = {
+            **options,
+            "anchor_generator": detection.fcos.AnchorGenerator(
+                tuple((16 * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5
+            ),
+        }
+    model = make(backbone, min_size=64, max_size=100, **options)
+    calibrate(model)
+    fpn_fast.accelerate(model)
+    return model.eval()
+
+
+def images(*size, count=2):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def check(found, expected, exact=True):
+    assert len(found) == len(expected)
+    for own, other in zip(found, expected, strict=True):
+        assert own.keys() == other.keys()
+        assert len(other["boxes"]) > 3
+        for name in other:
+            torch.testing.assert_close(own[name], other[name], rtol=0, atol=0 if exact else 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_the_list_form(kind):
+    model = copy.deepcopy(accelerated(kind)).eval()  # of poolers that have not seen an image
+    detector = StaticDetector(model, SIZE, 2)
+    batch = images(*SIZE)
+    found = detector(batch)
+    with torch.no_grad():
+        expected = model(list(batch))
+    check(detector.unpad(found), expected)
+    most = found["scores"].shape[1]
+    there = torch.arange(most) < found["counts"][:, None]
+    for name in found.keys() - {"counts"}:
+        assert found[name].shape[:2] == (2, most)
+        assert not found[name][~there].any()
+        assert not found[name].requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_when_compiled_and_exported(kind):
+    """Also of a model that never ran before."""
+    detector, batch = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), SIZE, 2), images(*SIZE)
+    expected = StaticDetector(accelerated(kind), SIZE, 2)(batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(detector, fullgraph=True, backend="eager")(batch)
+    exported = torch.export.export(StaticDetector(copy.deepcopy(accelerated(kind)).eval(), SIZE, 2), (batch,))
+    again = exported.module()(batch)
+    for name in expected:
+        assert torch.equal(compiled[name], expected[name])
+        assert torch.equal(again[name], expected[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_never_waits(kind):
+    """On fake CUDA tensors, of which no value can be asked."""
+    detector = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), SIZE, 2)
+    with FakeTensorMode():
+        tensors = {
+            name: torch.empty(each.shape, dtype=each.dtype, device="cuda")
+            for name, each in (*detector.named_parameters(), *detector.named_buffers())
+        }
+        found = torch.func.functional_call(detector, tensors, (torch.empty(2, 3, *SIZE, device="cuda"),))
+    assert {each.device.type for each in found.values()} == {"cuda"}
+    assert tuple(found["boxes"].shape) == (2, 30 if kind in ("retinanet", "fcos") else 12, 4)
+
+
+@pytest.mark.parametrize("most", [5, 40, 0])
+def test_max_detections(most):
+    for kind in ("faster_rcnn", "fcos"):
+        batch = images(*SIZE)
+        usual = StaticDetector(accelerated(kind), SIZE, 2)(batch)
+        found = StaticDetector(accelerated(kind), SIZE, 2, max_detections=most)(batch)
+        assert tuple(found["boxes"].shape) == (2, most, 4)
+        for name in ("boxes", "scores", "labels"):
+            common = min(most, usual[name].shape[1])
+            assert torch.equal(found[name][:, :common], usual[name][:, :common])
+        assert found["counts"].max() <= most
+
+
+def test_several_sizes_and_smaller_images():
+    """The smallest that fits; an image of exactly a size as the model alone has it, a smaller one as one padded."""
+    model = accelerated("mask_rcnn")
+    detector = StaticDetector(model, [(96, 96), SIZE], 2)
+    assert detector.image_sizes == [SIZE, (96, 96)]
+    generator = torch.Generator().manual_seed(2)
+    exact = [torch.rand(3, *SIZE, generator=generator) for _ in range(3)]
+    with torch.no_grad():
+        # The third is alone in its batch.
+        check(detector.detect(exact), model(exact[:2]) + model(exact[2:]), exact=False)
+    assert detector.detect([]) == []
+
+    small = torch.rand(3, 50, 70, generator=generator)
+    alone, beside = detector.detect([small])[0], detector.detect([small, exact[0]])[0]
+    check([alone], [beside], exact=False)
+    assert len(alone["boxes"]) > 3
+    assert alone["masks"].shape[2:] == (50, 70)
+    assert (alone["boxes"] <= torch.tensor([70, 50, 70, 50])).all()
+    # What lies around an image does not matter.
+    around = torch.rand(2, 3, *SIZE, generator=generator)
+    sizes = torch.tensor([[50, 70]] * 2)
+    around[:, :, :50, :70] = small
+    framed = detector.unpad(detector(around, sizes))[0]
+    for name in ("boxes", "scores", "labels"):
+        torch.testing.assert_close(framed[name], alone[name], rtol=0, atol=1e-4)
+
+
+def test_other_dtypes_and_moves():
+    model = copy.deepcopy(accelerated("retinanet")).eval()
+    detector = StaticDetector(model, SIZE, 1).bfloat16()
+    assert model.head.classification_head.cls_logits.weight.dtype == torch.bfloat16
+    batch = images(*SIZE, count=1).bfloat16()
+    found = detector(batch)
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    with torch.no_grad():
+        check(detector.unpad(found), model(list(batch)))
+    assert detector.state_dict().keys() == {f"model.{key}" for key in model.state_dict()}
+
+
+def test_errors():
+    model = accelerated("fcos")
+    detector = StaticDetector(model, SIZE, 2)
+    with pytest.raises(ValueError, match=r"images must be \(2, 3, 60, 90\), got \(1, 3, 60, 90\)"):
+        detector(images(*SIZE, count=1))
+    with pytest.raises(ValueError, match=r"got \(2, 3, 61, 90\)"):
+        detector(images(61, 90))
+    with pytest.raises(ValueError, match=r"torch.float32 on cpu, got torch.float64 on cpu"):
+        detector(images(*SIZE).double())
+    with pytest.raises(ValueError, match=r"on cpu, got torch.float32 on meta"):
+        detector(images(*SIZE).to("meta"))
+    with pytest.raises(ValueError, match=r"sizes must be \(2, 2\)"):
+        detector(images(*SIZE), torch.ones(2))
+    with pytest.raises(ValueError, match=r"image of \(60, 91\) fits into none"):
+        detector.detect([torch.rand(3, 60, 91)])
+    with pytest.raises(ValueError, match="positive"):
+        StaticDetector(model, SIZE, 0)
+    with pytest.raises(ValueError, match="positive"):
+        StaticDetector(model, (0, 5), 1)
+    with pytest.raises(ValueError, match="max_detections"):
+        StaticDetector(model, SIZE, 1, max_detections=-1)
+    with pytest.raises(RuntimeError, match="the model is on cpu"):
+        detector.capture()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        StaticDetector(copy.deepcopy(model).train(), SIZE, 2)(images(*SIZE))
+
+
+def test_only_accelerated_detectors():
+    plain = copy.deepcopy(accelerated("faster_rcnn"))
+    plain.roi_heads.__class__ = detection.roi_heads.RoIHeads
+    with pytest.raises(TypeError, match=r"roi_heads must be RoIHeads after fpn_fast.accelerate"):
+        StaticDetector(plain, SIZE, 1)
+    for other in (nn.Linear(2, 2), detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)):
+        with pytest.raises(TypeError, match="model must be a Faster"):
+            StaticDetector(other, SIZE, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_captured_graph_replays(kind):
+    detector = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), [SIZE, (96, 96)], 2).cuda()
+    batches = [images(*SIZE).cuda(), images(*SIZE).flip(0).cuda(), images(96, 96).cuda()]
+    expected = [detector(batch) for batch in batches]
+    detector.capture()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [detector(batch) for batch in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for own, other in zip(found, expected, strict=True):
+        for name in other:
+            assert torch.equal(own[name], other[name])
