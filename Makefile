@@ -47,9 +47,7 @@ test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's 
 	$(VENV)-mmdet/bin/python -m pytest tests/against_mmdet.py $(PYTEST_ARGS)
 
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --case-seconds 2 \
-		--results output/benchmarks -q
-	$(BIN)/python benchmarks/report.py --results output/benchmarks --plot
+	$(BIN)/python -m fpn_fast bench --output output/benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_sections, report  # noqa: E402
+from benchmarks import gpu_sections  # noqa: E402
+from fpn_fast.bench import report  # noqa: E402
 
 
 @dataclass(frozen=True)

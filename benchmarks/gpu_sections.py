@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import report
+from fpn_fast.bench import report
 
 if TYPE_CHECKING:
     from benchmarks.gpu_run import Run
@@ -34,6 +34,7 @@ DRY_CASES = (
     "1000_boxes_5_groups",
     "20_gts",
     "100_masks",
+    "gts_20-",
 )
 
 #: One test's line of `pytest -v`, without or with xdist.
@@ -138,7 +139,7 @@ def benchmarks(run: Run) -> Outcome:
     # A case that has begun needs time to end, most of it for torch.compile.
     limit = max(5.0, run.section_left() - 30)
     before = {path: path.stat().st_mtime_ns for path in run.output.glob("*/*.json")}
-    code, _ = run.module("benchmarks", *arguments, "--limit", f"{limit:.0f}")
+    code, _ = run.module("fpn_fast", "bench", *arguments, "--limit", f"{limit:.0f}")
     files = [path for path in sorted(run.output.glob("*/*.json")) if before.get(path) != path.stat().st_mtime_ns]
     results: dict[str, Any] = {"files": [str(path.relative_to(run.output)) for path in files]}
     for path in files:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fpn_fast``, or ``fpn-fast``: ``info``, what this installation has, what it lacks, and how to get it; and
-``verify``, whether it computes what it should."""
+"""``python -m fpn_fast``, or ``fpn-fast``: ``info``, what this installation has, what it lacks, and how to get it;
+``verify``, whether it computes what it should; and ``bench``, how fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 
 from fpn_fast import _library, backends
 from fpn_fast._version import __version__
-from fpn_fast.verify import command
+from fpn_fast.bench import command as bench
+from fpn_fast.verify import command as verify
 
 
 def gather() -> dict[str, Any]:
@@ -30,6 +31,9 @@ def gather() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {
             device: {name: backends.problem(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
+        },
+        "remarks": {
+            device: {name: backends.remarks(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
         },
         "build": None,
         "kernels": None,
@@ -60,7 +64,9 @@ def render(facts: dict[str, Any]) -> str:
         lines += ["build:", *(f"  {name:<9} {value}" for name, value in facts["build"].items())]
     for device, problems in facts["backends"].items():
         lines.append(f"backends for {device} tensors:")
-        lines += [f"  {name:<9} {'available' if p is None else f'not available: {p}'}" for name, p in problems.items()]
+        for name, p in problems.items():
+            remarks = "".join(f"; {remark}" for remark in facts["remarks"][device][name])
+            lines.append(f"  {name:<9} {f'available{remarks}' if p is None else f'not available: {p}'}")
     if facts["kernels"] is not None:
         lines.append(f"{'kernel':<64} registers  shared B  local B  occupancy")
         for k in facts["kernels"]:
@@ -78,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     info = commands.add_parser("info", help="what this installation has, what it lacks, and how to get it")
     info.add_argument("--json", action="store_true", help="plain data instead of a table")
     info.set_defaults(run=_info)
-    command.add_arguments(commands)
+    verify.add_arguments(commands)
+    bench.add_arguments(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

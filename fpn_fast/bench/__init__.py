@@ -3,7 +3,9 @@
 
 - cases.py: what is measured, as data; providers.py and selection.py: who computes it, and the check that each computes
   the same; rois.py and scenes.py: of what.
-- harness.py: how it is measured; cpu_timing.py and gpu_timing.py: what is measured there; machine.py: on what.
+- harness.py: how it is measured; cpu_timing.py and gpu_timing.py: what is timed there; counting.py: what is counted;
+  machine.py: on what.
+- command.py: ``python -m fpn_fast bench``; report.py, plots.py and page.py: rows to tables, plots and a page.
 
 Needs torchvision, whose code is the rival.
 """

@@ -7,11 +7,12 @@ A later op adds cases and a family here, and its callables in providers.py or se
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fpn_fast.bench.rois import pixels_read
+from fpn_fast.bench.rois import adaptive_samples, pixels_read
 
 #: A pyramid's maps, (height, width), finest first.
 Levels = tuple[tuple[int, int], ...]
@@ -62,6 +63,8 @@ class Case:
     classes: int = 0
     pre_nms_top_n: int = 0
     boxes: int = 0
+    #: What grows from case to case of a series, one of AXES; none for a case that stands alone.
+    axis: str = ""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}-n{self.batch}-{self.dtype}-{self.memory_format}-{self.direction}"
@@ -179,6 +182,55 @@ def bytes_moved(case: Case) -> int:
         elements += _ELEMENTS_MOVED[case.op](replace(case, direction="backward"))
     return elements * ELEMENT_BYTES[case.dtype]
 
+
+def _samples(case: Case) -> int:
+    """Samples of all bins of a pooler."""
+    bins = case.batch * case.rois * case.output_size**2
+    if case.sampling_ratio:
+        return bins * case.sampling_ratio**2
+    height, width = image_size(case)
+    per_bin = adaptive_samples(case.batch, case.rois, height, width, scales(case), case.output_size, case.clustered)
+    return round(bins * per_bin)
+
+
+_ARITHMETIC: dict[str, Callable[[Case], int]] = {
+    # An addition for each element of a map that something is added to.
+    "top_down": lambda case: sum(_elements(case)[:-1]),
+    "upsample_add": lambda case: _elements(case)[0],
+    # Four products and sums a sample.
+    "multiscale_roi_align": lambda case: 8 * _samples(case) * case.channels,
+    # A comparison of each logit, and some 40 operations to decode, clip and test a candidate.
+    "generate_proposals": lambda case: (
+        case.batch * sum(anchors + 40 * min(case.pre_nms_top_n, anchors) for anchors in _anchors(case))
+    ),
+    "select_detections": lambda case: case.batch * case.classes * sum(_anchors(case)),
+    # The comparisons of a sort.
+    "batched_nms": lambda case: round(case.boxes * math.log2(max(case.boxes, 2))),
+    # An intersection over union of each pair.
+    "match_anchors": lambda case: 12 * case.boxes * sum(_anchors(case)),
+    # Four products and sums for each pixel of a mask, at least.
+    "paste_masks": lambda case: 8 * case.boxes * case.output_size**2,
+}
+
+
+def arithmetic(case: Case) -> int | None:
+    """Operations that a result of `case` cannot do without, for its place on a roofline; None where nobody said.
+
+    Of what data decide, such as the pairs that suppression compares, nothing is counted: a kernel does more than this.
+    """
+    if case.op not in _ARITHMETIC:
+        return None
+    return _ARITHMETIC[case.op](case) * (2 if case.direction == "forward_backward" else 1)
+
+
+#: What can grow: the label of its axis, and how much of it a case has.
+AXES: dict[str, tuple[str, Callable[[Case], float]]] = {
+    "rois": ("RoIs", lambda case: case.batch * case.rois),
+    "anchors": ("anchors of an image", lambda case: sum(_anchors(case))),
+    "gts": ("ground truths of an image", lambda case: case.boxes),
+    "batch": ("images", lambda case: case.batch),
+    "image": ("megapixels of an image", lambda case: math.prod(image_size(case)) / 1e6),
+}
 
 #: What selections are held to, whatever the case.
 _SELECTION_TARGETS = {
@@ -320,6 +372,30 @@ def _paste_masks(device_type: str) -> list[Case]:
     return [_selection("paste_masks", "100_masks_800x1333", IMAGE_800X1333, boxes=100, output_size=28)]
 
 
+def _levels(height: int, width: int, count: int) -> Levels:
+    """Maps of strides 4, 8, ... of an image."""
+    return tuple((-(-height // stride), -(-width // stride)) for stride in (4 << i for i in range(count)))
+
+
+def _growth(device_type: str) -> list[Case]:
+    """Series in which one quantity grows and all else stays, to show how cost grows with it."""
+    images = ((400, 672), (800, 1344), (1200, 2016))
+    pooler = next(c for c in _pool("box_1000_7x7_ratio_2", 1, "float32") if c.memory_format == "channels_last")
+    pathway = next(c for c in _pathway("", RESNET50_FPN_800X1344, (1,), ("float32",)) if c.direction == "forward")
+    proposals = _selection("generate_proposals", "", RPN_800X1344, anchors=3, pre_nms_top_n=1000)
+    matching = _selection("match_anchors", "", RPN_800X1344, anchors=3, boxes=20)
+    cases = [replace(pooler, rois=count, axis="rois", name=f"rois_{count}") for count in (100, 300, 1000, 3000)]
+    cases += [replace(matching, boxes=count, axis="gts", name=f"gts_{count}") for count in (5, 20, 80, 320)]
+    for base, counts in ((pathway, (1, 2, 4)), (proposals, (1, 2, 4, 8))):
+        cases += [replace(base, batch=count, axis="batch", name="batch") for count in counts]
+    for base, axis, levels in ((pathway, "image", 4), (proposals, "image", 5), (matching, "anchors", 5)):
+        cases += [
+            replace(base, levels=_levels(*size, levels), axis=axis, name=f"{axis}_{size[0]}x{size[1]}")
+            for size in images
+        ]
+    return cases
+
+
 #: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
 FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "top_down": _top_down,
@@ -329,6 +405,7 @@ FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "batched_nms": _batched_nms,
     "match_anchors": _match_anchors,
     "paste_masks": _paste_masks,
+    "growth": _growth,
 }
 
 

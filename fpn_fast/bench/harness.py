@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fpn_fast.bench import cpu_timing, gpu_timing
 from fpn_fast.bench.cases import Case, bytes_moved
+from fpn_fast.bench.counting import Count, count
 from fpn_fast.bench.op import Expectation
 from fpn_fast.bench.providers import Provider, bind, expectation, op_of, output_grads, providers, running
 from fpn_fast.bench.rows import Row
@@ -42,7 +43,8 @@ class Ready:
     """A provider that computes the case rightly, and how to sample it."""
 
     measurements: dict[str, Measurement]
-    peak_bytes: int | None
+    peak_bytes: int | None = None
+    counted: Count | None = None
 
 
 def _reason(error: Exception) -> str:
@@ -67,7 +69,9 @@ def prepare(
             if problem is not None:
                 return problem
             peak = None if case.overhead else timing.peak_bytes(step)
-        return Ready(timing.measurements(case, provider, inputs, grads), peak)
+            # What torch.compile has made of a function no longer goes through the dispatcher.
+            counted = None if provider.name == "compile" else count(step)
+        return Ready(timing.measurements(case, provider, inputs, grads), peak, counted)
     except Exception as error:
         return _reason(error)
 
@@ -106,7 +110,7 @@ def measure(
         return rows, {}
     del expected
     if not case.overhead:
-        ready[COPY] = Ready(timing.copy_measurement(case), None)
+        ready[COPY] = Ready(timing.copy_measurement(case))
 
     measurements = {(name, metric): m for name, each in ready.items() for metric, m in each.measurements.items()}
     samples = interleave({key: measurement.sample for key, measurement in measurements.items()}, seconds, max_rounds)
@@ -119,6 +123,8 @@ def _row(case: Case, name: str, metric: str, measurement: Measurement, ready: Re
     row = Row(case, name, metric, measurement.method, bytes_moved(case), rounds=len(own), calls=measurement.calls)
     row.p50, row.p20, row.p80 = (quantile(own, share) * 1e6 for share in (0.5, 0.2, 0.8))
     row.peak_bytes = ready.peak_bytes
+    if ready.counted is not None:
+        row.operations, row.waits = ready.counted.operations, ready.counted.waits.total()
     if (COPY, metric) in samples:
         copies = samples[COPY, metric]
         row.copy_gb_per_s = row.bytes / quantile(copies, 0.5) / 1e9

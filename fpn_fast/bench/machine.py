@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import datetime
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ def facts(device_type: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchvision": importlib.metadata.version("torchvision") if importlib.util.find_spec("torchvision") else None,
         "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None,
         "fpn_fast": __version__,
         "commit": commit(),
@@ -113,6 +116,21 @@ def facts(device_type: str) -> dict[str, Any]:
             "load_before": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         }
     return found
+
+
+def matmul_gflop_per_s(device_type: str, size: int = 1024) -> float:
+    """Arithmetic per second of a float32 matrix product, the best of five: a roofline's roof."""
+    a, b = (torch.randn(size, size, device=device_type) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
 
 
 def slug(machine: dict[str, Any]) -> str:

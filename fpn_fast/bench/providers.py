@@ -117,7 +117,8 @@ def providers(case: Case, device_type: str, names: Sequence[str] | None = None) 
     """The providers that can serve `case` on this machine, eager first; only `names` where given."""
     op = op_of(case)
     found = [Provider("eager", op.eager)]
-    if op.compiled is not None:
+    # Of a series every case would be compiled anew, to say no more than the case that it starts from.
+    if op.compiled is not None and not case.axis:
         # Where the lengths of what is selected are data, static shapes would be compiled anew for each.
         dynamic = False if op.fullgraph else None
         found.append(Provider("compile", torch.compile(op.compiled, fullgraph=op.fullgraph, dynamic=dynamic)))

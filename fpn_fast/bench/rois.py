@@ -76,3 +76,14 @@ def pixels_read(
         cols = axis_weights(x1, x2, levels[level][1], output_size, *arguments)[0].any(0)
         maps[level][int(image)] |= rows[:, None] & cols
     return sum(int(each.sum()) for each in maps)
+
+
+@functools.lru_cache(maxsize=64)
+def adaptive_samples(
+    batch: int, count: int, height: int, width: int, scales: tuple[float, ...], output_size: int, clustered: bool
+) -> float:
+    """Samples of a bin where their number follows the RoI's size, the mean over all RoIs."""
+    rois = random_rois(batch, count, height, width, clustered)
+    scale = torch.tensor(scales)[ops.assign_levels(rois, scales)]
+    sides = ((rois[:, 3:] - rois[:, 1:3]) * scale[:, None] / output_size).ceil()
+    return sides.prod(1).mean().item()

@@ -39,6 +39,9 @@ class Row:
     copy_share: float | None = None
     #: Memory that one call takes at its peak, outputs included.
     peak_bytes: int | None = None
+    #: Of one call, counted, not timed (see counting.py): operations handed to the device, and host waits.
+    operations: int | None = None
+    waits: int | None = None
     refused: str | None = None
 
 

@@ -39,9 +39,15 @@ class Progress:
         bar = ("#" * round(_WIDTH * share)).ljust(_WIDTH, ".")
         left = f"{(now - self._began) * (1 - share) / share:4.0f} s left" if 0 < share < 1 else ""
         self._stream.write(f"\r[{bar}] {share:4.0%} {left} {text}"[:110].ljust(110))
-        # Nothing stays behind when it is done.
-        self._stream.write("\r" + " " * 110 + "\r" if done >= total else "")
         self._stream.flush()
+        if done >= total:
+            self.clear()
+
+    def clear(self) -> None:
+        """Takes the bar away, so that nothing of it stays behind or stands in what is printed."""
+        if self._wanted:
+            self._stream.write("\r" + " " * 110 + "\r")
+            self._stream.flush()
 
 
 def environment() -> dict[str, Any]:
