@@ -20,6 +20,7 @@ TORCH_TARGET = "0x020b000000000000"
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/cpu/generate_proposals.cpp",
+    "csrc/cpu/heatmaps_to_keypoints.cpp",
     "csrc/cpu/match_anchors.cpp",
     "csrc/cpu/multiscale_roi_align.cpp",
     "csrc/cpu/multiscale_roi_align_backward.cpp",

@@ -35,6 +35,7 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
       "allow_low_quality_matches) -> (Tensor, Tensor)");
   library.def(
       "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor");
+  library.def("heatmaps_to_keypoints(Tensor heatmaps, Tensor boxes) -> (Tensor, Tensor)");
   library.def(
       "select_detections(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] "
       "strides, "

@@ -2,6 +2,7 @@
 """The ops: each file holds one op's contract, and whichever backend is chosen computes it."""
 
 from fpn_fast.ops.generate_proposals import generate_proposals
+from fpn_fast.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from fpn_fast.ops.levels import assign_levels
 from fpn_fast.ops.match_anchors import AnchorGrid, match_anchors, pad_boxes
 from fpn_fast.ops.multiscale_roi_align import multiscale_roi_align, roi_align
@@ -16,6 +17,7 @@ __all__ = [
     "assign_levels",
     "batched_nms",
     "generate_proposals",
+    "heatmaps_to_keypoints",
     "match_anchors",
     "multiscale_roi_align",
     "nms",

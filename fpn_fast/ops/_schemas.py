@@ -41,6 +41,7 @@ SCHEMAS = {
     "paste_masks": (
         "(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor"
     ),
+    "heatmaps_to_keypoints": "(Tensor heatmaps, Tensor boxes) -> (Tensor, Tensor)",
     "select_detections": (
         "(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] strides, "
         "Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt max_detections, "

@@ -2,6 +2,7 @@
 """The executable specification: every op in plain PyTorch, as torchvision computes it."""
 
 from fpn_fast.reference.generate_proposals import generate_proposals
+from fpn_fast.reference.heatmaps_to_keypoints import heatmaps_to_keypoints
 from fpn_fast.reference.match_anchors import grid_anchors, match_anchors
 from fpn_fast.reference.multiscale_roi_align import assign_levels, multiscale_roi_align, multiscale_roi_align_backward
 from fpn_fast.reference.multiscale_roi_align_max import multiscale_roi_align_max, multiscale_roi_align_max_backward
@@ -14,6 +15,7 @@ __all__ = [
     "assign_levels",
     "generate_proposals",
     "grid_anchors",
+    "heatmaps_to_keypoints",
     "match_anchors",
     "multiscale_roi_align",
     "multiscale_roi_align_backward",

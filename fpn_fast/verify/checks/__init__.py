@@ -57,7 +57,15 @@ def register(
 
 
 # They register themselves, and so need what is above.
-from fpn_fast.verify.checks import detections, feature_pyramid, masks, proposals, roi_align, selection  # noqa: E402, F401
+from fpn_fast.verify.checks import (  # noqa: E402, F401
+    detections,
+    feature_pyramid,
+    keypoints,
+    masks,
+    proposals,
+    roi_align,
+    selection,
+)
 
 # Without torchvision there are no modules that need it.
 with contextlib.suppress(ImportError):

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keypoint_heatmaps import BOXES, CASES, DTYPES, EMPTY, INF, NAN, same
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import interpolate
+from torchvision.models.detection import roi_heads
+
+from fpn_fast import backends, ops
+from fpn_fast.ops.heatmaps_to_keypoints import _OP
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    with backends.use(request.param):
+        yield request.param
+
+
+def heatmaps_of(boxes, keypoints=17, size=(56, 56), dtype=torch.float32, seed=0):
+    """Logits with a few hills each, as a trained head gives, and a little noise, so that there are no ties."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (boxes, keypoints, *size)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    hills = torch.nn.functional.avg_pool2d(noise, 5, 1, 2) * 25 if boxes and min(size) > 4 else noise
+    return (hills + 0.1 * noise).to(dtype)
+
+
+def sides_of(box):
+    """(height, width) in pixels that torchvision resizes a heatmap to."""
+    width, height = (box[2:] - box[:2]).clamp(min=1).ceil().tolist()
+    return int(height), int(width)
+
+
+def check(found, heatmaps, boxes):
+    """The score is the heatmap's highest, and the keypoint is a pixel with that score, both to rounding."""
+    keypoints, scores = found
+    assert (keypoints.shape, scores.shape) == ((*heatmaps.shape[:2], 3), heatmaps.shape[:2])
+    assert keypoints.dtype == scores.dtype == torch.float32
+    assert keypoints.is_contiguous()
+    assert scores.is_contiguous()
+    wide = heatmaps.to(torch.float64 if heatmaps.dtype == torch.float64 else torch.float32)
+    for maps, box, points, heights in zip(wide, boxes, keypoints, scores, strict=True):
+        height, width = sides_of(box)
+        resized = interpolate(maps[None], (height, width), mode="bicubic")[0]
+        # Both have these errors: three roundings of a coordinate of up to the map's size, which a slope of less
+        # than 1.5 hands on to a weight, ten of each weight and four of each sum, along both axes. Four weights sum
+        # up to less than 1.5 in magnitude. The score is rounded to float32 once more.
+        eps, size = torch.finfo(resized.dtype).eps, max(maps.shape[1:])
+        roundings = 2 * (4 * 3 * 1.5 * size + 4 * 10 + 4)
+        atol = 2 * roundings * 1.5 * eps * maps.abs().amax((1, 2)) + torch.finfo().eps * heights.abs()
+        highest = resized.flatten(1).amax(1)
+        assert ((heights - highest).abs() <= atol).all()
+        # Where the keypoint is, in pixels of the resized map.
+        step = (box[2:] - box[:2]).clamp(min=1) / torch.tensor([width, height])
+        place = (points[:, :2].double() - box[:2]) / step - 0.5
+        x, y = place.round().long().unbind(1)
+        # Three roundings of numbers of up to the corners, in pixels that are half as long as a side of 1 at least.
+        rounding = 3 * box.abs().max() * torch.finfo().eps / 0.5
+        assert ((place - place.round()).abs() <= rounding).all()
+        assert (points[:, 2] == 1).all()
+        assert ((resized[torch.arange(len(x)), y, x] - highest).abs() <= atol).all()
+
+
+@pytest.mark.parametrize("size", [(56, 56), (14, 9), (1, 1), (7, 80)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_finds_the_highest_position_of_the_resized_map(backend, dtype, size):
+    # Not the ones so far away that the type of the coordinates has no fractions of a pixel there.
+    boxes = torch.tensor((*BOXES[:7], (3.2, 4.9, 140.6, 70.0)))
+    heatmaps = heatmaps_of(len(boxes), 5, size, dtype)
+    check(ops.heatmaps_to_keypoints(heatmaps, boxes), heatmaps, boxes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_torchvision(backend, dtype):
+    """The same keypoints to the last bit: the maps have no two positions that rounding could exchange."""
+    boxes = torch.tensor((*BOXES, (3.2, 4.9, 140.6, 70.0)))
+    heatmaps = heatmaps_of(len(boxes), dtype=dtype)
+    keypoints, scores = ops.heatmaps_to_keypoints(heatmaps, boxes)
+    expected, heights = roi_heads.heatmaps_to_keypoints(heatmaps, boxes)
+    assert torch.equal(keypoints, expected)
+    torch.testing.assert_close(scores, heights)
+
+
+def test_boxes_in_double(backend):
+    boxes = torch.tensor(BOXES, dtype=torch.float64)
+    heatmaps = heatmaps_of(len(boxes), dtype=torch.float64)
+    keypoints, _ = ops.heatmaps_to_keypoints(heatmaps, boxes)
+    torch.testing.assert_close(keypoints, roi_heads.heatmaps_to_keypoints(heatmaps, boxes)[0])
+    # A whole number in float32, and a little more than one in float64: one pixel more.
+    box = torch.tensor([[0.0, 0.0, 8.0 + 1e-12, 1.0]], dtype=torch.float64)
+    rising = torch.arange(4.0, dtype=torch.float64).expand(1, 1, 1, 4)
+    assert ops.heatmaps_to_keypoints(rising, box)[0][0, 0, 0] == torch.tensor(8.5 * (8.0 + 1e-12) / 9).float()
+    assert ops.heatmaps_to_keypoints(rising, box.float())[0][0, 0, 0] == 7.5
+
+
+def test_the_first_of_equal_positions(backend):
+    for value in (0.0, 3.0, -0.5):
+        flat = torch.full((1, 2, 8, 8), value)
+        keypoints, scores = ops.heatmaps_to_keypoints(flat, torch.tensor([[10.0, 20.0, 18.0, 28.0]]))
+        assert keypoints.tolist() == [[[10.5, 20.5, 1.0]] * 2]
+        assert scores.tolist() == [[value] * 2]
+    # As large as the box: every weight is 0 or 1.
+    maps = torch.zeros(1, 1, 4, 5)
+    maps[0, 0, 1, 3] = maps[0, 0, 2, 0] = maps[0, 0, 1, 4] = 2.0
+    keypoints, scores = ops.heatmaps_to_keypoints(maps, torch.tensor([[0.0, 0.0, 5.0, 4.0]]))
+    assert keypoints.tolist() == [[[3.5, 1.5, 1.0]]]
+    assert scores.item() == 2
+
+
+def test_boxes_that_have_no_keypoints(backend):
+    heatmaps = heatmaps_of(len(EMPTY) + 1, 4)
+    for dtype in (torch.float32, torch.float64):
+        boxes = torch.tensor((*EMPTY, BOXES[0]), dtype=dtype)
+        keypoints, scores = ops.heatmaps_to_keypoints(heatmaps, boxes)
+        assert torch.equal(keypoints[:-1], torch.zeros(len(EMPTY), 4, 3))
+        assert torch.equal(scores[:-1], torch.zeros(len(EMPTY), 4))
+        check((keypoints[-1:], scores[-1:]), heatmaps[-1:], boxes[-1:])
+
+
+def test_the_longest_sides(backend):
+    boxes = torch.tensor([[0.0, 0.0, 8192.0, 1.0], [5.0, -3.0, 5.5, 8189.0]])
+    heatmaps = heatmaps_of(2, 2)
+    check(ops.heatmaps_to_keypoints(heatmaps, boxes), heatmaps, boxes)
+
+
+def test_a_nan_is_the_highest_as_in_torchvision(backend):
+    boxes = torch.tensor(BOXES[:3])
+    for number, size in ((NAN, (7, 6)), (INF, (7, 6)), (-INF, (7, 6)), (NAN, (2, 40))):
+        heatmaps = heatmaps_of(3, 4, size)
+        heatmaps[:, 1, 1, 3], heatmaps[1, 2, 0, 5] = number, -number
+        keypoints, scores = ops.heatmaps_to_keypoints(heatmaps, boxes)
+        expected, heights = roi_heads.heatmaps_to_keypoints(heatmaps, boxes)
+        assert torch.equal(keypoints, expected)
+        assert torch.equal(scores.isnan(), heights.isnan())
+        assert scores[:, 1].isnan().all() or number == number
+        torch.testing.assert_close(scores, heights, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_cpp_equals_the_reference_bit_for_bit(name, dtype):
+    with backends.use("cpp"):
+        assert same(ops.heatmaps_to_keypoints(*CASES[name].inputs(dtype)), CASES[name].expected(dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.floats(-30, 80, width=32)] * 2, *[st.floats(-2, 60, width=32)] * 2), max_size=4),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.integers(0, 99),
+)
+def test_backends_agree_bit_for_bit(boxes, size, seed):
+    boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes]).reshape(-1, 4)
+    heatmaps = heatmaps_of(len(boxes), 3, size, seed=seed)
+    results = []
+    for name in ("cpp", "reference"):
+        with backends.use(name):
+            results.append(ops.heatmaps_to_keypoints(heatmaps, boxes))
+    assert same(*results)
+
+
+def test_every_element_is_written(backend):
+    boxes = torch.tensor(BOXES + EMPTY)
+    heatmaps = heatmaps_of(len(boxes))
+    for _ in range(3):
+        blocks = [torch.full((len(boxes), 17, size), NAN) for size in (3, 1)]
+        del blocks
+        assert all(each.isfinite().all() for each in ops.heatmaps_to_keypoints(heatmaps, boxes))
+
+
+@pytest.mark.parametrize("shape", [(0, 17, 56, 56), (3, 0, 56, 56), (0, 0, 1, 1)])
+def test_nothing_to_find(backend, shape):
+    keypoints, scores = ops.heatmaps_to_keypoints(torch.zeros(shape), torch.zeros(shape[0], 4))
+    assert (keypoints.shape, scores.shape) == ((*shape[:2], 3), shape[:2])
+    assert keypoints.dtype == scores.dtype == torch.float32
+
+
+def test_repeats_bit_for_bit_on_any_number_of_threads(backend):
+    boxes = torch.tensor(BOXES)
+    heatmaps = heatmaps_of(len(boxes))
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        runs.append(ops.heatmaps_to_keypoints(heatmaps, boxes))
+    torch.set_num_threads(threads)
+    assert same(*runs)
+
+
+def test_views_and_gradients(backend):
+    boxes, heatmaps = torch.tensor(BOXES), heatmaps_of(len(BOXES), 3)
+    wide = torch.full((len(BOXES), 5, 56, 112), NAN)
+    wide[:, 1:4, :, ::2] = heatmaps
+    found = ops.heatmaps_to_keypoints(wide[:, 1:4, :, ::2].requires_grad_(), boxes.mT.contiguous().mT)
+    assert same(found, ops.heatmaps_to_keypoints(heatmaps, boxes))
+    assert same(found, ops.heatmaps_to_keypoints(heatmaps.to(memory_format=torch.channels_last), boxes))
+    assert not any(each.requires_grad for each in found)
+
+
+def test_autocast_changes_nothing(backend):
+    boxes, heatmaps = torch.tensor(BOXES), heatmaps_of(len(BOXES), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.heatmaps_to_keypoints(heatmaps, boxes)
+    assert same(found, ops.heatmaps_to_keypoints(heatmaps, boxes))
+
+
+def test_opcheck(backend):
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(_OP[backend], (heatmaps_of(3, 2), torch.tensor(BOXES[:3])), test_utils=utilities)
+
+
+def test_compiles_to_one_graph(backend):
+    torch._dynamo.reset()
+    function = lambda maps, boxes: ops.heatmaps_to_keypoints(maps, boxes)[0] * 2  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for count in (5, 3, 7):
+        arguments = (heatmaps_of(count, 2), torch.tensor(BOXES[:count]))
+        assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+def test_never_waits_for_a_gpu():
+    with FakeTensorMode():
+        maps, boxes = torch.empty(9, 17, 56, 56, device="cuda"), torch.empty(9, 4, device="cuda")
+        keypoints, scores = ops.heatmaps_to_keypoints(maps, boxes)
+        assert (keypoints.shape, keypoints.device.type) == ((9, 17, 3), "cuda")
+        assert (scores.shape, scores.device.type) == ((9, 17), "cuda")
+
+
+MAPS, BOX = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4)
+ERRORS = [
+    ({"heatmaps": [1]}, TypeError, "heatmaps must be a tensor, got list"),
+    ({"heatmaps": MAPS.bool()}, TypeError, "heatmaps must be float64.*bool"),
+    ({"boxes": BOX.int()}, TypeError, "boxes must be float64.*int32"),
+    ({"heatmaps": MAPS[:, 0]}, ValueError, r"heatmaps must be \[R, K, h, w\].*got \(2, 4, 5\)"),
+    ({"heatmaps": MAPS[:, :, :0]}, ValueError, "h and w of 1 to 4096"),
+    ({"heatmaps": torch.zeros(2, 1, 1, 4097)}, ValueError, r"1 to 4096, got \(2, 1, 1, 4097\)"),
+    ({"boxes": BOX[:1]}, ValueError, r"boxes must be \[R, 4\] with R of heatmaps, 2, got \(1, 4\)"),
+    ({"boxes": BOX.to("meta")}, ValueError, "boxes must be on the heatmaps' device, cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_errors(backend, change, error, message):
+    with pytest.raises(error, match=message):
+        ops.heatmaps_to_keypoints(**{"heatmaps": MAPS, "boxes": BOX, **change})
+
+
+def test_second_fence_holds_behind_the_python_checks():
+    good = (MAPS, BOX)
+    for i, value, message in (
+        (0, MAPS[:, 0], r"heatmaps \[R, K, h, w\]"),
+        (0, MAPS.mT, "contiguous heatmaps"),
+        (0, MAPS.int(), "takes float64, float32, float16 or bfloat16"),
+        (1, BOX.half(), r"boxes \[R, 4\] of float32 or float64"),
+        (1, BOX[:1], r"boxes \[R, 4\] of float32 or float64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fpn_fast.heatmaps_to_keypoints(*good[:i], value, *good[i + 1 :])
