@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import io
+import json
+import pickle
 
 import pytest
 import torch
+import torchvision
+from test_detectors import calibrate, check_detections
 from torch import nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
 
 import fpn_fast
@@ -29,7 +34,7 @@ def detector():
 
 def batch(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, *size, generator=generator, dtype=dtype) for size in ((60, 90), (64, 70))]
+    images = [torch.rand(3, *size, generator=generator, dtype=torch.float64).to(dtype) for size in ((60, 90), (64, 70))]
     boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
     return images, [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
 
@@ -118,7 +123,15 @@ def test_report_says_what_was_left_and_why():
     text = str(report)
     assert text.splitlines()[0] == "fpn_fast: 5 swapped, 1 left"
     assert "now fpn_fast.FeaturePyramidNetwork" in text
-    assert report.as_dict()["swapped"][0]["name"] == "transform"
+    assert text.splitlines()[-1] == report.limits[0]
+    plain = report.as_dict()
+    assert plain["swapped"][0] == {
+        "name": TRANSFORM[0],
+        "module": TRANSFORM[1],
+        "note": f"now fpn_fast.{TRANSFORM[1][12:]}",
+    }
+    assert plain["left"][0]["name"] == "rpn.anchor_generator"
+    assert json.loads(json.dumps(plain)) == plain
 
 
 def test_subclasses_are_left():
@@ -135,7 +148,12 @@ def test_modules_by_themselves_and_models_without_one():
     fpn = FeaturePyramidNetwork([8], 4)
     assert fpn_fast.accelerate(fpn).swapped[0].name == ""
     assert type(fpn) is fpn_fast.nn.FeaturePyramidNetwork
-    assert str(fpn_fast.accelerate(nn.Linear(2, 2))) == "fpn_fast: nothing in this model has a fused form"
+    other = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 1))
+    before = {name: (type(module), dict(vars(module))) for name, module in other.named_modules()}
+    report = fpn_fast.accelerate(other)
+    assert str(report) == "fpn_fast: nothing in this model has a fused form"
+    assert report.as_dict() == {"swapped": [], "left": [], "limits": []}
+    assert {name: (type(module), dict(vars(module))) for name, module in other.named_modules()} == before
     generator = AnchorGenerator()
     assert fpn_fast.accelerate(generator).swapped[0].note == "now fpn_fast.AnchorGenerator"
     assert type(generator) is fpn_fast.nn.AnchorGenerator
@@ -146,3 +164,238 @@ def test_modules_by_themselves_and_models_without_one():
     for function in (fpn_fast.accelerate, fpn_fast.restore):
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
             function({})
+
+
+# Small detectors of both kinds, without a backbone to speak of: what happens to the parts that are swapped is the same.
+
+#: So many that nothing is left out for being too many.
+ALL = 10_000
+
+
+def pyramid():
+    """Maps of strides 8, 16, 32 and 64."""
+    body = nn.Sequential()
+    for name, channels, stride in (("stem", 3, 4), ("fine", 16, 2), ("middle", 16, 2), ("coarse", 16, 2)):
+        convolution = nn.Conv2d(channels, 16, 3, stride, 1, bias=False)
+        body.add_module(name, nn.Sequential(convolution, nn.BatchNorm2d(16), nn.ReLU()))
+    return BackboneWithFPN(body, {"fine": "0", "middle": "1", "coarse": "2"}, [16, 16, 16], 16)
+
+
+def anchors():
+    return AnchorGenerator(((16,), (24,), (32,), (48,)), ((0.5, 1.0, 2.0),) * 4)
+
+
+def two_stages(decides):
+    everything = {
+        "rpn_nms_thresh": 1.0, "box_nms_thresh": 1.0, "box_score_thresh": 0.0, "box_detections_per_img": ALL,
+        "rpn_batch_size_per_image": ALL, "box_batch_size_per_image": ALL,
+    }  # fmt: skip
+    return FasterRCNN(
+        pyramid(), rpn_anchor_generator=anchors(), box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
+        box_head=TwoMLPHead(16 * 7**2, 32), box_predictor=FastRCNNPredictor(32, 5),
+        **({} if decides else everything), **SIZE,
+    )  # fmt: skip
+
+
+def one_stage(decides):
+    everything = {"nms_thresh": 1.0, "score_thresh": 0.0, "detections_per_img": ALL}
+    return RetinaNet(
+        pyramid(), 5, anchor_generator=anchors(), topk_candidates=ALL, **({} if decides else everything), **SIZE
+    )
+
+
+KINDS = pytest.mark.parametrize("kind", [two_stages, one_stage])
+
+
+def pair(kind, decides=True):
+    """The detector, and a copy that is accelerated. One that decides nothing gives everything it is asked about."""
+    torch.manual_seed(0)
+    plain = kind(decides)
+    calibrate(plain)
+    if not decides:
+        # Boxes that stay where they are, about: none leaves its image, and is left out for having no area.
+        for name, layer in plain.named_modules():
+            if name.endswith(("bbox_pred", "bbox_reg")):
+                layer.weight.data.mul_(0.1)
+    fast = copy.deepcopy(plain)
+    fpn_fast.accelerate(fast)
+    return plain.eval(), fast.eval()
+
+
+def detect(model, dtype=torch.float32):
+    with torch.no_grad():
+        return model.eval()(batch(dtype)[0])
+
+
+def learn(model, dtype):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return losses_and_gradients(model, dtype)
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
+@KINDS
+def test_copies_do_the_same(kind, again):
+    """Of a detector that ran before, and so keeps scales and anchors, too."""
+    plain, fast = pair(kind)
+    for ours, theirs in zip(detect(again(fast)), detect(fast), strict=True):
+        assert len(theirs["boxes"]) > 3
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    copied = again(fast)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in fast.modules()]
+    check_detections(detect(copied), detect(plain))
+    assert len(fpn_fast.restore(copied).swapped) == len(fpn_fast.restore(fast).swapped) > 3
+    check_detections(detect(copied), detect(plain))
+
+
+@KINDS
+def test_moving_to_a_type_and_a_memory_format(kind):
+    """There and back, before and after calls, and accelerated before or after."""
+    plain, fast = pair(kind)
+    detect(fast)
+    for change, dtype in (({"dtype": torch.float64}, torch.float64), ({"dtype": torch.float32}, torch.float32),
+                          ({"memory_format": torch.channels_last}, torch.float32)):  # fmt: skip
+        plain, fast = plain.to(**change), fast.to(**change)
+        late = copy.deepcopy(plain)
+        fpn_fast.accelerate(late)
+        expected = detect(plain, dtype)
+        for model in (fast, late):
+            found = detect(model, dtype)
+            assert {each["boxes"].dtype for each in found} == {dtype}
+            check_detections(found, expected)
+    assert fast.backbone.fpn.layer_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def of_labels(found):
+    """Of each image and label a table [K, 5] of scores and coordinates, each column in its own order.
+
+    Sorting moves no two lists of numbers further apart than they were: of the same detections in another order this
+    shows how far scores and coordinates are apart.
+    """
+    tables = [(torch.cat([each["scores"][:, None], each["boxes"]], 1).double(), each["labels"]) for each in found]
+    return [table[labels == label].sort(0).values for table, labels in tables for label in labels.unique().tolist()]
+
+
+def check_no_decisions(ours, plain, exact):
+    """As many detections as torchvision's, scores and coordinates no further from float64's than twice its own."""
+    tables = [of_labels(found) for found in (ours, plain, exact)]
+    assert [len(each) for each in tables[0]] == [len(each) for each in tables[1]] == [len(each) for each in tables[2]]
+    assert len(torch.cat(tables[0])) > 2000
+    for columns in (slice(0, 1), slice(1, 5)):
+        own, theirs, right = (torch.cat([each[:, columns] for each in table]) for table in tables)
+        assert (own - right).abs().max() <= 2 * (theirs - right).abs().max()
+
+
+@KINDS
+def test_under_autocast_losses_gradients_and_detections(kind):
+    """Against torchvision under the same autocast, by how far both are from float64; losses of heads are its own bits.
+
+    Where nothing is decided: decisions on numbers of eight bits differ, and torchvision rounds boxes to these too.
+    """
+    plain, fast = pair(kind, decides=False)
+    wide = copy.deepcopy(plain).double()
+    exact, exact_grads = learn(wide, torch.float64)
+    found = []
+    for model in (fast, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append((*learn(model, torch.float32), detect(model)))
+    (losses, grads, own), (expected, expected_grads, theirs) = found
+    assert losses.keys() == expected.keys()
+    unit = torch.finfo(torch.bfloat16).eps
+    for key in losses:
+        if key not in ("loss_classifier", "loss_box_reg"):
+            assert torch.equal(losses[key], expected[key]), key
+        allowed = 2 * (expected[key] - exact[key]).abs() + unit * exact[key].abs()
+        assert (losses[key] - exact[key]).abs() <= allowed, key
+    assert grads.keys() == expected_grads.keys()
+    for key, right in exact_grads.items():
+        assert (grads[key] - right).norm() <= 2 * (expected_grads[key] - right).norm() + unit * right.norm(), key
+    check_no_decisions(own, theirs, detect(wide, torch.float64))
+
+
+def apart(logits, first=0, step=1):
+    """[N, ...] -> the same order in numbers of bfloat16 that are all different in an image; every step-th of them."""
+    # Bits of 2**-12 to 4: as many differences as float32's sigmoid still tells apart.
+    magnitudes = torch.arange((127 - 12) << 7, (127 + 2) << 7, dtype=torch.int16).view(torch.bfloat16)
+    numbers = torch.cat([-magnitudes.flip(0), magnitudes])
+    ranks = logits.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+    return numbers[first + step * ranks].view_as(logits)
+
+
+def test_under_autocast_decisions_are_those_that_torchvision_takes_in_float32():
+    """Of the same heads' maps, made float32 for it; without ties, which either may break."""
+    plain, fast = pair(one_stage)
+    for model, dtype in ((plain, torch.float32), (fast, torch.bfloat16)):
+        model.head.register_forward_hook(
+            lambda layer, given, output, dtype=dtype: {
+                "cls_logits": apart(output["cls_logits"]).to(dtype),
+                "bbox_regression": output["bbox_regression"].to(dtype),
+            }
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        check_detections(detect(fast), detect(plain))
+    plain, fast = pair(two_stages)
+    for model, dtype in ((plain, torch.float32), (fast, torch.bfloat16)):
+        model.rpn.head.register_forward_hook(
+            lambda layer, given, output, dtype=dtype: (
+                [apart(each, i, len(output[0])).to(dtype) for i, each in enumerate(output[0])],
+                [each.to(dtype) for each in output[1]],
+            )
+        )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        images, _ = plain.transform(batch()[0])
+        maps = plain.backbone(images.tensors)
+        assert all(torch.equal(each, maps[name]) for name, each in fast.backbone(images.tensors).items())
+        for ours, theirs in zip(fast.rpn(images, maps)[0], plain.rpn(images, maps)[0], strict=True):
+            assert len(theirs) > 20
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+
+
+@KINDS
+def test_half(kind, monkeypatch):
+    """torchvision's NMS has no half on a CPU: here its own steps go on with a wider one."""
+    plain, fast = pair(kind, decides=False)
+    right = detect(copy.deepcopy(plain).double(), torch.float64)
+    nms = torchvision.ops.boxes.nms
+    monkeypatch.setattr(
+        torchvision.ops.boxes, "nms", lambda boxes, scores, iou: nms(boxes.float(), scores.float(), iou)
+    )
+    own = detect(fast.half(), torch.half)
+    assert {each["boxes"].dtype for each in own} == {torch.float32}
+    check_no_decisions(own, detect(plain.half(), torch.half), right)
+
+
+@KINDS
+def test_bfloat16(kind):
+    """torchvision pools none: as near to float64 as it comes in this type under autocast, weights' rounding and all."""
+    plain, fast = pair(kind, decides=False)
+    right = detect(copy.deepcopy(plain).double(), torch.float64)
+    own = detect(fast.to(torch.bfloat16), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_no_decisions(own, detect(plain.to(torch.bfloat16).float()), right)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning", "ignore:.*in scripting:UserWarning")
+@KINDS
+def test_torchscript_is_for_what_is_not_swapped_and_the_report_says_so(kind):
+    plain, fast = pair(kind)
+    scripted = torch.jit.script(plain)
+    assert str(fpn_fast.accelerate(scripted)) == "fpn_fast: nothing in this model has a fused form"
+    _, expected = scripted(batch()[0])
+    check_detections(detect(fast), expected)
+    (limit,) = fpn_fast.accelerate(fast).limits
+    assert limit == "torch.jit.script: no longer; script the model before accelerate(), or after restore()"
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.jit.script(fast)
+    assert fpn_fast.restore(fast).limits == []
+    for ours, theirs in zip(torch.jit.script(fast)(batch()[0])[1], expected, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

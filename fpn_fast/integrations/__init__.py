@@ -23,16 +23,28 @@ class Entry:
     note: str
 
 
+#: What a model with fused modules in it cannot do that it could before.
+_LIMIT = "torch.jit.script: no longer; script the model before accelerate(), or after restore()"
+
+
 @dataclass
 class Report:
-    """What :func:`accelerate` or :func:`restore` did. Printed, a table; ``as_dict()``, plain data."""
+    """What :func:`accelerate` or :func:`restore` did, and what the model cannot do any more (`limits`).
+
+    Printed, a table; ``as_dict()``, plain data.
+    """
 
     swapped: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, list[dict[str, str]]]:
-        """{"swapped": [{"name", "module", "note"}, ...], "left": [...]}"""
-        return {"swapped": [vars(entry) for entry in self.swapped], "left": [vars(entry) for entry in self.left]}
+    def as_dict(self) -> dict[str, list[Any]]:
+        """{"swapped": [{"name", "module", "note"}, ...], "left": [...], "limits": [text, ...]}"""
+        return {
+            "swapped": [vars(entry) for entry in self.swapped],
+            "left": [vars(entry) for entry in self.left],
+            "limits": self.limits,
+        }
 
     def __str__(self) -> str:
         rows = [("swapped", *vars(e).values()) for e in self.swapped] + [("left", *vars(e).values()) for e in self.left]
@@ -40,7 +52,7 @@ class Report:
             return "fpn_fast: nothing in this model has a fused form"
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
-        return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines])
+        return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines, *self.limits])
 
 
 #: Each has a module here, which imports the library.
@@ -102,6 +114,8 @@ def accelerate(model: nn.Module) -> Report:
         elif base := next((base for base in kind.__mro__[1:] if base in fused), None):
             note = f"a subclass of {_qualified(base)}, which may compute something else"
             report.left.append(Entry(name, _qualified(kind), note))
+    if any(type(module) in fused.values() for module in model.modules()):
+        report.limits.append(_LIMIT)
     return report
 
 
