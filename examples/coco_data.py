@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -86,10 +87,13 @@ def _check_entries(path: Path, entries: list[Any], name: str, keys: dict[str, ty
 
 
 class CocoImages(Dataset[Item]):
-    """The images of a checked COCO dict. Boxes are clipped to their image; crowds are for evaluation only."""
+    """The images of a checked COCO dict. Boxes are clipped to their image; crowds are for evaluation only.
 
-    def __init__(self, coco: dict[str, Any], folder: Path) -> None:
-        self.folder, self._coco = folder, coco
+    masks: whether items have them, from each annotation's "segmentation", polygons or RLE.
+    """
+
+    def __init__(self, coco: dict[str, Any], folder: Path, masks: bool = False) -> None:
+        self.folder, self._coco, self.masks = folder, coco, masks
         self.category_ids = tuple(sorted(category["id"] for category in coco["categories"]))
         names = {category["id"]: category["name"] for category in coco["categories"]}
         self.class_names = tuple(names[category] for category in self.category_ids)
@@ -102,7 +106,10 @@ class CocoImages(Dataset[Item]):
         return len(self._coco["images"])
 
     def __getitem__(self, index: int) -> Item:
-        """image float32 ``[3, H, W]`` in 0..1; boxes float32 ``[D, 4]`` as (x1, y1, x2, y2), labels int64 ``[D]``."""
+        """image float32 ``[3, H, W]`` in 0..1; boxes float32 ``[D, 4]`` as (x1, y1, x2, y2), labels int64 ``[D]``.
+
+        With masks also these, uint8 ``[D, H, W]``.
+        """
         entry = self._coco["images"][index]
         try:
             with Image.open(self.folder / entry["file_name"]) as file:
@@ -114,28 +121,78 @@ class CocoImages(Dataset[Item]):
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([self._labels[a["category_id"]] for a in kept], dtype=torch.int64)
         image = F.to_dtype(pixels, torch.float32, scale=True)
-        return image, {"boxes": boxes, "labels": labels, "image_id": torch.tensor(entry["id"])}
+        target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(entry["id"])}
+        if self.masks:
+            size = (image.shape[1], image.shape[2])
+            drawn = [torch.from_numpy(_mask_of(annotation, size)) for annotation in kept]
+            target["masks"] = torch.stack(drawn) if drawn else torch.zeros((0, *size), dtype=torch.uint8)
+        return image, target
 
     def coco(self) -> dict[str, Any]:
         return self._coco
 
     def first(self, count: int) -> CocoImages:
         """The set of the first ``count`` images."""
-        return CocoImages(_subset(self._coco, list(range(min(count, len(self))))), self.folder)
+        return CocoImages(of_images(self._coco, list(range(min(count, len(self))))), self.folder, self.masks)
 
 
-def load_coco(annotations: Path, folder: Path, held_out: float = 0.2, seed: int = 0) -> tuple[CocoImages, CocoImages]:
-    """Train and test sets of one COCO file: a seeded share of its images is held out for the test split."""
+def _mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W] of an annotation whose segmentation is a list of polygons, or RLE with counts as list or text."""
+    segmentation = annotation["segmentation"]
+    if isinstance(segmentation, list):
+        encoded = rle.merge(rle.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        encoded = rle.frPyObjects(segmentation, *size)
+    else:
+        encoded = segmentation
+    return rle.decode(encoded)
+
+
+def _check_masks(coco: dict[str, Any], path: Path) -> None:
+    """Every mask is drawn once, so that a broken one is found before training."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        size = sizes[annotation["image_id"]]
+        try:
+            drawn = _mask_of(annotation, size)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{path}: an annotation of image {annotation['image_id']} has no segmentation that can be drawn, which "
+                f"--model mask_rcnn needs: {type(error).__name__} {error}"
+            ) from error
+        if drawn.shape != size:
+            raise DataError(
+                f"{path}: a mask of image {annotation['image_id']} must have the image's (height, width) {size}, "
+                f"got {drawn.shape}"
+            )
+
+
+def load_coco(annotations: Path, folder: Path, masks: bool = False) -> CocoImages:
+    """All images of a COCO file."""
     coco = _complete(read_annotations(annotations), annotations, folder)
+    if masks:
+        _check_masks(coco, annotations)
+    return CocoImages(coco, folder, masks)
+
+
+def split_coco(
+    annotations: Path, folder: Path, masks: bool = False, held_out: float = 0.2, seed: int = 0
+) -> tuple[CocoImages, CocoImages]:
+    """Train and test sets of one COCO file: a seeded share of its images is held out for the test split."""
+    coco = load_coco(annotations, folder, masks).coco()
     images = coco["images"]
     if len(images) < 2:
         raise DataError(f"{annotations} must have at least 2 images, one for each split, got {len(images)}")
     order = np.random.default_rng(seed).permutation(len(images)).tolist()
     count = min(max(1, round(len(images) * held_out)), len(images) - 1)
-    test, train = (_subset(coco, sorted(part)) for part in (order[:count], order[count:]))
-    if not any(not annotation["iscrowd"] for annotation in train["annotations"]):
+    test, train = (of_images(coco, sorted(part)) for part in (order[:count], order[count:]))
+    return CocoImages(train, folder, masks), CocoImages(test, folder, masks)
+
+
+def check_boxes(data: CocoImages, annotations: Path) -> None:
+    """Raises DataError where there is nothing to learn from."""
+    if all(annotation["iscrowd"] for annotation in data.coco()["annotations"]):
         raise DataError(f"{annotations} leaves no box to learn from in the train split")
-    return CocoImages(train, folder), CocoImages(test, folder)
 
 
 def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
@@ -173,29 +230,45 @@ def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
     return {"info": {}, "images": [*images.values()], "annotations": annotations, "categories": coco["categories"]}
 
 
-def _subset(coco: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+def of_images(coco: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    """The part of a COCO dict that is about the images of these places in it."""
     images = [coco["images"][index] for index in indices]
     ids = {image["id"] for image in images}
     return {**coco, "images": images, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
 
 
 class StepBatches(Sampler[list[int]]):
-    """Indices of one batch a step, from ``first`` to ``last - 1``: shuffled epochs, cut into batches.
+    """Indices of one process's batches, `accumulate` a step, from step ``first`` to ``last - 1``: shuffled epochs, cut.
 
-    A step's batch depends on (length, batch size, seed, step) alone, so a resumed run sees what it would have seen.
+    A step takes ``batch_size * accumulate * world`` pictures. They depend on that product, the length, the seed and the
+    step alone, so a resumed run sees what it would have seen, and two processes see what one would that accumulates
+    twice: batch b of a step is process ``b % world``'s.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, first: int, last: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        first: int,
+        last: int,
+        *,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.length, self.batch_size, self.seed, self.first, self.last = length, batch_size, seed, first, last
+        self.accumulate, self.rank, self.world = accumulate, rank, world
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first)
+        return max(0, self.last - self.first) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.first, self.last):
+        for number in range(self.first * self.accumulate, self.last * self.accumulate):
+            start = (number * self.world + self.rank) * self.batch_size
             batch = []
-            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+            for place in range(start, start + self.batch_size):
                 if place // self.length != epoch:
                     epoch = place // self.length
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
@@ -211,18 +284,33 @@ def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 def detections_as_coco(
     image_id: int, detections: dict[str, Tensor], category_ids: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """A detector's answer for one image as COCO results: boxes ``[D, 4]`` become (x, y, width, height)."""
+    """A detector's answer for one image as COCO results: boxes ``[D, 4]`` become (x, y, width, height).
+
+    Masks ``[D, 1, H, W]``, if it has any, become RLE of where they are above one half.
+    """
     boxes = detections["boxes"].float().cpu().clone()
     boxes[:, 2:] -= boxes[:, :2]
     found = zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
-    return [
+    results: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
         for box, label, score in found
     ]
+    if "masks" in detections:
+        for result, mask in zip(results, (detections["masks"][:, 0] > 0.5).cpu().numpy(), strict=True):
+            result["segmentation"] = encode_mask(mask)
+    return results
 
 
-def average_precision(coco: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float | None]:
-    """COCO's AP of results, by pycocotools; None where the set has no box of that size."""
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """bool ``[H, W]`` as COCO's compressed RLE, with text that JSON can hold."""
+    encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def average_precision(
+    coco: dict[str, Any], results: list[dict[str, Any]], kind: str = "bbox"
+) -> dict[str, float | None]:
+    """COCO's AP of results' boxes ("bbox") or masks ("segm"), by pycocotools; None where the set has none of a size."""
     names = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_large": 5, "AR_100": 8}
     truth = COCO()
     truth.dataset = coco
@@ -232,7 +320,9 @@ def average_precision(coco: dict[str, Any], results: list[dict[str, Any]]) -> di
         if not results:
             # loadRes cannot take an empty list; a detector that finds nothing has no precision.
             return dict.fromkeys(names, 0.0)
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        # Of a result with a box pycocotools takes the box's area for the mask's.
+        kept = [{key: result[key] for key in result if kind == "bbox" or key != "bbox"} for result in results]
+        evaluation = COCOeval(truth, truth.loadRes(kept), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from coco_data import DetectionData, average_precision, detections_as_coco
+from coco_data import DetectionData
+from detector_evaluation import evaluate
+from detector_models import TWO_STAGE
 from detector_training import Batch, Settings, Track, losses_of, to_device
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from processes import Processes
 from torch import Tensor
-from tqdm import tqdm
 
 Merge = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -36,7 +38,6 @@ REPEATS = 40
 UNCOUNTED_REPEATS = 5
 # The reference backend's pooler is a loop over RoIs in Python: there fewer repeats have to do.
 TIMING_SECONDS = 10
-EVALUATION_BATCH = 4
 PICTURES = 8
 SHOWN_SCORE = 0.3
 SHOWN_AT_LEAST = 2
@@ -114,7 +115,7 @@ def pooler_inputs_of(
     finally:
         handle.remove()
     maps, boxes, image_shapes = arguments
-    return {name: maps[name] for name in pooler.featmap_names}, boxes, image_shapes
+    return {name: maps[name] for name in pooler.featmap_names if name in maps}, boxes, image_shapes
 
 
 def _pooler_run(
@@ -167,44 +168,14 @@ def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Se
     for model in models:
         loss = torch.stack([part.float() for part in losses_of(model, batch, 0, settings).values()]).sum()
         losses.append(loss.item())
-        gradients.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
     models[1].load_state_dict(trained)
     relative = [
         ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
         for theirs, ours in zip(*gradients, strict=True)
     ]
     return {"loss": abs(losses[1] - losses[0]), "gradient_relative": max(relative)}
-
-
-@torch.inference_mode()
-def evaluate(
-    tracks: list[Track], data: DetectionData, budget: float | None, settings: Settings
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Tensor]]]:
-    """COCO figures of every track's averaged weights, and the last track's detections on the first PICTURES images.
-
-    After `budget` seconds it ends early: all tracks are then measured on the images seen until there.
-    """
-    results: dict[str, list[dict[str, Any]]] = {track.name: [] for track in tracks}
-    first: list[dict[str, Tensor]] = []
-    seen, started = 0, time.monotonic()
-    with tqdm(total=len(data), desc="test", unit="image", mininterval=0.5) as bar:
-        while seen < len(data) and (seen == 0 or budget is None or time.monotonic() - started < budget):
-            items = [data[index] for index in range(seen, min(seen + EVALUATION_BATCH, len(data)))]
-            images = [image.to(settings.device) for image, _ in items]
-            for track in tracks:
-                with settings.autocast():
-                    found = track.average.module.eval()(images)
-                for (_, target), detections in zip(items, found, strict=True):
-                    results[track.name] += detections_as_coco(int(target["image_id"]), detections, data.category_ids)
-            first += [{key: value.cpu() for key, value in detections.items()} for detections in found]
-            seen += len(items)
-            bar.update(len(items))
-    truth = data.first(seen).coco()
-    figures = {
-        name: {**average_precision(truth, values), "images": seen, "detections": len(values)}
-        for name, values in results.items()
-    }
-    return figures, first[:PICTURES]
 
 
 def _draw_box(axes: Axes, box: Sequence[float], colour: Any, style: str, text: str = "") -> None:
@@ -219,14 +190,14 @@ def _draw_box(axes: Axes, box: Sequence[float], colour: Any, style: str, text: s
         axes.text(x1, max(y1, 11), text, color=colour, fontsize=8.5, va="bottom", weight="bold", path_effects=outline)
 
 
-def draw_detections(data: DetectionData, detections: list[dict[str, Tensor]], name: str, path: Path) -> None:
-    """A grid of test images: annotated boxes dashed in white, detections coloured by class with their scores."""
+def draw_detections(data: DetectionData, detections: dict[int, dict[str, Tensor]], name: str, path: Path) -> None:
+    """A grid of test images by index: annotated boxes dashed in white, detections coloured by class with scores."""
     columns = min(4, len(detections))
     rows = -(-len(detections) // columns)
     figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.6), dpi=110, layout="constrained")
     palette = np.asarray([(0.35, 0.85, 1), (1, 0.85, 0.2), (0.55, 1, 0.45), (1, 0.55, 0.8), (1, 0.6, 0.3)])
-    for place, found in enumerate(detections):
-        image, target = data[place]
+    for place, (index, found) in enumerate(detections.items()):
+        image, target = data[index]
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(image.permute(1, 2, 0).numpy())
         axes.set_axis_off()
@@ -309,20 +280,28 @@ def report(
     settings: Settings,
     facts: dict[str, Any],
     output: Path,
-) -> str:
+    processes: Processes,
+) -> str | None:
     """Measures, writes detections.png, loss_curves.png and figures.json into `output`; returns the table to print.
 
-    batch: one of training's, on which the merge and the pooler are timed.
+    batch: one of training's, on which the merge and the pooler are timed where one process trains. All processes
+    evaluate; the leading one alone does the rest, the others get None.
     """
+    precisions, detections = evaluate(tracks, test, test_seconds, settings, processes)
+    if not processes.leads:
+        return None
     figures: dict[str, Any] = {**facts, **_machine(settings), "steps": len(tracks[0].losses)}
-    figures["merge"] = merge_seconds(tracks, batch[0], settings)
-    figures["pooler"] = pooler_seconds(tracks, batch, settings)
-    precisions, detections = evaluate(tracks, test, test_seconds, settings)
+    figures["processes"] = processes.world
+    alone = processes.world == 1
+    if alone and settings.pyramid == "fpn":
+        figures["merge"] = merge_seconds(tracks, batch[0], settings)
+    if alone and settings.model in TWO_STAGE:
+        figures["pooler"] = pooler_seconds(tracks, batch, settings)
     for track in tracks:
         step_seconds = statistics.median(track.seconds[WARMUP_STEPS_LEFT_OUT:] or track.seconds)
         figures[track.name] = {
             "step_seconds_median": step_seconds,
-            "images_per_second": settings.batch_size / step_seconds,
+            "images_per_second": settings.batch_size * settings.batches_per_step / step_seconds,
             "test": precisions[track.name],
             "losses": track.losses,
             "step_seconds": track.seconds,
@@ -330,10 +309,12 @@ def report(
         }
     if len(tracks) == 2:
         gaps = np.abs(np.subtract(tracks[0].losses, tracks[1].losses))
-        equal = differences_at_equal_weights(tracks, batch, settings)
-        figures["loss_difference"] = {"largest": gaps.max(), "first_step": gaps[0], "at_equal_weights": equal}
+        figures["loss_difference"] = {"largest": gaps.max(), "first_step": gaps[0]}
+        if alone:
+            equal = differences_at_equal_weights(tracks, batch, settings)
+            figures["loss_difference"]["at_equal_weights"] = equal
     pictures = [output / "detections.png", output / "loss_curves.png"]
-    draw_detections(test, detections, tracks[-1].name, pictures[0])
+    draw_detections(test, dict(list(detections.items())[:PICTURES]), tracks[-1].name, pictures[0])
     draw_losses(tracks, pictures[1])
     figures["pictures"] = [str(picture) for picture in pictures]
     (output / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
@@ -343,23 +324,32 @@ def report(
 def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
     """The figures a reader wants first, as plain text."""
 
-    def precision(name: str, keys: Sequence[str]) -> str:
-        values = (figures[name]["test"][key] for key in keys)
+    def precision(test: dict[str, Any], keys: Sequence[str]) -> str:
+        values = (test[key] for key in keys)
         return " / ".join("-" if value is None else f"{value:.3f}" for value in values)
 
     steps = {name: figures[name]["step_seconds_median"] for name in names}
     # (text, seconds, digits of the milliseconds)
     times = [
         ("step time, median", steps, 1),
-        ("merge time, forward + backward", figures["merge"]["median_seconds"], 3),
-        ("pooler time, forward + backward", figures["pooler"]["median_seconds"], 3),
+        *(
+            (f"{part} time, forward + backward", figures[part]["median_seconds"], 3)
+            for part in ("merge", "pooler")
+            if part in figures
+        ),
     ]
+    tests = [figures[name]["test"] for name in names]
     last = min(20, figures["steps"])
     rows = [
         ["", *names],
         *([text, *(f"{1e3 * seconds[name]:.{digits}f} ms" for name in names)] for text, seconds, digits in times),
-        ["AP / AP50 on the test split", *(precision(name, ("AP", "AP50")) for name in names)],
-        ["AP small / medium / large", *(precision(name, ("AP_small", "AP_medium", "AP_large")) for name in names)],
+        ["AP / AP50 on the test split", *(precision(each, ("AP", "AP50")) for each in tests)],
+        ["AP small / medium / large", *(precision(each, ("AP_small", "AP_medium", "AP_large")) for each in tests)],
+        *(
+            [["AP / AP50 of masks", *(precision(each["masks"], ("AP", "AP50")) for each in tests)]]
+            if "masks" in tests[0]
+            else []
+        ),
         ["loss, first step", *(f"{figures[name]['losses'][0]:.4f}" for name in names)],
         [f"loss, mean of last {last}", *(f"{statistics.fmean(figures[name]['losses'][-last:]):.4f}" for name in names)],
     ]
@@ -373,15 +363,19 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
     lines = ["  ".join(row) for row in padded]
     if len(names) == 2:
         gap = figures["loss_difference"]
-        equal = gap["at_equal_weights"]
+        equal = gap.get("at_equal_weights")
+        at_equal = (
+            ""
+            if equal is None
+            else (f"{equal['loss']:.2g} at equal weights, gradients within {equal['gradient_relative']:.1g}; ")
+        )
         lines += [
-            f"largest loss difference: {equal['loss']:.2g} at equal weights, gradients within "
-            f"{equal['gradient_relative']:.1g}; {gap['largest']:.2g} over the whole run, in which rounding grows",
+            f"largest loss difference: {at_equal}{gap['largest']:.2g} over the whole run, in which rounding grows",
         ]
-    seen = figures[names[0]]["test"]["images"]
+    seen = tests[0]["images"]
     lines += [
         f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {seen} images; backend {figures['backend']}, "
-        f"{figures['device']}, {figures['threads']} threads",
+        f"{figures['device']}, {figures['threads']} threads, {figures['processes']} process(es)",
         f"pictures: {' '.join(figures['pictures'])}",
         f"all figures: {output / 'figures.json'}",
     ]

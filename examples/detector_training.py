@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector, its training step, and checkpoints that go on where they were written."""
+"""What a run's losses depend on, and its training step: accumulated, mixed in precision, over many processes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import argparse
 import copy
 import math
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from detector_models import build_detector
+from processes import Processes, distributed, gradients_exchanged, local, shard_in_place, whole
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.transforms.v2 import functional as F
 
-# Images, float32 [3, H, W] each, and their targets: boxes float32 [D, 4], labels int64 [D].
+# Images, float32 [3, H, W] each, and their targets: boxes float32 [D, 4], labels int64 [D], maybe masks [D, H, W].
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 # Steps until the learning rate is at its full value, and until it begins to fall with the square root of the step.
@@ -32,41 +29,58 @@ WARMUP_STEPS = 20
 CONSTANT_STEPS = 1000
 # The evaluated weights average about the last 20 steps: over 150 steps that doubled AP in seven of eight trials.
 AVERAGE_DECAY = 0.95
-# Detectors from random weights meet a few huge gradients early on.
-MAX_GRADIENT_NORM = 10.0
-HEAD_WIDTH = 256
+# What a random stream is for: one of these beside the seed keeps streams of one step apart.
+LOSS_STREAM, FLIP_STREAM = 0, 1
 
 
 class TrainingError(Exception):
     """Training that cannot go on; the message is one line."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint that is not there, cannot be read, or is of another run; the message is one line."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What a run's losses depend on, besides the number of steps and the backend."""
+    """What a run's losses depend on, besides the number of steps, the backend and how processes share the work."""
 
     device: torch.device
     data: str
     class_names: tuple[str, ...]
+    model: str
+    backbone: str
+    pyramid: str
+    heads: str
+    norm: str
+    frozen_stages: int
+    pretrained: bool
     image_size: int
+    multi_scale: tuple[int, int] | None
+    flip: bool
     batch_size: int
+    # Batches of batch_size that one optimiser step takes in, over all processes and accumulations.
+    batches_per_step: int
     learning_rate: float
+    max_gradient_norm: float
     amp: bool
+    channels_last: bool
     seed: int
 
     @classmethod
-    def of(cls, args: argparse.Namespace, device: torch.device, class_names: tuple[str, ...]) -> Settings:
-        data = f"digits, {args.train_images} pictures" if args.coco is None else str(args.coco[0])
-        return cls(device, data, class_names, args.image_size, args.batch_size, args.lr, args.amp, args.seed)
+    def of(cls, args: argparse.Namespace, processes: Processes, class_names: tuple[str, ...]) -> Settings:
+        same = ("model", "backbone", "pyramid", "heads", "norm", "frozen_stages", "pretrained", "image_size", "flip")
+        same += ("batch_size", "max_gradient_norm", "amp", "channels_last", "seed")
+        return cls(
+            device=processes.device,
+            data=f"digits, {args.train_images} pictures" if args.coco is None else str(args.coco[0]),
+            class_names=class_names,
+            multi_scale=None if args.multi_scale is None else tuple(args.multi_scale),
+            batches_per_step=args.accumulate * processes.world,
+            learning_rate=args.lr,
+            **{name: getattr(args, name) for name in same},
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that must be equal for a checkpoint to be gone on from."""
         values = {key: value for key, value in vars(self).items() if key != "device"}
-        return {**values, "class_names": list(self.class_names)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def autocast(self) -> torch.autocast:
         """bfloat16 on a CPU, float16 on CUDA; disabled without --amp."""
@@ -82,32 +96,24 @@ class Settings:
         decay = min(1.0, math.sqrt(CONSTANT_STEPS / (step + 1)))
         return self.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
+    def random_stream(self, purpose: int, step: int, place: int) -> int:
+        """A seed for the place-th batch of a step: equal for every model, after a resume, and on any process."""
+        return int(np.random.SeedSequence([self.seed, purpose, step, place]).generate_state(1)[0])
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)
 
-
-def build_model(settings: Settings) -> FasterRCNN:
-    """Faster R-CNN on ResNet-18 + FPN with random weights, anchors of 16 to 256 pixels, one size a level.
-
-    GroupNorm instead of torchvision's FrozenBatchNorm2d, which normalises nothing in a network with random weights.
-    """
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=_group_norm, trainable_layers=5)
-    anchors = AnchorGenerator(tuple((size,) for size in (16, 32, 64, 128, 256)), ((0.5, 1.0, 2.0),) * 5)
-    return FasterRCNN(
-        backbone,
-        rpn_anchor_generator=anchors,
-        min_size=settings.image_size,
-        # torchvision's default proportion, 800 to 1333.
-        max_size=settings.image_size * 5 // 3,
-        # Fewer proposals than torchvision's 2000, and a narrower head: the pictures are a tenth of COCO's.
-        rpn_pre_nms_top_n_train=500,
-        rpn_post_nms_top_n_train=300,
-        rpn_pre_nms_top_n_test=300,
-        rpn_post_nms_top_n_test=150,
-        box_batch_size_per_image=128,
-        box_head=TwoMLPHead(backbone.out_channels * 7 * 7, HEAD_WIDTH),
-        box_predictor=FastRCNNPredictor(HEAD_WIDTH, len(settings.class_names) + 1),
+def build_model(settings: Settings) -> nn.Module:
+    """The detector that the settings speak of, with random or pretrained weights, on the CPU."""
+    return build_detector(
+        settings.model,
+        settings.backbone,
+        len(settings.class_names),
+        settings.image_size,
+        norm=settings.norm,
+        frozen_stages=settings.frozen_stages,
+        pretrained=settings.pretrained,
+        pyramid=settings.pyramid,
+        heads=settings.heads,
+        multi_scale=settings.multi_scale,
     )
 
 
@@ -117,13 +123,49 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return [image.to(device) for image in images], moved
 
 
-def losses_of(model: FasterRCNN, batch: Batch, step: int, settings: Settings) -> dict[str, Tensor]:
+def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
+    """Each image mirrored with probability 1/2, its boxes and masks with it; without --flip the batch as it is."""
+    if not settings.flip:
+        return batch
+    coins = np.random.default_rng(settings.random_stream(FLIP_STREAM, step, place)).random(len(batch[0])) < 0.5
+    images, targets = list(batch[0]), list(batch[1])
+    for i in np.flatnonzero(coins):
+        width = images[i].shape[-1]
+        images[i], target = F.horizontal_flip(images[i]), dict(targets[i])
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], 1)
+        if "masks" in target:
+            target["masks"] = target["masks"].flip(-1)
+        targets[i] = target
+    return images, targets
+
+
+def losses_of(model: nn.Module, batch: Batch, step: int, settings: Settings, place: int = 0) -> dict[str, Tensor]:
     """The model's training losses by name, scalars."""
-    # Anchors and proposals are sampled at random: one stream a step, the same for every model and after a resume.
-    torch.manual_seed(settings.seed * 1_000_003 + step)
+    # Anchors and proposals are sampled at random: one stream a batch.
+    torch.manual_seed(settings.random_stream(LOSS_STREAM, step, place))
     with settings.autocast():
         losses: dict[str, Tensor] = model(*batch)
     return losses
+
+
+class WeightAverage:
+    """An exponential average of a model's weights and buffers, as a model of its own in evaluation mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        ours, theirs = ([local(value) for value in each.state_dict().values()] for each in (self.model, model))
+        floating = [value.is_floating_point() for value in ours]
+        averaged = [value for value, chosen in zip(ours, floating, strict=True) if chosen]
+        torch._foreach_lerp_(
+            averaged, [value for value, chosen in zip(theirs, floating, strict=True) if chosen], 1 - AVERAGE_DECAY
+        )
+        for value, other, chosen in zip(ours, theirs, floating, strict=True):
+            if not chosen:
+                value.copy_(other)
 
 
 @dataclass
@@ -131,103 +173,100 @@ class Track:
     """One model in training: "eager" or "fused", its optimiser, and what was measured, one entry a step."""
 
     name: str
-    model: FasterRCNN
-    average: AveragedModel
+    model: nn.Module
+    # The model as it is called in training; the same, or DistributedDataParallel around it.
+    called: nn.Module
+    average: WeightAverage
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    processes: Processes
     # accelerate()'s report; None for eager.
     swapped: Any = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    # Of the last step: losses by name and the norm of the gradient before it was clipped.
+    parts: dict[str, float] = field(default_factory=dict)
 
-    def step(self, batch: Batch, step: int, settings: Settings) -> None:
-        """One optimiser step on (images, targets)."""
+    def step(self, batches: list[Batch], step: int, settings: Settings) -> None:
+        """One optimiser step on this process's share, batches of (images, targets).
+
+        The step's loss is the mean over all batches of all processes. The host reads numbers of the GPU once, at the
+        end: a loss that is not finite is found when it has spoilt the weights, and before they are saved anywhere.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        batch = to_device(batch, settings.device)
+        on_device = [to_device(batch, settings.device) for batch in batches]
         settings.synchronize()
         started = time.perf_counter()
-        parts = losses_of(self.model, batch, step, settings)
-        loss = torch.stack([part.float() for part in parts.values()]).sum()
-        value = loss.item()
-        if not math.isfinite(value):
-            shown = ", ".join(f"{key} {part.item():.3g}" for key, part in parts.items())
-            raise TrainingError(f"the {self.name} model's loss is not finite at step {step + 1} ({shown}); lower --lr")
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        names: list[str] = []
+        values: list[Tensor] = []
+        for i, batch in enumerate(on_device):
+            with gradients_exchanged(self.called, i + 1 == len(batches)):
+                parts = losses_of(self.called, batch, step, settings, i * self.processes.world + self.processes.rank)
+                names, stacked = list(parts), torch.stack([part.float() for part in parts.values()])
+                self.scaler.scale(stacked.sum() / len(batches)).backward()
+            values.append(stacked.detach())
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_gradient_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.average.update(self.model)
+        *rows, (gradient_norm, *_) = torch.stack([*values, norm.float().expand(len(names))]).tolist()
         settings.synchronize()
         self.seconds.append(time.perf_counter() - started)
-        self.losses.append(value)
-        self.average.update_parameters(self.model)
+        self._check_finite(rows, names, batches, step)
+        totals = self.processes.sum([math.fsum(part) for part in zip(*rows, strict=True)])
+        self.parts = {name: total / settings.batches_per_step for name, total in zip(names, totals, strict=True)}
+        self.losses.append(math.fsum(self.parts.values()))
+        self.parts["gradient_norm"] = gradient_norm
+
+    def _check_finite(self, rows: list[list[float]], names: list[str], batches: list[Batch], step: int) -> None:
+        """All processes stop if a loss of any is not finite, and all say whose it was."""
+        if not self.processes.any(not all(math.isfinite(value) for row in rows for value in row)):
+            return
+        bad = [
+            ([int(target["image_id"]) for target in targets], row)
+            for (_, targets), row in zip(batches, rows, strict=True)
+            if not all(map(math.isfinite, row))
+        ]
+        shown = [
+            f"images {', '.join(map(str, ids))}: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in zip(names, row, strict=True))
+            for found in self.processes.gather(bad)
+            for ids, row in found
+        ]
+        raise TrainingError(
+            f"the {self.name} model's loss is not finite at step {step + 1} ({'; '.join(shown)}); the last checkpoint "
+            "is of a step before it. Lower --lr, or look at these images"
+        )
 
 
-def new_tracks(names: list[str], settings: Settings) -> list[Track]:
+def new_tracks(names: list[str], settings: Settings, processes: Processes, shard: bool = False) -> list[Track]:
     """A track for each name, all with equal weights; "fused" ones with fpn_fast's modules swapped in."""
     torch.manual_seed(settings.seed)
     initial = build_model(settings)
     tracks = []
     for name in names:
         model = copy.deepcopy(initial).to(settings.device).train()
+        if settings.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         swapped = None
         if name == "fused":
             import fpn_fast
 
             swapped = fpn_fast.accelerate(model)
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True)
+        average = WeightAverage(model)
+        called = distributed(model, processes, shard)
+        if shard:
+            shard_in_place(average.model, processes)
         # One pass over the weights instead of eight: 0.02 s a step instead of 0.11 on two CPU cores.
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=1e-4, fused=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-4, fused=True)
         # float16 alone needs scaled gradients.
         scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp and settings.device.type == "cuda")
-        tracks.append(Track(name, model, average, optimizer, scaler, swapped))
+        tracks.append(Track(name, model, called, average, optimizer, scaler, processes, swapped))
     return tracks
-
-
-def save_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None:
-    """Writes a file beside `path` and renames it: whatever happens, `path` is a whole checkpoint."""
-    state = {
-        "settings": settings.fingerprint(),
-        "tracks": [
-            {
-                "model": track.model.state_dict(),
-                "average": track.average.state_dict(),
-                "optimizer": track.optimizer.state_dict(),
-                "scaler": track.scaler.state_dict(),
-                "losses": track.losses,
-                "seconds": track.seconds,
-            }
-            for track in tracks
-        ],
-    }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None:
-    """Puts the tracks where the checkpoint was written. The backend may be another: weights are the same."""
-    try:
-        state = torch.load(path, map_location=settings.device, weights_only=True)
-        saved, states = state["settings"], state["tracks"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"--resume: there is no checkpoint {path}") from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"--resume: {path} is not a checkpoint of this script") from error
-    for key, value in settings.fingerprint().items():
-        if saved.get(key) != value:
-            raise CheckpointError(f"--resume: {path} was trained with {key} {saved.get(key)}, this run has {value}")
-    if len(states) != len(tracks):
-        raise CheckpointError(f"--resume: {path} was written {'with' if len(states) > 1 else 'without'} --compare")
-    for track, values in zip(tracks, states, strict=True):
-        for part in ("model", "average", "optimizer", "scaler"):
-            getattr(track, part).load_state_dict(values[part])
-        track.losses, track.seconds = list(values["losses"]), list(values["seconds"])
 
 
 class Interrupts:
@@ -247,3 +286,11 @@ class Interrupts:
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+
+
+def be_deterministic() -> None:
+    """Only algorithms that repeat themselves bit for bit; an operation that has none raises."""
+    # What cuBLAS asks for; it is read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

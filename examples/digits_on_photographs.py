@@ -27,6 +27,7 @@ import numpy as np
 import skimage
 import sklearn.datasets
 import torch
+from coco_data import encode_mask
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -68,6 +69,7 @@ class Scene:
 
     image, background: uint8 ``[S, S, 3]``, with and without the ink.
     boxes: float32 ``[D, 4]``, (x1, y1, x2, y2) in pixels, tight around the visible ink.
+    masks: bool ``[D, S, S]``, the visible ink of each, also where a later digit lies over it.
     labels: int64 ``[D]``, 1 for the digit 0 up to 10 for the digit 9.
     digits: int64 ``[D]``, each one's index in scikit-learn's set.
     photograph, crop: where the background is from, crop as (x1, y1, x2, y2) in the photograph.
@@ -76,6 +78,7 @@ class Scene:
     image: NDArray[np.uint8]
     background: NDArray[np.uint8]
     boxes: FloatArray
+    masks: NDArray[np.bool_]
     labels: NDArray[np.int64]
     digits: NDArray[np.int64]
     photograph: str
@@ -194,6 +197,7 @@ def make_scene(split: str, index: int, side: int, seed: int) -> Scene:
     longest = min(MAX_SIDE, int(side * 0.83))
     sides = np.exp(rng.uniform(np.log(MIN_SIDE), np.log(longest + 1), size=rng.integers(3, 9))).astype(int)
     boxes: list[FloatArray] = []
+    masks: list[NDArray[np.bool_]] = []
     chosen: list[int] = []
     # The largest first: small ones still find a place beside them.
     for longer_side in sorted(sides.tolist(), reverse=True):
@@ -208,12 +212,15 @@ def make_scene(split: str, index: int, side: int, seed: int) -> Scene:
         opacity = (alpha * rng.uniform(0.75, 1.0))[..., None]
         pixels[region] += (_ink_colour(background[region], rng) - pixels[region]) * opacity
         boxes.append(np.asarray((x, y, x + width, y + height), dtype=np.float32))
+        masks.append(np.zeros((side, side), dtype=bool))
+        masks[-1][region] = alpha > 0
         chosen.append(digit)
     digits = np.asarray(chosen, dtype=np.int64)
     return Scene(
         pixels.round().clip(0, 255).astype(np.uint8),
         background,
         np.stack(boxes),
+        np.stack(masks),
         values[digits] + 1,
         digits,
         name,
@@ -225,15 +232,16 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """``length`` pictures of a split ("train" or "test"), each made when it is asked for, from its own seed.
 
     An item is what torchvision's detectors take: an image, float32 ``[3, S, S]`` in 0..1, and a target with ``boxes``
-    float32 ``[D, 4]`` as (x1, y1, x2, y2), ``labels`` int64 ``[D]`` and ``image_id``.
+    float32 ``[D, 4]`` as (x1, y1, x2, y2), ``labels`` int64 ``[D]``, ``image_id`` and, if asked for, ``masks`` uint8
+    ``[D, S, S]``.
     """
 
-    def __init__(self, split: str, length: int, side: int = 256, seed: int = 0) -> None:
+    def __init__(self, split: str, length: int, side: int = 256, seed: int = 0, masks: bool = False) -> None:
         if split not in PHOTOGRAPHS:
             raise ValueError(f"split must be one of {sorted(PHOTOGRAPHS)}, got {split!r}")
         if side < 64:
             raise ValueError(f"side must be at least 64 pixels, got {side}")
-        self.split, self.length, self.side, self.seed = split, length, side, seed
+        self.split, self.length, self.side, self.seed, self.masks = split, length, side, seed, masks
         self.class_names, self.category_ids = CLASS_NAMES, tuple(range(1, len(CLASS_NAMES) + 1))
 
     def __len__(self) -> int:
@@ -252,11 +260,13 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             "labels": torch.from_numpy(scene.labels),
             "image_id": torch.tensor(index + 1),
         }
+        if self.masks:
+            target["masks"] = torch.from_numpy(scene.masks).to(torch.uint8)
         return image, target
 
     def first(self, count: int) -> DigitsOnPhotographs:
         """The set of the first ``count`` pictures."""
-        return DigitsOnPhotographs(self.split, min(count, self.length), self.side, self.seed)
+        return DigitsOnPhotographs(self.split, min(count, self.length), self.side, self.seed, self.masks)
 
     def coco(self) -> dict[str, Any]:
         """The split's annotations as one COCO dict; image ids are index + 1, category ids are the labels."""
@@ -274,8 +284,8 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                     "crop": list(scene.crop),
                 }
             )
-            for box, label, digit in zip(
-                scene.boxes.tolist(), scene.labels.tolist(), scene.digits.tolist(), strict=True
+            for box, mask, label, digit in zip(
+                scene.boxes.tolist(), scene.masks, scene.labels.tolist(), scene.digits.tolist(), strict=True
             ):
                 width, height = box[2] - box[0], box[3] - box[1]
                 annotations.append(
@@ -285,6 +295,7 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                         "category_id": label,
                         "bbox": [box[0], box[1], width, height],
                         "area": width * height,
+                        "segmentation": encode_mask(mask),
                         "iscrowd": 0,
                         "digit_index": digit,
                     }

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that go on where they were written: whole or not there, and the same for one process and many.
+
+A step's data, its order, its random numbers and its learning rate are functions of the seed and the step (see
+`Settings`): a checkpoint holds weights, their average, the optimiser, the gradient scaler and the losses so far.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from detector_training import Settings, Track
+from processes import Processes
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is not there, cannot be read, or is of another run; the message is one line."""
+
+
+def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, processes: Processes) -> None:
+    """Writes a file beside `path` and renames it: whatever happens, `path` is a whole checkpoint.
+
+    All processes call it, as sharded weights are gathered; the leading one writes.
+    """
+    state = {"settings": settings.fingerprint(), "tracks": [_state_of(track) for track in tracks]}
+    if processes.leads:
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                # The name must not reach the disk before the contents.
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    processes.wait()
+
+
+def _state_of(track: Track) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(track.model, options=WHOLE),
+        "average": get_model_state_dict(track.average.model, options=WHOLE),
+        "optimizer": get_optimizer_state_dict(track.model, track.optimizer, options=WHOLE),
+        "scaler": track.scaler.state_dict(),
+        "losses": track.losses,
+        "seconds": track.seconds,
+    }
+
+
+def load_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None:
+    """Puts the tracks where the checkpoint was written. The backend may be another: weights are the same."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, states = state["settings"], state["tracks"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"--resume: there is no checkpoint {path}") from error
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"--resume: {path} is not a checkpoint of this script") from error
+    for key, value in settings.fingerprint().items():
+        if saved.get(key) != value:
+            raise CheckpointError(f"--resume: {path} was trained with {key} {saved.get(key)}, this run has {value}")
+    if len(states) != len(tracks):
+        raise CheckpointError(f"--resume: {path} was written {'with' if len(states) > 1 else 'without'} --compare")
+    for track, values in zip(tracks, states, strict=True):
+        set_model_state_dict(track.model, values["model"], options=WHOLE)
+        set_model_state_dict(track.average.model, values["average"], options=WHOLE)
+        set_optimizer_state_dict(track.model, track.optimizer, values["optimizer"], options=WHOLE)
+        track.scaler.load_state_dict(values["scaler"])
+        track.losses, track.seconds = list(values["losses"]), list(values["seconds"])

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's detectors on any of its backbones whose stages halve the picture, with pyramids and norms by choice."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+ONE_STAGE = ("retinanet", "fcos")
+NORMS = ("group", "frozen", "batch", "sync")
+PYRAMIDS = ("fpn", "no-top-down", "c4")
+CHANNELS = 256
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+SMALL_HEAD_WIDTH, SMALL_MASK_WIDTH = 256, 128
+# Any size that five halvings leave something of will do.
+PROBE_SIZE = 128
+
+
+class ModelError(Exception):
+    """A model that cannot be built of these parts; the message is one line."""
+
+
+class BackboneWithPyramid(nn.Module):
+    """torchvision's BackboneWithFPN, with its checkpoint keys, over a pyramid of any class."""
+
+    def __init__(self, body: nn.Module, fpn: nn.Module, out_channels: int) -> None:
+        super().__init__()
+        self.body, self.fpn, self.out_channels = body, fpn, out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """[N, 3, H, W] -> maps by name, finest first."""
+        maps: dict[str, Tensor] = self.fpn(self.body(images))
+        return maps
+
+
+class NoTopDownPyramid(FeaturePyramidNetwork):
+    """The FPN paper's Table 1 (d): lateral and output convolutions on every level, and nothing from above."""
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        names, inputs = list(maps), list(maps.values())
+        blocks = zip(inputs, self.inner_blocks, self.layer_blocks, strict=True)
+        results = [layer(inner(each)) for each, inner, layer in blocks]
+        if self.extra_blocks is not None:
+            results, names = self.extra_blocks(results, inputs, names)
+        return OrderedDict(zip(names, results, strict=True))
+
+
+def build_detector(
+    model: str,
+    backbone: str,
+    classes: int,
+    image_size: int,
+    *,
+    norm: str = "group",
+    frozen_stages: int = 0,
+    pretrained: bool = False,
+    pyramid: str = "fpn",
+    heads: str = "small",
+    multi_scale: tuple[int, int] | None = None,
+) -> nn.Module:
+    """A detector of `classes` classes and the background, for images whose shorter side becomes `image_size`.
+
+    heads: "torchvision" for its sizes, meant for pictures of 800 pixels; "small" for a tenth of them: fewer and smaller
+    anchors, proposals and samples, and narrower heads.
+    multi_scale: in training the shorter side is drawn for each image from these two, and every 32 pixels between them.
+    """
+    small = heads == "small"
+    body = build_backbone(backbone, model in TWO_STAGE, norm, frozen_stages, pretrained, pyramid)
+    training_sizes = () if multi_scale is None else tuple(range(multi_scale[0], multi_scale[1] + 1, 32))
+    # torchvision draws from all of them in training, and takes the last one in evaluation.
+    sizes = (*training_sizes, image_size)
+    # torchvision's default proportion, 800 to 1333.
+    common: dict[str, Any] = {"min_size": sizes, "max_size": max(sizes) * 5 // 3}
+    anchor = 16 if small else 32
+    if model in ONE_STAGE:
+        kind = FCOS if model == "fcos" else RetinaNet
+        if model == "retinanet":
+            thirds = [tuple(int(anchor * 2 ** (level + third / 3)) for third in range(3)) for level in range(5)]
+            common["anchor_generator"] = AnchorGenerator(tuple(thirds), (ASPECT_RATIOS,) * 5)
+        return kind(body, classes + 1, **common)
+    scales = tuple(anchor * 2**level for level in range(5))
+    per_level = (scales,) if pyramid == "c4" else tuple((scale,) for scale in scales)
+    common["rpn_anchor_generator"] = AnchorGenerator(per_level, (ASPECT_RATIOS,) * len(per_level))
+    if small:
+        common |= {
+            "rpn_pre_nms_top_n_train": 500,
+            "rpn_post_nms_top_n_train": 300,
+            "rpn_pre_nms_top_n_test": 300,
+            "rpn_post_nms_top_n_test": 150,
+            "box_batch_size_per_image": 128,
+            "box_head": TwoMLPHead(CHANNELS * 7 * 7, SMALL_HEAD_WIDTH),
+            "box_predictor": FastRCNNPredictor(SMALL_HEAD_WIDTH, classes + 1),
+        }
+    if model == "faster_rcnn":
+        return FasterRCNN(body, None if small else classes + 1, **common)
+    if small:
+        common["mask_head"] = MaskRCNNHeads(CHANNELS, (SMALL_MASK_WIDTH,) * 2, 1)
+        common["mask_predictor"] = MaskRCNNPredictor(SMALL_MASK_WIDTH, SMALL_MASK_WIDTH, classes + 1)
+    return MaskRCNN(body, None if small else classes + 1, **common)
+
+
+def build_backbone(
+    name: str, two_stage: bool, norm: str, frozen_stages: int, pretrained: bool, pyramid: str
+) -> BackboneWithPyramid:
+    """A classifier's stages under a pyramid: P2 to P6 for two stages, P3 to P7 for one, P4 alone for "c4"."""
+    trunk = _trunk(name, pretrained)
+    ends = _stage_ends(trunk, name)
+    names = [child_name for child_name, _ in trunk.named_children()]
+    frozen = names[: ends[frozen_stages][0] + 1] if frozen_stages else []
+    # Running statistics of a frozen stage stay as they are.
+    _replace_batch_norms(trunk, frozen, "group" if norm == "group" else "frozen")
+    for child_name in frozen:
+        trunk.get_submodule(child_name).requires_grad_(False)
+    _replace_batch_norms(trunk, names, norm)
+    wanted = (4,) if pyramid == "c4" else (2, 3, 4, 5) if two_stage else (3, 4, 5)
+    body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
+    kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
+    extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(CHANNELS, CHANNELS)
+    fpn = kind([ends[level][1] for level in wanted], CHANNELS, None if pyramid == "c4" else extra)
+    return BackboneWithPyramid(body, fpn, CHANNELS)
+
+
+def _trunk(name: str, pretrained: bool) -> nn.Module:
+    """A classifier's layers before its pooling, as a module that calls its children one after another."""
+    try:
+        network = get_model(name, weights="DEFAULT" if pretrained else None)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"torchvision has no model {name!r}") from error
+    if isinstance(getattr(network, "features", None), nn.Sequential):
+        return network.features
+    if hasattr(network, "trunk_output"):
+        return nn.Sequential(OrderedDict([("stem", network.stem), *network.trunk_output.named_children()]))
+    return network
+
+
+def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
+    """For level l, of stride 2^l, the last child whose map has it: (index of the child, channels)."""
+    ends: dict[int, tuple[int, int]] = {}
+    was_training = trunk.training
+    maps = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE)
+    with torch.no_grad():
+        for index, child in enumerate(trunk.eval().children()):
+            try:
+                maps = child(maps)
+            except (RuntimeError, TypeError):
+                break
+            if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[2] != maps.shape[3]:
+                break
+            stride = PROBE_SIZE / maps.shape[2]
+            level = math.log2(stride)
+            # A pool after the last stage is the classifier's.
+            if level.is_integer() and level <= 5:
+                ends[int(level)] = (index, maps.shape[1])
+    trunk.train(was_training)
+    for level in (2, 3, 4, 5):
+        if level not in ends:
+            raise ModelError(f"--backbone {name}: no stage of it has maps of stride {2**level} in a simple sequence")
+    # A stem that goes to stride 4 at once has no end at 2: there is nothing to freeze before it.
+    ends.setdefault(1, (-1, 3))
+    return ends
+
+
+def _replace_batch_norms(module: nn.Module, names: list[str], norm: str) -> None:
+    """Every BatchNorm2d in the children of these names becomes one of `norm`; other kinds of norms stay."""
+    for name in names:
+        child = getattr(module, name)
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, _norm_like(child, norm))
+        else:
+            _replace_batch_norms(child, [each for each, _ in child.named_children()], norm)
+
+
+def _norm_like(old: nn.BatchNorm2d, norm: str) -> nn.Module:
+    if norm == "batch":
+        return old
+    if norm == "sync":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(old)
+    if norm == "frozen":
+        frozen = FrozenBatchNorm2d(old.num_features, old.eps)
+        kept = {key: value for key, value in old.state_dict().items() if key != "num_batches_tracked"}
+        frozen.load_state_dict(kept)
+        return frozen
+    # Statistics of the image alone: what trains from random weights in small batches.
+    return nn.GroupNorm(math.gcd(32, old.num_features), old.num_features)

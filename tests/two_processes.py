@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests/test_distributed_training.py runs in each of two processes: `python tests/two_processes.py FOLDER`."""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train_detector
+from detector_models import build_detector
+from digits_on_photographs import DigitsOnPhotographs
+
+import fpn_fast
+
+SMALL = ("--image-size", "64", "--batch-size", "1", "--device", "cpu", "--threads", "1", "--eval-images", "3")
+
+
+class FirstOnes:
+    """Takes the first of each kind, so that what is sampled for an image does not depend on the other images."""
+
+    def __init__(self, size: int, fraction: float) -> None:
+        self.size, self.positives = size, int(size * fraction)
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        positive = [(each >= 1) & ((each >= 1).cumsum(0) <= self.positives) for each in labels]
+        negative = []
+        for each, taken in zip(labels, positive, strict=True):
+            rest = self.size - int(taken.sum())
+            negative.append((each == 0) & ((each == 0).cumsum(0) <= rest))
+            # What the losses are divided by is then the same for every image.
+            assert int(taken.sum() + negative[-1].sum()) == self.size
+        return [each.to(torch.uint8) for each in positive], [each.to(torch.uint8) for each in negative]
+
+
+def detector() -> nn.Module:
+    """Faster R-CNN in float64, where other orders of sums change nothing that a selection could turn on."""
+    torch.manual_seed(0)
+    model = build_detector("faster_rcnn", "resnet18", 10, 64).double()
+    fpn_fast.accelerate(model)
+    model.rpn.fg_bg_sampler = FirstOnes(64, 0.5)
+    model.roi_heads.fg_bg_sampler = FirstOnes(32, 0.25)
+    return model
+
+
+def batch_of(indices: list[int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    data = DigitsOnPhotographs("train", 8, 64)
+    images, targets = zip(*(data[index] for index in indices), strict=True)
+    return [image.double() for image in images], [{**t, "boxes": t["boxes"].double()} for t in targets]
+
+
+def largest_difference(ours: nn.Module, joined: nn.Module) -> float:
+    """Of gradients, relative to the norm of each."""
+    return max(
+        ((a.grad - b.grad).norm() / b.grad.norm()).item()
+        for a, b in zip(ours.parameters(), joined.parameters(), strict=True)
+    )
+
+
+def detector_gradients(rank: int) -> dict[str, Any]:
+    model = detector()
+    joined = copy.deepcopy(model)
+    # Kept until after the backward, in which it exchanges gradients.
+    copied = DistributedDataParallel(model)
+    sum(copied(*batch_of([rank])).values()).backward()
+    sum(joined(*batch_of([0, 1])).values()).backward()
+    return {"difference": largest_difference(model, joined), "parameters": len(list(model.parameters()))}
+
+
+class PyramidAndPooler(nn.Module):
+    """Nothing but what the RoIs reach: a level that has none gets a gradient by no other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fpn = fpn_fast.nn.FeaturePyramidNetwork([4, 4, 4], 8)
+        self.pool = fpn_fast.nn.MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=30, canonical_level=3)
+
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        return self.pool(self.fpn(maps), boxes, [(64, 64)] * len(boxes))
+
+
+def empty_level_gradients(rank: int) -> dict[str, Any]:
+    torch.manual_seed(1)
+    model = PyramidAndPooler().double()
+    joined = copy.deepcopy(model)
+    maps = {str(level): torch.rand(2, 4, 16 >> level, 16 >> level, dtype=torch.float64) for level in range(3)}
+    # The finest level alone, and the coarsest alone.
+    boxes = [torch.tensor([[1.0, 2, 9, 8]] * 2).double(), torch.tensor([[0.0, 0, 60, 62]] * 2).double()]
+    weights = torch.rand(2, 2, 8, 3, 3, dtype=torch.float64)
+    copied = DistributedDataParallel(model)
+    own = copied({k: m[rank : rank + 1] for k, m in maps.items()}, [boxes[rank]])
+    (own * weights[rank]).sum().backward()
+    (joined(maps, boxes) * weights.flatten(0, 1)).sum().div(2).backward()
+    unused = [name for name, each in joined.named_parameters() if not each.grad.any()]
+    return {"difference": largest_difference(model, joined), "unused": unused}
+
+
+def script(folder: Path, *arguments: str) -> Callable[[int], dict[str, Any]]:
+    def run(rank: int) -> dict[str, Any]:
+        return {"code": train_detector.main([*SMALL, "--output", str(folder), *arguments])}
+
+    return run
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.set_num_threads(1)
+    found = {name: check(rank) for name, check in (("detector", detector_gradients), ("level", empty_level_gradients))}
+    runs = {
+        "copied": script(folder / "copied", "--steps", "2", "--tensorboard"),
+        "sharded": script(folder / "sharded", "--steps", "2", "--fsdp"),
+        "not_finite": script(folder / "not_finite", "--steps", "9", "--lr", "1e30"),
+    }
+    found |= {name: run(rank) for name, run in runs.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
