@@ -38,15 +38,14 @@ void detect(const std::vector<std::vector<Candidate<acc_t>>>& found, int64_t par
   int64_t* kept = static_cast<int64_t*>(detections.counts.data_ptr());
   segmented_nms(boxes.data(), scores.data(), labels.data(), counts.data(), batch, most, nms_thresh, room,
                 NmsConvention::kDivision, keep.data(), kept);
-  auto* out_boxes = static_cast<Box<acc_t>*>(detections.boxes.data_ptr());
-  auto* out_scores = static_cast<acc_t*>(detections.scores.data_ptr());
-  auto* out_labels = static_cast<int64_t*>(detections.labels.data_ptr());
+  const auto tables = detection_tables<acc_t>(detections);
   for (int64_t i = 0; i < batch * room; ++i) {
-    const bool is_there = keep[i] >= 0;
-    const int64_t source = is_there ? i / room * most + keep[i] : 0;
-    out_boxes[i] = is_there ? boxes[source] : Box<acc_t>{0, 0, 0, 0};
-    out_scores[i] = is_there ? scores[source] : acc_t(0);
-    out_labels[i] = is_there ? labels[source] : 0;
+    const int64_t source = i / room * most + keep[i];
+    if (keep[i] < 0) {
+      tables.clear(i / room, i % room);
+    } else {
+      tables.write(i / room, i % room, boxes[source], scores[source], labels[source]);
+    }
   }
 }
 

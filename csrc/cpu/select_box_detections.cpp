@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/box_heads.h"
 #include "../common/exponential.h"
 #include "../torch/select_detections.h"
 #include "candidates.h"
@@ -18,20 +19,6 @@ constexpr int64_t kBoxesPerTask = 64;
 // Logits in the time of an exponential.
 constexpr int64_t kExponentialCost = 16;
 
-template <class acc_t>
-struct BoxHeads {
-  const acc_t *logits, *deltas;
-  const Box<acc_t>* boxes;
-  const int64_t* counts;     // null: all
-  const acc_t* image_sizes;  // [N, 2], height and width
-  int64_t batch, room, classes;
-  bool own_deltas;  // for each class
-  acc_t score_thresh, min_size;
-  BoxCoding<acc_t> coding;
-
-  int64_t count(int64_t image) const { return counts == nullptr ? room : std::clamp<int64_t>(counts[image], 0, room); }
-};
-
 // A pair of a box and a class that passes the threshold.
 template <class acc_t>
 struct Pair {
@@ -41,8 +28,8 @@ struct Pair {
 
 // The pairs of one box. Probabilities are made in double and rounded, so that a library's exp decides nothing.
 template <class acc_t>
-HOST_DEVICE void pass_threshold(const BoxHeads<acc_t>& heads, int64_t image, int64_t box, std::vector<double>& powers,
-                                std::vector<Pair<acc_t>>& pairs) {
+HOST_DEVICE void pass_threshold(const BoxHeads<acc_t>& heads, acc_t score_thresh, int64_t image, int64_t box,
+                                std::vector<double>& powers, std::vector<Pair<acc_t>>& pairs) {
   const int64_t classes = heads.classes;
   const acc_t* logits = heads.logits + (image * heads.room + box) * classes;
   acc_t highest = logits[0];
@@ -61,22 +48,16 @@ HOST_DEVICE void pass_threshold(const BoxHeads<acc_t>& heads, int64_t image, int
   if (!is_number || !is_finite(highest)) return;
   for (int64_t c = 1; c < classes; ++c) {
     const acc_t score = static_cast<acc_t>(powers[c] / sum);
-    if (score > heads.score_thresh) pairs.push_back({score, static_cast<uint32_t>(box * classes + c)});
+    if (score > score_thresh) pairs.push_back({score, static_cast<uint32_t>(box * classes + c)});
   }
 }
 
 template <class acc_t>
 HOST_DEVICE void decode_pair(const BoxHeads<acc_t>& heads, int64_t image, const Pair<acc_t>& pair,
                              std::vector<Candidate<acc_t>>& found) {
-  const int64_t box = pair.index / heads.classes, label = pair.index % heads.classes;
-  const int64_t row = image * heads.room + box;
-  const acc_t* code = heads.deltas + 4 * (heads.own_deltas ? row * heads.classes + label : row);
-  const acc_t* size = heads.image_sizes + 2 * image;
-  if (!is_finite(heads.boxes[row]) || !is_finite(Box<acc_t>{code[0], code[1], code[2], code[3]})) return;
-  const Box<acc_t> decoded = decode(heads.coding, heads.boxes[row], code);
-  if (!is_finite(decoded)) return;
-  const Box<acc_t> clipped = clip(decoded, size[0], size[1]);
-  if (is_large_enough(clipped, heads.min_size, false)) found.push_back({clipped, pair.score, label});
+  const int64_t label = pair.index % heads.classes;
+  const Box<acc_t> box = decoded_box(heads, image, pair.index / heads.classes, label);
+  if (box.x1 == box.x1) found.push_back({box, pair.score, label});
 }
 
 // Of each class the best `limit`, of equal ones the first; in the order that they were in.
@@ -98,7 +79,7 @@ void limit_classes(std::vector<Pair<acc_t>>& pairs, int64_t classes, int64_t lim
 }
 
 template <class acc_t>
-void select(const BoxHeads<acc_t>& heads, std::optional<int64_t> class_top_n, double nms_thresh,
+void select(const BoxHeads<acc_t>& heads, acc_t score_thresh, std::optional<int64_t> class_top_n, double nms_thresh,
             const Detections& detections) {
   const int64_t parts = std::max<int64_t>(1, (heads.room + kBoxesPerTask - 1) / kBoxesPerTask);
   std::vector<std::vector<Pair<acc_t>>> pairs(heads.batch * parts);
@@ -111,7 +92,7 @@ void select(const BoxHeads<acc_t>& heads, std::optional<int64_t> class_top_n, do
     for (int64_t i = next(); i < heads.batch * parts; i = next()) {
       const int64_t image = i / parts, begin = i % parts * kBoxesPerTask;
       const int64_t end = std::min(begin + kBoxesPerTask, heads.count(image));
-      for (int64_t box = begin; box < end; ++box) pass_threshold(heads, image, box, powers, pairs[i]);
+      for (int64_t box = begin; box < end; ++box) pass_threshold(heads, score_thresh, image, box, powers, pairs[i]);
       if (!class_top_n.has_value()) decode_part(i);
     }
   });
@@ -137,22 +118,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_box_detections_cpu(Tensor logi
                                                                      std::optional<int64_t> class_top_n,
                                                                      double nms_thresh, int64_t max_detections,
                                                                      std::vector<double> weights, double scale_clamp) {
-  const int64_t classes =
-      check_box_heads(logits, deltas, boxes, counts, image_sizes, class_top_n, max_detections, weights);
+  check_box_heads(logits, deltas, boxes, counts, image_sizes, class_top_n, max_detections, weights);
   const Detections detections = empty_detections(image_sizes, max_detections);
   const auto run = [&](auto tag) {
     using acc_t = typename decltype(tag)::type;
-    BoxHeads<acc_t> heads{};
-    heads.logits = static_cast<const acc_t*>(logits.data_ptr());
-    heads.deltas = static_cast<const acc_t*>(deltas.data_ptr());
-    heads.boxes = static_cast<const Box<acc_t>*>(boxes.data_ptr());
-    heads.counts = optional_data<int64_t>(counts);
-    heads.image_sizes = static_cast<const acc_t*>(image_sizes.data_ptr());
-    heads.batch = boxes.size(0), heads.room = boxes.size(1), heads.classes = classes;
-    heads.own_deltas = deltas.size(2) != 4;
-    heads.score_thresh = static_cast<acc_t>(score_thresh), heads.min_size = static_cast<acc_t>(min_size);
-    heads.coding = plain_box_coding<acc_t>(weights, scale_clamp);
-    select(heads, class_top_n, nms_thresh, detections);
+    const auto heads = box_heads<acc_t>(logits, deltas, boxes, counts, image_sizes, min_size, weights, scale_clamp);
+    select(heads, static_cast<acc_t>(score_thresh), class_top_n, nms_thresh, detections);
   };
   boxes.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : run(TypeTag<float>{});
   return {detections.boxes, detections.scores, detections.labels, detections.counts};

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/dense_heads.h"
 #include "../common/detection_scores.h"
 #include "candidates.h"
 #include "top_logits.h"
@@ -19,23 +20,6 @@ namespace {
 
 // Logits in a task: few enough for two threads to share the finest level of one image evenly.
 constexpr int64_t kTaskLogits = 1 << 18;
-
-template <class T, class acc_t = acc_type<T>>
-struct DenseHeads {
-  std::vector<FeatureMap<const T>> logits, deltas, centerness;
-  std::vector<Box<acc_t>> cells;  // of each level, `anchors` of them
-  std::vector<acc_t> stride_y, stride_x;
-  const acc_t* image_sizes;  // [N, 2], height and width
-  int64_t anchors, classes;
-  int64_t pre_nms_top_n;
-  acc_t score_thresh;
-  acc_t lowest;  // logit, or with centerness score, that passes
-  BoxCoding<acc_t> coding;
-  bool distances;
-
-  int64_t levels() const { return static_cast<int64_t>(logits.size()); }
-  int64_t batch() const { return logits[0].batch; }
-};
 
 struct Rows {
   int64_t image, level, begin, end;
@@ -139,30 +123,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_detections_cpu(
     std::vector<double> cell_anchors, std::vector<int64_t> strides, Tensor image_sizes, double score_thresh,
     int64_t pre_nms_top_n, double nms_thresh, int64_t max_detections, std::vector<double> weights, double scale_clamp,
     bool distances) {
-  const int64_t anchors = check_dense_heads(logits, deltas, centerness, cell_anchors, strides, image_sizes,
-                                            pre_nms_top_n, max_detections, weights);
+  check_dense_heads(logits, deltas, centerness, cell_anchors, strides, image_sizes, pre_nms_top_n, max_detections,
+                    weights);
   const Detections detections = empty_detections(image_sizes, max_detections);
   dispatch_floating(logits[0].scalar_type(), "select_detections", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc_t = acc_type<T>;
-    DenseHeads<T> heads{};
-    heads.logits = to_feature_maps<const T>(logits), heads.deltas = to_feature_maps<const T>(deltas);
-    heads.centerness = to_feature_maps<const T>(centerness);
-    heads.image_sizes = static_cast<const acc_t*>(image_sizes.data_ptr());
-    heads.anchors = anchors, heads.classes = logits[0].size(1) / anchors;
-    heads.pre_nms_top_n = pre_nms_top_n;
-    const acc_t threshold = static_cast<acc_t>(score_thresh);
-    heads.lowest = centerness.empty() ? lowest_passing_logit(threshold)
-                                      : std::nextafter(threshold, std::numeric_limits<acc_t>::infinity());
-    heads.coding = plain_box_coding<acc_t>(weights, scale_clamp), heads.distances = distances;
-    for (size_t i = 0; i < cell_anchors.size(); i += 4) {
-      heads.cells.push_back({static_cast<acc_t>(cell_anchors[i]), static_cast<acc_t>(cell_anchors[i + 1]),
-                             static_cast<acc_t>(cell_anchors[i + 2]), static_cast<acc_t>(cell_anchors[i + 3])});
-    }
-    for (size_t i = 0; i < strides.size(); i += 2) {
-      heads.stride_y.push_back(static_cast<acc_t>(strides[i]));
-      heads.stride_x.push_back(static_cast<acc_t>(strides[i + 1]));
-    }
+    const auto heads = dense_heads<T>(logits, deltas, centerness, cell_anchors, strides, image_sizes, score_thresh,
+                                      pre_nms_top_n, nms_thresh, max_detections, weights, scale_clamp, distances);
     const int64_t batch = heads.batch(), levels = heads.levels();
     std::vector<TopLogits<T>> best = find_best(heads);
     std::vector<std::vector<Candidate<acc_t>>> found(batch * levels);

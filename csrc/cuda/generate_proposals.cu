@@ -63,7 +63,7 @@ std::vector<KernelEntry> entries() {
   add_type(TypeTag<double>{}, "float64"), add_type(TypeTag<float>{}, "float32");
   add_type(TypeTag<Half>{}, "float16"), add_type(TypeTag<BFloat16>{}, "bfloat16");
   const auto add_sum_type = [&]<class T>(TypeTag<T>, const std::string& type) {
-    add("proposal_setup_kernel<" + type + ">", &proposal_setup_kernel<T>, kProposalThreads);
+    add("head_setup_kernel<" + type + ">", &head_setup_kernel<T>, kHeadThreads);
     add("merge_proposals_kernel<" + type + ">", &merge_proposals_kernel<T>, kProposalThreads);
   };
   add_sum_type(TypeTag<double>{}, "float64"), add_sum_type(TypeTag<float>{}, "float32");

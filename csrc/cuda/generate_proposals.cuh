@@ -17,6 +17,7 @@
 #include "../common/proposal_arguments.h"
 #include "../common/scalar.h"
 #include "greedy_nms.cuh"
+#include "head_decoding.cuh"
 #include "launch.h"
 #include "scratch.h"
 #include "sorted_runs.cuh"
@@ -25,66 +26,18 @@
 namespace fpn_fast {
 
 constexpr int kProposalThreads = 256;
-// More than an RPN has; of float64 they are half of what a kernel's arguments may take.
-constexpr int kSetupCells = 64;
-
-// Cell anchors in arguments: a copy from the host's memory would have to be waited for.
-template <class acc_t>
-struct ProposalSetup {
-  Box<acc_t> cells[kSetupCells];
-  Box<acc_t>* table;  // where they go, `count` of them
-  int count;
-  uint32_t* bins;
-  int64_t bin_count;
-};
-
-template <class acc_t>
-__global__ void __launch_bounds__(kProposalThreads)
-    proposal_setup_kernel(const __grid_constant__ ProposalSetup<acc_t> setup) {
-  const int64_t thread = int64_t{blockIdx.x} * kProposalThreads + threadIdx.x;
-  if (thread < setup.count) setup.table[thread] = setup.cells[thread];
-  if (thread < setup.bin_count) setup.bins[thread] = 0;
-}
 
 template <class T>
 struct ProposalDecoding {
   using acc_t = acc_type<T>;
 
-  ProposalArguments<acc_t> arguments;
-  FeatureMap<const T> deltas[kMaxProposalLevels];
-  const Box<acc_t>* cells;   // of each level, `anchors` of them
-  const acc_t* image_sizes;  // [N, 2], height and width
-  int anchors;
+  HeadDecoding<T> head;
+  acc_t score_thresh, min_size;
+  bool strict_size, logits_out;
   SortedRuns<RankKey<acc_t>> runs;  // of each image, a list of each level
   Candidates<acc_t> candidates;     // a list of each level of each image
   acc_t* scores;                    // of the candidates
 };
-
-// The clipped box of logit `index` of a level; one whose x1 is NaN where none is proposed.
-template <class T, class acc_t = acc_type<T>>
-__device__ __forceinline__ Box<acc_t> proposed_box(const ProposalDecoding<T>& decoding, int64_t image, int level,
-                                                   uint32_t index) {
-  const ProposalArguments<acc_t>& arguments = decoding.arguments;
-  const FeatureMap<const T>& deltas = decoding.deltas[level];
-  const Box<acc_t> none{std::numeric_limits<acc_t>::quiet_NaN(), 0, 0, 0};
-  const uint32_t anchors = decoding.anchors, width = deltas.width;
-  const uint32_t anchor = index % anchors, pixel = index / anchors, x = pixel % width, y = pixel / width;
-  acc_t code[4];
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    code[i] = to_acc(*deltas.at(image, 4 * int64_t{anchor} + i, y, x));
-    finite = finite && is_finite(code[i]);
-  }
-  if (!finite) return none;
-  const Box<acc_t> source = anchor_at(arguments.coding, decoding.cells[level * int64_t{anchors} + anchor], y, x,
-                                      arguments.stride_y[level], arguments.stride_x[level]);
-  const Box<acc_t> decoded = decode(arguments.coding, source, code);
-  if (!is_finite(decoded)) return none;
-  const acc_t* size = decoding.image_sizes + 2 * image;
-  const Box<acc_t> box = clip(decoded, size[0], size[1]);
-  return is_large_enough(box, arguments.min_size, arguments.strict_size) ? box : none;
-}
 
 // Merges the runs of a level, and decodes each logit where it comes to stand.
 template <class T>
@@ -101,10 +54,11 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   if (thread == 0) candidates.counts[list] = merged_count(runs, element);
   place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
     const acc_t logit = number_of_key<acc_t>(key), probability = logistic(logit);
-    Box<acc_t> box = proposed_box(decoding, element.image, element.list, index_of_key(key));
-    if (!(probability >= decoding.arguments.score_thresh)) box.x1 = std::numeric_limits<acc_t>::quiet_NaN();
+    Box<acc_t> box = decoded_box(decoding.head, element.image, element.list, index_of_key(key));
+    const bool large = is_large_enough(box, decoding.min_size, decoding.strict_size);
+    if (!large || !(probability >= decoding.score_thresh)) box.x1 = std::numeric_limits<acc_t>::quiet_NaN();
     candidates.boxes[first + rank] = box;
-    decoding.scores[first + rank] = decoding.arguments.logits_out ? logit : probability;
+    decoding.scores[first + rank] = decoding.logits_out ? logit : probability;
   });
 }
 
@@ -176,6 +130,7 @@ struct ProposalPlan {
   std::vector<RunMerge<RankKey<acc_t>>> merges;
   ProposalDecoding<T> decoding;
   Box<acc_t>* cells;
+  int64_t post_nms_top_n;
 };
 
 template <class T>
@@ -190,15 +145,20 @@ ProposalPlan<T> plan_proposals(Scratch& scratch, const ProposalArguments<acc_typ
   for (const auto& map : objectness) limit = std::max(limit, anchors * map.height * map.width);
   limit = std::min(limit, arguments.pre_nms_top_n);
   ProposalDecoding<T>& decoding = plan.decoding;
-  decoding.arguments = arguments, decoding.anchors = static_cast<int>(anchors);
-  std::copy(deltas.begin(), deltas.end(), decoding.deltas);
+  decoding.head.coding = arguments.coding, decoding.head.anchors = static_cast<int>(anchors);
+  std::copy(deltas.begin(), deltas.end(), decoding.head.deltas);
+  std::copy(arguments.stride_y, arguments.stride_y + levels, decoding.head.stride_y);
+  std::copy(arguments.stride_x, arguments.stride_x + levels, decoding.head.stride_x);
+  decoding.score_thresh = arguments.score_thresh, decoding.min_size = arguments.min_size;
+  decoding.strict_size = arguments.strict_size, decoding.logits_out = arguments.logits_out;
   decoding.candidates = plan_candidates<acc_t>(scratch, images * levels, limit, false, false, arguments.rule);
   const int64_t room = decoding.candidates.room;
   decoding.scores = scratch.take<acc_t>(images * levels * room);
-  decoding.cells = plan.cells = scratch.take<Box<acc_t>>(levels * anchors);
-  plan.selection = plan_selection<T>(scratch, objectness, limit, room);
+  decoding.head.cells = plan.cells = scratch.take<Box<acc_t>>(levels * anchors);
+  plan.selection = plan_selection<T>(scratch, objectness, limit, room, -std::numeric_limits<acc_t>::infinity(), true);
   decoding.runs = plan.selection.runs;
   plan.merges = plan_merges(scratch, images, room, decoding.runs);
+  plan.post_nms_top_n = arguments.post_nms_top_n;
   return plan;
 }
 
@@ -207,19 +167,10 @@ template <class T, class Launch, class acc_t = acc_type<T>>
 void propose_in_launches(ProposalPlan<T> plan, const std::vector<Box<acc_t>>& cells, const acc_t* image_sizes,
                          Box<acc_t>* boxes, acc_t* scores, int64_t* counts, const Launch& launch) {
   const int64_t images = plan.selection.images, levels = plan.selection.runs.lists;
-  const int64_t all_cells = static_cast<int64_t>(cells.size());
-  for (int64_t first = 0; first == 0 || first < all_cells; first += kSetupCells) {
-    ProposalSetup<acc_t> setup{};
-    setup.table = plan.cells + first, setup.count = static_cast<int>(std::min<int64_t>(all_cells - first, kSetupCells));
-    std::copy(cells.begin() + first, cells.begin() + first + setup.count, setup.cells);
-    setup.bins = plan.selection.bins, setup.bin_count = first == 0 ? images * levels * kBins : 0;
-    const int64_t threads = std::max<int64_t>(setup.bin_count, kSetupCells);
-    launch(proposal_setup_kernel<acc_t>,
-           LaunchConfig{(threads + kProposalThreads - 1) / kProposalThreads, kProposalThreads}, setup);
-  }
+  set_up_in_launches(plan.cells, cells, plan.selection.bins, images * levels * kBins, launch);
   select_in_launches(plan.selection, launch);
   merge_in_launches(plan.merges, images, launch);
-  plan.decoding.image_sizes = image_sizes;
+  plan.decoding.head.image_sizes = image_sizes;
   launch(decode_proposals_kernel<T>, LaunchConfig{blocks_of_runs(plan.decoding.runs, images), kMergeThreads},
          plan.decoding);
   suppress_in_launches(plan.decoding.candidates, launch);
@@ -227,8 +178,8 @@ void propose_in_launches(ProposalPlan<T> plan, const std::vector<Box<acc_t>>& ce
   const int64_t threads = levels * candidates.room;
   launch(merge_proposals_kernel<acc_t>,
          LaunchConfig{images * ((threads + kProposalThreads - 1) / kProposalThreads), kProposalThreads},
-         ProposalOutput<acc_t>{candidates, plan.decoding.scores, static_cast<int>(levels),
-                               plan.decoding.arguments.post_nms_top_n, boxes, scores, counts});
+         ProposalOutput<acc_t>{candidates, plan.decoding.scores, static_cast<int>(levels), plan.post_nms_top_n, boxes,
+                               scores, counts});
 }
 
 }  // namespace fpn_fast

@@ -6,10 +6,11 @@
 // later ones of the segment are tested against the kept ones of the chunk.
 //
 // Note [Segments small and large]
-// A segment of up to 1024 boxes is one block's work. A larger one is decided region by region of 2048 boxes, two
-// launches each, because one multiprocessor would take too long for its pairs: many blocks find which boxes of the
-// region overlap which, as words of 64 bits, and which ones the segment's earlier kept boxes overlap; then one block
-// decides the region by those words. They take 256 bytes a box, however large the segment is.
+// A segment of up to 1024 boxes is one block's work, and of many lists one of up to 4096. A larger one is decided
+// region by region of 2048 boxes, two launches each, because one multiprocessor would take too long for its pairs: many
+// blocks find which boxes of the region overlap which, as words of 64 bits, and which ones the segment's earlier kept
+// boxes overlap; then one block decides the region by those words. They take 256 bytes a box, however large the segment
+// is.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +27,9 @@ constexpr int kNmsWarps = kNmsThreads / 32;
 constexpr int kNmsChunk = 64;
 // One block's 17 steps of a chunk take about as long as the launches of a region's two kernels.
 constexpr int kSmallSegment = 1024;
+// With as many lists as this, blocks of their own fill a GPU, and segments of up to kLongestSmall are small too.
+constexpr int64_t kManyLists = 64;
+constexpr int kLongestSmall = 4096;
 // 2048 boxes: a region's words stay in the L2 cache, and one block's warps hold a chunk's row of them in registers.
 constexpr int kRegionChunks = 32;
 constexpr int kRegionBoxes = kRegionChunks * kNmsChunk;
@@ -47,7 +51,8 @@ struct Candidates {
   int* counts;        // [lists]
   int* ranks;         // [lists, room], where in `flags` a box stands; or null with them
   int64_t lists;
-  int room;  // a multiple of kNmsChunk
+  int room;   // a multiple of kNmsChunk
+  int small;  // segments of up to so many boxes are one block's work
   OverlapRule<acc_t> rule;
   // Out.
   int* kept;         // [lists, room]: from where a segment begins, the places of its kept boxes, best first,
@@ -68,6 +73,7 @@ Candidates<acc_t> plan_candidates(Scratch& scratch, int64_t lists, int64_t count
   Candidates<acc_t> candidates{};
   const int64_t room = (std::max<int64_t>(count, 1) + kNmsChunk - 1) / kNmsChunk * kNmsChunk;
   candidates.lists = lists, candidates.room = static_cast<int>(room), candidates.rule = rule;
+  candidates.small = lists >= kManyLists && room <= kLongestSmall ? kLongestSmall : kSmallSegment;
   candidates.boxes = scratch.take<Box<acc_t>>(lists * room);
   candidates.counts = scratch.take<int>(lists);
   candidates.kept = scratch.take<int>(lists * room);
@@ -75,7 +81,7 @@ Candidates<acc_t> plan_candidates(Scratch& scratch, int64_t lists, int64_t count
   if (labelled) candidates.labels = scratch.take<uint64_t>(lists * room);
   if (labelled) candidates.ranks = scratch.take<int>(lists * room);
   if (flagged) candidates.flags = scratch.take<uint8_t>(lists * room);
-  if (room > kSmallSegment) {
+  if (room > candidates.small) {
     candidates.large = scratch.take<Segment>(lists * large_slots(candidates.room));
     candidates.removed = scratch.take<NmsWord>(lists * room / kNmsChunk);
     candidates.overlapping = scratch.take<NmsWord>(lists * kRegionChunks * room);
@@ -208,8 +214,8 @@ __global__ void __launch_bounds__(kNmsThreads, 3)
     greedy_nms_kernel(const __grid_constant__ Candidates<acc_t> candidates) {
   __shared__ Chunk<acc_t> chunk;
   __shared__ NmsWord earlier[kNmsChunk], decided;
-  // A segment of 1024 boxes meets 17 chunks.
-  __shared__ unsigned removed[2 * (kSmallSegment / kNmsChunk + 1)];
+  // A segment of 4096 boxes meets 65 chunks.
+  __shared__ unsigned removed[2 * (kLongestSmall / kNmsChunk + 1)];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunks = candidates.labels != nullptr ? candidates.room / kNmsChunk : 1;
   const int64_t list = blockIdx.x / chunks, first = list * candidates.room;
@@ -223,14 +229,14 @@ __global__ void __launch_bounds__(kNmsThreads, 3)
 
   const int begin = first_base + __ffsll(begins) - 1, last = first_base + 63 - __clzll(begins);
   int end = labels != nullptr ? end_of_label(labels, last + 1, count) : count;
-  if (end - last > kSmallSegment) {
+  if (end - last > candidates.small) {
     if (threadIdx.x == 0) {
       const int slot = (last + kSmallSegment - 1) / kSmallSegment;
       candidates.large[list * large_slots(candidates.room) + slot] = {last, end};
     }
     end = last;
   }
-  for (int i = threadIdx.x; i < 2 * (kSmallSegment / kNmsChunk + 1); i += kNmsThreads) removed[i] = 0;
+  for (int i = threadIdx.x; i < 2 * (kLongestSmall / kNmsChunk + 1); i += kNmsThreads) removed[i] = 0;
   __syncthreads();
 
   // Kept boxes of the last segment.

@@ -33,10 +33,17 @@ constexpr int kBinsOwn = kBins / kLogitThreads;
 constexpr int kLogitsOwn = 4;
 constexpr int kLogitsStep = kLogitThreads * kLogitsOwn;
 // A block's share: the finest level of an image of 800 x 1344 makes 25 runs, which one merge holds.
-constexpr int kLogitSpan = 8192;
+constexpr int64_t kLogitSpan = 8192;
+// Blocks that fill a GPU twice over and more. Where there are as many, longer spans make fewer runs to merge.
+constexpr int64_t kLogitSpans = 1024;
 
-// As long as that only where a span can be cut back to the `limit` that are wanted of a list.
-inline int64_t logit_span_of(int64_t limit) { return limit <= kSortItems - kLogitsStep ? kLogitSpan : kSortItems; }
+// How long a span is of `logits` in all. Longer than a block can sort only where it can be cut back to the `limit` that
+// are wanted of a list.
+inline uint32_t logit_span_of(int64_t limit, int64_t logits) {
+  if (limit > kSortItems - kLogitsStep) return kSortItems;
+  const int64_t longer = (logits + kLogitSpan * kLogitSpans - 1) / (kLogitSpan * kLogitSpans);
+  return static_cast<uint32_t>(std::clamp<int64_t>(kLogitSpan * longer, kLogitSpan, 1 << 30));
+}
 
 // A map of logits and the order in which it is read, that of memory.
 template <class T>
@@ -87,7 +94,8 @@ struct LogitSelection {
   LogitMap<T> levels[kMaxProposalLevels];
   int64_t images;
   uint32_t span;
-  uint32_t* bins;                         // [images, levels, kBins], zero at first
+  acc_type<T> lowest;                     // lower ones are not selected
+  uint32_t* bins;                         // [images, levels, kBins], zero at first; or null: nothing is counted
   SortedRuns<RankKey<acc_type<T>>> runs;  // of each image, a list of each level
 };
 
@@ -112,6 +120,13 @@ __device__ __forceinline__ LogitSpan logit_span(const LogitSelection<T>& selecti
 template <class T>
 __device__ __forceinline__ void load_logits(const LogitMap<T>& logits, const LogitSpan& span, uint32_t first,
                                             acc_type<T> (&values)[kLogitsOwn]) {
+  if (logits.dense && first + kLogitsStep <= span.end) {
+    // Without a condition for each, loads wait for memory together.
+    const T* data = logits.map.data + span.image * logits.map.stride_n + first + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < kLogitsOwn; ++k) values[k] = to_acc(data[k * kLogitThreads]);
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kLogitsOwn; ++k) {
     const uint32_t i = first + k * kLogitThreads + threadIdx.x;
@@ -120,9 +135,19 @@ __device__ __forceinline__ void load_logits(const LogitMap<T>& logits, const Log
   }
 }
 
+// What a logit is ranked by: itself. What is not finite is not selected.
 template <class T>
-__global__ void __launch_bounds__(kLogitThreads, 3)
-    count_logits_kernel(const __grid_constant__ LogitSelection<T> selection) {
+struct RankedByLogit {
+  acc_type<T> lowest;
+
+  __device__ __forceinline__ acc_type<T> operator()(const LogitSpan&, acc_type<T> logit, uint32_t) const {
+    return logit >= lowest ? logit : std::numeric_limits<acc_type<T>>::infinity();
+  }
+};
+
+// A block counts the numbers that `number(span, logit, place)` makes of a span's logits.
+template <class T, class Number>
+__device__ __forceinline__ void count_span(const LogitSelection<T>& selection, const Number& number) {
   __shared__ uint32_t bins[kBins];
   for (int i = threadIdx.x; i < kBins; i += kLogitThreads) bins[i] = 0;
   __syncthreads();
@@ -134,7 +159,8 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
     load_logits(logits, span, first, values);
 #pragma unroll
     for (int k = 0; k < kLogitsOwn; ++k) {
-      if (is_finite(values[k])) atomicAdd(&bins[bin_of(values[k])], 1u);
+      const acc_type<T> ranked = number(span, values[k], first + k * kLogitThreads + threadIdx.x);
+      if (is_finite(ranked)) atomicAdd(&bins[bin_of(ranked)], 1u);
     }
   }
   __syncthreads();
@@ -142,6 +168,12 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
   for (int i = threadIdx.x; i < kBins; i += kLogitThreads) {
     if (bins[i] != 0) atomicAdd(&sums[i], bins[i]);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLogitThreads, 3)
+    count_logits_kernel(const __grid_constant__ LogitSelection<T> selection) {
+  count_span(selection, RankedByLogit<T>{selection.lowest});
 }
 
 // The highest bin with which `wanted` logits are reached, 0 where there are fewer, and kBins where none is wanted. For
@@ -179,10 +211,9 @@ __device__ __forceinline__ int lowest_bin(const uint32_t* bins, uint32_t wanted)
   return lowest;
 }
 
-// A block sorts what its span has of the logits that may be among the highest.
-template <class T>
-__global__ void __launch_bounds__(kLogitThreads, 3)
-    select_logits_kernel(const __grid_constant__ LogitSelection<T> selection) {
+// A block sorts what its span has of the numbers that may be among the highest.
+template <class T, class Number>
+__device__ __forceinline__ void select_span(const LogitSelection<T>& selection, const Number& number) {
   using acc_t = acc_type<T>;
   using Key = RankKey<acc_t>;
   __shared__ Key keys[kSortItems];
@@ -193,8 +224,12 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
   if (threadIdx.x == 0) fill = 0;
   acc_t next[kLogitsOwn];
   load_logits(logits, span, span.begin, next);
-  const uint32_t* bins = selection.bins + (span.image * runs.lists + span.level) * kBins;
-  const int lowest = lowest_bin(bins, static_cast<uint32_t>(runs.limit));
+  int lowest = runs.limit > 0 ? 0 : kBins;
+  if (selection.bins != nullptr) {
+    const uint32_t* bins = selection.bins + (span.image * runs.lists + span.level) * kBins;
+    lowest = lowest_bin(bins, static_cast<uint32_t>(runs.limit));
+  }
+  __syncthreads();
   Key lowest_key = 0;
 #pragma unroll 1
   for (uint32_t first = span.begin; first < span.end; first += kLogitsStep) {
@@ -204,15 +239,17 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
     load_logits(logits, span, min(first + kLogitsStep, span.end), next);
 #pragma unroll
     for (int k = 0; k < kLogitsOwn; ++k) {
-      const bool may = is_finite(values[k]) && bin_of(values[k]) >= lowest;
+      const uint32_t place = first + k * kLogitThreads + threadIdx.x;
+      const acc_t ranked = number(span, values[k], place);
+      const bool may = is_finite(ranked) && bin_of(ranked) >= lowest;
       Key key = 0;
-      if (may) key = rank_key(values[k], logit_index(logits, first + k * kLogitThreads + threadIdx.x));
+      if (may) key = rank_key(ranked, logit_index(logits, place));
       const unsigned votes = __ballot_sync(~0u, key > lowest_key);
       if (votes == 0) continue;
-      int place = 0;
-      if (threadIdx.x % 32 == 0) place = atomicAdd(&fill, __popc(votes));
-      place = __shfl_sync(~0u, place, 0) + __popc(votes & ((1u << threadIdx.x % 32) - 1));
-      if (key > lowest_key) keys[place] = key;
+      int target = 0;
+      if (threadIdx.x % 32 == 0) target = atomicAdd(&fill, __popc(votes));
+      target = __shfl_sync(~0u, target, 0) + __popc(votes & ((1u << threadIdx.x % 32) - 1));
+      if (key > lowest_key) keys[target] = key;
     }
     __syncthreads();
     const int filled = fill;
@@ -234,30 +271,46 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
   if (threadIdx.x == 0) runs.counts[blockIdx.x] = count;
 }
 
-// The runs of all levels, and how many logits each level has. A list has room for `room` of its `limit`.
+template <class T>
+__global__ void __launch_bounds__(kLogitThreads, 3)
+    select_logits_kernel(const __grid_constant__ LogitSelection<T> selection) {
+  select_span(selection, RankedByLogit<T>{selection.lowest});
+}
+
+// The runs of all levels. A list has room for `room` of its `limit`. Without being `counted` lists are sorted in runs
+// of what is `lowest` or more, which is less work where they are short.
 template <class T>
 LogitSelection<T> plan_selection(Scratch& scratch, const std::vector<FeatureMap<const T>>& maps, int64_t limit,
-                                 int64_t room) {
+                                 int64_t room, acc_type<T> lowest, bool counted) {
   LogitSelection<T> selection{};
-  selection.images = maps[0].batch, selection.span = static_cast<uint32_t>(logit_span_of(limit));
-  std::vector<int64_t> lengths;
+  selection.images = maps[0].batch, selection.lowest = lowest;
+  int64_t all = 0;
   for (size_t i = 0; i < maps.size(); ++i) {
     selection.levels[i] = logit_map<T>(maps[i]);
+    all += selection.images * logits_of(selection.levels[i]);
+  }
+  selection.span = logit_span_of(limit, all);
+  std::vector<int64_t> lengths;
+  for (size_t i = 0; i < maps.size(); ++i) {
     const int64_t spans = (int64_t{logits_of(selection.levels[i])} + selection.span - 1) / selection.span;
     lengths.push_back(std::max<int64_t>(spans, 1));
   }
-  selection.bins = scratch.take<uint32_t>(selection.images * maps.size() * kBins);
+  if (counted) selection.bins = scratch.take<uint32_t>(selection.images * maps.size() * kBins);
   selection.runs =
       plan_runs<RankKey<acc_type<T>>>(scratch, selection.images, lengths, std::min<int64_t>(room, kSortItems), limit);
   return selection;
 }
 
-// Calls `launch(kernel, config, argument)` twice, after the bins have been set to zero.
+template <class T>
+LaunchConfig selection_config(const LogitSelection<T>& selection) {
+  return {selection.images * selection.runs.first[selection.runs.lists], kLogitThreads};
+}
+
+// Calls `launch(kernel, config, argument)` twice, after the bins have been set to zero; once where there are none.
 template <class T, class Launch>
 void select_in_launches(const LogitSelection<T>& selection, const Launch& launch) {
-  const LaunchConfig config{selection.images * selection.runs.first[selection.runs.lists], kLogitThreads};
-  launch(count_logits_kernel<T>, config, selection);
-  launch(select_logits_kernel<T>, config, selection);
+  if (selection.bins != nullptr) launch(count_logits_kernel<T>, selection_config(selection), selection);
+  launch(select_logits_kernel<T>, selection_config(selection), selection);
 }
 
 }  // namespace fpn_fast

@@ -2,11 +2,16 @@
 // Checks and outputs of `select_detections` and `select_box_detections`, the same on every device.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "../common/box_heads.h"
+#include "../common/dense_heads.h"
+#include "../common/detection_scores.h"
+#include "../common/detections.h"
 #include "../common/proposal_arguments.h"
 #include "tensors.h"
 
@@ -26,11 +31,10 @@ inline Detections empty_detections(const Tensor& image_sizes, int64_t max_detect
           empty_like(image_sizes, {batch}, ScalarType::Long)};
 }
 
-// Returns the number of anchors at a place of the maps.
-inline int64_t check_dense_heads(const std::vector<Tensor>& logits, const std::vector<Tensor>& deltas,
-                                 const std::vector<Tensor>& centerness, const std::vector<double>& cell_anchors,
-                                 const std::vector<int64_t>& strides, const Tensor& image_sizes, int64_t pre_nms_top_n,
-                                 int64_t max_detections, const std::vector<double>& weights) {
+inline void check_dense_heads(const std::vector<Tensor>& logits, const std::vector<Tensor>& deltas,
+                              const std::vector<Tensor>& centerness, const std::vector<double>& cell_anchors,
+                              const std::vector<int64_t>& strides, const Tensor& image_sizes, int64_t pre_nms_top_n,
+                              int64_t max_detections, const std::vector<double>& weights) {
   constexpr const char* kOp = "select_detections";
   check_maps(logits, kOp);
   check_maps(deltas, kOp);
@@ -68,14 +72,12 @@ inline int64_t check_dense_heads(const std::vector<Tensor>& logits, const std::v
                   kOp, " takes contiguous image_sizes [N, 2], float64 for float64 maps and float32 otherwise");
   STD_TORCH_CHECK(pre_nms_top_n >= 0 && max_detections >= 0, kOp, " takes numbers of boxes of 0 or more");
   STD_TORCH_CHECK(weights.size() == 4, kOp, " takes four weights");
-  return anchors;
 }
 
-// Returns the numbers of classes.
-inline int64_t check_box_heads(const Tensor& logits, const Tensor& deltas, const Tensor& boxes,
-                               const std::optional<Tensor>& counts, const Tensor& image_sizes,
-                               std::optional<int64_t> class_top_n, int64_t max_detections,
-                               const std::vector<double>& weights) {
+inline void check_box_heads(const Tensor& logits, const Tensor& deltas, const Tensor& boxes,
+                            const std::optional<Tensor>& counts, const Tensor& image_sizes,
+                            std::optional<int64_t> class_top_n, int64_t max_detections,
+                            const std::vector<double>& weights) {
   constexpr const char* kOp = "select_box_detections";
   const ScalarType type = boxes.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, kOp, " takes float32 or float64 boxes");
@@ -99,7 +101,13 @@ inline int64_t check_box_heads(const Tensor& logits, const Tensor& deltas, const
                   kOp, " takes contiguous image_sizes [N, 2] of the boxes' type and device");
   STD_TORCH_CHECK(class_top_n.value_or(0) >= 0 && max_detections >= 0, kOp, " takes numbers of boxes of 0 or more");
   STD_TORCH_CHECK(weights.size() == 4, kOp, " takes four weights");
-  return classes;
+}
+
+template <class acc_t>
+DetectionTables<acc_t> detection_tables(const Detections& detections) {
+  return {static_cast<Box<acc_t>*>(detections.boxes.data_ptr()), static_cast<acc_t*>(detections.scores.data_ptr()),
+          static_cast<int64_t*>(detections.labels.data_ptr()), static_cast<int64_t*>(detections.counts.data_ptr()),
+          detections.scores.size(1)};
 }
 
 // torchvision's BoxCoder.
@@ -110,6 +118,52 @@ BoxCoding<acc_t> plain_box_coding(const std::vector<double>& weights, double sca
   coding.scale_clamp = static_cast<acc_t>(scale_clamp);
   coding.center_clamp = std::numeric_limits<acc_t>::infinity();
   return coding;
+}
+
+// The call that has been checked.
+template <class T, class acc_t = acc_type<T>>
+DenseHeads<T> dense_heads(const std::vector<Tensor>& logits, const std::vector<Tensor>& deltas,
+                          const std::vector<Tensor>& centerness, const std::vector<double>& cell_anchors,
+                          const std::vector<int64_t>& strides, const Tensor& image_sizes, double score_thresh,
+                          int64_t pre_nms_top_n, double nms_thresh, int64_t max_detections,
+                          const std::vector<double>& weights, double scale_clamp, bool distances) {
+  DenseHeads<T> heads{};
+  heads.logits = to_feature_maps<const T>(logits), heads.deltas = to_feature_maps<const T>(deltas);
+  heads.centerness = to_feature_maps<const T>(centerness);
+  heads.image_sizes = static_cast<const acc_t*>(image_sizes.data_ptr());
+  heads.anchors = static_cast<int64_t>(cell_anchors.size() / 4 / logits.size());
+  heads.classes = logits[0].size(1) / heads.anchors;
+  heads.pre_nms_top_n = pre_nms_top_n, heads.max_detections = max_detections, heads.nms_thresh = nms_thresh;
+  const acc_t threshold = static_cast<acc_t>(score_thresh);
+  heads.lowest = centerness.empty() ? lowest_passing_logit(threshold)
+                                    : std::nextafter(threshold, std::numeric_limits<acc_t>::infinity());
+  heads.coding = plain_box_coding<acc_t>(weights, scale_clamp), heads.distances = distances;
+  for (size_t i = 0; i < cell_anchors.size(); i += 4) {
+    heads.cells.push_back({static_cast<acc_t>(cell_anchors[i]), static_cast<acc_t>(cell_anchors[i + 1]),
+                           static_cast<acc_t>(cell_anchors[i + 2]), static_cast<acc_t>(cell_anchors[i + 3])});
+  }
+  for (size_t i = 0; i < strides.size(); i += 2) {
+    heads.stride_y.push_back(static_cast<acc_t>(strides[i]));
+    heads.stride_x.push_back(static_cast<acc_t>(strides[i + 1]));
+  }
+  return heads;
+}
+
+// The same of `select_box_detections`.
+template <class acc_t>
+BoxHeads<acc_t> box_heads(const Tensor& logits, const Tensor& deltas, const Tensor& boxes,
+                          const std::optional<Tensor>& counts, const Tensor& image_sizes, double min_size,
+                          const std::vector<double>& weights, double scale_clamp) {
+  BoxHeads<acc_t> heads{};
+  heads.logits = static_cast<const acc_t*>(logits.data_ptr());
+  heads.deltas = static_cast<const acc_t*>(deltas.data_ptr());
+  heads.boxes = static_cast<const Box<acc_t>*>(boxes.data_ptr());
+  heads.counts = optional_data<int64_t>(counts);
+  heads.image_sizes = static_cast<const acc_t*>(image_sizes.data_ptr());
+  heads.batch = boxes.size(0), heads.room = boxes.size(1), heads.classes = logits.size(2);
+  heads.own_deltas = deltas.size(2) != 4;
+  heads.min_size = static_cast<acc_t>(min_size), heads.coding = plain_box_coding<acc_t>(weights, scale_clamp);
+  return heads;
 }
 
 }  // namespace fpn_fast

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Detections of a head that scores given boxes.
+//
+// Probabilities are put in a table by class, so that the candidates of a class in an image are a list of their own: its
+// best are sorted, decoded and suppressed without its neighbours, and no candidate is ever sorted by class. What is
+// kept goes back to the table, all else is taken out of it, and the best of it are an image's detections.
+// Nine launches of up to 65,536 boxes and classes of up to 4096 candidates; sorted_runs.cuh and greedy_nms.cuh say when
+// there are more.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "../common/box_heads.h"
+#include "../common/detections.h"
+#include "../common/exact.h"
+#include "../common/exponential.h"
+#include "../common/ordered_bits.h"
+#include "greedy_nms.cuh"
+#include "head_decoding.cuh"
+#include "launch.h"
+#include "scratch.h"
+#include "sorted_runs.cuh"
+#include "top_logits.cuh"
+
+namespace fpn_fast {
+
+// Eight warps, each with a box: neighbours in the table fill what memory is written in, 32 bytes.
+constexpr int kBoxThreads = 256;
+constexpr int kBoxWarps = kBoxThreads / 32;
+
+template <class acc_t>
+struct BoxScoring {
+  BoxHeads<acc_t> heads;
+  acc_t* probabilities;  // [batch, classes - 1, room]; NaN where there is no box
+};
+
+// A warp makes the probabilities of a box, in double and rounded, so that a library's exp decides nothing.
+template <class acc_t>
+__global__ void __launch_bounds__(kBoxThreads, 3)
+    box_probabilities_kernel(const __grid_constant__ BoxScoring<acc_t> scoring) {
+  const BoxHeads<acc_t>& heads = scoring.heads;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t{blockIdx.x} * kBoxWarps + threadIdx.x / 32;
+  if (row >= heads.batch * heads.room) return;
+  const int64_t image = row / heads.room, box = row % heads.room;
+  const acc_t* logits = heads.logits + row * heads.classes;
+  bool there = box < heads.count(image);
+  acc_t highest = -std::numeric_limits<acc_t>::infinity();
+  if (there) {
+#pragma unroll 4
+    for (int64_t c = lane; c < heads.classes; c += 32) {
+      const acc_t logit = logits[c];
+      there = there && logit == logit;
+      highest = logit > highest ? logit : highest;
+    }
+  }
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) {
+    const acc_t other = __shfl_xor_sync(~0u, highest, delta);
+    highest = other > highest ? other : highest;
+  }
+  there = __all_sync(~0u, there) && is_finite(highest);
+  const auto power = [&](int64_t c) {
+    return exponential(subtract(static_cast<double>(logits[c]), static_cast<double>(highest)));
+  };
+  double sum = 0;
+  if (there) {
+#pragma unroll 1
+    for (int64_t c = lane; c < heads.classes; c += 32) sum = add(sum, power(c));
+  }
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) sum = add(sum, __shfl_xor_sync(~0u, sum, delta));
+  acc_t* own = scoring.probabilities + (image * (heads.classes - 1) - 1) * heads.room + box;
+  // Without class 0, the background.
+#pragma unroll 1
+  for (int64_t c = lane == 0 ? 32 : lane; c < heads.classes; c += 32) {
+    own[c * heads.room] = there ? static_cast<acc_t>(divide(power(c), sum)) : std::numeric_limits<acc_t>::quiet_NaN();
+  }
+}
+
+// The candidates of each class but the first in each image.
+template <class acc_t>
+struct BoxCandidates {
+  BoxHeads<acc_t> heads;
+  SortedRuns<RankKey<acc_t>> runs;  // a list of each class, one after the other as if of an image each
+  Candidates<acc_t> candidates;
+  int* sources;          // [lists, candidates.room], the boxes that they are decoded from
+  acc_t* scores;         // [lists, candidates.room]
+  acc_t* probabilities;  // [lists, room]
+};
+
+// Merges the runs of a class, and decodes each box where it comes to stand. Nothing is kept yet.
+template <class acc_t>
+__global__ void __launch_bounds__(kMergeThreads, 3)
+    decode_boxes_kernel(const __grid_constant__ BoxCandidates<acc_t> decoding) {
+  const BoxHeads<acc_t>& heads = decoding.heads;
+  const Candidates<acc_t>& candidates = decoding.candidates;
+  const SortedRuns<RankKey<acc_t>>& runs = decoding.runs;
+  const RunElement element = run_element(runs);
+  const int64_t list = element.image, first = list * candidates.room;
+  const int64_t threads = runs.first[1] * blocks_of_run(runs) * kMergeThreads;
+  const int64_t thread = element.run * blocks_of_run(runs) * kMergeThreads + element.i;
+  for (int64_t place = thread; place < candidates.room; place += threads) prepare_place(candidates, list, place);
+  for (int64_t box = thread; box < heads.room; box += threads) {
+    decoding.probabilities[list * heads.room + box] = std::numeric_limits<acc_t>::quiet_NaN();
+  }
+  if (thread == 0) candidates.counts[list] = merged_count(runs, element);
+  const int64_t image = list / (heads.classes - 1), label = list % (heads.classes - 1) + 1;
+  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+    const int box = static_cast<int>(index_of_key(key));
+    candidates.boxes[first + rank] = decoded_box(heads, image, box, label);
+    decoding.sources[first + rank] = box;
+    decoding.scores[first + rank] = number_of_key<acc_t>(key);
+  });
+}
+
+// Puts the scores of kept boxes back where they were.
+template <class acc_t>
+__global__ void __launch_bounds__(kBoxThreads)
+    keep_boxes_kernel(const __grid_constant__ BoxCandidates<acc_t> decoding) {
+  const Candidates<acc_t>& candidates = decoding.candidates;
+  const int64_t thread = int64_t{blockIdx.x} * kBoxThreads + threadIdx.x;
+  const int64_t list = thread / candidates.room, number = thread % candidates.room;
+  if (list >= candidates.lists) return;
+  const int64_t first = list * candidates.room;
+  if (number >= candidates.kept_counts[first]) return;
+  const int64_t place = first + candidates.kept[first + number];
+  decoding.probabilities[list * decoding.heads.room + decoding.sources[place]] = decoding.scores[place];
+}
+
+template <class acc_t>
+struct BoxOutput {
+  BoxHeads<acc_t> heads;
+  SortedRuns<RankKey<acc_t>> runs;  // of each image, of pairs in the order of (box, class)
+  DetectionTables<acc_t> tables;
+};
+
+// Merges the runs of an image, decodes each box again where it comes to stand, and fills up.
+template <class acc_t>
+__global__ void __launch_bounds__(kMergeThreads, 3)
+    box_detections_kernel(const __grid_constant__ BoxOutput<acc_t> output) {
+  const SortedRuns<RankKey<acc_t>>& runs = output.runs;
+  const RunElement element = run_element(runs);
+  const int64_t threads = runs.first[1] * blocks_of_run(runs) * kMergeThreads;
+  const int64_t thread = element.run * blocks_of_run(runs) * kMergeThreads + element.i;
+  const int count = merged_count(runs, element);
+  for (int64_t place = count + thread; place < output.tables.room; place += threads) {
+    output.tables.clear(element.image, place);
+  }
+  if (thread == 0) output.tables.counts[element.image] = count;
+  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+    const int64_t pair = index_of_key(key), classes = output.heads.classes - 1;
+    const int64_t box = pair / classes, label = pair % classes + 1;
+    output.tables.write(element.image, rank, decoded_box(output.heads, element.image, box, label),
+                        number_of_key<acc_t>(key), label);
+  });
+}
+
+template <class acc_t>
+struct BoxPlan {
+  BoxScoring<acc_t> scoring;
+  LogitSelection<acc_t> of_classes, of_images;
+  std::vector<RunMerge<RankKey<acc_t>>> class_merges, image_merges;
+  BoxCandidates<acc_t> decoding;
+  SortedRuns<RankKey<acc_t>> detections;
+};
+
+// A place of the output for each of `max_detections`; of each class at most `class_top_n` above `score_thresh`.
+template <class acc_t>
+BoxPlan<acc_t> plan_boxes(Scratch& scratch, const BoxHeads<acc_t>& heads, acc_t score_thresh,
+                          std::optional<int64_t> class_top_n, const OverlapRule<acc_t>& rule, int64_t max_detections) {
+  BoxPlan<acc_t> plan{};
+  const acc_t infinity = std::numeric_limits<acc_t>::infinity();
+  const int64_t classes = heads.classes - 1, lists = heads.batch * classes, room = heads.room;
+  const int64_t limit = std::min(class_top_n.value_or(room), room);
+  BoxCandidates<acc_t>& decoding = plan.decoding;
+  decoding.heads = plan.scoring.heads = heads;
+  decoding.probabilities = plan.scoring.probabilities = scratch.take<acc_t>(lists * room);
+  decoding.candidates = plan_candidates<acc_t>(scratch, lists, limit, false, false, rule);
+  const int64_t places = decoding.candidates.room;
+  decoding.sources = scratch.take<int>(lists * places), decoding.scores = scratch.take<acc_t>(lists * places);
+  // A class's boxes are the channels of a map of one pixel.
+  const FeatureMap<const acc_t> of_class{decoding.probabilities, lists, room, 1, 1, room, 1, 1, 1};
+  plan.of_classes =
+      plan_selection<acc_t>(scratch, {of_class}, limit, places, std::nextafter(score_thresh, infinity), false);
+  decoding.runs = plan.of_classes.runs;
+  plan.class_merges = plan_merges(scratch, lists, places, decoding.runs);
+  // An image's boxes are the pixels of a map, and its classes the channels.
+  const FeatureMap<const acc_t> of_image{decoding.probabilities, heads.batch, classes, 1, static_cast<int>(room),
+                                         classes * room,         room,        room,    1};
+  const int64_t most = std::min(max_detections, classes * room);
+  const int64_t rounded = (std::max<int64_t>(most, 1) + kNmsChunk - 1) / kNmsChunk * kNmsChunk;
+  plan.of_images = plan_selection<acc_t>(scratch, {of_image}, most, rounded, -infinity, true);
+  plan.detections = plan.of_images.runs;
+  plan.image_merges = plan_merges(scratch, heads.batch, rounded, plan.detections);
+  return plan;
+}
+
+// Calls `launch(kernel, config, argument)`. The plan is made with memory.
+template <class acc_t, class Launch>
+void detect_in_launches(const BoxPlan<acc_t>& plan, const DetectionTables<acc_t>& tables, const Launch& launch) {
+  const BoxHeads<acc_t>& heads = plan.scoring.heads;
+  const Candidates<acc_t>& candidates = plan.decoding.candidates;
+  set_up_in_launches<acc_t>(nullptr, {}, plan.of_images.bins, heads.batch * kBins, launch);
+  launch(box_probabilities_kernel<acc_t>,
+         LaunchConfig{(heads.batch * heads.room + kBoxWarps - 1) / kBoxWarps, kBoxThreads}, plan.scoring);
+  select_in_launches(plan.of_classes, launch);
+  merge_in_launches(plan.class_merges, candidates.lists, launch);
+  launch(decode_boxes_kernel<acc_t>, LaunchConfig{blocks_of_runs(plan.decoding.runs, candidates.lists), kMergeThreads},
+         plan.decoding);
+  suppress_in_launches(candidates, launch);
+  const int64_t places = candidates.lists * candidates.room;
+  launch(keep_boxes_kernel<acc_t>, LaunchConfig{(places + kBoxThreads - 1) / kBoxThreads, kBoxThreads}, plan.decoding);
+  select_in_launches(plan.of_images, launch);
+  merge_in_launches(plan.image_merges, heads.batch, launch);
+  launch(box_detections_kernel<acc_t>, LaunchConfig{blocks_of_runs(plan.detections, heads.batch), kMergeThreads},
+         BoxOutput<acc_t>{heads, plan.detections, tables});
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// Detections of a dense head: each level's best logits above a threshold, their boxes, class-aware suppression of all
+// levels together, and the best of an image. Eleven launches of up to 1024 candidates of an image; top_logits.cuh,
+// sorted_runs.cuh and greedy_nms.cuh say when there are more.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../common/boxes.h"
+#include "../common/dense_heads.h"
+#include "../common/detection_scores.h"
+#include "../common/detections.h"
+#include "../common/exponential.h"
+#include "../common/feature_map.h"
+#include "../common/ordered_bits.h"
+#include "../common/proposal_arguments.h"
+#include "../common/scalar.h"
+#include "head_decoding.cuh"
+#include "launch.h"
+#include "scratch.h"
+#include "segmented_nms.cuh"
+#include "sorted_runs.cuh"
+#include "top_logits.cuh"
+
+namespace fpn_fast {
+
+constexpr int kDetectionThreads = 256;
+
+// Logits that are ranked with the centerness of their place.
+template <class T>
+struct CenteredSelection {
+  LogitSelection<T> logits;  // no score of a logit below its lowest is high enough
+  FeatureMap<const T> centerness[kMaxProposalLevels];
+  acc_type<T> lowest_score;
+  uint32_t classes;
+};
+
+// What a logit is ranked by: its score, which takes two exponentials, so that most logits are left out before.
+template <class T>
+struct RankedByScore {
+  using acc_t = acc_type<T>;
+  const CenteredSelection<T>& selection;
+
+  __device__ __forceinline__ acc_t operator()(const LogitSpan& span, acc_t logit, uint32_t i) const {
+    constexpr acc_t kNone = std::numeric_limits<acc_t>::infinity();
+    if (!(logit >= selection.logits.lowest) || !is_finite(logit)) return kNone;
+    const FeatureMap<const T>& centerness = selection.centerness[span.level];
+    const uint32_t place = logit_index(selection.logits.levels[span.level], i) / selection.classes;
+    const uint32_t anchors = static_cast<uint32_t>(centerness.channels), pixel = place / anchors;
+    const uint32_t width = centerness.width;
+    const acc_t center = to_acc(*centerness.at(span.image, place % anchors, pixel / width, pixel % width));
+    if (!is_finite(center)) return kNone;
+    const acc_t score = centered_score(logit, logistic(center));
+    return score >= selection.lowest_score ? score : kNone;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kLogitThreads, 3)
+    count_scores_kernel(const __grid_constant__ CenteredSelection<T> selection) {
+  count_span(selection.logits, RankedByScore<T>{selection});
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLogitThreads, 3)
+    select_scores_kernel(const __grid_constant__ CenteredSelection<T> selection) {
+  select_span(selection.logits, RankedByScore<T>{selection});
+}
+
+// The candidates of all levels of an image, one level after the other, as segmented NMS takes them.
+template <class T>
+struct CandidateDecoding {
+  using acc_t = acc_type<T>;
+
+  HeadDecoding<T> head;
+  SortedRuns<RankKey<acc_t>> runs;    // of each image, a list of each level
+  int first[kMaxProposalLevels + 1];  // an image's candidates of level i have the places [first[i], first[i + 1])
+  uint32_t classes;
+  bool scored;        // ranked by score, else by logit
+  Box<acc_t>* boxes;  // [images, all places]
+  acc_t* scores;      // NaN where there is no candidate
+  int64_t* labels;
+};
+
+// Merges the runs of a level, and decodes each logit where it comes to stand.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads, 3)
+    decode_candidates_kernel(const __grid_constant__ CandidateDecoding<T> decoding) {
+  using acc_t = acc_type<T>;
+  const SortedRuns<RankKey<acc_t>>& runs = decoding.runs;
+  const RunElement element = run_element(runs);
+  const int64_t first = element.image * decoding.first[runs.lists] + decoding.first[element.list];
+  const int room = decoding.first[element.list + 1] - decoding.first[element.list];
+  const int64_t threads = (element.end - element.begin) * blocks_of_run(runs) * kMergeThreads;
+  const int64_t thread = (element.run - element.begin) * blocks_of_run(runs) * kMergeThreads + element.i;
+  for (int64_t place = merged_count(runs, element) + thread; place < room; place += threads) {
+    decoding.scores[first + place] = std::numeric_limits<acc_t>::quiet_NaN();
+  }
+  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+    const uint32_t index = index_of_key(key);
+    const acc_t number = number_of_key<acc_t>(key);
+    decoding.boxes[first + rank] = decoded_box(decoding.head, element.image, element.list, index / decoding.classes);
+    decoding.scores[first + rank] = decoding.scored ? number : logistic(number);
+    decoding.labels[first + rank] = index % decoding.classes;
+  });
+}
+
+template <class acc_t>
+struct DetectionGathering {
+  const Box<acc_t>* boxes;  // [images, places]
+  const acc_t* scores;
+  const int64_t* labels;
+  const int64_t* keep;  // [images, tables.room]
+  int64_t images, places;
+  DetectionTables<acc_t> tables;
+};
+
+template <class acc_t>
+__global__ void __launch_bounds__(kDetectionThreads)
+    gather_detections_kernel(const __grid_constant__ DetectionGathering<acc_t> gathering) {
+  const DetectionTables<acc_t>& tables = gathering.tables;
+  const int64_t thread = int64_t{blockIdx.x} * kDetectionThreads + threadIdx.x;
+  if (thread >= gathering.images * tables.room) return;
+  const int64_t image = thread / tables.room, place = thread % tables.room;
+  const int64_t kept = gathering.keep[thread], source = image * gathering.places + kept;
+  if (kept < 0) return tables.clear(image, place);
+  tables.write(image, place, gathering.boxes[source], gathering.scores[source], gathering.labels[source]);
+}
+
+template <class T>
+struct DetectionPlan {
+  using acc_t = acc_type<T>;
+
+  CenteredSelection<T> selection;
+  std::vector<RunMerge<RankKey<acc_t>>> merges;
+  CandidateDecoding<T> decoding;
+  NmsPlan<acc_t> nms;
+  Box<acc_t>* cells;
+  int64_t* keep;
+};
+
+template <class T>
+DetectionPlan<T> plan_detections(Scratch& scratch, const DenseHeads<T>& heads) {
+  using acc_t = acc_type<T>;
+  DetectionPlan<T> plan{};
+  const int64_t levels = heads.levels(), images = heads.batch();
+  CandidateDecoding<T>& decoding = plan.decoding;
+  decoding.classes = static_cast<uint32_t>(heads.classes), decoding.scored = !heads.centerness.empty();
+  int64_t limit = 0;
+  for (int64_t i = 0; i < levels; ++i) {
+    limit = std::max(limit, heads.most(i));
+    decoding.first[i + 1] = decoding.first[i] + static_cast<int>(heads.most(i));
+  }
+  const int64_t all = decoding.first[levels];
+
+  HeadDecoding<T>& head = decoding.head;
+  std::copy(heads.deltas.begin(), heads.deltas.end(), head.deltas);
+  std::copy(heads.stride_y.begin(), heads.stride_y.end(), head.stride_y);
+  std::copy(heads.stride_x.begin(), heads.stride_x.end(), head.stride_x);
+  head.coding = heads.coding, head.distances = heads.distances, head.image_sizes = heads.image_sizes;
+  head.anchors = static_cast<int>(heads.anchors);
+  head.cells = plan.cells = scratch.take<Box<acc_t>>(levels * heads.anchors);
+
+  CenteredSelection<T>& selection = plan.selection;
+  selection.classes = decoding.classes;
+  std::copy(heads.centerness.begin(), heads.centerness.end(), selection.centerness);
+  selection.lowest_score = heads.lowest;
+  // Of the highest centerness.
+  const acc_t lowest = decoding.scored ? logit_bound(heads.lowest, acc_t(1)) : heads.lowest;
+  const int64_t room = (std::max<int64_t>(limit, 1) + kNmsChunk - 1) / kNmsChunk * kNmsChunk;
+  selection.logits = plan_selection<T>(scratch, heads.logits, limit, room, lowest, true);
+  decoding.runs = selection.logits.runs;
+  plan.merges = plan_merges(scratch, images, room, decoding.runs);
+
+  decoding.boxes = scratch.take<Box<acc_t>>(images * all);
+  decoding.scores = scratch.take<acc_t>(images * all);
+  decoding.labels = scratch.take<int64_t>(images * all);
+  const NmsInput<acc_t> input{decoding.boxes, decoding.scores, decoding.labels, nullptr, images, all, false};
+  plan.nms = plan_nms(scratch, input, make_overlap_rule<acc_t>(heads.nms_thresh, NmsConvention::kDivision));
+  plan.keep = scratch.take<int64_t>(images * heads.max_detections);
+  return plan;
+}
+
+// Calls `launch(kernel, config, argument)`. The plan is made with memory.
+template <class T, class Launch, class acc_t = acc_type<T>>
+void detect_in_launches(const DetectionPlan<T>& plan, const std::vector<Box<acc_t>>& cells,
+                        const DetectionTables<acc_t>& tables, const Launch& launch) {
+  const CandidateDecoding<T>& decoding = plan.decoding;
+  const LogitSelection<T>& logits = plan.selection.logits;
+  const int64_t images = logits.images, levels = logits.runs.lists;
+  set_up_in_launches(plan.cells, cells, logits.bins, images * levels * kBins, launch);
+  if (decoding.scored) {
+    launch(count_scores_kernel<T>, selection_config(logits), plan.selection);
+    launch(select_scores_kernel<T>, selection_config(logits), plan.selection);
+  } else {
+    select_in_launches(logits, launch);
+  }
+  merge_in_launches(plan.merges, images, launch);
+  launch(decode_candidates_kernel<T>, LaunchConfig{blocks_of_runs(decoding.runs, images), kMergeThreads}, decoding);
+  nms_in_launches(plan.nms, tables.room, plan.keep, tables.counts, launch);
+  const int64_t places = images * tables.room;
+  launch(gather_detections_kernel<acc_t>,
+         LaunchConfig{(places + kDetectionThreads - 1) / kDetectionThreads, kDetectionThreads},
+         DetectionGathering<acc_t>{decoding.boxes, decoding.scores, decoding.labels, plan.keep, images,
+                                   decoding.first[levels], tables});
+}
+
+}  // namespace fpn_fast

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a head's last step: detections_main maps|boxes CASE_FILE; both end with boxes [N, D, 4], scores [N, D], labels
+// [N, D] and counts [N].
+// maps: numbers: type, pre_nms_top_n, whether there is centerness, distances. Tensors: score_thresh, nms_thresh,
+// scale_clamp and weights as one in float64, cell anchors [L, A, 4] in float64, strides [L, 2], image sizes [N, 2], L
+// maps of logits, L of deltas, and L of centerness or none.
+// boxes: numbers: type, whether there are counts, class_top_n or -1. Tensors: score_thresh, nms_thresh, scale_clamp,
+// weights and min_size as one in float64, logits, deltas, boxes, counts and image sizes.
+#include <span>
+
+#include "../../csrc/cuda/select_box_detections.cuh"
+#include "../../csrc/cuda/select_detections.cuh"
+#include "case_file.h"
+
+namespace fpn_fast {
+namespace {
+
+using Tensors = std::span<const host_cuda::HostTensor>;
+
+template <class T>
+std::vector<FeatureMap<const T>> maps_of(Tensors tensors) {
+  std::vector<FeatureMap<const T>> maps;
+  for (const auto& tensor : tensors) maps.push_back(tensor.map<const T>());
+  return maps;
+}
+
+template <class acc_t>
+DetectionTables<acc_t> tables_of(Tensors tensors) {
+  const Tensors last = tensors.last(4);
+  return {last[0].data<Box<acc_t>>(), last[1].data<acc_t>(), last[2].data<int64_t>(), last[3].data<int64_t>(),
+          last[1].sizes[1]};
+}
+
+template <class acc_t>
+BoxCoding<acc_t> coding_of(const double* scalars) {
+  BoxCoding<acc_t> coding{};
+  coding.scale_clamp = static_cast<acc_t>(scalars[2]), coding.center_clamp = std::numeric_limits<acc_t>::infinity();
+  for (int i = 0; i < 4; ++i) coding.weight[i] = static_cast<acc_t>(scalars[3 + i]), coding.std[i] = 1;
+  return coding;
+}
+
+// `plan(scratch)` is made twice, and launched with memory in which what no kernel wrote shows.
+template <class Plan, class Detect>
+void run_planned(const Plan& plan, const Detect& detect) {
+  Scratch counting;
+  plan(counting);
+  const host_cuda::Storage memory(counting.bytes());
+  std::memset(memory.data(), 0xff, memory.bytes());
+  Scratch scratch(memory.data());
+  detect(plan(scratch), [](auto kernel, const LaunchConfig& config, const auto& argument) {
+    if (config.blocks == 0) return;
+    host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
+                      [&] { kernel(argument); });
+  });
+}
+
+template <class T>
+void run_maps(const std::vector<int64_t>& numbers, Tensors tensors) {
+  using acc_t = acc_type<T>;
+  const double* scalars = tensors[0].data<const double>();
+  const int64_t levels = tensors[1].sizes[0];
+  const acc_t threshold = static_cast<acc_t>(scalars[0]);
+  DenseHeads<T> heads{};
+  heads.logits = maps_of<T>(tensors.subspan(4, levels)), heads.deltas = maps_of<T>(tensors.subspan(4 + levels, levels));
+  if (numbers.at(2)) heads.centerness = maps_of<T>(tensors.subspan(4 + 2 * levels, levels));
+  heads.image_sizes = tensors[3].data<const acc_t>();
+  heads.anchors = tensors[1].sizes[1], heads.classes = heads.logits[0].channels / heads.anchors;
+  heads.pre_nms_top_n = numbers.at(1), heads.max_detections = tensors.last(4)[1].sizes[1];
+  heads.lowest = numbers.at(2) ? std::nextafter(threshold, std::numeric_limits<acc_t>::infinity())
+                               : lowest_passing_logit(threshold);
+  heads.coding = coding_of<acc_t>(scalars), heads.distances = numbers.at(3), heads.nms_thresh = scalars[1];
+  const double* cell = tensors[1].data<const double>();
+  for (int64_t i = 0; i < levels * heads.anchors; ++i, cell += 4) {
+    heads.cells.push_back({static_cast<acc_t>(cell[0]), static_cast<acc_t>(cell[1]), static_cast<acc_t>(cell[2]),
+                           static_cast<acc_t>(cell[3])});
+  }
+  for (int64_t i = 0; i < levels; ++i) {
+    heads.stride_y.push_back(static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i]));
+    heads.stride_x.push_back(static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i + 1]));
+  }
+  run_planned([&](Scratch& scratch) { return plan_detections(scratch, heads); },
+              [&](const auto& plan, const auto& launch) {
+                detect_in_launches(plan, heads.cells, tables_of<acc_t>(tensors), launch);
+              });
+}
+
+template <class acc_t>
+void run_boxes(const std::vector<int64_t>& numbers, Tensors tensors) {
+  const double* scalars = tensors[0].data<const double>();
+  BoxHeads<acc_t> heads{};
+  heads.logits = tensors[1].data<const acc_t>(), heads.deltas = tensors[2].data<const acc_t>();
+  heads.boxes = tensors[3].data<const Box<acc_t>>();
+  heads.counts = numbers.at(1) ? tensors[4].data<const int64_t>() : nullptr;
+  heads.image_sizes = tensors[5].data<const acc_t>();
+  heads.batch = tensors[1].sizes[0], heads.room = tensors[1].sizes[1], heads.classes = tensors[1].sizes[2];
+  heads.own_deltas = tensors[2].sizes[2] != 4;
+  heads.min_size = static_cast<acc_t>(scalars[7]), heads.coding = coding_of<acc_t>(scalars);
+  const auto limit = numbers.at(2) < 0 ? std::nullopt : std::optional(numbers.at(2));
+  const auto tables = tables_of<acc_t>(tensors);
+  run_planned(
+      [&](Scratch& scratch) {
+        return plan_boxes(scratch, heads, static_cast<acc_t>(scalars[0]), limit,
+                          make_overlap_rule<acc_t>(scalars[1], NmsConvention::kDivision), tables.room);
+      },
+      [&](const auto& plan, const auto& launch) { detect_in_launches(plan, tables, launch); });
+}
+
+}  // namespace
+}  // namespace fpn_fast
+
+int main(int count, char** arguments) {
+  if (count != 3) host_cuda::fail("usage: detections_main maps|boxes CASE_FILE");
+  const host_cuda::CaseFile file(arguments[2]);
+  const int64_t type = file.numbers.at(0);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  // All types would take minutes to build.
+  if (type != 1) host_cuda::fail("a sanitizer's build has float32 alone");
+  const bool of_maps = arguments[1] == std::string("maps");
+  of_maps ? fpn_fast::run_maps<float>(file.numbers, file.tensors)
+          : fpn_fast::run_boxes<float>(file.numbers, file.tensors);
+#else
+  if (arguments[1] == std::string("maps")) {
+    host_cuda::dispatch_floating(type, [&]<class T>() { fpn_fast::run_maps<T>(file.numbers, file.tensors); });
+  } else {
+    type == 0 ? fpn_fast::run_boxes<double>(file.numbers, file.tensors)
+              : fpn_fast::run_boxes<float>(file.numbers, file.tensors);
+  }
+#endif
+  file.write();
+}
