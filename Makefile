@@ -9,7 +9,7 @@ PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mmdet build bench lint format clean
+.PHONY: help demo test test-mmdet build bench docs lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's 
 
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
 	$(BIN)/python -m fpn_fast bench --output output/benchmarks $(BENCH_ARGS)
+
+docs: $(VENV)/.installed  ## the documentation as a site, in output/site; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy
 	$(BIN)/ruff check $(PYTHON_FILES)
