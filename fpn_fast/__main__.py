@@ -32,6 +32,9 @@ def gather() -> dict[str, Any]:
         "backends": {
             device: {name: backends.problem(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
         },
+        "remarks": {
+            device: {name: backends.remarks(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
+        },
         "build": None,
         "kernels": None,
     }
@@ -61,7 +64,9 @@ def render(facts: dict[str, Any]) -> str:
         lines += ["build:", *(f"  {name:<9} {value}" for name, value in facts["build"].items())]
     for device, problems in facts["backends"].items():
         lines.append(f"backends for {device} tensors:")
-        lines += [f"  {name:<9} {'available' if p is None else f'not available: {p}'}" for name, p in problems.items()]
+        for name, p in problems.items():
+            remarks = "".join(f"; {remark}" for remark in facts["remarks"][device][name])
+            lines.append(f"  {name:<9} {f'available{remarks}' if p is None else f'not available: {p}'}")
     if facts["kernels"] is not None:
         lines.append(f"{'kernel':<64} registers  shared B  local B  occupancy")
         for k in facts["kernels"]:

@@ -68,6 +68,8 @@ _requested = _parse(os.environ.get("FPN_FAST_BACKEND", "auto"), "FPN_FAST_BACKEN
 _chosen: dict[tuple[str, str, str | None], str] = {}
 # (backend, device type) -> the ops that have no kernel there.
 _missing: dict[tuple[str, str], set[str]] = {}
+# (op, backend) -> what of the op torch's own operators do there.
+_shared: dict[tuple[str, str], str] = {}
 
 
 def requested() -> str:
@@ -88,6 +90,11 @@ def available(device_type: str) -> list[str]:
 def declare_missing(op: str, backend: str, device_type: str) -> None:
     """Says that `op` has no kernel on `backend` for tensors of `device_type`; called where the op is registered."""
     _missing.setdefault((backend, device_type), set()).add(op)
+
+
+def declare_shared(op: str, backend: str, by_torch: str) -> None:
+    """Says what of `op` on `backend` torch's own operators do, such as "sorting"; called where the op is registered."""
+    _shared[op, backend] = by_torch
 
 
 def has_form(op: str, backend: str, device_type: str) -> bool:
@@ -132,11 +139,25 @@ def _choose(name: str, device_type: str, op: str | None) -> str:
     return name if op is None or has_form(op, name, device_type) else "reference"
 
 
+def remarks(backend: str, device_type: str, op: str | None = None) -> list[str]:
+    """What of `op`, or of all ops, `backend` leaves to others for tensors of `device_type`."""
+    if op is not None:
+        return [f"{_shared[op, backend]} by torch's own operators"] if (op, backend) in _shared else []
+    missing = sorted(_missing.get((backend, device_type), ()))
+    found = [f"without kernels of {', '.join(missing)}"] if missing else []
+    shared: dict[str, list[str]] = {}
+    for (name, where), by_torch in sorted(_shared.items()):
+        if where == backend:
+            shared.setdefault(by_torch, []).append(name)
+    return found + [f"{by_torch} of {', '.join(names)} by torch's own operators" for by_torch, names in shared.items()]
+
+
 def explain(device_type: str = "cpu", op: str | None = None) -> str:
     """One line a backend: which serves tensors of `device_type` now, which could, and why the others cannot.
 
     op: an op's name, such as "segmented_nms", for the backends that serve this one; without it, each line names the ops
-        that its backend has no kernel of and leaves to the reference.
+        that its backend has no kernel of and leaves to the reference. Either way a line says what of an op with a
+        kernel torch's own operators do.
     """
     try:
         taken: str | None = choose(device_type, op)
@@ -150,8 +171,8 @@ def explain(device_type: str = "cpu", op: str | None = None) -> str:
         if reason is None and op in missing:
             reason = f"it has no kernel of {op} for {device_type} tensors, which runs by another backend"
         state = "taken" if name == taken else "available" if reason is None else f"not available: {reason}"
-        if reason is None and op is None and missing:
-            state += f"; without kernels of {', '.join(missing)}"
+        if reason is None:
+            state += "".join(f"; {remark}" for remark in remarks(name, device_type, op))
         lines.append(f"  {name:<9} {state}")
     return "\n".join(lines)
 

@@ -58,6 +58,8 @@ def _patch_once_in_the_interpreter() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_to_bfloat16_in_the_interpreter()
     _patch_once_in_the_interpreter()
+    import fpn_fast.triton._greedy_nms
+    import fpn_fast.triton._head_decoding
     import fpn_fast.triton.match_anchors
     import fpn_fast.triton.multiscale_roi_align
     import fpn_fast.triton.top_down
@@ -65,6 +67,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     # The interpreter's time goes by programs, not elements: fewer, larger ones, still several for each launch.
     fpn_fast.triton.top_down.BLOCK_ELEMENTS = 4096
     fpn_fast.triton.match_anchors.BLOCK = 256
+    fpn_fast.triton._greedy_nms.CHUNK = 256
+    fpn_fast.triton._head_decoding.BLOCK_RANKS = 2048
+    fpn_fast.triton._head_decoding.BLOCK_BOXES = 256
     fpn_fast.triton.multiscale_roi_align.BLOCK_BYTES = 32768
     fpn_fast.triton.multiscale_roi_align.BLOCK_SAMPLES = 16
     fpn_fast.triton.multiscale_roi_align.TILE_SIZE = 32

@@ -20,6 +20,9 @@ from fpn_fast.reference.generate_proposals import anchors_at, decode, exponentia
 
 NAN, INF = float("nan"), float("inf")
 BACKENDS = ["cpp", "reference"]
+GPU = [pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton")]
+# A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of boxes.
+not_interpreted = pytest.mark.parametrize("backend", [*BACKENDS, *GPU], indirect=True)
 # Padded to 100 x 168, which the strides of the coarsest map do not divide.
 PADDED, SIZES = (100, 168), [(100, 160), (90, 168)]
 PYRAMID = ((25, 42), (13, 21), (7, 11), (4, 6))
@@ -34,10 +37,12 @@ def cpu_backend(request):
         yield request.param
 
 
-@pytest.fixture(params=[*BACKENDS, pytest.param("cuda-cpp", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[*BACKENDS, "triton", *GPU])
 def backend(request, monkeypatch):
-    """Backends on the CPU, and the compiled one on a GPU, where `ops` of this file then runs."""
+    """Backends on the CPU, and those with kernels on a GPU, where `ops` of this file then runs."""
     *device, name = request.param.split("-")
+    if request.param == "triton" and not backends.triton_interprets():
+        pytest.skip("Triton runs on the GPU here")
     if device:
         monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
     with backends.use(name):
@@ -108,6 +113,7 @@ def test_equals_torchvisions_rpn(backend, dtype, form, trained):
     check_equal(found, as_torchvision(objectness, deltas), torch.finfo(dtype).eps)
 
 
+@not_interpreted
 @pytest.mark.parametrize(
     "numbers",
     [(10, 1000, 0.7, 0.0), (5000, 5000, 0.5, 0.0), (200, 7, 0.9, 0.0), (200, 150, 0.7, 0.52), (0, 5, 0.7, 0.0),
@@ -124,6 +130,7 @@ def test_other_numbers(backend, numbers):
     check_equal(found, as_torchvision(objectness, deltas, pre, post, thresh, score_thresh), 2**-23)
 
 
+@not_interpreted
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_batches_and_levels(backend, batch, levels):
@@ -150,6 +157,7 @@ def test_cpp_is_the_reference_bit_for_bit(dtype, options):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@not_interpreted
 def test_half_precision_is_read_exactly(backend):
     """The same as of the maps in float32: anchors, decoding and overlap know no half precision."""
     for dtype in (torch.float16, torch.bfloat16):
@@ -159,6 +167,7 @@ def test_half_precision_is_read_exactly(backend):
         assert all(torch.equal(a, b) for a, b in zip(found, wide, strict=True))
 
 
+@not_interpreted
 def test_any_strides(backend):
     objectness, deltas = head()
     expected = propose(objectness, deltas)
@@ -193,6 +202,7 @@ def test_ties_go_in_torchvisions_order_of_anchors(backend):
     assert len(scores.unique()) == 1
 
 
+@not_interpreted
 def test_bad_numbers_are_never_proposed(backend):
     """What is left is as if the logits had been low; torchvision ranks NaN first."""
     objectness, deltas = head()
@@ -401,7 +411,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_schemas_of_all_namespaces_are_equal():
-    assert set(_FORWARD) == {"cpp", "reference"}
+    assert set(_FORWARD) == {"cpp", "triton", "reference"}
     assert len({str(op._schema).partition("::")[2] for op in _FORWARD.values()}) == 1
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import re
 import sys
 
 import devices
@@ -16,6 +17,9 @@ from fpn_fast.ops.nms import _FORWARD, CONVENTIONS
 
 NAN, INF = float("nan"), float("inf")
 BACKENDS = ["cpp", "reference"]
+GPU = [pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton")]
+# A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of boxes.
+not_interpreted = pytest.mark.parametrize("backend", [*BACKENDS, *GPU], indirect=True)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -24,10 +28,12 @@ def cpu_backend(request):
         yield request.param
 
 
-@pytest.fixture(params=[*BACKENDS, pytest.param("cuda-cpp", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[*BACKENDS, "triton", *GPU])
 def backend(request, monkeypatch):
-    """Backends on the CPU, and the compiled one on a GPU, where `ops` of this file then runs."""
+    """Backends on the CPU, and those with kernels on a GPU, where `ops` of this file then runs."""
     *device, name = request.param.split("-")
+    if request.param == "triton" and not backends.triton_interprets():
+        pytest.skip("Triton runs on the GPU here")
     if device:
         monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
     with backends.use(name):
@@ -72,6 +78,7 @@ def test_nms_equals_torchvisions(backend, count, threshold, dtype):
     assert torch.equal(kept, theirs.nms(boxes, scores, threshold))
 
 
+@not_interpreted
 @pytest.mark.parametrize("groups", [1, 5, 80, 1203])
 @pytest.mark.parametrize("count", [900, 3000])
 def test_batched_nms_equals_torchvisions(backend, count, groups):
@@ -99,6 +106,7 @@ def test_thirty_thousand_boxes(groups):
     assert torch.equal(found, theirs._batched_nms_vanilla(boxes, scores, idxs, 0.5))
 
 
+@not_interpreted
 def test_a_large_group_is_decided_in_blocks(backend):
     boxes, scores, _ = scene(9000, side=4000.0)
     assert torch.equal(ops.nms(boxes, scores, 0.3), theirs.nms(boxes, scores, 0.3))
@@ -125,6 +133,7 @@ def test_a_threshold_that_is_hit_exactly(backend, shift):
         assert len(expected) == (2 if shift >= 0 and share != 0.1 else 1)
 
 
+@not_interpreted
 def test_every_quotient_near_a_threshold_is_decided_as_by_division(backend):
     """Boxes [0, w] against [0, 1]: 1000 widths whose overlap is within 2**-21 of the threshold."""
     groups = torch.arange(1000).repeat(2)[None]
@@ -143,6 +152,7 @@ def test_every_quotient_near_a_threshold_is_decided_as_by_division(backend):
         assert kept == 2000 - (torch.tensor(threshold) * unions < 1).sum()
 
 
+@not_interpreted
 def test_segmented_nms_of_a_batch(backend):
     images = [scene(300, 4, seed=i) for i in range(3)]
     boxes, scores, groups = (torch.stack(each) for each in zip(*images, strict=True))
@@ -215,6 +225,36 @@ def test_groups_are_any_integers_and_views_any_strides(backend):
     assert torch.equal(ops.batched_nms(frame[:, 2:6], scores.flip(0).flip(0), groups, 0.5), expected)
 
 
+@pytest.mark.parametrize(
+    ("convention", "dtype"),
+    [("torchvision", torch.float32), ("mmcv", torch.float64), ("torchvision_offset", torch.float32)],
+    ids=str,
+)
+def test_triton_decides_as_the_reference(convention, dtype, monkeypatch):
+    """Images with few coordinates and scores, so that these are often equal, with bad numbers, groups of any size, and
+    segments of several regions; more images than one, with counts."""
+    pytest.importorskip("triton")
+    from fpn_fast.triton import _greedy_nms
+
+    monkeypatch.setattr(_greedy_nms, "REGION", 32)
+    monkeypatch.setattr(_greedy_nms, "CHUNK", 16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(CONVENTIONS.index(convention))
+    corners = torch.randint(0, 30, (2, 80, 2), generator=generator)
+    sides = torch.randint(0, 14, (2, 80, 2), generator=generator)
+    boxes = torch.cat([corners, corners + sides], 2).to(dtype)
+    scores = torch.randint(0, 40, (2, 80), generator=generator).to(dtype)
+    boxes[0, ::37, 1], scores[0, 5::41], scores[1, 7::43] = NAN, INF, NAN
+    skewed = torch.tensor([3, 3, 3, 3, 3, -(2**63), 2**63 - 1, 0])[torch.randint(0, 8, (2, 80), generator=generator)]
+    counts = torch.tensor([78, 57])
+    for groups, room in ((skewed, 80), (None, 9)):
+        expected = reference.segmented_nms(boxes, scores, groups, counts, 0.4, room, convention)
+        here = [None if each is None else each.to(device) for each in (boxes, scores, groups, counts)]
+        with backends.use("triton"):
+            found = ops.segmented_nms(*here, 0.4, room, convention=convention)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_boxes(data):
@@ -273,10 +313,11 @@ def test_nothing_waits_for_the_device():
 
 
 def test_the_compiled_library_has_it_on_every_device():
-    assert set(_FORWARD) == {"cpp", "reference"}
+    assert set(_FORWARD) == {"cpp", "triton", "reference"}
     for device in ("cpu", "cuda"):
         served = backends.problem("cpp", device) is None
-        assert backends.choose(device, "segmented_nms") == ("cpp" if served else "reference")
+        second = "triton" if device == "cuda" else "reference"
+        assert backends.choose(device, "segmented_nms") == ("cpp" if served else second)
         assert backends.has_form("segmented_nms", "cpp", device)
 
 
@@ -288,12 +329,21 @@ def test_backends_without_a_kernel_leave_it_to_the_reference(monkeypatch):
     assert "reference taken" in backends.explain("cuda", "segmented_nms")
 
 
-def test_triton_has_no_form_of_it():
-    pytest.importorskip("triton")
+@pytest.mark.parametrize(
+    ("op", "by_torch"),
+    [
+        ("segmented_nms", "sorting"),
+        ("generate_proposals", "top-k and sorting"),
+        ("select_detections", "top-k and sorting"),
+        ("select_box_detections", "softmax and sorting"),
+    ],
+)
+def test_what_triton_leaves_to_torch_is_said(op, by_torch):
     with backends.use("triton"):
-        assert backends.choose("cuda", "segmented_nms") == "reference"
-        assert "segmented_nms" in backends.explain("cuda")
-        assert "triton    not available: it has no kernel of segmented_nms" in backends.explain("cuda", "segmented_nms")
+        assert backends.choose("cuda", op) == "triton"
+        assert f"triton    taken; {by_torch} by torch's own operators" in backends.explain("cuda", op)
+        assert re.search(rf"{by_torch} of [a-z_, ]*{op}\b[a-z_, ]* by torch's own operators", backends.explain("cuda"))
+    assert "by torch" not in backends.explain("cuda", "match_anchors")
 
 
 def test_schemas_of_all_namespaces_are_equal():

@@ -11,9 +11,7 @@ from torch import Tensor
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import DTYPES
 from fpn_fast.ops._registration import register_op, traced
-
-#: In the order of csrc/common/boxes.h: NmsConvention.
-CONVENTIONS = ("torchvision", "mmcv", "torchvision_offset")
+from fpn_fast.reference.nms import CONVENTIONS
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

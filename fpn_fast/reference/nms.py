@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+#: In the order of csrc/common/boxes.h: NmsConvention.
+CONVENTIONS = ("torchvision", "mmcv", "torchvision_offset")
 #: Boxes whose overlaps with all later ones are held in memory at a time.
 _BLOCK = 1024
 

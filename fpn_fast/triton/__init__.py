@@ -14,17 +14,26 @@ from fpn_fast.ops._schemas import SCHEMAS
 _library = torch.library.Library("fpn_fast_triton", "DEF")
 
 
-def register(name: str, function: Callable[..., Any]) -> None:
-    """Makes `function` the op `name` on CUDA tensors, and in the interpreter on CPU tensors."""
+def register(name: str, function: Callable[..., Any], by_torch: str | None = None) -> None:
+    """Makes `function` the op `name` on CUDA tensors, and in the interpreter on CPU tensors.
+
+    by_torch: what of it torch's own operators do, for `backends.explain`.
+    """
+    if by_torch is not None:
+        backends.declare_shared(name, "triton", by_torch)
     _library.define(name + SCHEMAS[name])
     for device in ("CUDA", "CPU") if backends.triton_interprets() else ("CUDA",):
         _library.impl(name, function, device)
 
 
 from fpn_fast.triton import (  # noqa: E402, F401  register their ops
+    generate_proposals,
     match_anchors,
     multiscale_roi_align,
     multiscale_roi_align_max,
     paste_masks,
+    segmented_nms,
+    select_box_detections,
+    select_detections,
     top_down,
 )

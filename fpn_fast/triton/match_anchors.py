@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_fast.triton import register
+from fpn_fast.triton._anchors import anchor_at, box_at, is_finite
 from fpn_fast.triton._resample import divide
 from fpn_fast.triton._roi_align import EXACT
 from fpn_fast.triton.multiscale_roi_align import _encoded, _scale_argument, decoded, scale_of
@@ -27,24 +28,7 @@ BETWEEN_THRESHOLDS = tl.constexpr(-2)
 
 
 @triton.jit
-def is_finite(x1, y1, x2, y2):
-    return (x1 - x1 == 0) & (y1 - y1 == 0) & (x2 - x2 == 0) & (y2 - y2 == 0)
-
-
-@triton.jit
-def box_at(boxes, index, mask):
-    """(x1, y1, x2, y2) of boxes [..., 4]."""
-    row = boxes + index.to(tl.int64) * 4
-    return (
-        tl.load(row, mask=mask, other=0.0),
-        tl.load(row + 1, mask=mask, other=0.0),
-        tl.load(row + 2, mask=mask, other=0.0),
-        tl.load(row + 3, mask=mask, other=0.0),
-    )
-
-
-@triton.jit
-def anchor_at(index, levels, cells, offset, ACC: tl.constexpr):
+def made_anchor(index, levels, cells, offset, ACC: tl.constexpr):
     """(x1, y1, x2, y2) of anchors made of `levels`, (first, first_cell, cells, width, stride_y, stride_x) of each, and
     of their `cells`, (x1, y1, x2, y2)."""
     rest, first_cell, count = index, tl.zeros_like(index), tl.zeros_like(index) + 1
@@ -59,17 +43,7 @@ def anchor_at(index, levels, cells, offset, ACC: tl.constexpr):
         stride_y = tl.where(here, decoded(levels[i][4]), stride_y)
         stride_x = tl.where(here, decoded(levels[i][5]), stride_x)
     cell, place = first_cell + rest % count, rest // count
-    x1 = tl.zeros(index.shape, dtype=ACC)
-    y1, x2, y2 = x1, x1, x1
-    for i in tl.static_range(len(cells)):
-        here = cell == i
-        x1 = tl.where(here, scale_of(cells[i][0], ACC), x1)
-        y1 = tl.where(here, scale_of(cells[i][1], ACC), y1)
-        x2 = tl.where(here, scale_of(cells[i][2], ACC), x2)
-        y2 = tl.where(here, scale_of(cells[i][3], ACC), y2)
-    shift_y = ((place // width).to(ACC) + offset) * stride_y.to(ACC)
-    shift_x = ((place % width).to(ACC) + offset) * stride_x.to(ACC)
-    return shift_x + x1, shift_y + y1, shift_x + x2, shift_y + y2
+    return anchor_at(cell, cells, place // width, place % width, stride_y, stride_x, offset, ACC)
 
 
 @triton.jit
@@ -84,7 +58,7 @@ def anchors_of(
     if STORED:
         x1, y1, x2, y2 = box_at(anchors, image * image_stride + index, exists)
     else:
-        x1, y1, x2, y2 = anchor_at(tl.where(exists, index, 0), levels, cells, scale_of(offset, ACC), ACC)
+        x1, y1, x2, y2 = made_anchor(tl.where(exists, index, 0), levels, cells, scale_of(offset, ACC), ACC)
     exists = exists & is_finite(x1, y1, x2, y2)
     infinity = float("inf")
     x1, y1 = tl.where(exists, x1, infinity), tl.where(exists, y1, infinity)
