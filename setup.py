@@ -34,6 +34,7 @@ SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/generate_proposals.cu",
+    "csrc/cuda/heatmaps_to_keypoints.cu",
     "csrc/cuda/kernel_table.cu",
     "csrc/cuda/match_anchors.cu",
     "csrc/cuda/multiscale_roi_align.cu",

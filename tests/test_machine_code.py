@@ -179,6 +179,16 @@ KERNELS = [
         more_registers={"double": 64},
         gathers=True,
     ),
+    # 32 warps. A thread reads single elements of its columns, and one of a block writes a keypoint.
+    Kernel(
+        "heatmaps_to_keypoints.cuh",
+        "heatmaps_to_keypoints_kernel",
+        "KeypointSearch",
+        (),
+        registers=64,
+        scalar=frozenset(),
+        shared=10 * 1024,
+    ),
     # Eight bisections side by side: 32 warps.
     Kernel(
         "sorted_runs.cuh",

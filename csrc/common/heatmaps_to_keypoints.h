@@ -95,11 +95,11 @@ HOST_DEVICE acc_t blend(const acc_t (&weights)[4], acc_t a, acc_t b, acc_t c, ac
   return add(add(two, multiply(weights[2], c)), multiply(weights[3], d));
 }
 
-// The highest position so far. The first position is the highest of a map that is -inf everywhere.
+// The highest position so far.
 template <class acc_t>
 struct Peak {
-  acc_t value = -std::numeric_limits<acc_t>::infinity();
-  int position = 0;
+  acc_t value;
+  int position;
 
   // A NaN is higher than any number; of equals the first is.
   HOST_DEVICE bool is_below(const Peak& other) const {
@@ -108,5 +108,11 @@ struct Peak {
     return value < other.value || (value == other.value && other.position < position);
   }
 };
+
+// That of no positions. Were all -inf, the first would be the highest.
+template <class acc_t>
+HOST_DEVICE Peak<acc_t> no_peak(int first = 0) {
+  return {-std::numeric_limits<acc_t>::infinity(), first};
+}
 
 }  // namespace fpn_fast

@@ -89,7 +89,7 @@ HOST_DEVICE Peak<acc_t> find_peak(const S* heatmap, int height, int width, int b
                                   ResizedRows<acc_t>& rows, std::vector<acc_t>& row) {
   const acc_t scale = divide(static_cast<acc_t>(height), static_cast<acc_t>(box_height));
   row.resize(rows.columns());
-  Peak<acc_t> peak;
+  Peak<acc_t> peak = no_peak<acc_t>();
   // The first row reads four of which none is there.
   int first = cubic_taps(0, scale, height).first - 4;
   for (int y = 0; y < box_height; ++y) {

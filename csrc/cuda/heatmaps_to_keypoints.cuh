@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keypoints of heatmaps, a block a heatmap. A thread goes down a piece of a column of the box: of the four rows that a
+// pixel reads it keeps what they are in its column, so a pixel costs four products. Nothing of the resized map is
+// stored.
+#pragma once
+
+#include "../common/feature_map.h"
+#include "../common/heatmaps_to_keypoints.h"
+#include "../common/scalar.h"
+#include "launch.h"
+
+namespace fpn_fast {
+
+// 8 warps: more would idle in the boxes of most objects.
+constexpr int kKeypointThreads = 256;
+// Rows whose taps a block makes at a time, 5 KB of them in float64.
+constexpr int kTapRows = 128;
+// Rows of a piece. In its first one a thread reads all four rows of the heatmap, which has to pay.
+constexpr int kPieceRows = 32;
+
+template <class T>
+struct KeypointSearch {
+  const T* heatmaps;    // [boxes, keypoints, height, width]
+  const void* corners;  // [boxes, 4]
+  bool double_boxes;    // double, not float
+  int64_t boxes, keypoints;
+  int height, width;
+  float* points;  // [boxes, keypoints, 3]
+  float* scores;  // [boxes, keypoints]
+};
+
+// Calls `body(box)` for the box of heatmap `map`.
+template <class T, class Body>
+__device__ __forceinline__ void with_box(const KeypointSearch<T>& search, int64_t map, const Body& body) {
+  const int64_t offset = map / search.keypoints * 4;
+  if (search.double_boxes) {
+    body(KeypointBox<double>(static_cast<const double*>(search.corners) + offset));
+  } else {
+    body(KeypointBox<float>(static_cast<const float*>(search.corners) + offset));
+  }
+}
+
+// The highest of column `x`, rows [begin, end) from `top` on, of a box of `pixels` columns.
+template <class T, class acc_t = acc_type<T>>
+__device__ __forceinline__ Peak<acc_t> highest_of_piece(const T* heatmap, int height, int width,
+                                                        const CubicTaps<acc_t>* taps, int top, int begin, int end,
+                                                        int x, int pixels) {
+  const CubicTaps<acc_t> across = cubic_taps(x, divide(static_cast<acc_t>(width), static_cast<acc_t>(pixels)), width);
+  int columns[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) columns[i] = clamp_tap(across.first + i, width);
+  acc_t rows[4] = {};
+  int first = taps[begin].first - 4;
+  Peak<acc_t> peak = no_peak<acc_t>((top + begin) * pixels + x);
+#pragma unroll 1
+  for (int y = begin; y < end; ++y) {
+#pragma unroll 1
+    for (; first < taps[y].first; ++first) {
+      const T* row = heatmap + int64_t{clamp_tap(first + 4, height)} * width;
+      rows[0] = rows[1], rows[1] = rows[2], rows[2] = rows[3];
+      rows[3] = blend(across.weights, to_acc(row[columns[0]]), to_acc(row[columns[1]]), to_acc(row[columns[2]]),
+                      to_acc(row[columns[3]]));
+    }
+    const acc_t value = blend(taps[y].weights, rows[0], rows[1], rows[2], rows[3]);
+    if (value <= peak.value) continue;
+    peak = {value, (top + y) * pixels + x};
+    // The first NaN is the highest: nothing below it counts.
+    if (value != value) break;
+  }
+  return peak;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kKeypointThreads)
+    heatmaps_to_keypoints_kernel(const __grid_constant__ KeypointSearch<T> search) {
+  using acc_t = acc_type<T>;
+  __shared__ CubicTaps<acc_t> taps[kTapRows];
+  __shared__ Peak<acc_t> peaks[kKeypointThreads];
+  const int64_t map = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  int box_height = 0, box_width = 0;
+  with_box(search, map, [&](const auto& box) {
+    if (!box.empty()) box_height = box.y.pixels, box_width = box.x.pixels;
+  });
+  const T* heatmap = search.heatmaps + map * search.height * search.width;
+  Peak<acc_t> peak = no_peak<acc_t>();
+  for (int top = 0; top < box_height; top += kTapRows) {
+    const int rows = min(kTapRows, box_height - top);
+    const acc_t scale = divide(static_cast<acc_t>(search.height), static_cast<acc_t>(box_height));
+    __syncthreads();
+    for (int row = thread; row < rows; row += kKeypointThreads) taps[row] = cubic_taps(top + row, scale, search.height);
+    __syncthreads();
+    const int pieces = (rows + kPieceRows - 1) / kPieceRows * box_width;
+    for (int piece = thread; piece < pieces; piece += kKeypointThreads) {
+      const int begin = piece / box_width * kPieceRows;
+      const Peak<acc_t> found = highest_of_piece(heatmap, search.height, search.width, taps, top, begin,
+                                                 min(begin + kPieceRows, rows), piece % box_width, box_width);
+      if (peak.is_below(found)) peak = found;
+    }
+  }
+  peaks[thread] = peak;
+  for (int half = kKeypointThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half && peaks[thread].is_below(peaks[thread + half])) peaks[thread] = peaks[thread + half];
+  }
+  if (thread != 0) return;
+  float point[3] = {};
+  with_box(search, map, [&](const auto& box) {
+    if (box_height > 0) box.keypoint(peaks[0].position, point);
+  });
+#pragma unroll
+  for (int i = 0; i < 3; ++i) search.points[map * 3 + i] = point[i];
+  search.scores[map] = box_height > 0 ? static_cast<float>(peaks[0].value) : 0.0f;
+}
+
+// Calls `launch(kernel, config, argument)` once.
+template <class T, class Launch>
+void search_in_launch(const KeypointSearch<T>& search, const Launch& launch) {
+  launch(heatmaps_to_keypoints_kernel<T>, LaunchConfig{search.boxes * search.keypoints, kKeypointThreads}, search);
+}
+
+}  // namespace fpn_fast
