@@ -16,6 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fpn_fast
+from benchmarks import census
 from fpn_fast import backends
 
 NOTHING = {"weights": None, "weights_backbone": None}
@@ -148,9 +149,9 @@ def check_training(plain, fast, kind):
     for key in losses:
         torch.testing.assert_close(losses[key], expected[key], rtol=1e-5, atol=1e-6)
     assert grads.keys() == expected_grads.keys()
-    # In the long, untrained keypoint head roundings switch ReLUs: torchvision's own gradients move by 3e-3 when its
-    # images do in their last bits. Elsewhere 3e-6 was seen.
-    part = 5e-3 if kind == "keypointrcnn" else 1e-4
+    # In the long, untrained heads of masks and keypoints roundings switch ReLUs: torchvision's own gradients move by
+    # 1e-3 and 3e-3 when its images do in their last bits. Elsewhere 3e-6 was seen.
+    part = 5e-3 if kind in ("maskrcnn", "keypointrcnn") else 1e-4
     largest = max(each.norm().item() for each in expected_grads.values())
     for key in grads:
         # Some are zero but for rounding: of a bias before a softmax over what it is added to.
@@ -228,22 +229,11 @@ def accelerated(name):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [*DENSE, "ssd300_vgg16"])
-def test_dense_detectors_take_one_call_and_one_wait(name, monkeypatch):
-    model, calls = accelerated(name), []
-    monkeypatch.setattr(torch.Tensor, "tolist", counted(torch.Tensor.tolist, calls))
-    with torch.no_grad():
-        model(images())
-        model(images())  # the first asks for the cell anchors, once for all
-    assert 1 <= len(calls) <= 2 + 8
-
-
-def counted(function, calls):
-    def call(*arguments):
-        calls.append(arguments)
-        return function(*arguments)
-
-    return call
+@pytest.mark.parametrize(("name", "waits"), [(DENSE[0], 1), (DENSE[1], 1), ("fasterrcnn_resnet50_fpn", 2)])
+def test_waits_for_the_lengths_of_its_lists_alone(name, waits):
+    """torchvision waits 20 times and more."""
+    model = accelerated(name)
+    assert census.count(lambda: model(images())).waits == {"tolist": waits}
 
 
 @pytest.mark.parametrize("name", DENSE)

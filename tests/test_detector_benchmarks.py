@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of whole detectors: that it compares rightly, and says what it measured."""
+
+import json
+
+import pytest
+import torch
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from benchmarks import detectors
+
+
+def retinanet(weights, weights_backbone, **options):
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=weights, trainable_layers=5)
+    sizes = tuple((16.0 * 2**i, 20.0 * 2**i, 25.0 * 2**i) for i in range(5))
+    generator = detection.retinanet.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+    return detection.RetinaNet(backbone, 91, anchor_generator=generator, **options)
+
+
+@pytest.fixture(autouse=True)
+def small_detectors(monkeypatch):
+    small = {"faster_rcnn": detection.fasterrcnn_mobilenet_v3_large_fpn, "retinanet": retinanet}
+    monkeypatch.setattr(detectors, "BUILDERS", small)
+
+
+def test_all_cases_in_small(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--tiny", "--no-compile", "--case-seconds", "0", "--results", str(tmp_path)]
+    assert detectors.main(arguments) == 0
+    (file,) = tmp_path.glob("*/detectors.json")
+    results = json.loads(file.read_text())
+    rows = results["rows"]
+    assert len(rows) == len(detectors.cases("cpu")) * 3 - 2  # training has no static form
+    assert {row["provider"] for row in rows} == {"eager", "fpn_fast", "static"}
+    for row in rows:
+        assert row["p20"] <= row["p50"] <= row["p80"]
+        assert row["rounds"] >= 7
+    waits = {(row["model"], row["provider"]): row["waits"] for row in rows if not row["training"]}
+    assert waits["faster_rcnn", "static"] == waits["retinanet", "static"] == 0
+    assert waits["faster_rcnn", "fpn_fast"] == 2
+    assert waits["faster_rcnn", "eager"] > 10
+    stages = next(row["stages"] for row in rows if row["model"] == "faster_rcnn" and row["provider"] == "eager")
+    assert set(stages) >= {*detectors.REPLACED, "backbone", "heads", "transform", "FPN convolutions"}
+    printed = capsys.readouterr().out
+    assert printed == detectors.table(results) + "\n"
+    assert "| faster_rcnn, training step, 64x96, N=2 | fpn_fast |" in printed
+
+
+def test_stages_make_the_whole():
+    case = detectors.Case("faster_rcnn", (64, 96), 1)
+    (provider, *_) = detectors.providers(case, torch.device("cpu"), compiled=False).values()
+    stages = detectors.Stages(provider.model, lambda: None)
+    start = detectors.time.perf_counter()
+    with stages.clocked():
+        provider.step()
+    whole = (detectors.time.perf_counter() - start) * 1e3
+    assert 0.8 * whole < sum(stages.times.values()) <= whole
+    assert detectors.replaced({"pooler": 1.0, "heads": 5.0, "RPN tail": 2.0}) == 3.0
+    calls = sum(len(module._forward_hooks) for module in provider.model.modules())
+    assert calls == 0
+
+
+def test_what_differs_is_refused():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 30]])
+    found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.5]), "labels": torch.tensor([1, 2])}]
+    assert detectors.problem(found, found) is None
+    swapped = [{name: each.flip(0) if name != "scores" else each for name, each in found[0].items()}]
+    assert detectors.problem(swapped, found) is None
+    for changes, reason in (
+        ({"boxes": boxes + 1}, "2 boxes of 2 are not there"),
+        ({"labels": torch.tensor([1, 1])}, "1 boxes of 2"),
+        ({"scores": torch.tensor([0.9, 0.6])}, "scores differ by 0.1"),
+        ({name: each[:1] for name, each in found[0].items()}, "1 detections, not 2"),
+    ):
+        assert detectors.problem([{**found[0], **changes}], found).startswith(reason)
+    nothing = [{name: each[:0] for name, each in found[0].items()}]
+    assert "nothing to compare" in detectors.problem(nothing, nothing)
+    assert detectors.problem({"loss": torch.tensor(1.1)}, {"loss": torch.tensor(1.0)}) == "loss is 1.1, not 1"
+    refused = detectors.Row(detectors.Case("retinanet", (64, 96), 1), "fpn_fast", refused="loss is 1.1, not 1")
+    assert "| fpn_fast | refused: loss is 1.1, not 1 |" in detectors.table(json.loads(detectors.as_json({}, [refused])))
