@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-stage training whose tensors have sizes that the host knows: samples of a fixed size, drawn on the device.
+
+torchvision's sampler looks up where labels are positive and draws from what it finds, so that a GPU is waited for
+several times an image. Here every label gets a random key, and the largest keys of each kind are taken; what there is
+too little of stays in the sample with a weight of zero. Samples have the same distribution, by another random stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import roi_heads
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator as _AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork as _RegionProposalNetwork
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import roi_align
+
+from fpn_fast import ops
+from fpn_fast.nn import _matching
+from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
+from fpn_fast.nn.roi_heads import RoIHeads
+
+__all__ = ["FixedSizeSampler", "StaticRegionProposalNetwork", "StaticRoIHeads", "use_static_sampling"]
+
+
+class FixedSizeSampler(BalancedPositiveNegativeSampler):
+    """torchvision's BalancedPositiveNegativeSampler for all images at once, without a wait.
+
+    Same constructor and distribution: of each image's positives a uniformly random subset, at most
+    ``positive_fraction`` of ``batch_size_per_image``, and of its negatives one that fills the rest as far as there are
+    any. Keys are float32: two are equal once in 2^24, and which of equal ones is taken is the device's choice.
+    """
+
+    @property
+    def max_positives(self) -> int:
+        return int(self.batch_size_per_image * self.positive_fraction)
+
+    def sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """labels [N, M]: 1 and more positive, 0 negative, below 0 neither.
+
+        Returns: (places [N, S] int64 in 0..M-1, kinds [N, S] int64), S = ``batch_size_per_image``. Kinds are 1 for a
+            positive, 0 for a negative and -1 for what is not of the sample. Positives come first.
+        """
+        images, candidates = labels.shape
+        size = self.batch_size_per_image
+        keys = torch.rand(labels.shape, device=labels.device)
+        # A key of -1 is below all that are drawn.
+        positive_keys, positives = keys.masked_fill(labels < 1, -1).topk(min(self.max_positives, candidates))
+        negative_keys, negatives = keys.masked_fill(labels != 0, -1).topk(min(size, candidates))
+        slots = torch.arange(size, device=labels.device).expand(images, size)
+        found = (positive_keys >= 0).sum(1, keepdim=True)
+        is_positive = slots < found
+        of_negatives = slots - found
+        is_negative = ~is_positive & (of_negatives < (negative_keys >= 0).sum(1, keepdim=True))
+        places = torch.where(
+            is_positive, _at(positives, slots), torch.where(is_negative, _at(negatives, of_negatives), 0)
+        )
+        return places, is_positive.long() - (~is_positive & ~is_negative).long()
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels [M_n] of each image -> uint8 masks of its sampled positives and negatives, as torchvision's."""
+        masks: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for labels in matched_idxs:
+            places, kinds = self.sample(labels[None])
+            for mask, kind in zip(masks, (1, 0), strict=True):
+                chosen = torch.zeros(len(labels), dtype=torch.uint8, device=labels.device)
+                mask.append(chosen.scatter_reduce(0, places[0], (kinds[0] == kind).to(torch.uint8), "amax"))
+        return masks
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """table [N, K] at places [N, S]; anything where these are outside 0..K-1."""
+    if table.shape[1] == 0:
+        return torch.zeros_like(places)
+    return table.gather(1, places.clamp(0, table.shape[1] - 1))
+
+
+def _rows(table: Tensor, places: Tensor) -> Tensor:
+    """table [N, M, 4] at places [N, S] -> [N, S, 4]."""
+    return table.gather(1, places[..., None].expand(-1, -1, 4))
+
+
+def _encoded(coder: BoxCoder, boxes: Tensor, anchors: Tensor, counted: Tensor) -> Tensor:
+    """coder.encode_single of boxes and anchors [N, S, 4] where counted [N, S], finite elsewhere, and without a wait.
+
+    torchvision makes a tensor of the weights, on its way to a GPU a wait.
+    """
+    # (0, 0, 1, 1), of which any box with an area would do.
+    unit = (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)
+    boxes, anchors = (torch.where(counted[..., None], each, unit) for each in (boxes, anchors))
+    sizes, own_sizes = (each[..., 2:] - each[..., :2] for each in (anchors, boxes))
+    shifts = (boxes[..., :2] + 0.5 * own_sizes) - (anchors[..., :2] + 0.5 * sizes)
+    parts = torch.cat([shifts / sizes, torch.log(own_sizes / sizes)], -1)
+    return torch.stack([part * weight for part, weight in zip(parts.unbind(-1), coder.weights, strict=True)], -1)
+
+
+class StaticRegionProposalNetwork(RegionProposalNetwork):
+    """:class:`RegionProposalNetwork` whose training never waits: padded proposals, and a sample of a fixed size.
+
+    In training each image's proposals are [P, 4], P = ``post_nms_top_n()``, with zeros after the last: for
+    :class:`StaticRoIHeads`, which knows a box without an area for none. In evaluation nothing is changed.
+    """
+
+    fg_bg_sampler: FixedSizeSampler
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """See :class:`RegionProposalNetwork`; boxes padded in training."""
+        if not self.training:
+            return super().forward(images, features, targets)
+        if targets is None:
+            raise ValueError("targets must have the boxes of each image in training, got None")
+        maps = list(features.values())
+        objectness, deltas = self.head(maps)
+        boxes, _, _ = self.proposals_of_head(images, objectness, deltas)
+        loss, box_loss = self._sampled_losses(images, maps, objectness, deltas, targets)
+        return list(boxes.unbind()), {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
+
+    def _sampled_losses(
+        self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
+    ) -> tuple[Tensor, Tensor]:
+        """torchvision's losses of a sample: a mean, and a sum over positives divided by the size of the sample."""
+        (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
+        matches, gt_boxes = _matching.match_images(
+            self.proposal_matcher, self.box_similarity, [target["boxes"] for target in targets], anchors
+        )
+        places, kinds = self.fg_bg_sampler.sample(_matching.labels_of(matches))
+        count = (kinds >= 0).sum().clamp(min=1)
+        scores, box_deltas = concat_box_prediction_layers(objectness, deltas)
+        sampled = scores.view(matches.shape).gather(1, places)
+        losses = F.binary_cross_entropy_with_logits(sampled, (kinds > 0).to(sampled.dtype), reduction="none")
+        loss = losses.masked_fill(kinds < 0, 0).sum() / count
+        # Positives come first.
+        few = self.fg_bg_sampler.max_positives
+        places, is_positive = places[:, :few], kinds[:, :few] > 0
+        # One row more, for images without a ground truth.
+        own = _rows(F.pad(gt_boxes, (0, 0, 0, 1)), matches.gather(1, places).clamp(min=0))
+        goals = _encoded(self.box_coder, own, anchors[places], is_positive)
+        found = _rows(box_deltas.view(*matches.shape, 4), places)
+        return loss, _box_loss(found, goals, is_positive) / count
+
+
+def _box_loss(found: Tensor, goals: Tensor, counted: Tensor) -> Tensor:
+    """torchvision's, summed over the rows [N, S, 4] that are counted [N, S]."""
+    losses = F.smooth_l1_loss(found, goals, beta=1 / 9, reduction="none")
+    return losses.masked_fill(~counted[..., None], 0).sum()
+
+
+class StaticRoIHeads(RoIHeads):
+    """:class:`RoIHeads` whose training never waits: a sample of a fixed size, and masks for as many as may be positive.
+
+    Proposals without an area count as none. Keypoints are not served. In evaluation nothing is changed.
+    """
+
+    fg_bg_sampler: FixedSizeSampler
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """See :class:`RoIHeads`."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        self.check_targets(targets)
+        assert targets is not None
+        boxes, kinds, owners, labels, gt_boxes = self._sample(proposals, targets)
+        logits, deltas = self.box_predictor(
+            self.box_head(self.box_roi_pool(features, list(boxes.unbind()), image_shapes))
+        )
+        count = (kinds >= 0).sum().clamp(min=1)
+        class_loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-1, reduction="sum") / count
+        # Positives come first.
+        few = self.fg_bg_sampler.max_positives
+        is_positive, classes = kinds[:, :few] > 0, labels[:, :few].clamp(min=0)
+        owners, few_boxes = owners[:, :few], boxes[:, :few]
+        goals = _encoded(self.box_coder, _rows(gt_boxes, owners), few_boxes, is_positive)
+        of_classes = deltas.view(*labels.shape, -1, 4)[:, :few]
+        own_class = classes[..., None, None].expand(-1, -1, 1, 4)
+        found = of_classes.gather(2, own_class).squeeze(2)
+        losses = {"loss_classifier": class_loss, "loss_box_reg": _box_loss(found, goals, is_positive) / count}
+        if self.has_mask():
+            losses["loss_mask"] = self._mask_loss(
+                features, few_boxes, image_shapes, targets, owners, classes, is_positive
+            )
+        return [], losses
+
+    def _sample(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
+        """Boxes [N, S, 4], kinds, ground truths and labels [N, S] of a sample, and all ground truths [N, G, 4].
+
+        Labels are classes, 0 for background and -1 where kinds are.
+        """
+        gt_list = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        gt_boxes, _ = ops.pad_boxes(gt_list)
+        # At least one row, also where no image has a ground truth.
+        gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
+        padded, _ = ops.pad_boxes(proposals)
+        boxes = torch.cat([padded, gt_boxes], 1)
+        owners, labels = (
+            torch.stack(each)
+            for each in self.assign_targets_to_proposals(
+                list(boxes.unbind()), gt_list, [target["labels"] for target in targets]
+            )
+        )
+        labels = labels.masked_fill(boxes[..., 2] <= boxes[..., 0], -1)
+        places, kinds = self.fg_bg_sampler.sample(labels)
+        labels = labels.gather(1, places).masked_fill(kinds < 0, -1)
+        return _rows(boxes, places), kinds, owners.gather(1, places), labels, gt_boxes
+
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        boxes: Tensor,
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+        owners: Tensor,
+        classes: Tensor,
+        counted: Tensor,
+    ) -> Tensor:
+        """torchvision's: the mean over the pixels of positives, [N, P] of which are counted."""
+        logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, list(boxes.unbind()), image_shapes)))
+        side = logits.shape[-1]
+        goals = []
+        for own_boxes, own, target in zip(boxes, owners, targets, strict=True):
+            masks = target["masks"]
+            if len(masks) == 0:
+                goals.append(logits.new_zeros(len(own), side, side))
+                continue
+            rois = torch.cat([own[:, None].to(own_boxes.dtype), own_boxes], 1)
+            goals.append(roi_align(masks[:, None].to(own_boxes.dtype), rois, (side, side), 1.0)[:, 0])
+        chosen = logits.gather(1, classes.view(-1, 1, 1, 1).expand(-1, 1, side, side)).squeeze(1)
+        losses = F.binary_cross_entropy_with_logits(chosen, torch.cat(goals).to(chosen.dtype), reduction="none")
+        kept = losses.masked_fill(~counted.view(-1, 1, 1), 0)
+        return kept.sum() / (counted.sum() * side * side).clamp(min=1)
+
+
+def use_static_sampling(model: nn.Module) -> None:
+    """Puts fixed-size samplers into a torchvision Faster or Mask R-CNN, in place, also one that was accelerated.
+
+    Weights, keys and evaluation stay as they are. Losses have the distribution that they had, by other random numbers.
+
+    Raises:
+        TypeError: a model without these two stages, with keypoints, or with an anchor generator, box coder, sampler or
+            stage of a class of its own.
+    """
+    rpn: Any = getattr(model, "rpn", None)
+    heads: Any = getattr(model, "roi_heads", None)
+    if type(rpn) not in (_RegionProposalNetwork, RegionProposalNetwork) or type(heads) not in (
+        roi_heads.RoIHeads,
+        RoIHeads,
+    ):
+        raise TypeError(
+            "the model must have an rpn and roi_heads of torchvision or fpn_fast, got "
+            f"{type(rpn).__name__} and {type(heads).__name__}"
+        )
+    usual = (
+        (rpn.anchor_generator, (_AnchorGenerator, AnchorGenerator)),
+        (rpn.box_coder, (BoxCoder,)),
+        (heads.box_coder, (BoxCoder,)),
+        (rpn.fg_bg_sampler, (BalancedPositiveNegativeSampler,)),
+        (heads.fg_bg_sampler, (BalancedPositiveNegativeSampler,)),
+    )
+    for part, known in usual:
+        if type(part) not in known:
+            raise TypeError(f"the model's {known[0].__name__} must be torchvision's, got {type(part).__name__}")
+    if heads.has_keypoint():
+        raise TypeError("static sampling has no form for keypoints")
+    rpn.__class__, heads.__class__ = StaticRegionProposalNetwork, StaticRoIHeads
+    for stage in (rpn, heads):
+        old = stage.fg_bg_sampler
+        stage.fg_bg_sampler = FixedSizeSampler(old.batch_size_per_image, old.positive_fraction)
