@@ -41,6 +41,8 @@ CUDA_SOURCES = [
     "csrc/cuda/multiscale_roi_align_max.cu",
     "csrc/cuda/paste_masks.cu",
     "csrc/cuda/segmented_nms.cu",
+    "csrc/cuda/select_box_detections.cu",
+    "csrc/cuda/select_detections.cu",
     "csrc/cuda/top_down.cu",
 ]
 # A checkout builds for the H100 and H200; a wheel for every GPU from Turing on.
@@ -120,6 +122,8 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     if with_cuda:
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
         nvcc = ["-O0" if debug else "-O3", *stable, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"]
+        # Thresholds are made on the host, by the same rule.
+        nvcc += ["-Xcompiler", "-ffp-contract=off"]
         parts.append(
             CUDAExtension(
                 "fpn_fast._C_cuda",

@@ -164,9 +164,69 @@ def generate_proposals(device: torch.device) -> int:
     return _selection(device, "generate_proposals", *cases)
 
 
+def _centered(device: torch.device) -> int:
+    """Scores with centerness, in both memory formats; returns the number of calls."""
+    strides = [(4 * 2**level, 4 * 2**level) for level in range(len(LEVELS))]
+    cells = [[(-2.0 * stride, -2.0 * stride, 2.0 * stride, 2.0 * stride)] for stride, _ in strides]
+    calls = 0
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        maps = [
+            [torch.randn(2, channels, *size).abs().contiguous(memory_format=memory_format) for size in LEVELS]
+            for channels in (7, 4, 1)
+        ]
+        results = []
+        for where, backend in ((torch.device("cpu"), "reference"), (device, "cpp")):
+            logits, deltas, centerness = ([each.to(where) for each in level] for level in maps)
+            with backends.use(backend):
+                results.append(
+                    ops.select_detections(
+                        logits,
+                        deltas,
+                        cells,
+                        strides,
+                        torch.tensor([[52, 76], [50, 70]]).to(where),
+                        score_thresh=0.5,
+                        pre_nms_top_n=50,
+                        nms_thresh=0.5,
+                        max_detections=30,
+                        centerness=centerness,
+                        coder="distances",
+                    )
+                )
+        _compare(f"select_detections with centerness {memory_format}", results[1], results[0])
+        calls += 1
+    return calls
+
+
 def select_detections(device: torch.device) -> int:
-    """Few classes and many, in a batch."""
-    return _selection(device, "select_detections", *({"classes": classes, "batch": 2} for classes in (3, 91)))
+    """Few classes and many, in a batch; and scores with centerness."""
+    cases = ({"classes": classes, "batch": 2} for classes in (3, 91))
+    return _selection(device, "select_detections", *cases) + _centered(device)
+
+
+def select_box_detections(device: torch.device) -> int:
+    """Deltas of boxes and of classes, and a class's best alone; returns the number of calls."""
+    corners = torch.rand(2, 300, 2) * 60
+    boxes = torch.cat((corners, corners + 8 + torch.rand(2, 300, 2) * 40), 2)
+    calls = 0
+    for classes, shared, class_top_n in ((2, False, None), (40, True, 20)):
+        tables = [torch.randn(2, 300, classes) * 4, torch.randn(2, 300, 4 if shared else 4 * classes), boxes]
+        tables += [torch.tensor([300, 170]), torch.tensor([[100.0, 100.0], [90.0, 110.0]])]
+        results = []
+        for where, backend in ((torch.device("cpu"), "reference"), (device, "cpp")):
+            with backends.use(backend):
+                results.append(
+                    ops.select_box_detections(
+                        *(each.to(where) for each in tables),
+                        score_thresh=0.05,
+                        nms_thresh=0.5,
+                        max_detections=100,
+                        class_top_n=class_top_n,
+                    )
+                )
+        _compare(f"select_box_detections classes={classes}", results[1], results[0])
+        calls += 1
+    return calls
 
 
 def segmented_nms(device: torch.device) -> int:
@@ -181,6 +241,7 @@ CALLS: dict[str, Callable[[torch.device], int]] = {
     "multiscale_roi_align": multiscale_roi_align,
     "generate_proposals": generate_proposals,
     "select_detections": select_detections,
+    "select_box_detections": select_box_detections,
     "segmented_nms": segmented_nms,
     "match_anchors": match_anchors,
     "paste_masks": paste_masks,

@@ -2,13 +2,16 @@
 """`select_detections` and `select_box_detections`: against torchvision, and backend against backend."""
 
 import math
+import sys
 from types import SimpleNamespace
 
+import devices
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from torchvision.models.detection import _utils, fcos, retinanet, roi_heads, ssd
 
 from fpn_fast import backends, ops
@@ -18,6 +21,7 @@ from fpn_fast.reference.generate_proposals import anchors_at
 
 NAN, INF = math.nan, math.inf
 BACKENDS = ["cpp", "reference"]
+GPU = [pytest.param("cuda-cpp", marks=pytest.mark.gpu)]
 FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 SIZES = [(100, 160), (90, 168)]
 PYRAMID = ((25, 42), (13, 21), (7, 11))
@@ -29,9 +33,19 @@ Outputs = tuple[torch.Tensor, ...]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def cpu_backend(request):
     with backends.use(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[*BACKENDS, *GPU])
+def backend(request, monkeypatch):
+    """Backends on the CPU, and those with kernels on a GPU, where `ops` of this file then runs."""
+    *device, name = request.param.split("-")
+    if device:
+        monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
+    with backends.use(name):
+        yield name
 
 
 def each_backend(call) -> list[Outputs]:
@@ -451,12 +465,14 @@ def raw_boxes(backend):
 
 
 @pytest.mark.parametrize("raw", [raw_maps, raw_boxes])
-def test_opcheck(backend, raw):
-    torch.library.opcheck(*raw(backend))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(cpu_backend, device, raw):
+    op, arguments = raw(cpu_backend)
+    torch.library.opcheck(op, tree_map_only(torch.Tensor, lambda t: devices.moved(t, device), arguments))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(backend, dynamic):
+def test_compiles_in_one_graph(cpu_backend, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(lambda maps: select(maps, CELLS[:2]), fullgraph=True, dynamic=dynamic)
     for pyramid in (PYRAMID[:2], ((9, 8), (5, 7))):
@@ -586,3 +602,83 @@ def test_errors_of_boxes(change, error, message):
     positional = [arguments.pop(name) for name in ("logits", "deltas", "boxes", "counts")]
     with pytest.raises(error, match=message):
         ops.select_box_detections(*positional, torch.tensor(SIZES), **arguments)
+
+
+def same_on_a_gpu(call, *tensors):
+    """`call(*tensors)` of tensors of the CPU, there and twice on a GPU, bit for bit and with no wait."""
+    expected = call(*tensors)
+    here = tree_map_only(torch.Tensor, lambda t: t.cuda(), tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [call(*here) for _ in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found in results:
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+LARGE = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("options", [{}, {"score_thresh": 0.0, "pre_nms_top_n": 3000}], ids=str)
+@pytest.mark.parametrize("centered", [False, True], ids=["logits", "centered"])
+def test_a_gpu_selects_what_the_cpu_does(dtype, form, options, centered):
+    """At a detector's size; with as many candidates as many blocks suppress."""
+    maps = head(dtype, form, anchors=1 if centered else 9, pyramid=LARGE)
+    anchors = 1 if centered else 9
+    cells = [[(-8.0 * (s + i), -9.0 * s, 8.0 * (s + i), 9.0 * s) for i in range(anchors)] for s in (1, 2, 4, 8, 16)]
+    strides = [(8 * 2**i, 8 * 2**i) for i in range(5)]
+    options = {
+        **OPTIONS,
+        "pre_nms_top_n": 1000,
+        "max_detections": 2000,
+        **options,
+        "coder": "distances" if centered else "deltas",
+    }
+    call = lambda logits, deltas, centers, sizes: ops.select_detections(  # noqa: E731
+        logits, deltas, cells, strides, sizes, centerness=centers, **options
+    )
+    same_on_a_gpu(call, maps.logits, maps.deltas, maps.centers if centered else (), torch.tensor(SIZES).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("boxes", "classes", "class_top_n"), [(1000, 91, None), (8732, 91, 400), (1500, 1203, None), (5000, 3, None)]
+)
+def test_a_gpu_selects_of_boxes_what_the_cpu_does(boxes, classes, class_top_n):
+    """A second stage's, SSD's, one of a large vocabulary, and classes that many blocks suppress."""
+    these = tables(boxes=boxes, classes=classes, shared=classes > 1000)
+    options = {**BOX_OPTIONS, "score_thresh": 0.01, "max_detections": 2000, "class_top_n": class_top_n}
+    call = lambda logits, deltas, boxes, counts, sizes: ops.select_box_detections(  # noqa: E731
+        logits, deltas, boxes, counts, sizes, **options
+    )
+    counts = torch.tensor([boxes, boxes // 2])
+    same_on_a_gpu(call, these.logits, these.deltas, these.boxes, counts, torch.tensor(SIZES).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_boxes", [False, True], ids=["maps", "boxes"])
+def test_can_be_captured_in_a_graph(of_boxes):
+    sizes = torch.tensor(SIZES).float().cuda()
+    made = lambda seed: vars(tables(seed=seed) if of_boxes else head(seed=seed))  # noqa: E731
+    inputs = tree_map_only(torch.Tensor, lambda t: t.cuda(), made(0))
+    if of_boxes:
+        tensors = [inputs["logits"], inputs["deltas"], inputs["boxes"], None, sizes]
+        call = lambda: ops.select_box_detections(*tensors, **BOX_OPTIONS)  # noqa: E731
+    else:
+        call = lambda: ops.select_detections(  # noqa: E731
+            inputs["logits"], inputs["deltas"], CELLS, STRIDES, sizes, **OPTIONS
+        )
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    # Other numbers than when it was captured.
+    for name, new in made(5).items():
+        for mine, other in zip([inputs[name]] if of_boxes else inputs[name], [new] if of_boxes else new, strict=True):
+            mine.copy_(other)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))

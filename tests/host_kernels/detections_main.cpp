@@ -45,7 +45,8 @@ void run_planned(const Plan& plan, const Detect& detect) {
   Scratch counting;
   plan(counting);
   const host_cuda::Storage memory(counting.bytes());
-  std::memset(memory.data(), 0xff, memory.bytes());
+  // Finite numbers: what is NaN on purpose has been written.
+  std::memset(memory.data(), 0x7f, memory.bytes());
   Scratch scratch(memory.data());
   detect(plan(scratch), [](auto kernel, const LaunchConfig& config, const auto& argument) {
     if (config.blocks == 0) return;
