@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Both set everything up first, and are quick the second time.
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ_EXAMPLES ?= 5000
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -9,7 +10,7 @@ PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mmdet build bench docs lint format clean
+.PHONY: help demo test fuzz test-mmdet build bench docs lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,9 @@ demo: build  ## train Faster R-CNN on digits in photographs, eager beside fused 
 
 test: build  ## all tests that this machine can run
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+fuzz: build  ## every op with arguments that nobody should give it, for as long as FUZZ_EXAMPLES of each take
+	FPN_FAST_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -q
 
 # An environment over the one above, whose torch it uses.
 $(VENV)-mmdet/.installed: $(VENV)/.installed requirements-mmdet.txt

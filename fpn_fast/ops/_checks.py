@@ -3,10 +3,26 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Each of `sizes` is an integer of 0 or more; a tracer's counts as one.
+
+    Raises:
+        TypeError: one is no integer.
+        ValueError: one is negative.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, (Integral, torch.SymInt)):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
 def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:

@@ -81,6 +81,8 @@ def check_image_sizes(image_sizes: Tensor, like: Tensor) -> Tensor:
     """[N, 2] with N of `like`, in the type in which boxes of its type are computed."""
     if not isinstance(image_sizes, Tensor):
         raise TypeError(f"image_sizes must be a tensor, got {type(image_sizes).__name__}")
+    if image_sizes.is_complex():
+        raise TypeError(f"image_sizes must be of a real type, got {image_sizes.dtype}")
     if image_sizes.dim() != 2 or image_sizes.size(0) != like.size(0) or image_sizes.size(1) != 2:
         raise ValueError(f"image_sizes must be [N, 2], {(like.size(0), 2)}, got {tuple(image_sizes.shape)}")
     if image_sizes.device != like.device:

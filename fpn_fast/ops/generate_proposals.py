@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
+from fpn_fast.ops._checks import check_sizes
 from fpn_fast.ops._heads import (
     check_channels,
     check_choice,
@@ -118,9 +119,7 @@ def generate_proposals(
     check_choice("center", center, ("corner", "mean"))
     check_choice("scores", scores, ("probability", "logit"))
     check_choice("convention", convention, CONVENTIONS[:2])
-    for name, number in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
-        if number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
+    check_sizes(pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
     for name, values in (("weights", weights), ("means", means), ("stds", stds)):
         if len(values) != 4:
             raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")

@@ -116,10 +116,17 @@ def assign_levels(
         along one axis.
 
     Raises:
+        TypeError: rois are no tensor of floating-point numbers.
         ValueError: rois are not [K, 5]; scales are not positive or not finest first; an unknown formula.
     """
+    if not isinstance(rois, Tensor):
+        raise TypeError(f"rois must be a tensor, got {type(rois).__name__}")
+    if not rois.is_floating_point():
+        raise TypeError(f"rois must be of a floating-point type, got {rois.dtype}")
     if rois.dim() != 2 or rois.size(1) != 5:
         raise ValueError(f"rois must be [K, 5], (image, x1, y1, x2, y2), got {tuple(rois.shape)}")
+    if len(scales) == 0:
+        raise ValueError("scales must hold one for each map, got an empty sequence")
     thresholds = thresholds_of(tuple(map(float, scales)), canonical_scale, canonical_level, level_formula)
     return levels_by_area(rois, len(scales), thresholds)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._checks import DTYPES, check_sizes
 from fpn_fast.ops._registration import register_op, traced
 from fpn_fast.reference.nms import CONVENTIONS
 
@@ -93,10 +93,8 @@ def segmented_nms(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be {', '.join(CONVENTIONS[:-1])} or {CONVENTIONS[-1]}, got {convention!r}")
-    if max_output < 0:
-        raise ValueError(f"max_output must be 0 or more, got {max_output}")
-    if boxes.dim() != 3 or boxes.size(2) != 4:
-        raise ValueError(f"boxes must be [N, B, 4], got {tuple(boxes.shape)}")
+    check_sizes(max_output=max_output)
+    _check_boxes(boxes, "[N, B, 4]", 3)
     boxes, scores = _numbers(boxes, scores)
     groups = check_integers(groups, "groups", boxes, (boxes.size(0), boxes.size(1)))
     counts = check_integers(counts, "counts", boxes, (boxes.size(0),))
@@ -104,13 +102,19 @@ def segmented_nms(
 
 
 def _of_one_image(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
-    if boxes.dim() != 2 or boxes.size(1) != 4:
-        raise ValueError(f"boxes must be [B, 4], got {tuple(boxes.shape)}")
+    _check_boxes(boxes, "[B, 4]", 2)
     boxes, scores = _numbers(boxes, scores)
     groups = check_integers(groups, "idxs", boxes, (boxes.size(0),))
     groups = None if groups is None else groups.unsqueeze(0)
     keep, counts = _suppress(boxes.unsqueeze(0), scores.unsqueeze(0), groups, None, iou_threshold, boxes.size(0), 0)
     return keep[0, : int(counts)]
+
+
+def _check_boxes(boxes: Tensor, shape: str, dimensions: int) -> None:
+    if not isinstance(boxes, Tensor):
+        raise TypeError(f"boxes must be a tensor, got {type(boxes).__name__}")
+    if boxes.dim() != dimensions or boxes.size(-1) != 4:
+        raise ValueError(f"boxes must be {shape}, got {tuple(boxes.shape)}")
 
 
 def _numbers(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._checks import DTYPES, check_sizes
 from fpn_fast.ops._heads import check_image_sizes, check_numbers, constants
 from fpn_fast.ops._registration import register_op
 from fpn_fast.ops.nms import check_integers
@@ -75,9 +75,7 @@ def select_box_detections(
     logits, deltas, boxes = _check_tables(logits, deltas, boxes)
     counts = check_integers(counts, "counts", boxes, (boxes.size(0),))
     sizes = check_image_sizes(image_sizes, boxes)
-    for name, number in (("max_detections", max_detections), ("class_top_n", class_top_n)):
-        if number is not None and number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
+    check_sizes(max_detections=max_detections, class_top_n=0 if class_top_n is None else class_top_n)
     if len(weights) != 4:
         raise ValueError(f"weights must be four, for (dx, dy, dw, dh), got {weights}")
     score_thresh, min_size, nms_thresh = check_numbers(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
+from fpn_fast.ops._checks import check_sizes
 from fpn_fast.ops._heads import (
     check_channels,
     check_choice,
@@ -94,9 +95,7 @@ def select_detections(
     centers = others[0] if others else []
     if centers:
         check_channels("centerness", "[N, A, H, W]", centers, anchors, logits)
-    for name, number in (("pre_nms_top_n", pre_nms_top_n), ("max_detections", max_detections)):
-        if number < 0:
-            raise ValueError(f"{name} must be 0 or more, got {number}")
+    check_sizes(pre_nms_top_n=pre_nms_top_n, max_detections=max_detections)
     if len(weights) != 4:
         raise ValueError(f"weights must be four, for (dx, dy, dw, dh), got {weights}")
     flat_strides = check_strides(strides, len(logits))
