@@ -272,3 +272,52 @@ def test_report_and_undoing():
     fpn_fast.restore(model)
     assert type(model.transform) is GeneralizedRCNNTransform
     assert type(model.roi_heads) is RoIHeads
+
+
+class Given(nn.Module):
+    """A pooler, head or predictor: what it was given, whatever it is asked."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *_):
+        return self.outputs if len(self.outputs) > 1 else self.outputs[0]
+
+
+def heads_with_keypoints(dtype, with_masks):
+    """Of three images, with proposals in two, at which every class is a detection."""
+    proposals = [boxes_of(n, n, torch.float64 if dtype == torch.float64 else torch.float32) for n in (5, 0, 3)]
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(8, 3, generator=generator, dtype=dtype) * 4
+    outputs = Given(logits, torch.zeros(8, 12, dtype=dtype))
+    module = RoIHeads(Given(None), Given(None), outputs, 0.5, 0.5, 512, 0.25, None, 0.0, 1.0, 100)
+    maps = torch.nn.functional.avg_pool2d(torch.randn(16, 6, 56, 56, generator=generator, dtype=dtype), 5, 1, 2)
+    module.keypoint_roi_pool, module.keypoint_head, module.keypoint_predictor = Given(None), Given(None), Given(maps)
+    if with_masks:
+        masks = torch.randn(16, 3, 28, 28, generator=generator, dtype=dtype)
+        module.mask_roi_pool, module.mask_head, module.mask_predictor = Given(None), Given(None), Given(masks)
+    return module.eval(), ({"0": maps}, proposals, [(200, 200)] * 3)
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keypoints_of_all_images_are_found_in_one_call(monkeypatch, dtype, with_masks):
+    module, arguments = heads_with_keypoints(dtype, with_masks)
+    expected, losses = module(*arguments)
+    assert losses == {}
+    module.__class__ = fpn_fast.nn.RoIHeads
+    with_targets, _ = module(*arguments, [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(),
+                                           "keypoints": torch.zeros(0, 6, 3)}] * 3)  # fmt: skip
+    calls = []
+    found = ops.heatmaps_to_keypoints
+    monkeypatch.setattr(ops, "heatmaps_to_keypoints", lambda *a: calls.append(len(a[1])) or found(*a))
+    detections, losses = module(*arguments)
+    assert losses == {}
+    assert calls == [16]
+    for theirs, ours, again in zip(expected, detections, with_targets, strict=True):
+        assert list(theirs) == list(ours) == list(again)
+        for key in theirs:
+            assert ours[key].dtype == theirs[key].dtype
+            torch.testing.assert_close(ours[key], theirs[key])
+    assert [len(each["keypoints"]) for each in detections] == [10, 0, 6]

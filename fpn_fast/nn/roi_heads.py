@@ -22,16 +22,49 @@ __all__ = ["GeneralizedRCNNTransform", "RoIHeads"]
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """Drop-in for torchvision's RoIHeads: its last step is one call, and proposals are matched without the matrix of
-    all pairs.
+    """Drop-in for torchvision's RoIHeads: its last step is one call, keypoints are found in one more, and proposals are
+    matched without the matrix of all pairs.
 
-    Same constructor, results and random numbers; by :func:`fpn_fast.ops.select_box_detections` and
-    :func:`fpn_fast.ops.match_anchors`. There is one wait for a GPU, for the lengths of the lists; :meth:`detections`
-    has none. Boxes and scores are float32 where the head is half precision. A ground truth with a NaN, which
-    torchvision matches to everything, is matched to nothing.
+    Same constructor, results and random numbers; by :func:`fpn_fast.ops.select_box_detections`,
+    :func:`fpn_fast.ops.heatmaps_to_keypoints` and :func:`fpn_fast.ops.match_anchors`. There is one wait for a GPU, for
+    the lengths of the lists; :meth:`detections` has none. Boxes and scores are float32 where the head is half
+    precision. A ground truth with a NaN, which torchvision matches to everything, is matched to nothing. Keypoints get
+    no gradient here.
 
     Source: torchvision/models/detection/roi_heads.py.
     """
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Maps by name and boxes [R_n, 4] of each image, of size (H, W) -> its detections, or the losses in training.
+
+        torchvision's own forward, but for detections with keypoints.
+        """
+        theirs = self.training or targets is not None or not self.has_keypoint()
+        if theirs or not backends.beats_torchvision(features[next(iter(features))], "heatmaps_to_keypoints"):
+            return super().forward(features, proposals, image_shapes, targets)
+        pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        logits, deltas = self.box_predictor(pooled)
+        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+        result = [
+            {"boxes": each, "labels": label, "scores": score}
+            for each, label, score in zip(boxes, labels, scores, strict=True)
+        ]
+        if self.has_mask():
+            mask_logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+            for prediction, masks in zip(result, roi_heads.maskrcnn_inference(mask_logits, labels), strict=True):
+                prediction["masks"] = masks
+        heatmaps = self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, boxes, image_shapes)))
+        lengths = [len(each) for each in boxes]
+        keypoints = [each.split(lengths) for each in ops.heatmaps_to_keypoints(heatmaps, torch.cat(boxes))]
+        for prediction, points, heights in zip(result, *keypoints, strict=True):
+            prediction["keypoints"], prediction["keypoints_scores"] = points, heights
+        return result, {}
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
