@@ -6,6 +6,7 @@ Same weights, inputs and configurations: outputs and gradients. mmcv's compiled 
 
 import copy
 import logging
+from dataclasses import replace
 
 import mmcv_stand_in
 import pytest
@@ -24,6 +25,8 @@ from mmengine.structures import InstanceData  # noqa: E402
 from test_mmdet_modules import CHANNELS, EVEN, GENERATORS, GROUPS, LAYER, ODD, STRIDES, inputs, rois  # noqa: E402
 
 import fpn_fast  # noqa: E402
+from fpn_fast.bench import cases, providers  # noqa: E402
+from fpn_fast.bench.rois import random_rois  # noqa: E402
 from fpn_fast.integrations import mmdet as integration  # noqa: E402
 from fpn_fast.nn import mmdet  # noqa: E402
 
@@ -316,6 +319,45 @@ def test_a_whole_detector_has_the_same_losses_gradients_and_detections():
         assert a.labels.tolist() == b.labels.tolist()
         torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-7, atol=1e-6)
     assert len(fpn_fast.restore(fast).swapped) == 3
+
+
+def test_benchmarks_state_what_mmdetection_does():
+    """Neck, extractor and proposals, the steps that ours are measured against."""
+
+    def small(name):
+        case = cases.tiny([c for c in cases.FAMILIES["mmdet"]("cpu") if c.op == name][-1])
+        case = replace(case, rois=40, direction="forward", memory_format="channels_first")
+        of_case = providers.op_of(case)
+        return case, of_case.inputs(case, torch.device("cpu")), of_case.eager
+
+    case, tensors, eager = small("mmdet_neck")
+    theirs = MODELS.build(
+        {"type": "FPN", "in_channels": [m.size(1) for m in tensors[:4]], "out_channels": case.channels, "num_outs": 5}
+    )
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), tensors[4:], strict=True)))
+    for a, b in zip(eager(tensors), theirs(tensors[:4]), strict=True):
+        assert torch.equal(a, b)
+
+    case, maps, eager = small("mmdet_extractor")
+    layer = {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0}
+    theirs = MODELS.build({"type": "SingleRoIExtractor", "roi_layer": layer, "out_channels": case.channels,
+                           "featmap_strides": [4, 8, 16, 32]})  # fmt: skip
+    boxes = random_rois(case.batch, case.rois, *cases.image_size(case), False)
+    assert torch.equal(eager(maps), theirs(tuple(maps), boxes))
+
+    case, maps, eager = small("mmdet_proposals")
+    count, top_n = len(case.levels), case.pre_nms_top_n
+    theirs = head()
+    theirs.prior_generator = AnchorGenerator(strides=[4 << i for i in range(count)], ratios=[0.5, 1.0, 2.0], scales=[8])
+    metas = [{"img_shape": cases.image_size(case)}] * case.batch
+    config = Config({"nms_pre": top_n, "max_per_img": top_n, "nms": {"type": "nms", "iou_threshold": 0.7},
+                     "min_bbox_size": 0})  # fmt: skip
+    expected = theirs.predict_by_feat(maps[:count], maps[count:], batch_img_metas=metas, cfg=config)
+    found = eager(maps)
+    assert all(len(each) > 5 for each in expected)
+    for boxes, scores, each in zip(found[: case.batch], found[case.batch :], expected, strict=True):
+        assert torch.equal(boxes, each.bboxes)
+        assert torch.equal(scores, each.scores)
 
 
 def test_what_has_no_fused_form_is_left_or_refused():

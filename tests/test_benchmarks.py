@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import detectron2_stand_in
+import plain_proposals
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +26,7 @@ from fpn_fast.bench import (
     cpu_timing,
     gpu_timing,
     harness,
+    libraries,
     op,
     providers,
     report,
@@ -221,6 +224,121 @@ def test_on_a_gpu_nothing_that_is_measured_waits(family: str) -> None:
         assert all(each.device.type == "cuda" for each in found)
         if family not in ("match_anchors", "paste_masks"):
             assert [each.shape[0] for each in found] == [case.batch] * len(found)
+
+
+def _of_library(op_name: str, direction: str = "forward", device_type: str = "cpu") -> cases.Case:
+    """The op's last small case, which is of two images where there is one."""
+    found = cases.FAMILIES[op_name.partition("_")[0]](device_type)
+    return cases.tiny([case for case in found if case.op == op_name and case.direction == direction][-1])
+
+
+@pytest.mark.parametrize("library", ["detectron2", "mmdet"])
+def test_a_library_is_measured_by_neck_extractor_and_proposals(library: str) -> None:
+    found = cases.FAMILIES[library]("cpu")
+    directions = {name: {c.direction for c in found if c.op == name} for name in libraries.OPS if library in name}
+    assert [len(each) for each in directions.values()] == [2, 2, 1]
+    assert {case.op for case in found} == set(directions)
+    neck, extractor, proposals = ([c for c in found if c.op == name] for name in directions)
+    for case in neck + extractor:
+        assert (case.levels, case.channels, case.batch) == (cases.RESNET50_FPN_800X1344, 256, 1)
+    assert {(c.rois, c.output_size, c.sampling_ratio) for c in extractor} == {(1000, 7, 0)}
+    assert {(c.levels, c.anchors, c.pre_nms_top_n) for c in proposals} == {(cases.RPN_800X1344, 3, 1000)}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op_name", libraries.OPS)
+def test_libraries_and_ours_agree_on_small_inputs(op_name: str, direction: str) -> None:
+    if "proposals" in op_name:
+        direction = "forward"
+    case = _of_library(op_name, direction)
+    candidates = providers.providers(case, "cpu", ["eager", "cpp"])
+    found, _ = harness.measure(case, "cpu", 0.0, candidates, max_rounds=1)
+    assert harness.refused(found) == []
+    assert {row.provider for row in found} == {"eager", "cpp", harness.COPY}
+
+
+@pytest.mark.parametrize("op_name", libraries.OPS)
+def test_a_library_stated_wrongly_is_refused(op_name: str) -> None:
+    case = _of_library(op_name)
+    of_case = providers.op_of(case)
+    inputs = of_case.inputs(case, torch.device("cpu"))
+    expected = providers.expectation(case, inputs, [])
+    right = op.listed(of_case.eager(inputs))
+    assert expected.problem(right) is None
+    for i in range(len(right)):
+        wrong = [each.clone() for each in right]
+        wrong[i][(-1,) * wrong[i].dim()] += 1.0
+        assert "differs from" in expected.problem(wrong)
+
+
+@pytest.mark.parametrize("op_name", libraries.OPS)
+def test_on_a_gpu_nothing_of_ours_in_a_library_waits(op_name: str) -> None:
+    case = _of_library(op_name, device_type="cuda")
+    of_case = providers.op_of(case)
+    inputs = of_case.inputs(case, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="cuda") for each in inputs]
+        found = op.listed(of_case.fused(there))
+        assert all(each.device.type == "cuda" for each in found)
+
+
+def test_bytes_and_arithmetic_of_a_neck() -> None:
+    """One pixel at the coarsest level; two channels out, of 2, 4, 8 and 16."""
+    case = _case("forward", op="mmdet_neck", levels=((8, 8), (4, 4), (2, 2), (1, 1)), channels=2)
+    maps = 2 * 64 + 4 * 16 + 8 * 4 + 16
+    weights = 2 * (2 + 4 + 8 + 16) + 4 * 2 + 4 * (9 * 2 * 2 + 2)
+    outputs = 2 * (64 + 16 + 4 + 1 + 1)
+    assert cases.bytes_moved(case) == 4 * (maps + weights + outputs)
+    assert cases.bytes_moved(replace(case, direction="backward")) == 4 * (2 * maps + 2 * weights + outputs)
+    products = 64 * (2 * 2 + 36) + 16 * (4 * 2 + 36) + 4 * (8 * 2 + 36) + (16 * 2 + 36)
+    assert cases.arithmetic(case) == 2 * products
+    assert cases.arithmetic(replace(case, direction="backward")) == 4 * products
+
+
+def test_detectron2_is_stated_as_its_stand_in_states_it() -> None:
+    """Two statements by different hands; mmdetection's is held against mmdetection, in against_mmdet.py."""
+    cpu = torch.device("cpu")
+    case = _of_library("detectron2_fpn")
+    of_case = providers.op_of(case)
+    inputs = of_case.inputs(case, cpu)
+    channels = [each.size(1) for each in inputs[:4]]
+    backbone = libraries._Given(channels)
+    names = list(backbone.output_shape())
+    top = detectron2_stand_in.LastLevelMaxPool()
+    fpn = detectron2_stand_in.FPN(backbone, names, case.channels, top_block=top)
+    keys = [f"fpn_{kind}{i}.{key}" for kind in ("lateral", "output") for i in range(2, 6) for key in ("weight", "bias")]
+    fpn.load_state_dict(dict(zip(keys, inputs[4:], strict=True)))
+    for ours, theirs in zip(of_case.eager(inputs), fpn(inputs[:4]).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    case = replace(_of_library("detectron2_pooler"), rois=40, batch=2)
+    of_case = providers.op_of(case)
+    maps = of_case.inputs(case, cpu)
+    found = rois.random_rois(2, 40, *cases.image_size(case), False)
+    boxes = [detectron2_stand_in.Boxes(found[found[:, 0] == i, 1:]) for i in range(2)]
+    pooler = detectron2_stand_in.ROIPooler(7, cases.scales(case), 0, "ROIAlignV2")
+    assert torch.equal(of_case.eager(maps), pooler(maps, boxes))
+
+    case = _of_library("detectron2_proposals")
+    of_case = providers.op_of(case)
+    maps, size = of_case.inputs(case, cpu), cases.image_size(case)
+    count = len(case.levels)
+    ratios = (0.5, 1.0, 2.0)
+    tables = [
+        torch.tensor([[-w / 2, -h / 2, w / 2, h / 2] for w, h in ((8 * s / r**0.5, 8 * s * r**0.5) for r in ratios)])
+        for s in (4 << i for i in range(count))
+    ]
+    anchors = [plain_proposals.grid(t, case.levels[i], (4 << i, 4 << i)) for i, t in enumerate(tables)]
+    expected = plain_proposals.propose(
+        maps[:count], maps[count:], anchors, [size] * case.batch,
+        lambda priors, codes: detectron2_stand_in.Box2BoxTransform().apply_deltas(codes, priors),
+        pre=case.pre_nms_top_n, post=case.pre_nms_top_n, thresh=selection.PROPOSAL_IOU, least=0,
+        convention="torchvision",
+    )  # fmt: skip
+    lists = of_case.eager(maps)
+    found = list(zip(lists[: case.batch], lists[case.batch :], strict=True))
+    assert all(len(boxes) > 5 for boxes, _ in found)
+    plain_proposals.check(found, expected, 2**-23)
 
 
 def test_scores_have_no_ties_after_a_sigmoid() -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured, as data: shapes of named detectors, and the bytes that each op must move.
 
-A later op adds cases and a family here, and its callables in providers.py or selection.py; nothing else changes.
+A later op adds cases and a family here, and its callables in providers.py, selection.py or libraries.py; nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -118,14 +119,48 @@ def image_size(case: Case) -> tuple[int, int]:
 
 
 def _roi_align_elements(case: Case) -> int:
-    """Forward: every pixel that a RoI reads, and the output. Backward: the output's gradient, and that of all maps."""
+    """Forward: every pixel that a RoI reads, and the output. Backward: the output's gradient, and that of all maps.
+
+    The other libraries' poolers have pixel centres at half-integers.
+    """
     pooled = case.batch * case.rois * case.channels * case.output_size**2
     if case.direction == "backward":
         return pooled + sum(_elements(case))
     read = pixels_read(
-        case.batch, case.rois, case.levels, scales(case), case.output_size, case.sampling_ratio, case.clustered
+        case.batch,
+        case.rois,
+        case.levels,
+        scales(case),
+        case.output_size,
+        case.sampling_ratio,
+        case.clustered,
+        aligned=case.op != "multiscale_roi_align",
     )
     return pooled + read * case.channels
+
+
+#: Channels of a ResNet-50's maps, in channels of the pyramid.
+NECK_CHANNELS = (1, 2, 4, 8)
+
+
+def _neck_elements(case: Case) -> int:
+    """Maps, weights and outputs; backward also the gradients of all three."""
+    taken = sum(share * each for share, each in zip(NECK_CHANNELS, _elements(case), strict=True))
+    width = case.channels
+    weights = sum(share * width**2 + width + 9 * width**2 + width for share in NECK_CHANNELS)
+    height, breadth = case.levels[-1]
+    coarsest = case.batch * width * -(-height // 2) * -(-breadth // 2)
+    if case.direction == "backward":
+        # Of what is not read again, the outputs, the gradients alone.
+        return 2 * (taken + weights) + sum(_elements(case)) + coarsest
+    return taken + weights + sum(_elements(case)) + coarsest
+
+
+def _neck_arithmetic(case: Case) -> int:
+    """A product and a sum for each weight and place; backward that of the maps and of the weights."""
+    places = [case.batch * height * width for height, width in case.levels]
+    products = sum((share + 9) * each for share, each in zip(NECK_CHANNELS, places, strict=True)) * case.channels**2
+    return (4 if case.direction == "backward" else 2) * products
 
 
 def _anchors(case: Case) -> list[int]:
@@ -169,6 +204,12 @@ _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "batched_nms": _nms_elements,
     "match_anchors": _match_elements,
     "paste_masks": _paste_elements,
+    "detectron2_fpn": _neck_elements,
+    "detectron2_pooler": _roi_align_elements,
+    "detectron2_proposals": _proposal_elements,
+    "mmdet_neck": _neck_elements,
+    "mmdet_extractor": _roi_align_elements,
+    "mmdet_proposals": _proposal_elements,
 }
 
 
@@ -210,7 +251,11 @@ _ARITHMETIC: dict[str, Callable[[Case], int]] = {
     "match_anchors": lambda case: 12 * case.boxes * sum(_anchors(case)),
     # Four products and sums for each pixel of a mask, at least.
     "paste_masks": lambda case: 8 * case.boxes * case.output_size**2,
+    "detectron2_fpn": _neck_arithmetic,
+    "mmdet_neck": _neck_arithmetic,
 }
+_ARITHMETIC |= dict.fromkeys(("detectron2_pooler", "mmdet_extractor"), _ARITHMETIC["multiscale_roi_align"])
+_ARITHMETIC |= dict.fromkeys(("detectron2_proposals", "mmdet_proposals"), _ARITHMETIC["generate_proposals"])
 
 
 def arithmetic(case: Case) -> int | None:
@@ -396,6 +441,26 @@ def _growth(device_type: str) -> list[Case]:
     return cases
 
 
+def _library(neck: str, extractor: str, proposals: str) -> Callable[[str], list[Case]]:
+    """The parts of a Faster R-CNN R50 that we replace, as a library is configured for it: its pooling is adaptive."""
+
+    def of(device_type: str) -> list[Case]:
+        name = "faster_rcnn_r50_800x1344"
+        cases = [
+            Case(op, name, RESNET50_FPN_800X1344, 1, 256, "float32", memory_format, direction)
+            for op in (neck, extractor)
+            for memory_format in MEMORY_FORMATS
+            for direction in ("forward", "backward")
+        ]
+        cases = [replace(case, rois=1000, output_size=7) if case.op == extractor else case for case in cases]
+        return cases + [
+            _selection(proposals, name, RPN_800X1344, batch, memory_format, anchors=3, pre_nms_top_n=1000)
+            for batch, memory_format in itertools.product((1, 2), MEMORY_FORMATS)
+        ]
+
+    return of
+
+
 #: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
 FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "top_down": _top_down,
@@ -405,6 +470,8 @@ FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "batched_nms": _batched_nms,
     "match_anchors": _match_anchors,
     "paste_masks": _paste_masks,
+    "detectron2": _library("detectron2_fpn", "detectron2_pooler", "detectron2_proposals"),
+    "mmdet": _library("mmdet_neck", "mmdet_extractor", "mmdet_proposals"),
     "growth": _growth,
 }
 
@@ -412,6 +479,10 @@ FAMILIES: dict[str, Callable[[str], list[Case]]] = {
 def tiny(case: Case) -> Case:
     """`case` with eight channels, maps of a few pixels and few boxes, to walk the code and measure nothing."""
     levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)
+    if all(fine == (2 * coarse[0], 2 * coarse[1]) for fine, coarse in itertools.pairwise(case.levels)):
+        # Maps that halve still do: detectron2 takes no others.
+        (height, width), last = levels[-1], len(levels) - 1
+        levels = tuple((height << (last - i), width << (last - i)) for i in range(len(levels)))
     return replace(
         case,
         levels=levels,

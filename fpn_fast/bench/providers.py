@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes a case, and the check that it is the right thing that is computed.
 
-- eager: the sequence of PyTorch calls that the op replaces, as torchvision writes it.
+- eager: the sequence of PyTorch calls that the op replaces, as torchvision writes it; in libraries.py as another
+  library does.
 - compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes. Where the reference is a
   loop that nobody would compile, it is of torchvision's code, graph breaks and all.
 - cpp and triton: the op, by that backend where it has kernels of it (triton on a GPU only).
@@ -19,7 +20,7 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
 from fpn_fast import backends, ops, reference
-from fpn_fast.bench import selection
+from fpn_fast.bench import libraries, selection
 from fpn_fast.bench.cases import Case, scales
 from fpn_fast.bench.op import Expectation, Function, Op, largest, listed
 from fpn_fast.bench.rois import random_rois
@@ -105,7 +106,7 @@ def _pooler(case: Case) -> Op:
 
 
 #: Op -> how its cases are called, of those that a case shapes.
-_OF_CASE: dict[str, Callable[[Case], Op]] = {"multiscale_roi_align": _pooler, **selection.OPS}
+_OF_CASE: dict[str, Callable[[Case], Op]] = {"multiscale_roi_align": _pooler, **selection.OPS, **libraries.OPS}
 
 
 def op_of(case: Case) -> Op:

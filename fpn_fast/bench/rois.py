@@ -65,13 +65,14 @@ def pixels_read(
     output_size: int,
     sampling_ratio: int,
     clustered: bool,
+    aligned: bool = False,
 ) -> int:
     """Pixels of all maps that some RoI reads: what has to come from memory once, whoever pools."""
     height, width = (round(size / scales[0]) for size in levels[0])
     rois = random_rois(batch, count, height, width, clustered)
     maps = [torch.zeros(batch, *size, dtype=torch.bool) for size in levels]
     for (image, x1, y1, x2, y2), level in zip(rois.tolist(), ops.assign_levels(rois, scales).tolist(), strict=True):
-        arguments = (scales[level], sampling_ratio, False, torch.float32)
+        arguments = (scales[level], sampling_ratio, aligned, torch.float32)
         rows = axis_weights(y1, y2, levels[level][0], output_size, *arguments)[0].any(0)
         cols = axis_weights(x1, x2, levels[level][1], output_size, *arguments)[0].any(0)
         maps[level][int(image)] |= rows[:, None] & cols

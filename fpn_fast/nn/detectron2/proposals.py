@@ -21,9 +21,12 @@ __all__ = ["DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_ima
 class Anchors(Protocol):
     """What is asked of an anchor generator: detectron2's DefaultAnchorGenerator has it too."""
 
-    cell_anchors: Iterable[Tensor | Sequence[Sequence[float]]]
-    strides: Sequence[int]
-    offset: float
+    @property
+    def cell_anchors(self) -> Iterable[Tensor | Sequence[Sequence[float]]]: ...
+    @property
+    def strides(self) -> Sequence[int]: ...
+    @property
+    def offset(self) -> float: ...
 
 
 class DefaultAnchorGenerator(nn.Module):

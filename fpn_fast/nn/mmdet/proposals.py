@@ -25,18 +25,25 @@ _NMS_KEYS = ("type", "iou_threshold", "split_thr")
 class Anchors(Protocol):
     """What is asked of an anchor generator: mmdetection's AnchorGenerator has it too."""
 
-    base_anchors: Sequence[Tensor]
-    strides: Sequence[tuple[int, int]]
+    @property
+    def base_anchors(self) -> Sequence[Tensor]: ...
+    @property
+    def strides(self) -> Sequence[tuple[int, int]]: ...
 
 
 class Coder(Protocol):
     """What is asked of a box coder: mmdetection's DeltaXYWHBBoxCoder has it too."""
 
-    means: Sequence[float]
-    stds: Sequence[float]
-    clip_border: bool
-    add_ctr_clamp: bool
-    ctr_clamp: float
+    @property
+    def means(self) -> Sequence[float]: ...
+    @property
+    def stds(self) -> Sequence[float]: ...
+    @property
+    def clip_border(self) -> bool: ...
+    @property
+    def add_ctr_clamp(self) -> bool: ...
+    @property
+    def ctr_clamp(self) -> float: ...
 
 
 class AnchorGenerator:
@@ -85,7 +92,7 @@ class AnchorGenerator:
         octaves = octave_base_scale is not None and scales_per_octave is not None
         if octaves == (scales is not None):
             raise ValueError("scales, or octave_base_scale and scales_per_octave, must be given, and not both")
-        self.strides = [(stride, stride) if isinstance(stride, int) else tuple(stride) for stride in strides]
+        self.strides = [(stride, stride) if isinstance(stride, int) else (stride[0], stride[1]) for stride in strides]
         self.base_sizes = [min(stride) for stride in self.strides] if base_sizes is None else list(base_sizes)
         for name, values in (("base_sizes", self.base_sizes), ("centers", centers)):
             if values is not None and len(values) != len(self.strides):

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neck, RoI extractor and proposals of a Faster R-CNN R50, as detectron2 and mmdetection are configured for it.
+
+Eager is what the library does now, step by step, in plain PyTorch; its own RoIAlign and NMS kernels are torchvision's
+here, whose results are the same. ``tests/against_mmdet.py`` holds these statements against mmdetection itself. Ours are
+the modules of :mod:`fpn_fast.nn.detectron2` and :mod:`fpn_fast.nn.mmdet`. Convolutions are part of a neck, and both
+sides have the same.
+
+Sources: detectron2/modeling/backbone/fpn.py, poolers.py, anchor_generator.py, box_regression.py and
+proposal_generator/proposal_utils.py; mmdet/models/necks/fpn.py, roi_heads/roi_extractors/single_level_roi_extractor.py,
+dense_heads/rpn_head.py, task_modules/coders/delta_xywh_bbox_coder.py, and mmcv/ops/nms.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchvision.ops import batched_nms, nms, roi_align
+
+from fpn_fast.bench import scenes
+from fpn_fast.bench.cases import NECK_CHANNELS, Case, image_size, scales
+from fpn_fast.bench.op import Op, listed
+from fpn_fast.bench.rois import random_rois
+from fpn_fast.bench.selection import PROPOSAL_IOU, Sizes, by_reference, decided, unpadded
+from fpn_fast.nn import detectron2, mmdet
+from fpn_fast.nn._pyramid import Layer
+from fpn_fast.nn.detectron2.fpn import ShapeSpec
+
+SCALE_CLAMP = math.log(1000 / 16)
+RATIOS = (0.5, 1.0, 2.0)
+
+
+# Necks: four maps of a ResNet, then each level's lateral and output convolution, weights and biases.
+
+
+class _Given(nn.Module):
+    """A backbone whose maps are there already."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {f"res{i + 2}": ShapeSpec(channels, 4 << i) for i, channels in enumerate(self.channels)}
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.output_shape(), maps, strict=True))
+
+
+def _convolution(weight: Tensor, bias: Tensor) -> Layer:
+    return lambda map: F.conv2d(map, weight, bias, padding=weight.size(-1) // 2)
+
+
+def _neck(
+    case: Case,
+    module: nn.Module,
+    names: Callable[[int], tuple[str, str]],
+    eager: Callable[[list[Tensor], list[Layer], list[Layer]], list[Tensor]],
+) -> Op:
+    """names: the lateral and the output convolution of a level in `module`; eager: of maps and of these."""
+    count = len(case.levels)
+    keys = [f"{names(level)[i]}.{key}" for i in range(2) for level in range(count) for key in ("weight", "bias")]
+    module.requires_grad_(False)
+    form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+
+    def inputs(case: Case, device: torch.device) -> list[Tensor]:
+        maps = [
+            torch.randn(case.batch, share * case.channels, *size, device=device)
+            for share, size in zip(NECK_CHANNELS, case.levels, strict=True)
+        ]
+        weights = [module.get_parameter(key).detach().to(device) for key in keys]
+        # Biases are drawn as zeros, which would hide that one is not used.
+        weights = [torch.randn_like(each) if each.dim() == 1 else each for each in weights]
+        return [each.contiguous(memory_format=form) if each.dim() == 4 else each for each in maps + weights]
+
+    def plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+        layers = [_convolution(*tensors[i : i + 2]) for i in range(count, len(tensors), 2)]
+        return eager(list(tensors[:count]), layers[:count], layers[count:])
+
+    def fused(tensors: Sequence[Tensor]) -> list[Tensor]:
+        found = functional_call(module, dict(zip(keys, tensors[count:], strict=True)), (tensors[:count],))
+        return list(found.values()) if isinstance(found, dict) else listed(found)
+
+    return Op(inputs, by_reference(fused), plain, fused, compiled=plain, kernel="top_down")
+
+
+def detectron2_fpn(case: Case) -> Op:
+    """detectron2's FPN with LastLevelMaxPool, of the backbone's maps."""
+    channels = [share * case.channels for share in NECK_CHANNELS]
+    backbone = _Given(channels)
+    module = detectron2.FPN(
+        backbone, list(backbone.output_shape()), case.channels, top_block=detectron2.LastLevelMaxPool()
+    )
+
+    def eager(maps: list[Tensor], laterals: list[Layer], outputs: list[Layer]) -> list[Tensor]:
+        merged = laterals[-1](maps[-1])
+        results = [outputs[-1](merged)]
+        for level in range(len(maps) - 2, -1, -1):
+            top = F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            merged = laterals[level](maps[level]) + top
+            results.insert(0, outputs[level](merged))
+        return [*results, F.max_pool2d(results[-1], 1, stride=2)]
+
+    return _neck(case, module, lambda level: (f"fpn_lateral{level + 2}", f"fpn_output{level + 2}"), eager)
+
+
+def mmdet_neck(case: Case) -> Op:
+    """mmdetection's FPN, ``num_outs=5``."""
+    channels = [share * case.channels for share in NECK_CHANNELS]
+    module = mmdet.FPN(channels, case.channels, num_outs=5)
+
+    def eager(maps: list[Tensor], laterals: list[Layer], outputs: list[Layer]) -> list[Tensor]:
+        merged = [layer(each) for each, layer in zip(maps, laterals, strict=True)]
+        for level in range(len(merged) - 1, 0, -1):
+            size = merged[level - 1].shape[2:]
+            merged[level - 1] = merged[level - 1] + F.interpolate(merged[level], size=size, mode="nearest")
+        results = [layer(each) for each, layer in zip(merged, outputs, strict=True)]
+        return [*results, F.max_pool2d(results[-1], 1, stride=2)]
+
+    return _neck(case, module, lambda level: (f"lateral_convs.{level}.conv", f"fpn_convs.{level}.conv"), eager)
+
+
+# RoI extractors: bins of 7x7, as many samples as a bin has pixels, pixel centres at half-integers.
+
+
+def _extractor(
+    case: Case, eager: Callable[[Sequence[Tensor], Any], Tensor], fused: Callable[[Sequence[Tensor], Any], Tensor],
+    by_image: bool,
+) -> Op:  # fmt: skip
+    """eager, fused: of maps, and of boxes of each image or RoIs [K, 5]."""
+    rois = random_rois(case.batch, case.rois, *image_size(case), case.clustered)
+    lists = [rois[rois[:, 0] == i, 1:] for i in range(case.batch)]
+    on: dict[torch.device, Any] = {}
+    form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+
+    def boxes(device: torch.device) -> Any:
+        if device not in on:
+            on[device] = [each.to(device) for each in lists] if by_image else rois.to(device)
+        return on[device]
+
+    def inputs(case: Case, device: torch.device) -> list[Tensor]:
+        return [
+            torch.randn(case.batch, case.channels, *size, device=device).contiguous(memory_format=form)
+            for size in case.levels
+        ]
+
+    def ours(maps: Sequence[Tensor]) -> Tensor:
+        return fused(maps, boxes(maps[0].device))
+
+    def plain(maps: Sequence[Tensor]) -> Tensor:
+        return eager(maps, boxes(maps[0].device))
+
+    return Op(inputs, by_reference(ours), plain, ours, compiled=plain, fullgraph=False, kernel="multiscale_roi_align")
+
+
+def detectron2_pooler(case: Case) -> Op:
+    """detectron2's ROIPooler of ROIAlignV2, of the boxes of each image."""
+    count, last = case.output_size, len(case.levels) - 1
+    module = detectron2.ROIPooler(count, scales(case), case.sampling_ratio, "ROIAlignV2")
+
+    def eager(maps: Sequence[Tensor], box_lists: Sequence[Tensor]) -> Tensor:
+        boxes = torch.cat(list(box_lists))
+        lengths = torch.tensor([len(each) for each in box_lists], device=boxes.device)
+        images = torch.repeat_interleave(torch.arange(len(box_lists), device=boxes.device), lengths)
+        rois = torch.cat([images[:, None].to(boxes.dtype), boxes], 1)
+        sides = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        levels = torch.floor(4 + torch.log2(sides / 224 + 1e-8)).clamp(2, 2 + last).to(torch.int64) - 2
+        pooled = maps[0].new_zeros(len(boxes), maps[0].size(1), count, count)
+        for level, (each, scale) in enumerate(zip(maps, scales(case), strict=True)):
+            chosen = (levels == level).nonzero().unbind(1)[0]
+            found = roi_align(each, rois[chosen].to(each.dtype), count, scale, case.sampling_ratio, aligned=True)
+            pooled.index_put_((chosen,), found)
+        return pooled
+
+    return _extractor(case, eager, module, by_image=True)
+
+
+def mmdet_extractor(case: Case) -> Op:
+    """mmdetection's SingleRoIExtractor, of RoIs [K, 5]."""
+    count, last = case.output_size, len(case.levels) - 1
+    strides = [4 << level for level in range(len(case.levels))]
+    layer = {"type": "RoIAlign", "output_size": count, "sampling_ratio": case.sampling_ratio}
+    module = mmdet.SingleRoIExtractor(layer, case.channels, strides)
+
+    def eager(maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        rois = rois.type_as(maps[0])
+        pooled = maps[0].new_zeros(rois.size(0), case.channels, count, count)
+        sides = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
+        levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, last).long()
+        for level, (each, stride) in enumerate(zip(maps, strides, strict=True)):
+            chosen = (levels == level).nonzero(as_tuple=False).squeeze(1)
+            if chosen.numel() > 0:
+                pooled[chosen] = roi_align(each, rois[chosen], count, 1 / stride, case.sampling_ratio, aligned=True)
+            else:
+                # So that each map has a gradient.
+                pooled += each.sum() * 0.0
+        return pooled
+
+    return _extractor(case, eager, module, by_image=False)
+
+
+# Proposals: maps of logits, then of deltas, of five levels; anchors of three ratios, eight strides wide.
+
+
+def _proposals(
+    case: Case,
+    eager: Callable[[Sequence[Tensor], Sequence[Tensor]], list[tuple[Tensor, Tensor]]],
+    fused: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> Op:
+    """eager: of logits and deltas, boxes and scores of each image; fused: of the images' sizes too, the padded form."""
+    head = scenes.rpn_head(image_size(case), case.levels)
+    count, sizes = len(case.levels), Sizes(case.batch, image_size(case))
+    form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+
+    def inputs(case: Case, device: torch.device) -> list[Tensor]:
+        tables = scenes.head_tables(head, case.batch, 1)
+        return [m.to(device).contiguous(memory_format=form) for table in tables for m in scenes.maps_of(head, table)]
+
+    def plain(maps: Sequence[Tensor]) -> list[Tensor]:
+        found = eager(maps[:count], maps[count:])
+        return [boxes for boxes, _ in found] + [scores for _, scores in found]
+
+    def ours(maps: Sequence[Tensor]) -> Any:
+        padded = fused(maps[:count], maps[count:], sizes.on(maps[0].device))
+        return unpadded(padded) if maps[0].device.type == "cpu" else padded
+
+    reference = by_reference(ours)
+    return Op(
+        inputs, reference, plain, ours, compiled=plain, fullgraph=False, kernel="generate_proposals",
+        expected=decided(reference, unpadded),
+    )  # fmt: skip
+
+
+def _flat(maps: Sequence[Tensor], numbers: int) -> list[Tensor]:
+    """Maps [N, A * numbers, H, W] -> for each [N, H * W * A, numbers]."""
+    return [each.unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).reshape(len(each), -1, numbers) for each in maps]
+
+
+def _shifted(table: Tensor, size: torch.Size, stride: int) -> Tensor:
+    """[A, 4] about the origin -> [H * W * A, 4]."""
+    y, x = (torch.arange(0, length * stride, stride, dtype=torch.float32, device=table.device) for length in size)
+    grid_y, grid_x = (each.reshape(-1) for each in torch.meshgrid(y, x, indexing="ij"))
+    shifts = torch.stack([grid_x, grid_y, grid_x, grid_y], 1)
+    return (shifts[:, None] + table[None]).reshape(-1, 4)
+
+
+def detectron2_proposals(case: Case) -> Op:
+    """The tail of detectron2's RPN: all anchors, all boxes, then the highest logits."""
+    strides = [4 << level for level in range(len(case.levels))]
+    generator = detectron2.DefaultAnchorGenerator(
+        sizes=[[8 * stride] for stride in strides], aspect_ratios=[list(RATIOS)], strides=strides, offset=0.0
+    )
+    height, width = image_size(case)
+    top_n = case.pre_nms_top_n
+    # Numbers, as they are read once for a model.
+    known: Any = SimpleNamespace(
+        cell_anchors=[table.tolist() for table in generator.cell_anchors], strides=strides, offset=0.0
+    )
+    on: dict[torch.device, list[Tensor]] = {}
+
+    def cells(device: torch.device) -> list[Tensor]:
+        """Buffers there, which are on the device already."""
+        if device not in on:
+            on[device] = [table.to(device) for table in generator.cell_anchors]
+        return on[device]
+
+    def decoded(anchors: Tensor, deltas: Tensor) -> Tensor:
+        sides = anchors[:, 2:] - anchors[:, :2]
+        centres = anchors[:, :2] + 0.5 * sides
+        moved = deltas[:, :2] * sides + centres
+        reach = 0.5 * (torch.exp(deltas[:, 2:].clamp(max=SCALE_CLAMP)) * sides)
+        return torch.cat([moved - reach, moved + reach], 1)
+
+    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        batch, device = len(logits[0]), logits[0].device
+        candidates, scores, levels = [], [], []
+        parts = zip(cells(device), strides, _flat(logits, 1), _flat(deltas, 4), logits, strict=True)
+        for i, (table, stride, flat, codes, each) in enumerate(parts):
+            anchors = _shifted(table, each.shape[2:], stride)
+            # Each image's own copy, as detectron2 makes it.
+            repeated = anchors[None].expand(batch, -1, -1).reshape(-1, 4)
+            boxes = decoded(repeated, codes.reshape(-1, 4)).view(batch, -1, 4)
+            best, index = flat[..., 0].topk(min(top_n, flat.size(1)), dim=1)
+            candidates.append(boxes[torch.arange(batch, device=device)[:, None], index])
+            scores.append(best)
+            levels.append(torch.full((best.size(1),), i, dtype=torch.int64, device=device))
+        all_boxes, all_scores, level = torch.cat(candidates, 1), torch.cat(scores, 1), torch.cat(levels)
+        found = []
+        for boxes, own in zip(all_boxes, all_scores, strict=True):
+            valid, groups = boxes.isfinite().all(1) & own.isfinite(), level
+            if not valid.all():
+                boxes, own, groups = boxes[valid], own[valid], groups[valid]
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], 1)
+            kept = (boxes[:, 2] - boxes[:, 0] > 0) & (boxes[:, 3] - boxes[:, 1] > 0)
+            if kept.sum().item() != len(boxes):
+                boxes, own, groups = boxes[kept], own[kept], groups[kept]
+            chosen = batched_nms(boxes.float(), own, groups, PROPOSAL_IOU)[:top_n]
+            found.append((boxes[chosen], own[chosen]))
+        return found
+
+    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return detectron2.find_top_rpn_proposals(
+            logits, deltas, known, sizes, pre_nms_topk=top_n, post_nms_topk=top_n, nms_thresh=PROPOSAL_IOU
+        )
+
+    return _proposals(case, eager, fused)
+
+
+def mmdet_proposals(case: Case) -> Op:
+    """The tail of mmdetection's RPNHead: of each image and level a sort, then the boxes of the highest scores."""
+    strides = [4 << level for level in range(len(case.levels))]
+    generator = mmdet.AnchorGenerator(strides, RATIOS, scales=[8.0])
+    coder = mmdet.DeltaXYWHBBoxCoder()
+    top_n = case.pre_nms_top_n
+    config = {
+        "nms_pre": top_n, "max_per_img": top_n, "nms": {"type": "nms", "iou_threshold": PROPOSAL_IOU},
+        "min_bbox_size": 0,
+    }  # fmt: skip
+    height, width = image_size(case)
+    # Numbers: to read a tensor on the CPU, as they are, counts as a wait where any tensor could be on a GPU.
+    known: Any = SimpleNamespace(
+        base_anchors=[table.tolist() for table in generator.base_anchors], strides=generator.strides
+    )
+
+    def decoded(anchors: Tensor, deltas: Tensor) -> Tensor:
+        codes = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
+        centres, sides = (anchors[:, :2] + anchors[:, 2:]) * 0.5, anchors[:, 2:] - anchors[:, :2]
+        moved = centres + sides * codes[:, :2]
+        reach = sides * codes[:, 2:].clamp(-SCALE_CLAMP, SCALE_CLAMP).exp() * 0.5
+        boxes = torch.cat([moved - reach, moved + reach], 1)
+        boxes[:, 0::2].clamp_(0, width)
+        boxes[:, 1::2].clamp_(0, height)
+        return boxes
+
+    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        device = logits[0].device
+        # Each time: they are kept on the CPU there.
+        sized = zip((table.to(device) for table in generator.base_anchors), strides, logits, strict=True)
+        priors = [_shifted(table, each.shape[2:], stride) for table, stride, each in sized]
+        found = []
+        for n in range(len(logits[0])):
+            scores, codes, anchors, levels = [], [], [], []
+            for level, (each, rows, own) in enumerate(zip(logits, deltas, priors, strict=True)):
+                score = each[n].permute(1, 2, 0).reshape(-1).sigmoid()
+                delta = rows[n].permute(1, 2, 0).reshape(-1, 4)
+                if top_n < len(score):
+                    ranked, index = score.sort(descending=True)
+                    score, index = ranked[:top_n], index[:top_n]
+                    delta, own = delta[index], own[index]
+                scores.append(score)
+                codes.append(delta)
+                anchors.append(own)
+                levels.append(score.new_full((len(score),), level, dtype=torch.int64))
+            boxes, score, group = decoded(torch.cat(anchors), torch.cat(codes)), torch.cat(scores), torch.cat(levels)
+            large = (boxes[:, 2] - boxes[:, 0] > 0) & (boxes[:, 3] - boxes[:, 1] > 0)
+            if not large.all():
+                boxes, score, group = boxes[large], score[large], group[large]
+            apart = boxes + (group.to(boxes) * (boxes.max() + 1))[:, None]
+            kept = nms(apart, score, PROPOSAL_IOU)[:top_n]
+            found.append((boxes[kept], score[kept]))
+        return found
+
+    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return mmdet.predict_proposals(logits, deltas, known, coder, sizes, config)
+
+    return _proposals(case, eager, fused)
+
+
+OPS: dict[str, Callable[[Case], Op]] = {
+    "detectron2_fpn": detectron2_fpn,
+    "detectron2_pooler": detectron2_pooler,
+    "detectron2_proposals": detectron2_proposals,
+    "mmdet_neck": mmdet_neck,
+    "mmdet_extractor": mmdet_extractor,
+    "mmdet_proposals": mmdet_proposals,
+}
