@@ -3,6 +3,7 @@
 because the tests around it run Triton's interpreter: `python compile_triton.py 80 90 100`."""
 
 import json
+import math
 import re
 import sys
 
@@ -14,10 +15,13 @@ from triton.runtime import JITFunction, driver
 
 from fpn_fast.triton import (
     _resample,
+    generate_proposals,
     match_anchors,
     multiscale_roi_align,
     multiscale_roi_align_max,
     paste_masks,
+    select_box_detections,
+    select_detections,
     top_down,
 )
 
@@ -106,6 +110,39 @@ def compile_paste_masks(dtype, arch, threshold):
     return compiled
 
 
+def head_maps(channels, dtype):
+    return [torch.zeros(2, channels, 25, 42, dtype=getattr(torch, dtype))]
+
+
+def compile_generate_proposals(dtype, arch, mmdet):
+    """mmdetection's, or torchvision's of more boxes than one region of suppression has."""
+    compiled = launches_compiled(arch)
+    ones, sizes = [1.0] * 4, torch.ones(2, 2, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    generate_proposals.generate_proposals(
+        head_maps(3, dtype), head_maps(12, dtype), [1.0] * 12, [16, 16], sizes, 1000 if mmdet else 2000, 1000, 0.7, 0.0,
+        1e-3, ones, [0.0] * 4, ones, 4.0, mmdet, mmdet, 0.0, math.inf, mmdet, False, int(mmdet),
+    )  # fmt: skip
+    return one_of_each(compiled)
+
+
+def compile_detections(arch):
+    """FCOS's, of more boxes than one region of suppression has, and a second stage's."""
+    compiled = launches_compiled(arch)
+    sizes, weights = torch.ones(2, 2), [10.0, 10.0, 5.0, 5.0]
+    select_detections.select_detections(
+        head_maps(5, "float32"), head_maps(4, "float32"), head_maps(1, "float32"), [1.0] * 4, [16, 16], sizes, 0.05,
+        2000, 0.5, 100, weights, 4.0, True,
+    )  # fmt: skip
+    tables = torch.zeros(2, 70, 6), torch.zeros(2, 70, 24), torch.zeros(2, 70, 4)
+    select_box_detections.select_box_detections(*tables, None, sizes, 0.05, 0.0, None, 0.5, 100, weights, 4.0)
+    return one_of_each(compiled)
+
+
+def one_of_each(compiled):
+    """The kernel that suppresses is launched for each region, and is the same one."""
+    return list({found.hash: (kernel, found) for kernel, found in compiled}.values())
+
+
 def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
     """The kernels that the op and its gradient launch in both modes, for a pyramid of 256 channels."""
     compiled = launches_compiled(arch)
@@ -141,6 +178,7 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         # Of integers: the same in any order.
         "atomic_maxima": len(re.findall(r"atom\.\S+\.max\.s(?:32|64)", ptx)),
         "fused_multiply_adds": ptx.count("fma.rn"),
+        "approximations": len(re.findall(r"\.approx|div\.full", ptx)),
         # Accesses and addresses: LLVM also declares what it does not use.
         "local": len(re.findall(r"(?:ld|st|cvta)\S*\.local", ptx)),
     }
@@ -165,6 +203,11 @@ def main():
         for dtype, threshold in [("bfloat16", None), ("float32", 0.5), ("float64", 0.5)]:
             for kernel, compiled in compile_paste_masks(dtype, arch, threshold):
                 rows.append(row(kernel, compiled, arch, dtype, True, f"threshold {threshold}"))
+        for dtype, mmdet in [("bfloat16", False), ("float64", True)]:
+            for kernel, compiled in compile_generate_proposals(dtype, arch, mmdet):
+                rows.append(row(kernel, compiled, arch, dtype, False, "mmdet" if mmdet else "torchvision"))
+        for kernel, compiled in compile_detections(arch):
+            rows.append(row(kernel, compiled, arch, "float32", False, "detections"))
         for dtype, channels_last, sampling_ratio in [
             ("bfloat16", True, 2),
             ("float32", False, -1),

@@ -494,7 +494,8 @@ def test_decoding_is_torchvisions_coder():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("numbers", [(1000, 1000), (2000, 2000)], ids=str)
-def test_a_gpu_proposes_what_the_cpu_does(dtype, form, numbers):
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_gpu_proposes_what_the_cpu_does(name, dtype, form, numbers):
     """At a detector's size, bit for bit; the same in every run, with no wait."""
     pyramid = ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))
     objectness, deltas = head(dtype, form, pyramid=pyramid, trained=True)
@@ -503,28 +504,32 @@ def test_a_gpu_proposes_what_the_cpu_does(dtype, form, numbers):
     strides, sizes = strides_of(objectness, (800, 1344)), torch.tensor([[800, 1333], [780, 1344]])
     expected = ops.generate_proposals(objectness, deltas, cells, strides, sizes, **options)
     maps, sizes = [[m.cuda() for m in each] for each in (objectness, deltas)], sizes.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = [ops.generate_proposals(*maps, cells, strides, sizes, **options) for _ in range(2)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with backends.use(name):
+        ops.generate_proposals(*maps, cells, strides, sizes, **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [ops.generate_proposals(*maps, cells, strides, sizes, **options) for _ in range(2)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for found in results:
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
-def test_can_be_captured_in_a_graph():
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_can_be_captured_in_a_graph(name):
     objectness, deltas = ([m.cuda() for m in each] for each in head())
     sizes = torch.tensor(SIZES).float().cuda()
     options = {"pre_nms_top_n": 200, "post_nms_top_n": 150, "nms_thresh": 0.7}
     call = lambda: ops.generate_proposals(objectness, deltas, CELLS, strides_of(objectness), sizes, **options)  # noqa: E731
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    # Other numbers than when it was captured.
-    for maps, new in zip((objectness, deltas), head(seed=5), strict=True):
-        for mine, other in zip(maps, new, strict=True):
-            mine.copy_(other)
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+    with backends.use(name):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        # Other numbers than when it was captured.
+        for maps, new in zip((objectness, deltas), head(seed=5), strict=True):
+            for mine, other in zip(maps, new, strict=True):
+                mine.copy_(other)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))

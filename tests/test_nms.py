@@ -406,33 +406,38 @@ def test_the_reference_is_greedy():
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("groups", [None, 5, 80, 1203, 10**6])
 @pytest.mark.parametrize("count", [1000, 1500, 30000])
-def test_a_gpu_decides_as_the_cpu_does(count, groups, convention):
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_gpu_decides_as_the_cpu_does(name, count, groups, convention):
     """One large segment, several of them, and many small ones; the same in every run, with no wait."""
     images = [scene(count, groups or 1, seed=i, side=3000.0) for i in range(2)]
     boxes, scores, labels = (torch.stack(each) for each in zip(*images, strict=True))
     arguments = boxes, scores, labels if groups else None, torch.tensor([count, count - 300])
     expected = ops.segmented_nms(*arguments, 0.5, count, convention=convention)
     here = [None if each is None else each.cuda() for each in arguments]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = [ops.segmented_nms(*here, 0.5, count, convention=convention) for _ in range(2)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with backends.use(name):
+        ops.segmented_nms(*here, 0.5, count, convention=convention)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [ops.segmented_nms(*here, 0.5, count, convention=convention) for _ in range(2)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for found in results:
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [None, 80])
-def test_can_be_captured_in_a_graph(groups):
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_can_be_captured_in_a_graph(name, groups):
     boxes, scores, labels = (each[None].cuda() for each in scene(3000, groups or 1))
     call = lambda: ops.segmented_nms(boxes, scores, labels if groups else None, None, 0.5, 500)  # noqa: E731
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    # Other numbers than when it was captured.
-    for mine, new in zip((boxes, scores, labels), scene(3000, groups or 1, seed=5), strict=True):
-        mine.copy_(new[None])
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+    with backends.use(name):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        # Other numbers than when it was captured.
+        for mine, new in zip((boxes, scores, labels), scene(3000, groups or 1, seed=5), strict=True):
+            mine.copy_(new[None])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))

@@ -8,7 +8,8 @@ import devices
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fpn_fast import backends, ops
 from fpn_fast.ops.generate_proposals import DETECTRON2, MMDET, TORCHVISION
@@ -142,6 +143,16 @@ def test_nothing_there_and_nothing_wanted():
         )  # fmt: skip
 
 
+class NothingIsCopied(TorchDispatchMode):
+    """Raises where tensors of a CPU and of a GPU meet, as in a copy from one to the other, which is waited for."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        tensors = [each for each in tree_leaves((arguments, options, found)) if isinstance(each, torch.Tensor)]
+        assert len({each.device.type for each in tensors}) <= 1, function
+        return found
+
+
 class Launched:
     """A kernel that is only counted."""
 
@@ -173,7 +184,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_nothing_between_the_kernels_waits(launches, dtype):
     """Fake tensors have no values, so that what looks at one raises; and what is launched follows from sizes alone."""
-    with FakeTensorMode():
+    with FakeTensorMode(), NothingIsCopied():
         made = lambda channels: [torch.empty(2, channels, 40, 30, device="cuda", dtype=dtype)]  # noqa: E731
         sizes, ones = torch.empty(2, 2, device="cuda", dtype=dtype), [1.0] * 4
         found = fpn_fast.triton.generate_proposals.generate_proposals(
