@@ -21,7 +21,9 @@ from fpn_fast.reference.generate_proposals import anchors_at
 
 NAN, INF = math.nan, math.inf
 BACKENDS = ["cpp", "reference"]
-GPU = [pytest.param("cuda-cpp", marks=pytest.mark.gpu)]
+GPU = [pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton")]
+# A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of pairs.
+not_interpreted = pytest.mark.parametrize("backend", [*BACKENDS, *GPU], indirect=True)
 FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 SIZES = [(100, 160), (90, 168)]
 PYRAMID = ((25, 42), (13, 21), (7, 11))
@@ -38,10 +40,12 @@ def cpu_backend(request):
         yield request.param
 
 
-@pytest.fixture(params=[*BACKENDS, *GPU])
+@pytest.fixture(params=[*BACKENDS, "triton", *GPU])
 def backend(request, monkeypatch):
     """Backends on the CPU, and those with kernels on a GPU, where `ops` of this file then runs."""
     *device, name = request.param.split("-")
+    if request.param == "triton" and not backends.triton_interprets():
+        pytest.skip("Triton runs on the GPU here")
     if device:
         monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
     with backends.use(name):
@@ -165,6 +169,7 @@ def test_equals_torchvisions_fcos(backend, dtype, form):
     check_equal(found, torchvisions_fcos(maps), torch.finfo(dtype).eps)
 
 
+@not_interpreted
 @pytest.mark.parametrize(
     "options",
     [{"pre_nms_top_n": 7}, {"pre_nms_top_n": 100_000}, {"max_detections": 3}, {"max_detections": 5000},
@@ -178,6 +183,7 @@ def test_other_numbers(backend, options):
     check_equal(select(maps, **options), torchvisions_retinanet(maps, **options), 2**-23)
 
 
+@not_interpreted
 @pytest.mark.parametrize("call", [select, select_centered], ids=["deltas", "distances"])
 def test_nothing_wanted(backend, call):
     maps = head(anchors=2 if call is select else 1)
@@ -186,6 +192,7 @@ def test_nothing_wanted(backend, call):
     assert (boxes.shape, scores.shape, labels.shape, counts.tolist()) == ((2, 0, 4), (2, 0), (2, 0), [0, 0])
 
 
+@not_interpreted
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("levels", [1, 2])
 def test_batches_and_levels(backend, batch, levels):
@@ -207,6 +214,7 @@ def test_cpp_is_the_reference_bit_for_bit(dtype, form):
         assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
+@not_interpreted
 def test_any_strides(backend):
     """Frames of NaN, and a torchvision head's tables, seen as maps."""
     maps = head()
@@ -249,6 +257,7 @@ def test_ties_go_in_the_order_of_place_anchor_and_class(backend):
     assert torch.equal(boxes[0], torch.minimum(expected.clamp(min=0), limits))
 
 
+@not_interpreted
 @pytest.mark.parametrize("call", [select, select_centered], ids=["deltas", "distances"])
 def test_bad_numbers_are_never_selected(backend, call):
     """What is left is as if the logits had been low."""
@@ -343,6 +352,7 @@ def test_equals_torchvisions_ssd(backend, class_top_n):
     check_equal(found, torchvisions_ssd(these, class_top_n), 2**-21)
 
 
+@not_interpreted
 @pytest.mark.parametrize(
     "options",
     [{"max_detections": 3}, {"max_detections": 0}, {"score_thresh": 0.9}, {"score_thresh": 1.0}, {"nms_thresh": 0.0}],
@@ -373,6 +383,7 @@ def test_cpp_is_the_reference_bit_for_bit_of_boxes(dtype, class_top_n, shared):
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
+@not_interpreted
 def test_bad_tables_are_never_selected(backend):
     """A NaN, an infinite logit, delta or corner; minus infinity is the logit of a class that cannot be."""
     these, counts = tables(batch=1, boxes=8), torch.tensor([8])
@@ -604,15 +615,17 @@ def test_errors_of_boxes(change, error, message):
         ops.select_box_detections(*positional, torch.tensor(SIZES), **arguments)
 
 
-def same_on_a_gpu(call, *tensors):
-    """`call(*tensors)` of tensors of the CPU, there and twice on a GPU, bit for bit and with no wait."""
+def same_on_a_gpu(name, call, *tensors):
+    """`call(*tensors)` of tensors of the CPU, there and twice by `name` on a GPU, bit for bit and with no wait."""
     expected = call(*tensors)
     here = tree_map_only(torch.Tensor, lambda t: t.cuda(), tensors)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = [call(*here) for _ in range(2)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with backends.use(name):
+        call(*here)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [call(*here) for _ in range(2)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for found in results:
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
@@ -625,7 +638,8 @@ LARGE = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("options", [{}, {"score_thresh": 0.0, "pre_nms_top_n": 3000}], ids=str)
 @pytest.mark.parametrize("centered", [False, True], ids=["logits", "centered"])
-def test_a_gpu_selects_what_the_cpu_does(dtype, form, options, centered):
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_gpu_selects_what_the_cpu_does(name, dtype, form, options, centered):
     """At a detector's size; with as many candidates as many blocks suppress."""
     maps = head(dtype, form, anchors=1 if centered else 9, pyramid=LARGE)
     anchors = 1 if centered else 9
@@ -641,14 +655,15 @@ def test_a_gpu_selects_what_the_cpu_does(dtype, form, options, centered):
     call = lambda logits, deltas, centers, sizes: ops.select_detections(  # noqa: E731
         logits, deltas, cells, strides, sizes, centerness=centers, **options
     )
-    same_on_a_gpu(call, maps.logits, maps.deltas, maps.centers if centered else (), torch.tensor(SIZES).float())
+    same_on_a_gpu(name, call, maps.logits, maps.deltas, maps.centers if centered else (), torch.tensor(SIZES).float())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("boxes", "classes", "class_top_n"), [(1000, 91, None), (8732, 91, 400), (1500, 1203, None), (5000, 3, None)]
 )
-def test_a_gpu_selects_of_boxes_what_the_cpu_does(boxes, classes, class_top_n):
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_gpu_selects_of_boxes_what_the_cpu_does(name, boxes, classes, class_top_n):
     """A second stage's, SSD's, one of a large vocabulary, and classes that many blocks suppress."""
     these = tables(boxes=boxes, classes=classes, shared=classes > 1000)
     options = {**BOX_OPTIONS, "score_thresh": 0.01, "max_detections": 2000, "class_top_n": class_top_n}
@@ -656,12 +671,13 @@ def test_a_gpu_selects_of_boxes_what_the_cpu_does(boxes, classes, class_top_n):
         logits, deltas, boxes, counts, sizes, **options
     )
     counts = torch.tensor([boxes, boxes // 2])
-    same_on_a_gpu(call, these.logits, these.deltas, these.boxes, counts, torch.tensor(SIZES).float())
+    same_on_a_gpu(name, call, these.logits, these.deltas, these.boxes, counts, torch.tensor(SIZES).float())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("of_boxes", [False, True], ids=["maps", "boxes"])
-def test_can_be_captured_in_a_graph(of_boxes):
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_can_be_captured_in_a_graph(name, of_boxes):
     sizes = torch.tensor(SIZES).float().cuda()
     made = lambda seed: vars(tables(seed=seed) if of_boxes else head(seed=seed))  # noqa: E731
     inputs = tree_map_only(torch.Tensor, lambda t: t.cuda(), made(0))
@@ -672,13 +688,16 @@ def test_can_be_captured_in_a_graph(of_boxes):
         call = lambda: ops.select_detections(  # noqa: E731
             inputs["logits"], inputs["deltas"], CELLS, STRIDES, sizes, **OPTIONS
         )
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    # Other numbers than when it was captured.
-    for name, new in made(5).items():
-        for mine, other in zip([inputs[name]] if of_boxes else inputs[name], [new] if of_boxes else new, strict=True):
-            mine.copy_(other)
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+    with backends.use(name):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        # Other numbers than when it was captured.
+        for name, new in made(5).items():
+            for mine, other in zip(
+                [inputs[name]] if of_boxes else inputs[name], [new] if of_boxes else new, strict=True
+            ):
+                mine.copy_(other)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
