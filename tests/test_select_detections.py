@@ -694,9 +694,9 @@ def test_can_be_captured_in_a_graph(name, of_boxes):
         with torch.cuda.graph(graph):
             captured = call()
         # Other numbers than when it was captured.
-        for name, new in made(5).items():
+        for field, new in made(5).items():
             for mine, other in zip(
-                [inputs[name]] if of_boxes else inputs[name], [new] if of_boxes else new, strict=True
+                [inputs[field]] if of_boxes else inputs[field], [new] if of_boxes else new, strict=True
             ):
                 mine.copy_(other)
         graph.replay()
