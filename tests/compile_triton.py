@@ -16,6 +16,7 @@ from triton.runtime import JITFunction, driver
 from fpn_fast.triton import (
     _resample,
     generate_proposals,
+    heatmaps_to_keypoints,
     match_anchors,
     multiscale_roi_align,
     multiscale_roi_align_max,
@@ -107,6 +108,14 @@ def compile_paste_masks(dtype, arch, threshold):
     masks = torch.zeros(3, 1, 28, 28, dtype=getattr(torch, dtype))
     boxes = torch.zeros(3, 4, dtype=torch.float64 if dtype == "float64" else torch.float32)
     paste_masks.paste_masks(masks, boxes, 45, 67, 1, threshold)
+    return compiled
+
+
+def compile_heatmaps_to_keypoints(dtype, arch):
+    compiled = launches_compiled(arch)
+    heatmaps = torch.zeros(3, 17, 56, 56, dtype=getattr(torch, dtype))
+    boxes = torch.zeros(3, 4, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    heatmaps_to_keypoints.heatmaps_to_keypoints(heatmaps, boxes)
     return compiled
 
 
@@ -203,6 +212,9 @@ def main():
         for dtype, threshold in [("bfloat16", None), ("float32", 0.5), ("float64", 0.5)]:
             for kernel, compiled in compile_paste_masks(dtype, arch, threshold):
                 rows.append(row(kernel, compiled, arch, dtype, True, f"threshold {threshold}"))
+        for dtype in ("bfloat16", "float64"):
+            for kernel, compiled in compile_heatmaps_to_keypoints(dtype, arch):
+                rows.append(row(kernel, compiled, arch, dtype, False, "keypoints"))
         for dtype, mmdet in [("bfloat16", False), ("float64", True)]:
             for kernel, compiled in compile_generate_proposals(dtype, arch, mmdet):
                 rows.append(row(kernel, compiled, arch, dtype, False, "mmdet" if mmdet else "torchvision"))

@@ -85,6 +85,17 @@ CASES = {
     "no_keypoints": Case(BOXES[:2], keypoints=0),
 }
 
+# As small as an interpreter needs them: each is some seconds of Python otherwise.
+TRITON_CASES = {
+    "any": Case(BOXES[1:3], keypoints=1),
+    "ties": Case(BOXES[2:3], keypoints=2, size=(4, 4), kind="ties"),
+    "no_numbers": Case(BOXES[2:3], kind="no_numbers"),
+    "no_box": Case((EMPTY[0], EMPTY[3], EMPTY[7], BOXES[6][:2] * 2), keypoints=1),
+    "boxes_in_double": Case(BOXES[2:3], keypoints=1, box_type=torch.float64),
+    "wide": Case(((2.5, 3.5, 303.0, 5.0),), keypoints=1, size=(2, 6)),
+    "no_boxes": Case(()),
+}
+
 
 def same(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
     """Whether keypoints and scores are equal bit for bit; one NaN is as good as another."""

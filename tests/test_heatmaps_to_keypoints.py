@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keypoint_heatmaps import BOXES, CASES, DTYPES, EMPTY, INF, NAN, same
+from keypoint_heatmaps import BOXES, CASES, DTYPES, EMPTY, INF, NAN, TRITON_CASES, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
 from torchvision.models.detection import roi_heads
@@ -159,6 +159,39 @@ def test_backends_agree_bit_for_bit(boxes, size, seed):
         with backends.use(name):
             results.append(ops.heatmaps_to_keypoints(heatmaps, boxes))
     assert same(*results)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in TRITON_CASES), *(("no_numbers", name) for name in DTYPES if name != "float32")],
+)
+# Numbers that are none are part of the cases, and numpy, which interprets the kernel, warns of them.
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_triton_equals_the_reference_bit_for_bit(name, dtype):
+    case = TRITON_CASES[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with backends.use("triton"):
+        assert backends.choose(device, "heatmaps_to_keypoints") == "triton"
+        found = ops.heatmaps_to_keypoints(*(each.to(device) for each in case.inputs(DTYPES[dtype])))
+    assert same([each.cpu() for each in found], case.expected(DTYPES[dtype]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("backend_name", ["cpp", "triton"])
+def test_a_gpu_finds_the_same_without_a_wait(backend_name, dtype):
+    boxes = torch.tensor((*BOXES, *EMPTY, (3.0, 4.0, 700.0, 650.5)))
+    heatmaps = heatmaps_of(len(boxes), dtype=dtype)
+    there = heatmaps.cuda(), boxes.cuda()
+    with backends.use(backend_name):
+        ops.heatmaps_to_keypoints(*there)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = ops.heatmaps_to_keypoints(*there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with backends.use("reference"):
+        assert same([each.cpu() for each in found], ops.heatmaps_to_keypoints(heatmaps, boxes))
 
 
 def test_every_element_is_written(backend):

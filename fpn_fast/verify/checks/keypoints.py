@@ -16,9 +16,9 @@ from fpn_fast.verify.trial import Trial, decided
 @register("heatmaps_to_keypoints", keys=("boxes", "keypoints", "heatmap_size"))
 def heatmaps_to_keypoints(draw: Draw) -> Trial:
     flavour = draw.flavour("any", "ties", "odd boxes", "any", "none", "no numbers")
-    largest = 16 if draw.small else 90
-    count = 0 if flavour == "none" else draw.size("boxes", lambda: draw.integer(1, 3 if draw.small else 7))
-    keypoints = draw.size("keypoints", lambda: draw.integer(1, 4))
+    largest = 9 if draw.small else 90
+    count = 0 if flavour == "none" else draw.size("boxes", lambda: draw.integer(1, 2 if draw.small else 7))
+    keypoints = draw.size("keypoints", lambda: draw.integer(1, 2 if draw.small else 4))
     drawn = draw.choice(((56, 56), (14, 14), (7, 9), (1, 1)))
     height, width = (int(side) for side in draw.size("heatmap_size", lambda: (7, 6) if draw.small else drawn))
     maps = draw.normal(count, keypoints, height, width)
