@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_machine_code import KERNELS
 
 import fpn_fast
 from fpn_fast import __main__ as command
@@ -67,7 +68,7 @@ def test_info_prints_backends_and_build(capsys):
 @pytest.mark.gpu
 def test_kernels_have_no_local_memory_and_full_blocks_fit():
     kernels = command.gather()["kernels"]
-    assert {k["name"].split("<")[0] for k in kernels} == {"top_down_kernel", "top_down_backward_kernel"}
+    assert {k["name"].split("<")[0] for k in kernels} == {kernel.name for kernel in KERNELS}
     assert all(k["local_bytes"] == 0 and k["occupancy"] > 0 for k in kernels)
 
 

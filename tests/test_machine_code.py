@@ -556,6 +556,12 @@ def test_every_kernel_is_here():
     assert defined == {(kernel.header, kernel.name) for kernel in KERNELS}
 
 
+def test_every_kernel_is_in_the_table():
+    """That `python -m fpn_fast info` prints and a test on a GPU looks through."""
+    entries = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert {kernel.name for kernel in KERNELS} == set(re.findall(r'"(\w+_kernel)[<"]', entries))
+
+
 FAULTY = """
 __global__ void faulty_kernel(const float* __restrict__ in, float* out, int* count) {
   __shared__ float part[64];

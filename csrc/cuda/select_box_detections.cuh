@@ -124,10 +124,9 @@ template <class acc_t>
 __global__ void __launch_bounds__(kBoxThreads)
     keep_boxes_kernel(const __grid_constant__ BoxCandidates<acc_t> decoding) {
   const Candidates<acc_t>& candidates = decoding.candidates;
-  const int64_t thread = int64_t{blockIdx.x} * kBoxThreads + threadIdx.x;
-  const int64_t list = thread / candidates.room, number = thread % candidates.room;
-  if (list >= candidates.lists) return;
-  const int64_t first = list * candidates.room;
+  const int blocks = (candidates.room + kBoxThreads - 1) / kBoxThreads;
+  const int64_t list = blockIdx.x / blocks, first = list * candidates.room;
+  const int number = static_cast<int>(blockIdx.x % blocks) * kBoxThreads + threadIdx.x;
   if (number >= candidates.kept_counts[first]) return;
   const int64_t place = first + candidates.kept[first + number];
   decoding.probabilities[list * decoding.heads.room + decoding.sources[place]] = decoding.scores[place];
@@ -214,8 +213,8 @@ void detect_in_launches(const BoxPlan<acc_t>& plan, const DetectionTables<acc_t>
   launch(decode_boxes_kernel<acc_t>, LaunchConfig{blocks_of_runs(plan.decoding.runs, candidates.lists), kMergeThreads},
          plan.decoding);
   suppress_in_launches(candidates, launch);
-  const int64_t places = candidates.lists * candidates.room;
-  launch(keep_boxes_kernel<acc_t>, LaunchConfig{(places + kBoxThreads - 1) / kBoxThreads, kBoxThreads}, plan.decoding);
+  const int64_t blocks = (candidates.room + kBoxThreads - 1) / kBoxThreads;
+  launch(keep_boxes_kernel<acc_t>, LaunchConfig{candidates.lists * blocks, kBoxThreads}, plan.decoding);
   select_in_launches(plan.of_images, launch);
   merge_in_launches(plan.image_merges, heads.batch, launch);
   launch(box_detections_kernel<acc_t>, LaunchConfig{blocks_of_runs(plan.detections, heads.batch), kMergeThreads},
