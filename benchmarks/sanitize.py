@@ -144,6 +144,18 @@ def paste_masks(device: torch.device) -> int:
     return calls
 
 
+def heatmaps_to_keypoints(device: torch.device) -> int:
+    """Larger and smaller boxes than the maps, and ones of no pixels; returns the number of calls."""
+    boxes = torch.tensor(ROIS)[:, 1:]
+    for dtype in (torch.float32, torch.bfloat16):
+        heatmaps = torch.randn(len(boxes), 3, 9, 7).to(dtype)
+        expected = reference.heatmaps_to_keypoints(heatmaps, boxes)
+        _compare(
+            f"heatmaps_to_keypoints {dtype}", ops.heatmaps_to_keypoints(heatmaps.to(device), boxes.to(device)), expected
+        )
+    return 2
+
+
 def _selection(device: torch.device, family: str, *cases: dict[str, int]) -> int:
     """The family's tiny case with each of `cases`; returns the number of calls."""
     for changes in cases:
@@ -245,6 +257,7 @@ CALLS: dict[str, Callable[[torch.device], int]] = {
     "segmented_nms": segmented_nms,
     "match_anchors": match_anchors,
     "paste_masks": paste_masks,
+    "heatmaps_to_keypoints": heatmaps_to_keypoints,
 }
 
 

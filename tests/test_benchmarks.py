@@ -135,6 +135,8 @@ def test_poolers_agree_on_a_small_pyramid(direction: str) -> None:
         ("batched_nms", {"boxes": 10, "classes": 4}, (10 * 28 + 4 * 8) // 4),
         ("match_anchors", {"levels": ((2, 3),), "anchors": 3, "boxes": 5}, 5 * 4 + 18 * (4 + 2)),
         ("paste_masks", {"levels": ((8, 9),), "boxes": 2, "output_size": 28}, 2 * (28 * 28 + 4 + 72)),
+        # Maps, a keypoint of three numbers and a score of each of three in two boxes.
+        ("heatmaps_to_keypoints", {"boxes": 2, "classes": 3, "output_size": 56}, 2 * (4 + 3 * (56 * 56 + 4))),
     ],
 )
 def test_bytes_of_selections(op_name: str, changes: dict, elements: int) -> None:
@@ -159,6 +161,8 @@ def test_every_selection_that_is_promised_is_measured() -> None:
     )
     assert {c.boxes for c in of("match_anchors")} == {7, 20, 100, 300}
     assert [(c.boxes, cases.image_size(c)) for c in of("paste_masks")] == [(100, (800, 1333))]
+    people = [(c.boxes, c.classes, cases.image_size(c)) for c in of("heatmaps_to_keypoints")]
+    assert people == [(20, 17, (800, 1333)), (100, 17, (800, 1333))]
     anchors = {c.op: sum(cases._anchors(c)) for family in selection.OPS for c in of(family)}
     assert anchors["generate_proposals"] == anchors["match_anchors"] == 268_569
     assert anchors["select_detections"] == 201_600
@@ -222,7 +226,7 @@ def test_on_a_gpu_nothing_that_is_measured_waits(family: str) -> None:
         there = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device="cuda") for each in inputs]
         found = op.listed(of_case.fused(there))
         assert all(each.device.type == "cuda" for each in found)
-        if family not in ("match_anchors", "paste_masks"):
+        if family not in ("match_anchors", "paste_masks", "heatmaps_to_keypoints"):
             assert [each.shape[0] for each in found] == [case.batch] * len(found)
 
 
@@ -738,8 +742,9 @@ def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
         assert count > 0
         assert results["benchmarks"][family] == {"cases": count, "not_reached": [], "refused": []}
         assert measured["machine"]["tiny"]
-        # torch.compile has no use for what pastes masks, and a series is measured without it.
-        compiled = set() if family in ("paste_masks", "growth") else {"compile"}
+        # torch.compile has no use for what goes from box to box, and a series is measured without it.
+        uncompiled = ("paste_masks", "heatmaps_to_keypoints", "growth")
+        compiled = set() if family in uncompiled else {"compile"}
         assert {row["provider"] for row in measured["rows"]} >= {"eager", "copy", *compiled}
         assert {row["metric"] for row in measured["rows"]} == {"wall"}
 

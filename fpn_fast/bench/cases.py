@@ -58,8 +58,9 @@ class Case:
     output_size: int = 0
     sampling_ratio: int = 0
     clustered: bool = False
-    #: Of a selection: anchors of a cell, classes (groups of boxes), candidates of a level, and boxes that are there
-    #: before (candidates, ground truths or masks of an image; output_size is then a mask's).
+    #: Of a selection: anchors of a cell, classes (groups of boxes, or keypoints of each), candidates of a level, and
+    #: boxes that are there before (candidates, ground truths, masks or people of an image; output_size is then a mask's
+    #: or heatmap's).
     anchors: int = 0
     classes: int = 0
     pre_nms_top_n: int = 0
@@ -108,7 +109,7 @@ def scales(case: Case) -> tuple[float, ...]:
 
 
 #: Pixels between the finest map's cells, where that is not four.
-_FINEST_STRIDE = {"select_detections": 8, "batched_nms": 1, "paste_masks": 1}
+_FINEST_STRIDE = {"select_detections": 8, "batched_nms": 1, "paste_masks": 1, "heatmaps_to_keypoints": 1}
 
 
 def image_size(case: Case) -> tuple[int, int]:
@@ -195,6 +196,11 @@ def _paste_elements(case: Case) -> int:
     return case.boxes * (case.output_size**2 + 4 + height * width)
 
 
+def _keypoint_elements(case: Case) -> int:
+    """Heatmaps and boxes, and a keypoint and a score for each."""
+    return case.boxes * (case.classes * (case.output_size**2 + 3 + 1) + 4)
+
+
 _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "top_down": _top_down_elements,
     "upsample_add": _upsample_add_elements,
@@ -204,6 +210,7 @@ _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "batched_nms": _nms_elements,
     "match_anchors": _match_elements,
     "paste_masks": _paste_elements,
+    "heatmaps_to_keypoints": _keypoint_elements,
     "detectron2_fpn": _neck_elements,
     "detectron2_pooler": _roi_align_elements,
     "detectron2_proposals": _proposal_elements,
@@ -283,6 +290,7 @@ _SELECTION_TARGETS = {
     "select_detections": Target("eager", 5.0),
     "batched_nms": Target("eager", 3.0),
     "paste_masks": Target("eager", 5.0),
+    "heatmaps_to_keypoints": Target("eager", 3.0),
 }
 #: By the number of ground truths.
 _MATCH_TARGETS = {20: Target("eager", 10.0, peak_share=0.1), 300: Target("eager", 20.0, peak_share=0.1)}
@@ -417,6 +425,14 @@ def _paste_masks(device_type: str) -> list[Case]:
     return [_selection("paste_masks", "100_masks_800x1333", IMAGE_800X1333, boxes=100, output_size=28)]
 
 
+def _heatmaps_to_keypoints(device_type: str) -> list[Case]:
+    return [
+        _selection("heatmaps_to_keypoints", f"{boxes}_people_800x1333", IMAGE_800X1333, boxes=boxes, classes=17,
+                   output_size=56)
+        for boxes in (20, 100)
+    ]  # fmt: skip
+
+
 def _levels(height: int, width: int, count: int) -> Levels:
     """Maps of strides 4, 8, ... of an image."""
     return tuple((-(-height // stride), -(-width // stride)) for stride in (4 << i for i in range(count)))
@@ -470,6 +486,7 @@ FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "batched_nms": _batched_nms,
     "match_anchors": _match_anchors,
     "paste_masks": _paste_masks,
+    "heatmaps_to_keypoints": _heatmaps_to_keypoints,
     "detectron2": _library("detectron2_fpn", "detectron2_pooler", "detectron2_proposals"),
     "mmdet": _library("mmdet_neck", "mmdet_extractor", "mmdet_proposals"),
     "growth": _growth,

@@ -174,3 +174,13 @@ def mask_probabilities(count: int, size: int) -> Tensor:
     distance = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
     noise = torch.randn(count, 1, size, size, generator=generator)
     return torch.sigmoid(8 * (0.8 - distance) + noise)
+
+
+def keypoint_logits(count: int, keypoints: int, size: int) -> Tensor:
+    """[count, keypoints, size, size], as a trained keypoint head gives: a hill somewhere in each, and low ones."""
+    generator = torch.Generator().manual_seed(count)
+    axis = torch.linspace(0, 1, size)
+    x, y = torch.rand(2, count, keypoints, 1, 1, generator=generator)
+    distance = ((axis - x) ** 2 + (axis[:, None] - y) ** 2).sqrt()
+    noise = torch.randn(count, keypoints, size, size, generator=generator)
+    return 10 * torch.exp(-8 * distance) + torch.nn.functional.avg_pool2d(noise, 5, 1, 2)

@@ -249,10 +249,35 @@ def paste_masks(case: Case) -> Op:
     return Op(inputs, by_reference(fused), eager, fused, compiled=None)
 
 
+def heatmaps_to_keypoints(case: Case) -> Op:
+    """The keypoints of an image's people."""
+    size = image_size(case)
+
+    def inputs(case: Case, device: torch.device) -> list[Tensor]:
+        heatmaps = scenes.keypoint_logits(case.boxes, case.classes, case.output_size)
+        return [heatmaps.to(device), scenes.ground_truths(case.boxes, *size).to(device)]
+
+    def eager(found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return roi_heads.heatmaps_to_keypoints(found[0], found[1])
+
+    def fused(found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return ops.heatmaps_to_keypoints(found[0], found[1])
+
+    def tables_of(result: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Numbers of each box, which are judged as those of boxes are."""
+        return [result[0].flatten(1), result[1]]
+
+    # As of masks: a graph for each size of a box.
+    return Op(
+        inputs, by_reference(fused), eager, fused, compiled=None, expected=decided(by_reference(fused), tables_of)
+    )
+
+
 OPS: dict[str, Callable[[Case], Op]] = {
     "generate_proposals": generate_proposals,
     "select_detections": select_detections,
     "batched_nms": batched_nms_of,
     "match_anchors": match_anchors,
     "paste_masks": paste_masks,
+    "heatmaps_to_keypoints": heatmaps_to_keypoints,
 }
