@@ -211,3 +211,16 @@ def test_a_captured_graph_replays(kind):
     for own, other in zip(found, expected, strict=True):
         for name in other:
             assert torch.equal(own[name], other[name])
+
+
+@pytest.mark.parametrize("size", [(46, 82), (52, 47), (55, 61)])
+def test_whole_images_are_as_large_as_they_are_resized_to(size, monkeypatch):
+    """Sizes whose quotient of what they are resized to, times themselves, is a little below it in float32."""
+    model = accelerated("fcos")
+    resized, _ = model.transform.resize(torch.empty(3, *size, device="meta"))
+    original, target = (torch.tensor(each, dtype=torch.float32) for each in (size, resized.shape[1:]))
+    assert ((original * (target / original)).floor() < target).any()
+    seen, detections = [], model.detections
+    monkeypatch.setattr(model, "detections", lambda i, **o: seen.append(i.image_sizes) or detections(i, **o))
+    StaticDetector(model, size, 2)(images(*size))
+    assert seen[0].tolist() == [list(resized.shape[1:])] * 2

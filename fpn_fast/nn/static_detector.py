@@ -85,7 +85,7 @@ class StaticDetector(nn.Module):
         for i, shapes in enumerate(self._shapes.values()):
             whole = torch.tensor([shapes.original] * batch_size, dtype=torch.float32)
             self.register_buffer(f"_sizes_{i}", whole, persistent=False)
-            for name, values in (("scale", shapes.scale()), ("back", shapes.back())):
+            for name, values in (("resized", torch.tensor(shapes.resized)), ("back", shapes.back())):
                 self.register_buffer(f"_{name}_{i}", values, persistent=False)
         self.to(next(model.parameters()).device)
 
@@ -201,7 +201,8 @@ class StaticDetector(nn.Module):
         shapes, i = self._shapes[size], self.image_sizes.index(size)
         sizes = sizes.to(torch.float32)
         batch = self._transform(images, sizes, shapes)
-        resized = (sizes * getattr(self, f"_scale_{i}")).floor()
+        # Divided last: an image of the whole size is then exactly as large as it is resized to.
+        resized = (sizes * getattr(self, f"_resized_{i}") / getattr(self, f"_sizes_{i}")).floor()
         back = getattr(self, f"_back_{i}")
         if isinstance(self.model, FasterRCNN):
             return self._two_stages(batch, resized, back, shapes)
@@ -263,10 +264,6 @@ class _Shapes:
         divisor = transform.size_divisible
         height, width = (-(-side // divisor) * divisor for side in self.resized)
         self.padded: Size = (height, width)
-
-    def scale(self) -> Tensor:
-        """[2] (y, x): resized pixels of a pixel."""
-        return torch.tensor(self.resized, dtype=torch.float32) / torch.tensor(self.original, dtype=torch.float32)
 
     def back(self) -> Tensor:
         """[4]: what torchvision multiplies (x1, y1, x2, y2) of the resized image by."""

@@ -159,6 +159,8 @@ class _Pyramid(torch.nn.Module):
     def __init__(self, levels: int) -> None:
         super().__init__()
         self.levels = levels
+        # What says on which device the detector is.
+        self.weight = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         height, width = images.shape[-2:]
@@ -246,6 +248,41 @@ def dense_detector(draw: Draw, kind: str) -> Trial:
         f"{kind}, images {sizes}, {mode}",
         [],
         lambda _: run(draw.device),
+        plain,
+        lambda i: boxes_rule(draw.dtype),
+        decisions=True,
+    )
+
+
+@register("nn.StaticDetector", ops=("select_detections",), dtypes=_SINGLE)
+def static_detector(draw: Draw) -> Trial:
+    """A batch of a fixed size, against the same detector on a list of images."""
+    kind = draw.flavour("RetinaNet", "FCOS")
+    module = _dense_detector(draw, kind, draw.integer(1, 3)).eval()
+    size, batch = (draw.integer(30, 100), draw.integer(30, 100)), draw.integer(1, 2)
+    images = torch.zeros(batch, 3, *size, dtype=draw.dtype)
+
+    def on(device: str) -> Any:
+        return copy.deepcopy(module).to(device, draw.dtype)
+
+    def call(_: list[Tensor]) -> list[Tensor]:
+        found = nn.StaticDetector(on(draw.device), size, batch)(images.to(draw.device))
+        return [found[name] for name in ("boxes", "scores", "labels", "counts")]
+
+    def plain(_: list[Tensor]) -> list[Tensor]:
+        with backends.use("reference"):
+            lists = on("cpu")(list(images))
+        room = module.detections_per_img
+        tables = [
+            [torch.nn.functional.pad(f[name], [0, 0] * (f[name].dim() - 1) + [0, room - len(f[name])]) for f in lists]
+            for name in ("boxes", "scores", "labels")
+        ]
+        return [*map(torch.stack, tables), torch.tensor([len(f["labels"]) for f in lists])]
+
+    return Trial(
+        f"{kind}, {batch} images {size}",
+        [],
+        call,
         plain,
         lambda i: boxes_rule(draw.dtype),
         decisions=True,
