@@ -393,7 +393,37 @@ def table(results: dict[str, Any]) -> str:
         memory = f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""
         stages = f"{replaced(row['stages']):.0f}" if "stages" in row else ""
         lines.append(f"| {name} | {row['provider']} | {row['p50']:.0f} | {times} | {waits} | {memory} | {stages} |")
-    return "\n".join(lines) + "\n"
+    machine = results["machine"]
+    device = (
+        f"{machine['device']}, {machine['threads']} threads" if machine["device_type"] == "cpu" else machine["device"]
+    )
+    note = (
+        f"{device}, torch {machine['torch']}, commit {machine['commit'] or 'unknown'}, {machine['date']}: median wall "
+        "time; ratios are medians over rounds, above 1 where fpn_fast is faster. Weights are random."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:
+    """One line for each thing that the library is held to, and whether all of them are met: no detector is slower, and
+    on a CPU the replaced stages of inference take a quarter of their time at most."""
+    rows = {
+        (row["model"], *row["size"], row["batch"], row["training"], row["provider"]): row for row in results["rows"]
+    }
+    lines, all_met = [], True
+    for key, row in rows.items():
+        if key[-1] != "fpn_fast":
+            continue
+        eager = rows[(*key[:-1], "eager")]
+        times = row.get("speedup", {}).get("eager")
+        held = [(times is not None and times >= 1.0, f"{times} eager, wants 1")]
+        if results["machine"]["device_type"] == "cpu" and not row["training"] and "stages" in row:
+            share = replaced(row["stages"]) / replaced(eager["stages"])
+            held.append((share <= 0.25, f"replaced stages take {share:.0%}, want 25% at most"))
+        for met, text in held:
+            all_met &= met
+            lines.append(f"{'met   ' if met else 'MISSED'} {' '.join(map(str, key[:-1]))}: {text}")
+    return lines, all_met
 
 
 def main(arguments: list[str] | None = None) -> int:

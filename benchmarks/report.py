@@ -8,8 +8,9 @@
     python benchmarks/report.py --targets                   fails where the library misses what it is held to
 
 A block is ``<!-- benchmark:FAMILY MACHINE [WORD ...] -->`` to ``<!-- /benchmark -->``. MACHINE is a folder's name or a
-device type that only one folder has; of the cases, those are shown that have every WORD in their name. The census is of
-no machine: ``<!-- census -->`` to ``<!-- /census -->``.
+device type that only one folder has; of the cases, those are shown that have every WORD in their name. FAMILY is one of
+``fpn_fast bench`` or ``detectors``, of benchmarks/detectors.py. The census is of no machine: ``<!-- census -->`` to
+``<!-- /census -->``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import census  # noqa: E402
+from benchmarks import census, detectors  # noqa: E402
 from fpn_fast.bench.cases import targets  # noqa: E402
 from fpn_fast.bench.report import Row, by_case, load, markdown  # noqa: E402
 
@@ -50,12 +51,19 @@ def find(folder: Path, family: str, machine: str) -> Path:
     return found[0]
 
 
+def tables(path: Path, words: tuple[str, ...] = ()) -> str:
+    """Markdown of a results file."""
+    results = load(path)
+    return detectors.table(results) if path.stem == "detectors" else markdown(results, words)
+
+
 def render_readme(text: str, folder: Path) -> str:
     """`text` with every block made anew from the files in `folder`."""
 
     def block(match: re.Match[str]) -> str:
         begin, family, machine, words, end = match.groups()
-        return begin + markdown(load(find(folder, family, machine)), tuple(words.split())) + end
+        path = find(folder, family, machine)
+        return begin + tables(path, tuple(words.split())) + end
 
     def counts(match: re.Match[str]) -> str:
         begin, end = match.groups()
@@ -114,12 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     for path in options.files or sorted(options.results.glob("*/*.json")):
         results = load(path)
         if options.targets:
-            lines, met = target_lines(results)
+            lines, met = (detectors.target_lines if path.stem == "detectors" else target_lines)(results)
             passed &= met
             print(*lines, sep="\n")
             continue
-        print(f"## {path.stem}: {path.parent.name}\n\n{markdown(results)}")
-        if options.plot:
+        print(f"## {path.stem}: {path.parent.name}\n\n{tables(path)}")
+        if options.plot and path.stem != "detectors":
             from fpn_fast.bench import plots
 
             plots.times(results, path.with_suffix(".png"))

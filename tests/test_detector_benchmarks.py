@@ -9,6 +9,7 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from benchmarks import detectors
+from fpn_fast.bench.machine import facts
 
 
 def retinanet(weights, weights_backbone, **options):
@@ -77,4 +78,19 @@ def test_what_differs_is_refused():
     assert "nothing to compare" in detectors.problem(nothing, nothing)
     assert detectors.problem({"loss": torch.tensor(1.1)}, {"loss": torch.tensor(1.0)}) == "loss is 1.1, not 1"
     refused = detectors.Row(detectors.Case("retinanet", (64, 96), 1), "fpn_fast", refused="loss is 1.1, not 1")
-    assert "| fpn_fast | refused: loss is 1.1, not 1 |" in detectors.table(json.loads(detectors.as_json({}, [refused])))
+    results = json.loads(detectors.as_json(facts("cpu"), [refused]))
+    assert "| fpn_fast | refused: loss is 1.1, not 1 |" in detectors.table(results)
+
+
+def test_what_the_library_is_held_to():
+    case = detectors.Case("retinanet", (64, 96), 1)
+    eager = detectors.Row(case, "eager", 10.0, stages={"detections": 8.0, "heads": 1.0})
+    fast = detectors.Row(case, "fpn_fast", 5.0, speedup={"eager": 2.0}, stages={"detections": 2.0, "heads": 1.0})
+    slow = detectors.Row(case, "fpn_fast", 5.0, speedup={"eager": 0.9}, stages={"detections": 3.0})
+
+    def held(row):
+        lines, met = detectors.target_lines(json.loads(detectors.as_json(facts("cpu"), [eager, row])))
+        return [line[:6] for line in lines], met
+
+    assert held(fast) == (["met   ", "met   "], True)
+    assert held(slow) == (["MISSED", "MISSED"], False)
