@@ -155,7 +155,7 @@ def _check_masks(coco: dict[str, Any], path: Path) -> None:
         size = sizes[annotation["image_id"]]
         try:
             drawn = _mask_of(annotation, size)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # pycocotools raises no other kind
             raise DataError(
                 f"{path}: an annotation of image {annotation['image_id']} has no segmentation that can be drawn, which "
                 f"--model mask_rcnn needs: {type(error).__name__} {error}"

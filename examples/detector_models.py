@@ -156,7 +156,7 @@ def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
         for index, child in enumerate(trunk.eval().children()):
             try:
                 maps = child(maps)
-            except (RuntimeError, TypeError):
+            except (AssertionError, RuntimeError, TypeError):
                 break
             if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[2] != maps.shape[3]:
                 break

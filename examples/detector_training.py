@@ -61,12 +61,13 @@ class Settings:
     max_gradient_norm: float
     amp: bool
     channels_last: bool
+    static_sampling: bool
     seed: int
 
     @classmethod
     def of(cls, args: argparse.Namespace, processes: Processes, class_names: tuple[str, ...]) -> Settings:
         same = ("model", "backbone", "pyramid", "heads", "norm", "frozen_stages", "pretrained", "image_size", "flip")
-        same += ("batch_size", "max_gradient_norm", "amp", "channels_last", "seed")
+        same += ("batch_size", "max_gradient_norm", "amp", "channels_last", "static_sampling", "seed")
         return cls(
             device=processes.device,
             data=f"digits, {args.train_images} pictures" if args.coco is None else str(args.coco[0]),
@@ -256,6 +257,10 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes, shard
             import fpn_fast
 
             swapped = fpn_fast.accelerate(model)
+            if settings.static_sampling:
+                from fpn_fast.nn.static_sampling import use_static_sampling
+
+                use_static_sampling(model)
         average = WeightAverage(model)
         called = distributed(model, processes, shard)
         if shard:

@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--heads", choices=("small", "torchvision"), default="small", help="sizes of anchors and heads")
     model.add_argument("--pyramid", choices=PYRAMIDS, default="fpn", help="the others are for comparison")
     model.add_argument("--backend", choices=BACKENDS, default="auto", help="eager: torchvision as it is")
+    model.add_argument("--static-sampling", action="store_true", help="samples of a fixed size, drawn on the device")
     model.add_argument("--compare", action="store_true", help="train the same model without our kernels beside it")
 
     training = parser.add_argument_group("training")
@@ -123,6 +124,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compare sets a backend beside eager: take --backend auto, cpp, triton or reference")
     if args.pyramid == "c4" and args.model not in TWO_STAGE:
         parser.error(f"--pyramid c4 is for {' and '.join(TWO_STAGE)}, got --model {args.model}")
+    if args.static_sampling and (args.model not in TWO_STAGE or args.backend == "eager" or args.compare):
+        parser.error(f"--static-sampling is for {' and '.join(TWO_STAGE)} with our kernels, and has no --compare")
     if args.coco_test is not None and args.coco is None:
         parser.error("--coco-test goes with --coco")
     smallest = min([args.image_size, *(args.multi_scale or ())])

@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 for package in ("sklearn", "skimage", "pycocotools", "matplotlib", "tqdm", "torchvision"):
     pytest.importorskip(package, reason="the examples' extra is not installed")
@@ -21,10 +25,12 @@ for package in ("sklearn", "skimage", "pycocotools", "matplotlib", "tqdm", "torc
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import coco_data
+import detector_models
 import detector_report
 import detector_training
 import digits_on_photographs as digits
 import train_detector
+from processes import Processes
 
 from fpn_fast import backends, ops
 
@@ -63,6 +69,11 @@ def figures_of(output: Path) -> dict[str, Any]:
 
     figures: dict[str, Any] = json.loads((output / "figures.json").read_text(), parse_constant=refuse)
     return figures
+
+
+def settings_of(*arguments: str) -> detector_training.Settings:
+    args = train_detector.parse_arguments(list(arguments))
+    return detector_training.Settings.of(args, Processes(), digits.CLASS_NAMES)
 
 
 # The data set.
@@ -282,6 +293,80 @@ def test_a_loss_that_is_not_finite_stops_the_run(output: Path, capsys: pytest.Ca
     assert not (output / "checkpoint.pt").exists()
 
 
+def test_a_run_that_was_killed_goes_on_with_the_losses_of_one_that_was_not(output: Path) -> None:
+    """In the middle of an epoch, with random flips and sizes, and without a chance to say goodbye."""
+    arguments = ["--backend", "eager", "--train-images", 5, "--flip", "--multi-scale", 64, 96, "--accumulate", 2]
+    killed = output.with_name("killed")
+    script = str(Path(train_detector.__file__))
+    command = [sys.executable, script, *SMALL, "--output", killed, *arguments, "--checkpoint-every", 2, "--steps", 999]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 540
+    try:
+        while not (killed / "checkpoint.pt").exists():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    done = len(torch.load(killed / "checkpoint.pt", weights_only=True)["tracks"][0]["losses"])
+    # What a kill in the middle of writing would leave.
+    (killed / "checkpoint.pt.tmp").write_bytes(b"half of a checkpoint")
+    assert train(killed, *arguments, "--steps", done + 2, "--resume") == 0
+    assert train(output, *arguments, "--steps", done + 2) == 0
+    assert figures_of(killed)["eager"]["losses"] == figures_of(output)["eager"]["losses"]
+    assert not list(killed.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_deterministic_runs_are_equal_bit_for_bit(backend: str, output: Path) -> None:
+    runs = [output.with_name("one"), output.with_name("other")]
+    try:
+        for run in runs:
+            arguments = ("--backend", backend, "--deterministic", "--batch-size", 2, "--steps", 2)
+            assert train(run, *arguments) == 0
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, other = (torch.load(run / "checkpoint.pt", weights_only=True)["tracks"][0] for run in runs)
+    assert one["losses"] == other["losses"]
+    for part in ("model", "average"):
+        for name, value in one[part].items():
+            assert torch.equal(value, other[part][name]), name
+    for name, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["exp_avg_sq"], other["optimizer"]["state"][name]["exp_avg_sq"]), name
+
+
+def test_a_loss_that_is_not_finite_loses_no_checkpoint(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses_of = detector_training.losses_of
+
+    def spoilt(model: Any, batch: Any, step: int, settings: Any, place: int = 0) -> dict[str, torch.Tensor]:
+        losses = losses_of(model, batch, step, settings, place)
+        return losses | {"loss_objectness": losses["loss_objectness"] / (0 if (step, place) == (2, 1) else 1)}
+
+    monkeypatch.setattr(detector_training, "losses_of", spoilt)
+    arguments = ("--backend", "eager", "--steps", 9, "--checkpoint-every", 1, "--accumulate", 2)
+    assert train(output, *arguments) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    # The second batch of the third step is the sixth picture of the epoch.
+    image = list(coco_data.StepBatches(4000, 1, 0, 0, 6))[5][0] + 1
+    assert f"at step 3 (images {image}: loss_classifier " in message
+    assert "loss_objectness inf" in message
+    # The two steps before it are safe, and weights that were not spoilt.
+    saved = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"][0]
+    assert len(saved["losses"]) == 2
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_tensorboard_that_is_not_installed_is_one_clear_line(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert_refused(train(output, "--tensorboard", "--steps", 1), "pip install tensorboard", capsys)
+
+
 # Data of one's own.
 
 
@@ -418,6 +503,157 @@ def test_arguments_that_make_no_sense_are_refused(
         train(output, *arguments)
     assert stopped.value.code == 2
     assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+# Models.
+
+
+@pytest.mark.parametrize(
+    ("backbone", "two_stage", "channels"),
+    [("resnet50", True, 4), ("efficientnet_b0", False, 3), ("convnext_tiny", True, 4), ("regnet_y_400mf", False, 3)],
+)
+def test_a_backbone_gives_the_levels_that_its_strides_say(backbone: str, two_stage: bool, channels: int) -> None:
+    body = detector_models.build_backbone(backbone, two_stage, "group", 0, False, "fpn").eval()
+    with torch.no_grad():
+        maps = body(torch.zeros(1, 3, 128, 128))
+    first = 4 if two_stage else 8
+    assert [each.shape[1:] for each in maps.values()] == [(256, s, s) for s in (128 // first >> i for i in range(5))]
+    assert len(body.fpn.inner_blocks) == channels
+
+
+@pytest.mark.parametrize("backbone", ["alexnet", "vit_b_16", "nothing"])
+def test_a_backbone_without_stages_is_one_clear_line(
+    backbone: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(train(output, "--backbone", backbone, "--backend", "eager", "--steps", 1), backbone, capsys)
+
+
+@pytest.mark.parametrize("pyramid", ["fpn", "no-top-down", "c4"])
+def test_weights_have_torchvisions_names(pyramid: str) -> None:
+    ours = detector_models.build_detector("faster_rcnn", "resnet18", 2, 64, norm="batch", pyramid=pyramid)
+    theirs = torchvision.models.detection.FasterRCNN(
+        torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
+            backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d
+        ),
+        3,
+    )
+    names = {name.split(".layer_blocks")[0].split(".inner_blocks")[0] for name in ours.state_dict()}
+    assert {name for name in names if not name.startswith("backbone.body.layer4")} <= {
+        name.split(".layer_blocks")[0].split(".inner_blocks")[0] for name in theirs.state_dict()
+    }
+    if pyramid == "fpn":
+        assert set(ours.state_dict()) == set(theirs.state_dict())
+
+
+def test_the_pyramid_without_a_top_down_pathway_takes_nothing_from_above() -> None:
+    pyramid = detector_models.NoTopDownPyramid([4, 4], 8).double()
+    maps = {"0": torch.rand(1, 4, 8, 8).double(), "1": torch.rand(1, 4, 4, 4).double().requires_grad_()}
+    finest = pyramid(maps)["0"]
+    assert torch.equal(finest, pyramid.layer_blocks[0](pyramid.inner_blocks[0](maps["0"])))
+    assert torch.autograd.grad(finest.sum(), maps["1"], allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("group", torch.nn.GroupNorm), ("batch", torch.nn.BatchNorm2d)])
+def test_frozen_stages_keep_their_weights_and_statistics(norm: str, kind: type) -> None:
+    body = detector_models.build_backbone("resnet18", True, norm, 2, False, "fpn").body
+    assert isinstance(body.layer2[0].bn1, kind)
+    assert isinstance(body.layer1[0].bn1, torch.nn.GroupNorm if norm == "group" else FrozenBatchNorm2d)
+    trained = {name for name, parameter in body.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    body.train()(torch.rand(2, 3, 64, 64))
+    changed = {name for name, value in body.state_dict().items() if not torch.equal(value, before[name])}
+    assert all(name.startswith(("layer2", "layer3", "layer4")) for name in changed)
+    assert bool(changed) == (norm == "batch")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model", "retinanet", "--backbone", "mobilenet_v3_large", "--frozen-stages", 2, "--norm", "batch"),
+        ("--model", "fcos", "--norm", "frozen", "--multi-scale", 64, 96, "--flip", "--accumulate", 2),
+        ("--pyramid", "c4", "--channels-last", "--evaluate-every", 1),
+    ],
+)
+def test_models_of_other_kinds_train(arguments: tuple[object, ...], output: Path) -> None:
+    assert train(output, *arguments, "--steps", 2) == 0
+    figures = figures_of(output)
+    assert len(figures["fused"]["losses"]) == 2
+    assert figures["fused"]["test"]["images"] == 2
+    assert ("pooler" in figures) == ("c4" in arguments)
+    assert [entry["step"] for entry in figures["test_history"]] == ([1] if "--evaluate-every" in arguments else [])
+    frozen = "--frozen-stages" in arguments
+    weights = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"][0]
+    # The average has moved off the initial weights wherever these were trained.
+    stem = next(name for name in weights["model"] if name.startswith("backbone.body.") and name.endswith("weight"))
+    assert torch.equal(weights["model"][stem], weights["average"][stem]) == frozen
+
+
+def test_mask_rcnn_learns_the_masks_of_the_digits(output: Path) -> None:
+    assert train(output, "--model", "mask_rcnn", "--static-sampling", "--steps", 1) == 0
+    figures = figures_of(output)
+    assert set(figures["fused"]["test"]["masks"]) >= {"AP", "AP50", "AP_small"}
+    assert "roi_heads.mask_roi_pool" in [entry["name"] for entry in figures["fused"]["swapped"]["swapped"]]
+
+
+# Augmentation.
+
+
+def test_flipped_pictures_carry_their_boxes_and_masks() -> None:
+    data = digits.DigitsOnPhotographs("train", 4, 96, masks=True)
+    batch = coco_data.collate([data[i] for i in range(4)])
+    settings = settings_of("--flip")
+    once = detector_training.flipped(batch, 3, 0, settings)
+    assert detector_training.flipped(batch, 3, 0, settings_of()) is batch
+    mirrored = [not torch.equal(a, b) for a, b in zip(batch[0], once[0], strict=True)]
+    assert 0 < sum(mirrored) < 4
+    for image, target in zip(*once, strict=True):
+        assert image.shape == (3, 96, 96)
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            ys, xs = torch.where(mask > 0)
+            assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    back = detector_training.flipped(once, 3, 0, settings)
+    for ours, theirs in zip(back[1], batch[1], strict=True):
+        assert torch.equal(ours["boxes"], theirs["boxes"])
+        assert torch.equal(ours["masks"], theirs["masks"])
+
+
+def test_masks_of_a_coco_file_are_those_that_were_written(exported: Path) -> None:
+    made = digits.DigitsOnPhotographs("train", 4, side=64, seed=3, masks=True)
+    read = coco_data.load_coco(exported, exported.with_suffix(""), masks=True)
+    for index in range(4):
+        assert torch.equal(read[index][1]["masks"], made[index][1]["masks"])
+
+
+@pytest.mark.parametrize(
+    "segmentation", [None, [], [[1, 2]], {"size": [64, 64], "counts": 7}, {"size": [9, 9], "counts": [81]}]
+)
+def test_masks_that_cannot_be_drawn_are_one_clear_line(
+    segmentation: object, exported: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = json.loads(exported.read_text())
+    coco["annotations"][1]["segmentation"] = segmentation
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(coco))
+    arguments = ("--coco", annotations, exported.with_suffix(""), "--model", "mask_rcnn")
+    assert_refused(train(output, *arguments), f"image {coco['annotations'][1]['image_id']}", capsys)
+
+
+def test_polygons_are_drawn(exported: Path) -> None:
+    square = coco_data._mask_of({"segmentation": [[2, 3, 6, 3, 6, 8, 2, 8]]}, (10, 12))
+    expected = np.zeros((10, 12))
+    expected[3:8, 2:6] = 1
+    assert np.array_equal(square, expected)
+
+
+def test_perfect_masks_score_one() -> None:
+    data = digits.DigitsOnPhotographs("test", 4, side=192, seed=0)
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    perfect = [{key: a[key] for key in keys} | {"score": 1.0} for a in data.coco()["annotations"]]
+    assert coco_data.average_precision(data.coco(), perfect, "segm")["AP"] == pytest.approx(1)
+    boxes_alone = [{**a, "segmentation": coco_data.encode_mask(np.ones((192, 192), bool))} for a in perfect]
+    assert coco_data.average_precision(data.coco(), boxes_alone)["AP"] == pytest.approx(1)
+    assert coco_data.average_precision(data.coco(), boxes_alone, "segm")["AP"] < 0.1
 
 
 def assert_refused(code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
