@@ -73,6 +73,18 @@ def test_without_a_compiler_the_package_still_works(tmp_path):
     # Commands and the pytest plugin are there by their entry points alone.
     command = [sys.executable, str(site / "bin" / "fpn-fast"), "verify", "--cases", "1", "--ops", "nms", "upsample_add"]
     assert "upsample_add  reference  cpu     bfloat16      1" in output_of(*command)
+    command = [
+        sys.executable,
+        str(site / "bin" / "fpn-fast"),
+        "bench",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--ops",
+        "match_anchors",
+    ]
+    assert "report.html" in output_of(*command, "--only", "gts_", "--providers", "eager", "--output", "bench")
+    assert len(list((tmp_path / "bench").glob("*/growth.json"))) == 1
     assert "@pytest.mark.fpn_fast_parity(" in output_of(sys.executable, "-m", "pytest", "--markers")
 
 
