@@ -340,3 +340,26 @@ def test_a_documented_error_or_the_references_result(recipe):
 
 def test_every_op_is_fuzzed():
     assert {recipe.__name__ for recipe in RECIPES} == set(ops.__all__) - {"AnchorGrid", "pad_boxes"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "value", "error"),
+    [
+        (assign_levels, "rois", None, TypeError),
+        (assign_levels, "scales", [], ValueError),
+        (generate_proposals, "image_sizes", torch.zeros(2, 2, dtype=torch.complex64), TypeError),
+        (generate_proposals, "post_nms_top_n", 1.5, TypeError),
+        (generate_proposals, "weights", (1.0, NAN, 1.0, 1.0), ValueError),
+        (nms, "boxes", None, TypeError),
+        (select_box_detections, "weights", (1.0, 1.0, 1.0, NAN), ValueError),
+        (select_detections, "scale_clamp", NAN, ValueError),
+        (segmented_nms, "boxes", None, TypeError),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_what_fuzzing_found(backend, recipe, name, value, error):
+    """What was once another error than a documented one, or garbage; now an error that names the argument."""
+    call = recipe(torch.Generator().manual_seed(0), torch.float32)
+    with backends.use(backend), pytest.raises(error, match=name):
+        call.op(**call.arguments | {name: value})

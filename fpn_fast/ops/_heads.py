@@ -35,6 +35,18 @@ def check_numbers(**numbers: float) -> list[float]:
     return found
 
 
+def check_fours(**fours: Sequence[float]) -> list[list[float]]:
+    """Each of `fours` is four numbers, for (dx, dy, dw, dh), none of which is NaN; as constants."""
+    found = []
+    for name, values in fours.items():
+        if len(values) != 4:
+            raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
+        found.append(constants(values))
+        if any(math.isnan(value) for value in found[-1]):
+            raise ValueError(f"{name} must be numbers, got {values}")
+    return found
+
+
 def check_head(**maps: Sequence[Tensor]) -> list[list[Tensor]]:
     """The maps of a head by name, detached: as many of each as of the first, of its sizes, on its device.
 

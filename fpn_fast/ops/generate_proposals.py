@@ -15,11 +15,11 @@ from fpn_fast.ops._checks import check_sizes
 from fpn_fast.ops._heads import (
     check_channels,
     check_choice,
+    check_fours,
     check_head,
     check_image_sizes,
     check_numbers,
     check_strides,
-    constants,
     flatten_cells,
 )
 from fpn_fast.ops._registration import register_op
@@ -120,21 +120,20 @@ def generate_proposals(
     check_choice("scores", scores, ("probability", "logit"))
     check_choice("convention", convention, CONVENTIONS[:2])
     check_sizes(pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
-    for name, values in (("weights", weights), ("means", means), ("stds", stds)):
-        if len(values) != 4:
-            raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
+    coding = check_fours(weights=weights, means=means, stds=stds)
     if not center_clamp >= 0:
         raise ValueError(f"center_clamp must be 0 or more pixels, got {center_clamp}")
     flat_strides = check_strides(strides, len(objectness))
     sizes = check_image_sizes(image_sizes, objectness[0])
     cells = flatten_cells(cell_anchors, len(objectness), anchors)
-    coding = (*constants(weights), *constants(means), *constants(stds))
     thresholds = check_numbers(nms_thresh=nms_thresh, score_thresh=score_thresh, min_size=min_size)
-    scale_clamp, center_offset, center_clamp = constants((scale_clamp, center_offset, center_clamp))
+    scale_clamp, center_offset, center_clamp = check_numbers(
+        scale_clamp=scale_clamp, center_offset=center_offset, center_clamp=center_clamp
+    )
     backend = backends.choose_for(objectness[0], "generate_proposals")
     return _FORWARD[backend](
         objectness, deltas, cells, flat_strides, sizes, pre_nms_top_n, post_nms_top_n, *thresholds,
-        coding[:4], coding[4:8], coding[8:], scale_clamp, clamp == "symmetric", center == "mean", center_offset,
+        *coding, scale_clamp, clamp == "symmetric", center == "mean", center_offset,
         center_clamp, bool(strict_size), scores == "logit", CONVENTIONS.index(convention),
     )  # fmt: skip
 

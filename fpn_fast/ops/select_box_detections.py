@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import DTYPES, check_sizes
-from fpn_fast.ops._heads import check_image_sizes, check_numbers, constants
+from fpn_fast.ops._heads import check_fours, check_image_sizes, check_numbers
 from fpn_fast.ops._registration import register_op
 from fpn_fast.ops.nms import check_integers
 from fpn_fast.ops.select_detections import empty_detections
@@ -76,15 +76,15 @@ def select_box_detections(
     counts = check_integers(counts, "counts", boxes, (boxes.size(0),))
     sizes = check_image_sizes(image_sizes, boxes)
     check_sizes(max_detections=max_detections, class_top_n=0 if class_top_n is None else class_top_n)
-    if len(weights) != 4:
-        raise ValueError(f"weights must be four, for (dx, dy, dw, dh), got {weights}")
+    (weights,) = check_fours(weights=weights)
+    (scale_clamp,) = check_numbers(scale_clamp=scale_clamp)
     score_thresh, min_size, nms_thresh = check_numbers(
         score_thresh=score_thresh, min_size=min_size, nms_thresh=nms_thresh
     )
     backend = backends.choose_for(boxes, "select_box_detections")
     return _FORWARD[backend](
         logits, deltas, boxes, counts, sizes, score_thresh, min_size, class_top_n, nms_thresh, max_detections,
-        constants(weights), *constants((scale_clamp,)),
+        weights, scale_clamp,
     )  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from fpn_fast.ops._checks import check_sizes
 from fpn_fast.ops._heads import (
     check_channels,
     check_choice,
+    check_fours,
     check_head,
     check_image_sizes,
     check_numbers,
     check_strides,
-    constants,
     flatten_cells,
 )
 from fpn_fast.ops._registration import register_op
@@ -96,15 +96,15 @@ def select_detections(
     if centers:
         check_channels("centerness", "[N, A, H, W]", centers, anchors, logits)
     check_sizes(pre_nms_top_n=pre_nms_top_n, max_detections=max_detections)
-    if len(weights) != 4:
-        raise ValueError(f"weights must be four, for (dx, dy, dw, dh), got {weights}")
+    (weights,) = check_fours(weights=weights)
+    (scale_clamp,) = check_numbers(scale_clamp=scale_clamp)
     flat_strides = check_strides(strides, len(logits))
     sizes = check_image_sizes(image_sizes, logits[0])
     score_thresh, nms_thresh = check_numbers(score_thresh=score_thresh, nms_thresh=nms_thresh)
     backend = backends.choose_for(logits[0], "select_detections")
     return _FORWARD[backend](
         logits, deltas, centers, cells, flat_strides, sizes, score_thresh, pre_nms_top_n, nms_thresh, max_detections,
-        constants(weights), *constants((scale_clamp,)), coder == "distances",
+        weights, scale_clamp, coder == "distances",
     )  # fmt: skip
 
 
