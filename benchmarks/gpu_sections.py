@@ -34,6 +34,7 @@ DRY_CASES = (
     "1000_boxes_5_groups",
     "20_gts",
     "100_masks",
+    "20_people",
     "gts_20-",
 )
 
