@@ -36,6 +36,7 @@ DRY_CASES = (
     "100_masks",
     "20_people",
     "gts_20-",
+    "_proposals-faster_rcnn_r50_800x1344-n1-float32-channels_last",
 )
 
 #: One test's line of `pytest -v`, without or with xdist.

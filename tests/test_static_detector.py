@@ -59,7 +59,9 @@ def check(found, expected, exact=True):
         assert own.keys() == other.keys()
         assert len(other["boxes"]) > 3
         for name in other:
-            torch.testing.assert_close(own[name], other[name], rtol=0, atol=0 if exact else 1e-4)
+            # Convolutions of another batch round otherwise; boxes are in pixels.
+            close = 0 if exact else 1e-3 if name == "boxes" else 1e-4
+            torch.testing.assert_close(own[name], other[name], rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,8 +145,8 @@ def test_several_sizes_and_smaller_images():
     sizes = torch.tensor([[50, 70]] * 2)
     around[:, :, :50, :70] = small
     framed = detector.unpad(detector(around, sizes))[0]
-    for name in ("boxes", "scores", "labels"):
-        torch.testing.assert_close(framed[name], alone[name], rtol=0, atol=1e-4)
+    names = ("boxes", "scores", "labels")
+    check([{name: framed[name] for name in names}], [{name: alone[name] for name in names}], exact=False)
 
 
 def test_other_dtypes_and_moves():
