@@ -140,7 +140,7 @@ def spread(model: Any, batch: list[Tensor]) -> None:
             kind, out = name.rpartition(".")[2], torch.cat([each.flatten() for each in outputs])
             scale = DEVIATIONS[kind] / out.std().clamp(min=1e-6)
             layers[name].weight.mul_(scale)
-            layers[name].bias.copy_(-out.mean() * scale)
+            layers[name].bias.sub_(out.mean()).mul_(scale)
             if kind == "cls_logits" and hasattr(model, "score_thresh"):
                 above = max(1, round(DENSE_SHARE * out.numel()))
                 lowest = ((out - out.mean()) * scale).topk(above).values[-1]
