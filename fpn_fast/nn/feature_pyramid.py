@@ -40,8 +40,8 @@ class FeaturePyramidNetwork(_Base):
     >>> import torch
     >>> fpn = FeaturePyramidNetwork([8, 16], 4)
     >>> maps = fpn({"0": torch.rand(1, 8, 16, 16), "1": torch.rand(1, 16, 8, 8)})
-    >>> [(name, tuple(map.shape)) for name, map in maps.items()]
-    [('0', (1, 4, 16, 16)), ('1', (1, 4, 8, 8))]
+    >>> {name: tuple(map.shape) for name, map in maps.items()}
+    {'0': (1, 4, 16, 16), '1': (1, 4, 8, 8)}
     """
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -112,8 +112,9 @@ class FPN(FPNForward, nn.Module):
 
     >>> import torch
     >>> neck = FPN([8, 16, 32], 4, num_outs=4, start_level=1, add_extra_convs="on_output")
-    >>> [tuple(map.shape) for map in neck([torch.rand(1, 8 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(3)])]
-    [(1, 4, 8, 8), (1, 4, 4, 4), (1, 4, 2, 2), (1, 4, 1, 1)]
+    >>> maps = neck([torch.rand(1, 8 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(3)])
+    >>> {map.shape[2]: tuple(map.shape) for map in maps}
+    {8: (1, 4, 8, 8), 4: (1, 4, 4, 4), 2: (1, 4, 2, 2), 1: (1, 4, 1, 1)}
     """
 
     def __init__(
