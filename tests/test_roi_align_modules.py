@@ -509,7 +509,9 @@ def test_detectors_compute_the_same(name):
         assert a.keys() == b.keys()
         for key in b:
             scale = b[key].abs().max().item() if b[key].is_floating_point() and b[key].numel() else 0
-            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-10 * scale, msg=key)
+            # Keypoints are float32 whatever the model is: a rounding of that.
+            close = torch.finfo(torch.float32).eps if key == "keypoints" else 1e-10
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=close * scale, msg=key)
 
 
 def test_a_detector_is_built_with_ours():
