@@ -34,7 +34,7 @@ demo: build  ## train Faster R-CNN on digits in photographs, eager beside fused 
 		--time-budget 150 --output output/demo
 
 test: build  ## all tests that this machine can run
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n auto --dist loadfile $(PYTEST_ARGS)
 
 fuzz: build  ## every op with arguments that nobody should give it, for as long as FUZZ_EXAMPLES of each take
 	FPN_FAST_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -q

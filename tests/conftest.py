@@ -79,6 +79,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_configure(config: pytest.Config) -> None:
     # A GPU's arithmetic with infinities and NaN warns nobody.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    if hasattr(config, "workerinput"):
+        # Workers share the cores: threads of each, that wait for each other, would take turns.
+        threads = max(1, (os.cpu_count() or 1) // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

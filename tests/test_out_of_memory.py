@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running out of memory is an error like another: it is raised, nothing is kept, and the next call is right."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from fpn_fast import ops
+
+# Inputs of one element each, seen as large: what runs out is what the op itself asks for.
+CALLS = {
+    "top_down": "ops.top_down([zero.expand(1, 64, 4096, 4096), zero.expand(1, 64, 2048, 2048)])",
+    "top_down_backward": "torch.ops.fpn_fast.top_down_backward([zero.expand(1, 64, 8192, 8192)], 4096, 4096, 0, False)",
+    "multiscale_roi_align": "ops.multiscale_roi_align([zero.expand(1, 256, 8, 8)], boxes(50_000, 5), 14, [1.0])",
+    "multiscale_roi_align_max": "ops.multiscale_roi_align([zero.expand(1, 256, 8, 8)], boxes(50_000, 5), 14, [1.0],"
+    " sampling_ratio=2, pool_mode='max')",
+    "generate_proposals": "ops.generate_proposals([zero.expand(1, 3, 8192, 8192)], [zero.expand(1, 12, 8192, 8192)],"
+    " [[(-8.0, -8.0, 8.0, 8.0)] * 3], [(4, 4)], torch.tensor([[64, 64]]), pre_nms_top_n=1 << 28,"
+    " post_nms_top_n=1 << 28, nms_thresh=0.7)",
+    "nms": "ops.nms(boxes(1 << 28, 4), zero.view(1).expand(1 << 28), 0.5)",
+    "batched_nms": "ops.batched_nms(boxes(1 << 28, 4), zero.view(1).expand(1 << 28),"
+    " torch.zeros(1, dtype=torch.int64).expand(1 << 28), 0.5)",
+    "match_anchors": "ops.match_anchors(boxes(4, 4)[None], None, boxes(1 << 28, 4), high_threshold=0.5,"
+    " low_threshold=0.4)",
+    "paste_masks": "ops.paste_masks(zero.expand(4000, 1, 28, 28), boxes(4000, 4), (2000, 2000))",
+    "heatmaps_to_keypoints": "ops.heatmaps_to_keypoints(zero.expand(1 << 26, 17, 4, 4), boxes(1 << 26, 4))",
+}
+
+SCRIPT = """
+import resource, sys, torch
+from fpn_fast import ops
+
+torch.set_num_threads(2)
+zero = torch.zeros(1, 1, 1, 1)
+
+def boxes(count, columns):
+    return torch.zeros(1, columns).expand(count, columns)
+
+def call():
+    return {call}
+
+def pages(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+
+# The threads' stacks and arenas are there before the limit, and before the first measurement.
+ops.top_down([torch.ones(1, 64, 64, 64), torch.ones(1, 64, 32, 32)])
+before = pages("VmSize")
+resource.setrlimit(resource.RLIMIT_AS, (before + (300 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+errors, sizes = [], []
+for turn in range(12):
+    try:
+        call()
+        sys.exit("there was memory enough")
+    except (RuntimeError, MemoryError) as error:
+        errors.append(repr(error))
+    if turn > 1:
+        sizes.append((pages("VmSize"), pages("VmRSS")))
+assert all("memory" in error.lower() or "bad_alloc" in error for error in errors), errors[0]
+for first, last in zip(sizes[0], sizes[-1]):
+    assert last - first < 1 << 20, sizes
+merged, _ = ops.top_down([torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2)])
+assert merged.eq(2).all()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's here")
+@pytest.mark.parametrize("op", CALLS)
+def test_on_the_cpu(op):
+    script = textwrap.dedent(SCRIPT).replace("{call}", CALLS[op])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """A merged map twice as large as all of the device's memory, then one that fits."""
+    zero, free = torch.zeros(1, 1, 1, 1, device="cuda"), torch.cuda.mem_get_info()[1]
+    side = 4096
+    channels = 2 * free // (4 * side * side)
+    laterals = [zero.expand(1, channels, side, side), zero.expand(1, channels, side // 2, side // 2)]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        with pytest.raises((RuntimeError, torch.OutOfMemoryError), match="memory"):
+            ops.top_down(laterals)
+        assert torch.cuda.memory_allocated() == before
+    merged, _ = ops.top_down([torch.ones(1, 2, 4, 4, device="cuda"), torch.ones(1, 2, 2, 2, device="cuda")])
+    assert merged.eq(2).all()
