@@ -8,7 +8,7 @@
 
 #include "../common/resample.h"
 #include "../torch/top_down.h"
-#include "huge_pages.h"
+#include "page_in.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -159,14 +159,27 @@ void gather_pathway(const std::vector<FeatureMap<const T>>& grads, const std::ve
   const auto grad_of = [&](size_t level) { return level + 1 < levels ? &grads[level + 1] : nullptr; };
   const int64_t channels = grads[0].channels;
   if (all_channels_last) {
+    const auto gather_row = [&](size_t level, int64_t n, int y, acc_t* pixel_sum) {
+      gather_pixel_row<kBilinear>(fine_of(level), grad_of(level), sums[level], pairs[level], columns[level], n, y,
+                                  pixel_sum);
+    };
     for (size_t level = 0; level < levels; ++level) {
+      // Two levels in one walk, where each finer row is read by one coarser row: what that reads is still in cache.
+      const bool two = !kBilinear && level + 1 < levels;
+      if (two) ++level;
       const FeatureMap<T>& out = sums[level];
-      const FeatureMap<const T> fine = fine_of(level);
-      parallel_rows(out.batch * out.height, 4 * out.width * channels, [&](int64_t begin, int64_t end) {
+      parallel_rows(out.batch * out.height, (two ? 20 : 4) * out.width * channels, [&](int64_t begin, int64_t end) {
         std::vector<acc_t> pixel_sum(channels);
         for (int64_t row = begin; row < end; ++row) {
-          gather_pixel_row<kBilinear>(fine, grad_of(level), out, pairs[level], columns[level], row / out.height,
-                                      static_cast<int>(row % out.height), pixel_sum.data());
+          const int64_t n = row / out.height;
+          const int y = static_cast<int>(row % out.height);
+          if (two) {
+            const Range finer = targets<kBilinear>(pairs[level].rows, y);
+            for (int fine_y = finer.begin; fine_y < finer.end; ++fine_y) {
+              gather_row(level - 1, n, fine_y, pixel_sum.data());
+            }
+          }
+          gather_row(level, n, y, pixel_sum.data());
         }
       });
     }
@@ -191,7 +204,7 @@ std::vector<Tensor> top_down_backward_cpu(std::vector<Tensor> grads, int64_t coa
     using T = typename decltype(tag)::type;
     const auto grad_maps = to_feature_maps<const T>(grads);
     const auto sum_maps = to_feature_maps<T>(sums);
-    for (const Tensor& map : sums) advise_huge_pages(map.data_ptr(), map.numel() * sizeof(T));
+    for (const Tensor& map : sums) page_in(map.data_ptr(), map.numel() * sizeof(T));
     if (static_cast<Resample>(mode) == Resample::kNearest) {
       gather_pathway<false, T>(grad_maps, sum_maps, Resample::kNearest, average);
     } else {
