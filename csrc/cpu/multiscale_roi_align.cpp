@@ -29,14 +29,18 @@ struct PixelTap {
 // Channels [c, c + kPacks * kPackLanes) of one bin.
 template <int kPacks, class T, class acc_t = acc_type<T>>
 HOST_DEVICE void pool_channels(const std::vector<PixelTap<T>>& taps, acc_t inverse_count, int c, T* out) {
-  Pack<acc_t> sums[kPacks] = {};
+  Pack<acc_t> sums[kPacks];
+  FPN_FAST_UNROLL
+  for (auto& sum : sums) sum = Pack<acc_t>{};
   for (const PixelTap<T>& tap : taps) {
+    FPN_FAST_UNROLL
     for (int i = 0; i < kPacks; ++i) {
       Pack<acc_t> values;
       load_pack(tap.pixel + c + i * kPackLanes, values);
       sums[i] += tap.weight * values;
     }
   }
+  FPN_FAST_UNROLL
   for (int i = 0; i < kPacks; ++i) store_pack<T>(out + c + i * kPackLanes, sums[i] * inverse_count);
 }
 
@@ -126,10 +130,13 @@ HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t
     const int count = roi.rows.begin[ph + 1] - roi.rows.begin[ph];
     for (int x = 0; x < span.width; x += kPackLanes) {
       // Channels innermost: their sums do not wait for each other.
-      Pack<acc_t> sums[kPackLanes] = {};
+      Pack<acc_t> sums[kPackLanes];
+      FPN_FAST_UNROLL
+      for (auto& sum : sums) sum = Pack<acc_t>{};
       for (int row = 0; row < count; ++row) {
         const T* source = corner + rows[row].pixel * map.stride_h + x;
         const acc_t weight = rows[row].weight;
+        FPN_FAST_UNROLL
         for (int channel = 0; channel < kPackLanes; ++channel) {
           Pack<acc_t> values;
           load_pack(source + channel * map.stride_c, values);
@@ -140,17 +147,21 @@ HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t
       std::memcpy(blended + x * kPackLanes, sums, sizeof sums);
     }
     for (int pw = 0; pw < out.width; pw += kPackLanes) {
-      Pack<acc_t> sums[kPackLanes] = {};
-      for (int i = 0; i < kPackLanes && pw + i < out.width; ++i) {
-        for (int j = roi.cols.begin[pw + i]; j < roi.cols.begin[pw + i + 1]; ++j) {
+      Pack<acc_t> sums[kPackLanes];
+      FPN_FAST_UNROLL
+      for (int i = 0; i < kPackLanes; ++i) {
+        Pack<acc_t> sum = {};
+        const int end = pw + i < out.width ? roi.cols.begin[pw + i + 1] : 0;
+        for (int j = pw + i < out.width ? roi.cols.begin[pw + i] : 0; j < end; ++j) {
           Pack<acc_t> values;
           load_pack(blended + (roi.cols.taps[j].pixel - span.first) * kPackLanes, values);
-          sums[i] += roi.cols.taps[j].weight * values;
+          sum += roi.cols.taps[j].weight * values;
         }
-        sums[i] *= roi.inverse_count;
+        sums[i] = sum * roi.inverse_count;
       }
       transpose<acc_t>(sums);
       // What a pack has beyond the row is overwritten by the next row, or lies in the spare pack.
+      FPN_FAST_UNROLL
       for (int channel = 0; channel < kPackLanes; ++channel) {
         store_pack<acc_t>(pooled + channel * row_of_bins + ph * out.width + pw, sums[channel]);
       }
