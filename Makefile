@@ -10,7 +10,7 @@ PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-mmdet build bench docs lint format clean
+.PHONY: help demo test fuzz sanitize test-mmdet build bench docs lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test: build  ## all tests that this machine can run
 
 fuzz: build  ## every op with arguments that nobody should give it, for as long as FUZZ_EXAMPLES of each take
 	FPN_FAST_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -q
+
+sanitize: build  ## every op's tests on the CPU with the library under the address and undefined-behaviour sanitizers
+	$(BIN)/python tests/sanitized_library.py $(PYTEST_ARGS)
 
 # An environment over the one above, whose torch it uses.
 $(VENV)-mmdet/.installed: $(VENV)/.installed requirements-mmdet.txt

@@ -6,19 +6,11 @@ The faults are in the copy's sources alone: each replaces a text of a kernel by 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from host_kernels.build import compiler, locked
+import copied_package
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "planted_faults"
 #: The number of the fault that is on; none without it.
 VARIABLE = "PLANTED_FAULT"
 
@@ -168,8 +160,7 @@ FAULTS = (
 
 def _sources() -> dict[str, str]:
     """The sources of the CPU library, with every fault, by their paths."""
-    paths = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*"))]
-    texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
+    texts = copied_package.sources()
     for number, fault in enumerate(FAULTS, start=1):
         path = f"csrc/{fault.file}"
         texts[path] = fault.planted(texts[path], number)
@@ -180,33 +171,5 @@ def _sources() -> dict[str, str]:
 
 
 def build() -> Path:
-    """A folder with a package that has the faulty library; built once for each content of the sources."""
-    texts = _sources()
-    key = hashlib.sha256("\0".join([torch.__version__, compiler()[1], *texts, *texts.values()]).encode()).hexdigest()[
-        :16
-    ]
-    folder = BUILD / key
-    with locked(BUILD / "lock"):
-        if not (folder / "done").exists():
-            for stale in BUILD.glob("*/"):
-                shutil.rmtree(stale)
-            for path, text in texts.items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_text(text)
-            shutil.copy(ROOT / "pyproject.toml", folder)
-            _copy_package(folder)
-            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            environment = {**os.environ, "FPN_FAST_CUDA": "0"}
-            built = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-            if built.returncode != 0:
-                raise RuntimeError(f"the library with planted faults does not compile:\n{built.stdout[-4000:]}")
-            shutil.rmtree(folder / "build")
-            (folder / "done").touch()
-        # Of the checkout as it is now: the key is of what is compiled.
-        _copy_package(folder)
-    return folder
-
-
-def _copy_package(folder: Path) -> None:
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(ROOT / "fpn_fast", folder / "fpn_fast", ignore=ignored, dirs_exist_ok=True)
+    """A folder with a package that has the faulty library."""
+    return copied_package.build("planted_faults", _sources())

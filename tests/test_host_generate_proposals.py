@@ -161,6 +161,12 @@ def test_no_stray_access_and_no_undefined_arithmetic(name):
     check({**CASES, **LARGE}[name], layouts=[LAYOUTS["channels_last-cropped"]], flavour="address")
 
 
+@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
+def test_offsets_of_more_than_31_bits(axis):
+    """Maps whose last element is 2^31 elements from the first, along any axis."""
+    check(CASES["plain"], spread=axis)
+
+
 @pytest.mark.parametrize("name", ["plain", "many_ties"])
 def test_no_data_race(name):
     check({**CASES, **LARGE}[name], layouts=[LAYOUTS["channels_first"]], flavour="thread")

@@ -280,6 +280,15 @@ def test_blocks_are_independent(layout, kernel):
     assert (writers == 1).all()
 
 
+@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_offsets_of_more_than_31_bits(layout, axis):
+    """Maps, bins and gradients whose last element is 2^31 elements from the first, along any axis."""
+    case, layouts = replace(CASES["random"], rois=random_rois(3), channels=16), [LAYOUTS[layout]]
+    check_forward(case, torch.float32, pool(case, torch.float32, layouts, spread=axis))
+    check_backward(case, torch.float32, gather(case, torch.float32, layouts, spread=axis))
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "dtype"),
     [

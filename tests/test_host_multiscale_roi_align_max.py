@@ -152,6 +152,12 @@ def test_no_stray_access_and_no_undefined_arithmetic(name, layout):
     check(CASES[name], torch.float32, [layout], flavour="address")
 
 
+@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
+def test_offsets_of_more_than_31_bits(axis):
+    """Maps, bins and gradients whose last element is 2^31 elements from the first, along any axis."""
+    check(CASES["many_samples"], torch.float32, [LAYOUTS["channels_last"]], spread=axis)
+
+
 def test_no_data_race():
     check(CASES["ratio_2"], torch.float32, [FORMATS["channels_last"]], flavour="thread")
 

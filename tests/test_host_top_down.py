@@ -254,6 +254,16 @@ def test_blocks_are_independent(shape, layout, dtype):
         assert all((count == 1).all() for count in writers)
 
 
+@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
+@pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS)
+def test_offsets_of_more_than_31_bits(layout, axis):
+    """Maps whose last element is 2^31 elements from the first, along any axis."""
+    near, far = (
+        both_directions("index_formula", layout, "nearest", torch.float32, **o) for o in ({}, {"spread": axis})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "mode"), [("doubled", torch.bfloat16, "nearest"), ("odd", torch.float16, "bilinear")]
 )

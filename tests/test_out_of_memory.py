@@ -51,17 +51,18 @@ ops.top_down([torch.ones(1, 64, 64, 64), torch.ones(1, 64, 32, 32)])
 before = pages("VmSize")
 resource.setrlimit(resource.RLIMIT_AS, (before + (300 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
 errors, sizes = [], []
-for turn in range(12):
+for turn in range(40):
     try:
         call()
         sys.exit("there was memory enough")
     except (RuntimeError, MemoryError) as error:
         errors.append(repr(error))
-    if turn > 1:
+    if turn > 7:
         sizes.append((pages("VmSize"), pages("VmRSS")))
 assert all("memory" in error.lower() or "bad_alloc" in error for error in errors), errors[0]
 for first, last in zip(sizes[0], sizes[-1]):
-    assert last - first < 1 << 20, sizes
+    # A quarter of what 1 MiB lost at each call, the smallest of the inputs' copies, would come to.
+    assert last - first < 8 << 20, sizes
 merged, _ = ops.top_down([torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2)])
 assert merged.eq(2).all()
 """

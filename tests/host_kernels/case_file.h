@@ -2,13 +2,22 @@
 // What a test hands to a program and gets back: numbers, then tensors with their whole storage. The program rewrites
 // the file with every storage in order, inputs and the borders around views included, so that a test sees each stray
 // write. All numbers are 64-bit; run.py writes the same format.
+//
+// With HOST_CUDA_SPREAD=axis in the environment the elements of every map lie so far apart along that axis that the
+// last is more than 2^31 elements from the first: in memory of which only the pages that are touched exist.
 #pragma once
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,14 +31,20 @@ class Storage {
  public:
   static constexpr std::align_val_t kAlignment{256};
 
-  explicit Storage(size_t bytes) : bytes_(bytes), data_(static_cast<char*>(::operator new(bytes, kAlignment))) {}
+  explicit Storage(size_t bytes) : Storage(static_cast<char*>(::operator new(bytes, kAlignment)), bytes, true) {}
+  // Memory of another kind, which stays until the program ends.
+  static Storage kept(char* data, size_t bytes) { return Storage(data, bytes, false); }
   char* data() const { return data_.get(); }
   size_t bytes() const { return bytes_; }
 
  private:
   struct Free {
-    void operator()(char* data) const { ::operator delete(data, kAlignment); }
+    bool owned;
+    void operator()(char* data) const {
+      if (owned) ::operator delete(data, kAlignment);
+    }
   };
+  Storage(char* data, size_t bytes, bool owned) : bytes_(bytes), data_(data, Free{owned}) {}
   size_t bytes_;
   std::unique_ptr<char, Free> data_;
 };
@@ -50,6 +65,52 @@ struct HostTensor {
   }
 };
 
+// A map among others, and the same map along one axis far apart.
+class Spread {
+ public:
+  Spread(HostTensor& tensor, int64_t element_bytes, size_t axis)
+      : near_(std::move(tensor.storage)), offset_(tensor.offset), strides_(tensor.strides), bytes_(element_bytes) {
+    int64_t extent = 1;
+    for (size_t dim = 0; dim < 4; ++dim) extent += (tensor.sizes[dim] - 1) * tensor.strides[dim];
+    constexpr int64_t kFar = int64_t{1} << 31, kAligned = 64;
+    const int64_t steps = tensor.sizes[axis] - 1;
+    const int64_t stride = std::max(kFar / steps + kAligned, extent) / kAligned * kAligned + kAligned;
+    // What is 16 bytes apart, or a multiple, stays so.
+    tensor.offset = tensor.offset % kAligned;
+    tensor.strides[axis] = stride;
+    const size_t bytes = (tensor.offset + steps * stride + extent) * bytes_;
+    void* far = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (far == MAP_FAILED) fail("no address space for maps that are spread");
+    far_ = static_cast<char*>(far);
+    tensor.storage = Storage::kept(far_, bytes);
+    copy(tensor, [this](char* one, char* other) { std::memcpy(other, one, bytes_); });
+  }
+
+  // The map as the kernel left it, back among what lies around it.
+  const Storage& gathered(const HostTensor& tensor) const {
+    copy(tensor, [this](char* one, char* other) { std::memcpy(one, other, bytes_); });
+    return near_;
+  }
+
+ private:
+  template <class Move>
+  void copy(const HostTensor& tensor, const Move& move) const {
+    const auto& n = tensor.sizes;
+    for (int64_t i = 0, all = n[0] * n[1] * n[2] * n[3]; i < all; ++i) {
+      const int64_t at[4] = {i / (n[1] * n[2] * n[3]), i / (n[2] * n[3]) % n[1], i / n[3] % n[2], i % n[3]};
+      int64_t one = offset_, other = tensor.offset;
+      for (size_t dim = 0; dim < 4; ++dim) one += at[dim] * strides_[dim], other += at[dim] * tensor.strides[dim];
+      move(near_.data() + one * bytes_, far_ + other * bytes_);
+    }
+  }
+
+  Storage near_;
+  int64_t offset_;
+  std::vector<int64_t> strides_;
+  int64_t bytes_;
+  char* far_;
+};
+
 class CaseFile {
  public:
   std::vector<int64_t> numbers;
@@ -61,17 +122,26 @@ class CaseFile {
     for (int64_t count = read_number(file.get()); count > 0; --count) {
       const int64_t offset = read_number(file.get());
       std::vector<int64_t> sizes = read_list(file.get()), strides = read_list(file.get());
+      const int64_t element_bytes = read_number(file.get());
       Storage storage(read_number(file.get()));
       read(file.get(), storage.data(), storage.bytes());
       tensors.push_back({std::move(storage), offset, std::move(sizes), std::move(strides)});
+      HostTensor& tensor = tensors.back();
+      const char* axis = std::getenv("HOST_CUDA_SPREAD");
+      spread_.emplace_back();
+      if (axis == nullptr || tensor.sizes.size() != 4) continue;
+      const auto has_elements = [](int64_t size) { return size > 0; };
+      if (!std::all_of(tensor.sizes.begin(), tensor.sizes.end(), has_elements)) continue;
+      if (tensor.sizes[std::atoi(axis)] > 1) spread_.back().emplace(tensor, element_bytes, std::atoi(axis));
     }
   }
 
   void write() const {
     const File file(std::fopen(path_.c_str(), "wb"));
-    for (const HostTensor& tensor : tensors) {
-      const size_t written = std::fwrite(tensor.storage.data(), 1, tensor.storage.bytes(), file.get());
-      if (written != tensor.storage.bytes()) fail("cannot write the case file");
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const Storage& storage = spread_[i] ? spread_[i]->gathered(tensors[i]) : tensors[i].storage;
+      const size_t written = std::fwrite(storage.data(), 1, storage.bytes(), file.get());
+      if (written != storage.bytes()) fail("cannot write the case file");
     }
   }
 
@@ -96,6 +166,7 @@ class CaseFile {
   }
 
   std::string path_;
+  std::vector<std::optional<Spread>> spread_;
 };
 
 // Calls `body.template operator()<scalar_t>()` for the type that run.py numbers so.

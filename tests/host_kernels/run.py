@@ -52,7 +52,7 @@ def _encode(numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> bytes:
     for tensor in tensors:
         data = storage_bytes(tensor)
         parts += [struct.pack("<q", tensor.storage_offset()), _numbers(tensor.size()), _numbers(tensor.stride())]
-        parts += [struct.pack("<q", len(data)), data]
+        parts += [struct.pack("<qq", tensor.itemsize, len(data)), data]
     return b"".join(parts)
 
 
@@ -86,12 +86,18 @@ def run(
     *,
     flavour: str = "plain",
     only_block: int | None = None,
+    spread: int | None = None,
 ) -> list[torch.Tensor]:
-    """The tensors as `kernel` leaves them, each with a storage of its own; those given stay as they are."""
+    """The tensors as `kernel` leaves them, each with a storage of its own; those given stay as they are.
+
+    spread: the axis of every map along which its elements lie so far apart that offsets need more than 31 bits.
+    """
     binary = build.program(program, flavour)
     environment = os.environ | ENVIRONMENT
     if only_block is not None:
         environment["HOST_CUDA_ONLY_BLOCK"] = str(only_block)
+    if spread is not None:
+        environment["HOST_CUDA_SPREAD"] = str(spread)
     with tempfile.NamedTemporaryFile(suffix=".case") as case:
         case.write(_encode(numbers, tensors))
         case.flush()

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of the package whose CPU library is built from changed sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from host_kernels.build import compiler, locked
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sources() -> dict[str, str]:
+    """What the library is built from, by path."""
+    paths = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*"))]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
+
+
+def build(name: str, texts: dict[str, str]) -> Path:
+    """A folder with a package whose library is of `texts`; built once for each content of them.
+
+    The folder can be PYTHONPATH's, or the current one of `python -m`.
+    """
+    key = hashlib.sha256("\0".join([torch.__version__, compiler()[1], *texts, *texts.values()]).encode()).hexdigest()
+    copies = ROOT / "build" / name
+    folder = copies / key[:16]
+    with locked(copies / "lock"):
+        if not (folder / "done").exists():
+            for stale in copies.glob("*/"):
+                shutil.rmtree(stale)
+            for path, text in texts.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(text)
+            shutil.copy(ROOT / "pyproject.toml", folder)
+            _copy_package(folder)
+            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            environment = {**os.environ, "FPN_FAST_CUDA": "0"}
+            built = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+            if built.returncode != 0:
+                raise RuntimeError(f"{name}: the library does not compile:\n{built.stdout[-4000:]}")
+            shutil.rmtree(folder / "build")
+            (folder / "done").touch()
+        # Of the checkout as it is now: the key is of what is compiled.
+        _copy_package(folder)
+    return folder
+
+
+def _copy_package(folder: Path) -> None:
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fpn_fast", folder / "fpn_fast", ignore=ignored, dirs_exist_ok=True)
