@@ -301,16 +301,9 @@ class TestFewElements:
     )
     def test_the_rest_is_the_kernels(self, few, change):
         change = dict(change)
-        dtype, channels, last = (
-            change.pop("dtype", torch.float32),
-            change.pop("channels", 3),
-            change.pop("channels_last", 0),
-        )
-        laterals = self.laterals((8, 12), (4, 6), dtype=dtype, channels=channels)
-        if last:
-            laterals = [
-                each.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for each in laterals
-            ]
+        form = change.pop("form", torch.contiguous_format)
+        maps = {name: change.pop(name) for name in ("dtype", "channels") if name in change}
+        laterals = [each.contiguous(memory_format=form) for each in self.laterals((8, 12), (4, 6), **maps)]
         with backends.use("cpp"):
             assert "TopDown" in type(ops.top_down(laterals, **change)[0].grad_fn).__name__
 
