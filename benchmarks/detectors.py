@@ -63,11 +63,13 @@ class Case:
 
 
 def cases(device_type: str) -> list[Case]:
-    """The small image is for CPUs alone."""
+    """On a CPU also a small image, and of that alone a training step, which takes a minute of large ones."""
+    large, small = (800, 1344), (320, 544)
     found = []
     for model in BUILDERS:
-        found += [Case(model, (320, 544), 1)] * (device_type == "cpu")
-        found += [Case(model, (800, 1344), 1), Case(model, (800, 1344), 2, training=True)]
+        if device_type == "cpu":
+            found.append(Case(model, small, 1))
+        found += [Case(model, large, 1), Case(model, small if device_type == "cpu" else large, 2, training=True)]
     return found
 
 
@@ -362,18 +364,35 @@ def replaced(stages: dict[str, float]) -> float:
     return sum(stages.get(stage, 0.0) for stage in REPLACED)
 
 
-def as_json(machine: dict[str, Any], rows: list[Row]) -> str:
+def as_json(machine: dict[str, Any], rows: list[Row], earlier: list[dict[str, Any]]) -> str:
+    """A results file of `rows`, and of those of `earlier`."""
+
     def short(value: Any) -> Any:
         if isinstance(value, float):
             return float(f"{value:.4g}")
         return {key: short(item) for key, item in value.items()} if isinstance(value, dict) else value
 
-    lines = []
+    lines = [json.dumps(row) for row in earlier]
     for row in rows:
         fields = asdict(row)
         fields = {**fields.pop("case"), **fields}
         lines.append(json.dumps({key: short(value) for key, value in fields.items() if value not in (None, {})}))
     return f'{{"machine": {json.dumps(machine)},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def earlier_rows(path: Path, machine: dict[str, Any], chosen: list[Case]) -> list[dict[str, Any]]:
+    """The rows in the file at `path` of other cases than `chosen`, if it is of the same commit."""
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    if results["machine"]["commit"] != machine["commit"]:
+        return []
+    names = {str(case) for case in chosen}
+    return [
+        row
+        for row in results["rows"]
+        if str(Case(row["model"], tuple(row["size"]), row["batch"], row["training"])) not in names
+    ]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -449,20 +468,22 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tiny:
         chosen = [Case(case.model, (64, 96), case.batch, case.training) for case in chosen]
     machine, rows = facts(options.device), []
-    smallest = min(case.size for case in chosen)
+    smallest = min(case.size for case in cases(options.device))
+    path = None if options.results is None else options.results / slug(machine) / "detectors.json"
+    earlier = [] if path is None else earlier_rows(path, machine, chosen)
     for case in chosen:
         rows += measure(
             case,
             torch.device(options.device),
             options.case_seconds,
-            not options.no_compile and (options.device == "cuda" or (case.size == smallest and not case.training)),
+            not options.no_compile
+            and (options.device == "cuda" or options.tiny or (case.size == smallest and not case.training)),
             lambda text: print(text, file=sys.stderr, flush=True),
         )
-        text = as_json(machine, rows)
-        if options.results is not None:
-            folder = options.results / slug(machine)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "detectors.json", text)
+        text = as_json(machine, rows, earlier)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
     print(table(json.loads(text)))
     return int(any(row.refused for row in rows))
 

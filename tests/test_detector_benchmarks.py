@@ -82,7 +82,7 @@ def test_what_differs_is_refused():
     assert "nothing to compare" in detectors.problem(nothing, nothing)
     assert detectors.problem({"loss": torch.tensor(1.1)}, {"loss": torch.tensor(1.0)}) == "loss is 1.1, not 1"
     refused = detectors.Row(detectors.Case("retinanet", (64, 96), 1), "fpn_fast", refused="loss is 1.1, not 1")
-    results = json.loads(detectors.as_json(facts("cpu"), [refused]))
+    results = json.loads(detectors.as_json(facts("cpu"), [refused], []))
     assert "| fpn_fast | refused: loss is 1.1, not 1 |" in detectors.table(results)
 
 
@@ -93,8 +93,20 @@ def test_what_the_library_is_held_to():
     slow = detectors.Row(case, "fpn_fast", 5.0, speedup={"eager": 0.9}, stages={"detections": 3.0})
 
     def held(row):
-        lines, met = detectors.target_lines(json.loads(detectors.as_json(facts("cpu"), [eager, row])))
+        lines, met = detectors.target_lines(json.loads(detectors.as_json(facts("cpu"), [eager, row], [])))
         return [line[:6] for line in lines], met
 
     assert held(fast) == (["met   ", "met   "], True)
     assert held(slow) == (["MISSED", "MISSED"], False)
+
+
+def test_cases_of_an_earlier_run_stay_where_it_was_of_the_same_commit(tmp_path):
+    machine, path = {"commit": "abc"}, tmp_path / "detectors.json"
+    cases = [detectors.Case("retinanet", (64, 96), 1), detectors.Case("retinanet", (64, 96), 2, training=True)]
+    assert detectors.earlier_rows(path, machine, cases) == []
+    path.write_text(detectors.as_json(machine, [detectors.Row(case, "eager", 10.0) for case in cases], []))
+    (kept,) = detectors.earlier_rows(path, machine, cases[:1])
+    assert kept["training"]
+    assert detectors.earlier_rows(path, {"commit": "def"}, cases[:1]) == []
+    again = json.loads(detectors.as_json(machine, [detectors.Row(cases[0], "eager", 5.0)], [kept]))
+    assert [row["p50"] for row in again["rows"]] == [10.0, 5.0]

@@ -111,7 +111,7 @@ def _merge_few(laterals: list[Tensor]) -> list[Tensor]:
     merged = [laterals[-1]]
     for lateral in laterals[-2::-1]:
         # What F.interpolate calls, after as much Python as the operator takes.
-        merged.append(lateral + torch._C._nn.upsample_nearest2d(merged[-1], lateral.shape[2:]))
+        merged.append(lateral + torch._C._nn.upsample_nearest2d(merged[-1], lateral.shape[2:], None))
     return merged[:0:-1]
 
 

@@ -217,7 +217,7 @@ class _Expected:
 @contextlib.contextmanager
 def _kernels_of_any_size() -> Iterator[None]:
     """The op's own kernels where PyTorch's operators would serve so few elements."""
-    module = importlib.import_module("fpn_fast.ops.top_down")
+    module: Any = importlib.import_module("fpn_fast.ops.top_down")
     before, module.FEW_ELEMENTS = module.FEW_ELEMENTS, 0
     try:
         yield
