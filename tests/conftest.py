@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import importlib
 import os
 
 import pytest
@@ -12,10 +11,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without a GPU the Triton kernels run in Triton's interpreter; it must be asked for before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-# Tests of the merge have few elements and are of its kernels.
-importlib.import_module("fpn_fast.ops.top_down").FEW_ELEMENTS = 0
 
 
 def _round_to_bfloat16_in_the_interpreter() -> None:

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import importlib
-
 import battery
 import pytest
 import tolerances
@@ -256,59 +254,3 @@ def test_runs_on_the_current_stream_and_its_own_device(backend):
             captured = ops.top_down([m.detach() for m in laterals])
         graph.replay()
         assert torch.equal(captured[0], ops.top_down(laterals)[0])
-
-
-MODULE = importlib.import_module("fpn_fast.ops.top_down")
-
-
-class TestFewElements:
-    """With gradients the CPU's merge of few elements is PyTorch's operators, whose results are the kernels'."""
-
-    @pytest.fixture
-    def few(self, monkeypatch):
-        monkeypatch.setattr(MODULE, "FEW_ELEMENTS", 4096)
-
-    @staticmethod
-    def laterals(*sizes, dtype=torch.float32, channels=3):
-        return [torch.randn(2, channels, *size, dtype=dtype).requires_grad_() for size in sizes]
-
-    @pytest.mark.parametrize(
-        "sizes", [[(8, 12), (4, 6), (2, 3)], [(13, 7), (5, 4)], [(5, 7), (9, 11)], [(44, 2), (26, 1)]]
-    )
-    def test_equals_the_kernels(self, few, monkeypatch, sizes):
-        laterals = self.laterals(*sizes)
-        found = ops.top_down(laterals)
-        monkeypatch.setattr(MODULE, "FEW_ELEMENTS", 0)
-        expected = ops.top_down(laterals)
-        assert found[-1] is laterals[-1]
-        assert type(found[0].grad_fn) is not type(expected[0].grad_fn)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        seeds = [torch.randn_like(each) for each in found]
-        for a, b in zip(*(torch.autograd.grad(each, laterals, seeds) for each in (found, expected)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"mode": "bilinear"},
-            {"fuse": "avg"},
-            {"dtype": torch.float64},
-            {"dtype": torch.bfloat16},
-            {"channels": 40},
-            {"form": torch.channels_last},
-        ],
-        ids=str,
-    )
-    def test_the_rest_is_the_kernels(self, few, change):
-        change = dict(change)
-        form = change.pop("form", torch.contiguous_format)
-        maps = {name: change.pop(name) for name in ("dtype", "channels") if name in change}
-        laterals = [each.contiguous(memory_format=form) for each in self.laterals((8, 12), (4, 6), **maps)]
-        with backends.use("cpp"):
-            assert "TopDown" in type(ops.top_down(laterals, **change)[0].grad_fn).__name__
-
-    @pytest.mark.parametrize("other", [(1, 3, 4, 6), (2, 1, 4, 6), (3, 4, 6), (2, 3, 0, 6)], ids=str)
-    def test_what_does_not_fit_is_refused(self, few, other):
-        """Also where an addition would broadcast."""
-        with pytest.raises(ValueError, match="laterals"):
-            ops.top_down([*self.laterals((8, 12)), torch.randn(other, requires_grad=True)])

@@ -18,10 +18,6 @@ from fpn_fast.ops._registration import register_op, traced
 # csrc/common/resample.h: enum class Resample.
 _NEAREST, _BILINEAR, _BILINEAR_ALIGN_CORNERS = 0, 1, 2
 
-#: Up to so many elements of the finest lateral the CPU's merge with gradients is PyTorch's two operators a level: their
-#: autograd is C++, and a node of Python's takes longer than the arithmetic.
-FEW_ELEMENTS = 4096
-
 
 def top_down(
     laterals: Sequence[Tensor],
@@ -87,32 +83,10 @@ def _merge(backend: str, laterals: list[Tensor], mode: int, average: bool) -> Se
     if traced():
         return forward(laterals, mode, average)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*laterals):
-        if mode == _NEAREST and not average and _few(laterals):
-            return _merge_few(laterals)
         # Several times cheaper per call than the registered rule, and the same formula.
         return _TopDown.apply(backend, mode, average, *laterals)
     with torch._C._AutoDispatchBelowAutograd():
         return forward(laterals, mode, average)
-
-
-def _few(laterals: list[Tensor]) -> bool:
-    """Whether :func:`_merge_few` serves: what it would not do, or not in the same way, is left to the op."""
-    finest = laterals[0]
-    if finest.numel() > FEW_ELEMENTS or finest.dim() != 4 or finest.device.type != "cpu":
-        return False
-    batch_and_channels = finest.shape[:2]
-    for lateral in laterals:
-        if lateral.dtype != torch.float32 or lateral.shape[:2] != batch_and_channels or not lateral.is_contiguous():
-            return False
-    return all(lateral.numel() > 0 for lateral in laterals)
-
-
-def _merge_few(laterals: list[Tensor]) -> list[Tensor]:
-    merged = [laterals[-1]]
-    for lateral in laterals[-2::-1]:
-        # What F.interpolate calls, after as much Python as the operator takes.
-        merged.append(lateral + torch._C._nn.upsample_nearest2d(merged[-1], lateral.shape[2:], None))
-    return merged[:0:-1]
 
 
 def upsample_add(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import json
 import math
@@ -198,7 +197,7 @@ class _Expected:
     def measure(self, backend: str) -> Measure:
         trial, differentiate = self.trial, self.trial.gradient_rules is not None
         inputs = [i.detach().requires_grad_(differentiate) for i in trial.inputs]
-        with backends.use(backend), _kernels_of_any_size(), _unwritten_shows():
+        with backends.use(backend), _unwritten_shows():
             outputs = list(trial.call(inputs))
             measure = _check_form(outputs, self.plain, trial.form)
             if measure.problem is None and differentiate:
@@ -212,17 +211,6 @@ class _Expected:
             for i, (grad, plain, exact, rule) in enumerate(results):
                 measure = measure.worst(_named(f"gradient {i}", rule(grad.cpu(), plain, exact)))
         return measure
-
-
-@contextlib.contextmanager
-def _kernels_of_any_size() -> Iterator[None]:
-    """The op's own kernels where PyTorch's operators would serve so few elements."""
-    module: Any = importlib.import_module("fpn_fast.ops.top_down")
-    before, module.FEW_ELEMENTS = module.FEW_ELEMENTS, 0
-    try:
-        yield
-    finally:
-        module.FEW_ELEMENTS = before
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
