@@ -12,8 +12,8 @@
 #include <optional>
 #include <vector>
 
-#include "page_in.h"
 #include "pack.h"
+#include "page_in.h"
 #include "parallel.h"
 #include "roi_taps.h"
 

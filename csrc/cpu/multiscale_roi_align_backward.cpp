@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../torch/multiscale_roi_align.h"
-#include "page_in.h"
 #include "pack.h"
+#include "page_in.h"
 #include "parallel.h"
 #include "roi_taps.h"
 
