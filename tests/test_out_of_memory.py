@@ -3,7 +3,6 @@
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ assert merged.eq(2).all()
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's here")
 @pytest.mark.parametrize("op", CALLS)
 def test_on_the_cpu(op):
-    script = textwrap.dedent(SCRIPT).replace("{call}", CALLS[op])
+    script = SCRIPT.replace("{call}", CALLS[op])
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
 

@@ -168,7 +168,9 @@ void gather_pathway(const std::vector<FeatureMap<const T>>& grads, const std::ve
       const bool two = !kBilinear && level + 1 < levels;
       if (two) ++level;
       const FeatureMap<T>& out = sums[level];
-      parallel_rows(out.batch * out.height, (two ? 20 : 4) * out.width * channels, [&](int64_t begin, int64_t end) {
+      // An element gathers about four, and with two levels each of those four more.
+      const int64_t gathered = two ? 4 + 16 : 4;
+      parallel_rows(out.batch * out.height, gathered * out.width * channels, [&](int64_t begin, int64_t end) {
         std::vector<acc_t> pixel_sum(channels);
         for (int64_t row = begin; row < end; ++row) {
           const int64_t n = row / out.height;
