@@ -14,6 +14,7 @@ import torch
 from host_kernels.build import compiler, locked
 
 ROOT = Path(__file__).resolve().parents[1]
+_OPTIMISE = '"-O3", "-g0"'
 
 
 def sources() -> dict[str, str]:
@@ -22,11 +23,16 @@ def sources() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
 
 
-def build(name: str, texts: dict[str, str]) -> Path:
+def build(name: str, texts: dict[str, str], flags: tuple[str, ...]) -> Path:
     """A folder with a package whose library is of `texts`; built once for each content of them.
 
-    The folder can be PYTHONPATH's, or the current one of `python -m`.
+    The folder can be PYTHONPATH's, or the current one of `python -m`. flags: the compiler's, in place of those by
+    which setup.py optimises.
     """
+    if texts["setup.py"].count(_OPTIMISE) != 1:
+        raise ValueError(f"setup.py has not {_OPTIMISE} once")
+    setup = texts["setup.py"].replace(_OPTIMISE, ", ".join(f'"{flag}"' for flag in flags))
+    texts = {**texts, "setup.py": setup}
     key = hashlib.sha256("\0".join([torch.__version__, compiler()[1], *texts, *texts.values()]).encode()).hexdigest()
     copies = ROOT / "build" / name
     folder = copies / key[:16]

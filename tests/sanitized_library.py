@@ -26,17 +26,13 @@ TESTS = (
     "select_detections",
     "top_down",
 )
-FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# With any optimisation the sanitizers' checks take the compiler six times as long.
+FLAGS = ("-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def build() -> Path:
     """A folder with a package that has the sanitized library."""
-    texts = copied_package.sources()
-    old = '"-O3", "-g0"'
-    if texts["setup.py"].count(old) != 1:
-        raise ValueError(f"setup.py has not {old} once")
-    texts["setup.py"] = texts["setup.py"].replace(old, ", ".join(f'"{flag}"' for flag in FLAGS))
-    return copied_package.build("sanitized_library", texts)
+    return copied_package.build("sanitized_library", copied_package.sources(), FLAGS)
 
 
 def environment(folder: Path) -> dict[str, str]:
