@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``verify`` notices faults: in a library whose kernels have some planted, it fails with each and passes without."""
 
-import concurrent.futures
 import json
 import os
 import subprocess
@@ -12,28 +11,58 @@ import planted_faults
 import pytest
 from planted_faults import FAULTS
 
+# Runs `verify` for each [fault's number, ops, report], two at a time, and prints the exit codes. Each is a fork of a
+# process that has imported torch, which takes longer than to verify an op; the library is loaded after the fork.
+DRIVER = f"""
+import json, os, sys
+import torch, torchvision
 
-def verify(folder: Path, report: Path, ops: list[str], fault: int = 0) -> tuple[int, dict]:
-    """Exit code and JSON of ``verify --quick`` with the library in `folder`; fault: the one that is on, from 1."""
-    command = [sys.executable, "-m", "fpn_fast", "verify", "--quick", "--backends", "cpp", "--json", str(report)]
-    environment = {**os.environ, "PYTHONPATH": str(folder), planted_faults.VARIABLE: str(fault)}
-    done = subprocess.run([*command, "--ops", *ops], cwd=report.parent, capture_output=True, text=True, env=environment)
-    assert report.exists(), done.stderr
-    found = json.loads(report.read_text())
-    assert found["environment"]["library"] == str(folder / "fpn_fast" / "_C.abi3.so")
-    return done.returncode, found
+def verify(number, ops, report):
+    os.environ["{planted_faults.VARIABLE}"] = str(number)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    from fpn_fast.__main__ import main
+    return main(["verify", "--quick", "--backends", "cpp", "--json", report, "--ops", *ops])
+
+def end_of_one():
+    process, status = os.wait()
+    codes[running.pop(process)] = os.waitstatus_to_exitcode(status)
+
+running, codes = {{}}, {{}}
+for number, ops, report in json.loads(sys.argv[1]):
+    if len(running) == 2:
+        end_of_one()
+    process = os.fork()
+    if process == 0:
+        code = 70
+        try:
+            code = verify(number, ops, report)
+        finally:
+            os._exit(code)
+    running[process] = report
+while running:
+    end_of_one()
+print(json.dumps(codes))
+"""
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Fault's name -> exit code and JSON; "" -> those without a fault."""
+    """Fault's name -> exit code and JSON of `verify`; "" -> those without a fault."""
     library, reports = planted_faults.build(), tmp_path_factory.mktemp("reports")
     ops = list(dict.fromkeys(fault.op for fault in FAULTS))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        runs = {"": pool.submit(verify, library, reports / "none.json", ops)}
-        for number, fault in enumerate(FAULTS, start=1):
-            runs[fault.name] = pool.submit(verify, library, reports / f"{fault.name}.json", [fault.op], number)
-        return {name: run.result() for name, run in runs.items()}
+    runs = [(0, ops, str(reports / "none.json"))]
+    runs += [(i, [fault.op], str(reports / f"{fault.name}.json")) for i, fault in enumerate(FAULTS, start=1)]
+    command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    done = subprocess.run(command, cwd=reports, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    found = {}
+    for (_, _, report), name in zip(runs, ["", *(fault.name for fault in FAULTS)], strict=True):
+        assert Path(report).exists(), done.stderr
+        found[name] = codes[report], json.loads(Path(report).read_text())
+        assert found[name][1]["environment"]["library"] == str(library / "fpn_fast" / "_C.abi3.so")
+    return found
 
 
 def test_passes_without_a_fault(outcomes):

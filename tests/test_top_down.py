@@ -208,14 +208,39 @@ def test_scale_factor_of_two_is_the_doubling_merge():
     assert torch.equal(ops.top_down(laterals, scale_factor=2)[0], ops.top_down(laterals)[0])
 
 
+def test_few_numbers_with_a_gradient_are_merged_by_torchs_operators():
+    """With the kernel's results; and no others are, nor where a backend is asked for."""
+
+    def name_and_result(lateral, top, backend="auto", **options):
+        maps = lateral.requires_grad_(), top.requires_grad_()
+        with backends.use(backend):
+            merged = ops.upsample_add(*maps, **options)
+        return merged.grad_fn.name(), merged, *torch.autograd.grad(merged, maps, torch.ones_like(merged))
+
+    few = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 2, 3)
+    (by_torch, *ours), (by_kernel, *theirs) = name_and_result(*few), name_and_result(*few, "cpp")
+    assert by_torch == "AddBackward0"
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    others = [[each.detach().to(dtype) for each in few] for dtype in battery.DTYPES if dtype != torch.float32]
+    others += [[each.detach().to(memory_format=torch.channels_last) for each in few]]
+    others += [[each.detach().repeat(1, 16, 3, 3) for each in few]]
+    names = [name_and_result(*each)[0] for each in others] + [name_and_result(*few, fuse="avg")[0]]
+    assert set(names) == {by_kernel} != {by_torch}
+    for wrong in (torch.randn(2, 1, 2, 3), torch.randn(2, 3, 2), torch.randn(2, 3, 2, 3).double(), None):
+        with pytest.raises((TypeError, ValueError), match="laterals"):
+            ops.upsample_add(few[0], wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_format", battery.FORMATS.values(), ids=battery.FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("target", [t for t in battery.TARGETS if "triton" not in t.id or t.marks])
 def test_coco_size(target, dtype, memory_format):
-    """800 x 1333, P2 to P5, batch of 2, 256 channels."""
+    """800 x 1333, P2 to P5, batch of 2; on a GPU 256 channels."""
     backend, device = target
-    case = Case("coco", ((200, 334), (100, 167), (50, 84), (25, 42)), batch=2, channels=256)
+    channels = 256 if device == "cuda" else 64
+    case = Case("coco", ((200, 334), (100, 167), (50, 84), (25, 42)), batch=2, channels=channels)
     laterals = case.inputs(dtype, device, memory_format, grad=True)
     with backends.use(backend):
         outputs = ops.top_down(laterals)

@@ -137,8 +137,12 @@ def providers(case: Case, device_type: str, names: Sequence[str] | None = None) 
 
 @contextmanager
 def running(case: Case, provider: Provider) -> Iterator[None]:
-    """The state in which a step of `provider` runs: its backend, and no gradients where the case has none."""
-    backend = nullcontext() if provider.backend is None else backends.use(provider.backend)
+    """The state in which a step of `provider` runs: its backend, and no gradients where the case has none.
+
+    Of call overhead the compiled library's is what a call has that asks for no backend.
+    """
+    name = "auto" if case.overhead and provider.backend == "cpp" else provider.backend
+    backend = nullcontext() if name is None else backends.use(name)
     with backend, torch.set_grad_enabled(case.direction != "forward"):
         yield
 
