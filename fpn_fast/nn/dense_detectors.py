@@ -20,6 +20,7 @@ from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
+from fpn_fast.nn._focal_loss import classification_loss
 from fpn_fast.nn._proposals import sizes_beside
 from fpn_fast.nn.region_proposal import AnchorGenerator as FusedAnchorGenerator
 from fpn_fast.nn.region_proposal import cell_numbers
@@ -131,7 +132,8 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
     """Drop-in for torchvision's RetinaNet (Lin et al., 2017): everything after its head in one call.
 
     Same constructor, keys, losses and detections, by :func:`fpn_fast.ops.select_detections`; in training, anchors are
-    matched without the matrix of all pairs. Boxes and scores are float32 where the head is half precision. Scores that
+    matched without the matrix of all pairs, and the focal loss of float32 logits keeps one table instead of a dozen.
+    Boxes and scores are float32 where the head is half precision. Scores that
     differ in rounding alone may be in another order, as may equal ones.
 
     An anchor generator or box coder of a class of your own may compute something else: detections are then
@@ -150,7 +152,21 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
                 matches.append(torch.full((len(own_anchors),), -1, dtype=torch.int64, device=own_anchors.device))
             else:
                 matches.append(_matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own_anchors))
-        return self.head.compute_loss(targets, head_outputs, anchors, matches)
+        logits = head_outputs["cls_logits"]
+        if not self._knows_head() or logits.dtype not in (torch.float32, torch.float64) or len(matches) != len(logits):
+            return self.head.compute_loss(targets, head_outputs, anchors, matches)
+        labels = [target["labels"] for target in targets]
+        return {
+            "classification": classification_loss(logits, matches, labels),
+            "bbox_regression": self.head.regression_head.compute_loss(targets, head_outputs, anchors, matches),
+        }
+
+    def _knows_head(self) -> bool:
+        """Whether its losses are torchvision's."""
+        return (
+            type(self.head) is retinanet.RetinaNetHead
+            and type(self.head.classification_head) is retinanet.RetinaNetClassificationHead
+        )
 
     def _knows_coder(self) -> bool:
         return type(self.box_coder) is BoxCoder
