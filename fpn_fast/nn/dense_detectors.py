@@ -133,8 +133,8 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
 
     Same constructor, keys, losses and detections, by :func:`fpn_fast.ops.select_detections`; in training, anchors are
     matched without the matrix of all pairs, and the focal loss of float32 logits keeps one table instead of a dozen.
-    Boxes and scores are float32 where the head is half precision. Scores that
-    differ in rounding alone may be in another order, as may equal ones.
+    Boxes and scores are float32 where the head is half precision. Scores that differ in rounding alone may be in
+    another order, as may equal ones. The loss is not differentiable twice.
 
     An anchor generator or box coder of a class of your own may compute something else: detections are then
     torchvision's. So they are on a device that the op has no kernel for.
