@@ -23,6 +23,7 @@ TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 ONE_STAGE = ("retinanet", "fcos")
 NORMS = ("group", "frozen", "batch", "sync")
 PYRAMIDS = ("fpn", "no-top-down", "c4")
+# The FPN paper's.
 CHANNELS = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SMALL_HEAD_WIDTH, SMALL_MASK_WIDTH = 256, 128
@@ -70,16 +71,18 @@ def build_detector(
     pretrained: bool = False,
     pyramid: str = "fpn",
     heads: str = "small",
+    channels: int = CHANNELS,
     multi_scale: tuple[int, int] | None = None,
 ) -> nn.Module:
     """A detector of `classes` classes and the background, for images whose shorter side becomes `image_size`.
 
     heads: "torchvision" for its sizes, meant for pictures of 800 pixels; "small" for a tenth of them: fewer and smaller
     anchors, proposals and samples, and narrower heads.
+    channels: of the pyramid's maps, and with it of the heads over them.
     multi_scale: in training the shorter side is drawn for each image from these two, and every 32 pixels between them.
     """
     small = heads == "small"
-    body = build_backbone(backbone, model in TWO_STAGE, norm, frozen_stages, pretrained, pyramid)
+    body = build_backbone(backbone, model in TWO_STAGE, norm, frozen_stages, pretrained, pyramid, channels)
     training_sizes = () if multi_scale is None else tuple(range(multi_scale[0], multi_scale[1] + 1, 32))
     # torchvision draws from all of them in training, and takes the last one in evaluation.
     sizes = (*training_sizes, image_size)
@@ -102,19 +105,19 @@ def build_detector(
             "rpn_pre_nms_top_n_test": 300,
             "rpn_post_nms_top_n_test": 150,
             "box_batch_size_per_image": 128,
-            "box_head": TwoMLPHead(CHANNELS * 7 * 7, SMALL_HEAD_WIDTH),
+            "box_head": TwoMLPHead(channels * 7 * 7, SMALL_HEAD_WIDTH),
             "box_predictor": FastRCNNPredictor(SMALL_HEAD_WIDTH, classes + 1),
         }
     if model == "faster_rcnn":
         return FasterRCNN(body, None if small else classes + 1, **common)
     if small:
-        common["mask_head"] = MaskRCNNHeads(CHANNELS, (SMALL_MASK_WIDTH,) * 2, 1)
+        common["mask_head"] = MaskRCNNHeads(channels, (SMALL_MASK_WIDTH,) * 2, 1)
         common["mask_predictor"] = MaskRCNNPredictor(SMALL_MASK_WIDTH, SMALL_MASK_WIDTH, classes + 1)
     return MaskRCNN(body, None if small else classes + 1, **common)
 
 
 def build_backbone(
-    name: str, two_stage: bool, norm: str, frozen_stages: int, pretrained: bool, pyramid: str
+    name: str, two_stage: bool, norm: str, frozen_stages: int, pretrained: bool, pyramid: str, channels: int
 ) -> BackboneWithPyramid:
     """A classifier's stages under a pyramid: P2 to P6 for two stages, P3 to P7 for one, P4 alone for "c4"."""
     trunk = _trunk(name, pretrained)
@@ -129,9 +132,9 @@ def build_backbone(
     wanted = (4,) if pyramid == "c4" else (2, 3, 4, 5) if two_stage else (3, 4, 5)
     body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
     kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
-    extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(CHANNELS, CHANNELS)
-    fpn = kind([ends[level][1] for level in wanted], CHANNELS, None if pyramid == "c4" else extra)
-    return BackboneWithPyramid(body, fpn, CHANNELS)
+    extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
+    fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra)
+    return BackboneWithPyramid(body, fpn, channels)
 
 
 def _trunk(name: str, pretrained: bool) -> nn.Module:

@@ -48,6 +48,7 @@ class Settings:
     backbone: str
     pyramid: str
     heads: str
+    channels: int
     norm: str
     frozen_stages: int
     pretrained: bool
@@ -58,6 +59,7 @@ class Settings:
     # Batches of batch_size that one optimiser step takes in, over all processes and accumulations.
     batches_per_step: int
     learning_rate: float
+    learning_rate_steps: tuple[int, ...]
     max_gradient_norm: float
     amp: bool
     channels_last: bool
@@ -66,7 +68,18 @@ class Settings:
 
     @classmethod
     def of(cls, args: argparse.Namespace, processes: Processes, class_names: tuple[str, ...]) -> Settings:
-        same = ("model", "backbone", "pyramid", "heads", "norm", "frozen_stages", "pretrained", "image_size", "flip")
+        same = (
+            "model",
+            "backbone",
+            "pyramid",
+            "channels",
+            "heads",
+            "norm",
+            "frozen_stages",
+            "pretrained",
+            "image_size",
+            "flip",
+        )
         same += ("batch_size", "max_gradient_norm", "amp", "channels_last", "static_sampling", "seed")
         return cls(
             device=processes.device,
@@ -75,6 +88,7 @@ class Settings:
             multi_scale=None if args.multi_scale is None else tuple(args.multi_scale),
             batches_per_step=args.accumulate * processes.world,
             learning_rate=args.lr,
+            learning_rate_steps=tuple(args.lr_steps),
             **{name: getattr(args, name) for name in same},
         )
 
@@ -95,6 +109,7 @@ class Settings:
     def learning_rate_at(self, step: int) -> float:
         """A function of the step alone: --steps can be raised later without changing what came before."""
         decay = min(1.0, math.sqrt(CONSTANT_STEPS / (step + 1)))
+        decay *= 0.1 ** sum(step >= drop for drop in self.learning_rate_steps)
         return self.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
     def random_stream(self, purpose: int, step: int, place: int) -> int:
@@ -114,6 +129,7 @@ def build_model(settings: Settings) -> nn.Module:
         pretrained=settings.pretrained,
         pyramid=settings.pyramid,
         heads=settings.heads,
+        channels=settings.channels,
         multi_scale=settings.multi_scale,
     )
 

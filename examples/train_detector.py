@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--norm", choices=NORMS, default="group", help="the backbone's; sync: over processes, on GPUs")
     model.add_argument("--heads", choices=("small", "torchvision"), default="small", help="sizes of anchors and heads")
     model.add_argument("--pyramid", choices=PYRAMIDS, default="fpn", help="the others are for comparison")
+    model.add_argument("--channels", type=_positive(int), default=256, help="of the pyramid's maps")
     model.add_argument("--backend", choices=BACKENDS, default="auto", help="eager: torchvision as it is")
     model.add_argument("--static-sampling", action="store_true", help="samples of a fixed size, drawn on the device")
     model.add_argument("--compare", action="store_true", help="train the same model without our kernels beside it")
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--batch-size", type=_positive(int), default=2, help="of a process, in one go")
     training.add_argument("--accumulate", type=_positive(int), default=1, help="batches of a process in a step")
     training.add_argument("--lr", type=_positive(float), default=4e-4)
+    training.add_argument(
+        "--lr-steps", nargs="+", type=_positive(int), default=[], metavar="STEP", help="from each on, a tenth of it"
+    )
     # Detectors from random weights meet a few huge gradients early on.
     training.add_argument("--max-gradient-norm", type=_positive(float), default=10.0)
     training.add_argument("--amp", action="store_true", help="bfloat16 on a CPU; float16, gradients scaled, on CUDA")

@@ -28,7 +28,7 @@ SMALL = ["--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--dev
 SMALLER = {
     "digits_on_photographs": ["--image-size", "64", "--train", "6", "--test", "2"],
     "train_detector": SMALL,
-    "ablation": [*SMALL, "--steps", "2", "--rows", "FPN, torchvision", "single level, C4"],
+    "ablation": [*SMALL, "--steps", "2", "--jobs", "1", "--rows", "FPN, torchvision", "single level, C4"],
 }
 
 
