@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
+from fpn_fast.bench import nvidia_mapping
 from fpn_fast.triton import (
     _resample,
     generate_proposals,
@@ -172,6 +173,21 @@ def compile_roi_align(dtype, arch, channels_last, sampling_ratio):
     return compiled
 
 
+def compile_nvidia_mapping(dtype, arch, sampling_ratio):
+    """The rival of benchmarks, forward and backward."""
+    compiled = launches_compiled(arch)
+    maps = [
+        torch.zeros(1, 256, size, size, dtype=getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
+        for size in (32, 16, 8, 4)
+    ]
+    leaves = [each.requires_grad_() for each in maps]
+    sizes = torch.tensor([each.shape[-2:] for each in maps], dtype=torch.int32)
+    rois = torch.tensor([[0.0, 1.0, 1.0, 9.0, 9.0]])
+    pooled = nvidia_mapping.pool(leaves, rois, torch.tensor([1 / 4, 1 / 8, 1 / 16, 1 / 32]), sizes, 7, sampling_ratio)
+    torch.autograd.grad(pooled, leaves, torch.zeros_like(pooled))
+    return compiled
+
+
 def row(kernel, compiled, arch, dtype, channels_last, mode):
     ptx = compiled.asm["ptx"]
     return {
@@ -181,7 +197,9 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         "channels_last": channels_last,
         "mode": mode,
         "cubin_bytes": len(compiled.asm["cubin"]),
+        "threads": 32 * compiled.metadata.num_warps,
         "wide_loads": ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b64"),
+        "loads_of_four": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b32", ptx)),
         "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
         "atomics": ptx.count("atom.") + ptx.count("red.global"),
         # Of integers: the same in any order.
@@ -227,6 +245,9 @@ def main():
         ]:
             for kernel, compiled in compile_roi_align(dtype, arch, channels_last, sampling_ratio):
                 rows.append(row(kernel, compiled, arch, dtype, channels_last, f"sampling_ratio {sampling_ratio}"))
+        for dtype, sampling_ratio in [("float32", 2), ("bfloat16", 0)]:
+            for kernel, compiled in compile_nvidia_mapping(dtype, arch, sampling_ratio):
+                rows.append(row(kernel, compiled, arch, dtype, True, f"sampling_ratio {sampling_ratio}"))
     print(json.dumps(rows))
 
 

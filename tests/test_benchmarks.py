@@ -565,6 +565,53 @@ def test_results_of_a_set_live_until_its_next_turn() -> None:
     assert made == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_nvidia_mapping_is_measured_on_a_gpu_where_it_applies() -> None:
+    pytest.importorskip("triton")
+    for case in cases.FAMILIES["multiscale_roi_align"]("cuda"):
+        for device_type in ("cpu", "cuda"):
+            names = [provider.name for provider in providers.providers(case, device_type)]
+            wanted = device_type == "cuda" and case.memory_format == "channels_last"
+            assert names.count("nvidia") == wanted
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampling_ratio", [2, 0])
+def test_nvidia_mapping_pools_what_the_reference_pools(
+    sampling_ratio: int, dtype: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no CUDA device, and Triton was imported without its interpreter")
+    case = next(
+        case
+        for case in cases.FAMILIES["multiscale_roi_align"]("cuda")
+        if (case.sampling_ratio, case.dtype, case.direction) == (sampling_ratio, dtype, direction)
+        and case.memory_format == "channels_last"
+    )
+    # One for each level, up to and over the edges of the image.
+    chosen = torch.tensor([[0.0, 3, 2, 40, 30], [1, 5, 10, 120, 150], [0, 20, 20, 260, 300], [1, 0, 0, 470, 500]])
+    monkeypatch.setattr(providers, "random_rois", lambda *_: chosen)
+    # Channels that are no power of two.
+    case = replace(cases.tiny(case), batch=2, channels=12, rois=2, output_size=2)
+    op = providers.op_of(case)
+    inputs = op.inputs(case, device)
+    grads = providers.output_grads(case, inputs)
+    expected = providers.expectation(case, inputs, grads)
+    with torch.set_grad_enabled(direction == "backward"):
+        assert expected.problem(providers.bind(case, op.on_gpu["nvidia"], inputs, grads)()) is None
+        # The check notices a RoI that is pooled from a wrong place.
+        moved = providers.bind(case, lambda maps: op.on_gpu["nvidia"](maps).roll(1, 0), inputs, grads)()
+        assert "differs from the reference" in expected.problem(moved)
+
+
+def test_nvidia_mapping_takes_four_maps() -> None:
+    mapping = pytest.importorskip("fpn_fast.bench.nvidia_mapping", exc_type=ImportError)
+    with pytest.raises(ValueError, match="there are 4 maps, got 3"):
+        mapping.pool([torch.zeros(1, 4, 2, 2)] * 3, torch.zeros(1, 5), torch.ones(3), torch.zeros(3, 2), 7, 2)
+
+
 def test_l2_kernel_reads_everything_every_turn() -> None:
     pytest.importorskip("triton")
     from benchmarks.l2_read import l2_read_kernel

@@ -23,9 +23,18 @@ EXACT = {
 }
 
 
+#: A rival of benchmarks, none of ours.
+RIVALS = {"nvidia_mapping_kernel", "nvidia_mapping_backward_kernel"}
+
+
 @pytest.fixture(scope="module")
-def compiled():
-    """One row a kernel and variant, for every architecture."""
+def compiled(everything):
+    """One row for each of our kernels and variants, for every architecture."""
+    return [row for row in everything if row["kernel"] not in RIVALS]
+
+
+@pytest.fixture(scope="module")
+def everything():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_triton.py")
     done = subprocess.run(
@@ -70,3 +79,16 @@ def test_dense_maps_are_accessed_16_bytes_at_a_time(compiled, arch):
         assert row["wide_stores"] > 0, row
         # channels_first gathers single columns of the other map; its own side is wide.
         assert row["wide_loads"] > 0, row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvidia_mapping_is_a_thread_for_four_channels(everything, arch):
+    rows = [row for row in everything if row["kernel"] in RIVALS and row["arch"] == arch]
+    assert len(rows) == 4
+    for row in rows:
+        # Of 256 channels.
+        assert row["threads"] == 64, row
+        # The four channels of a thread in one load: 16 bytes of float32, 8 of bfloat16.
+        assert row["loads_of_four"] > 0, row
+        assert (row["atomics"] > 0) == ("backward" in row["kernel"]), row
+        assert row["local"] == 0, row

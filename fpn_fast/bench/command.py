@@ -37,7 +37,7 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--family", nargs="+", metavar="FAMILY", choices=list(FAMILIES), help="only these: %(choices)s")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only cases of these ops")
     parser.add_argument("--only", default="", help="comma-separated: cases whose name contains one of these")
-    parser.add_argument("--providers", help="comma-separated, of eager, compile, cpp, triton; all by default")
+    parser.add_argument("--providers", help="comma-separated, of eager, compile, nvidia, cpp, triton; all by default")
     parser.add_argument("--quick", action="store_true", help="the first case of each family and direction, briefly")
     parser.add_argument("--seconds", type=float, help=f"for each case, beyond warming up; {SECONDS:g} by default")
     parser.add_argument("--limit", type=float, default=float("inf"), help="start no case after this many seconds")

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class Op:
     #: What torch.compile is given, and whether as one graph; None where it cannot compile what the op replaces.
     compiled: Function | None
     fullgraph: bool = True
+    #: What else is known to do the same on a GPU, by the provider's name.
+    on_gpu: Mapping[str, Function] = field(default_factory=dict)
     #: The op whose kernels `fused` runs, where that is not the case's.
     kernel: str | None = None
     #: The check of an op that decides, given its inputs; None: as far from float64 as the reference in the same dtype.

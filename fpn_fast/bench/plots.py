@@ -88,16 +88,17 @@ def speedups(found: list[Results], path: Path) -> bool:
     if not groups:
         return False
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.55 * len(groups)), layout="constrained")
-    for i, rival in enumerate(BASELINES):
+    rivals = [name for name in BASELINES if any(name in each for each in groups.values())]
+    height = 0.76 / len(rivals)
+    for i, rival in enumerate(rivals):
         bars = [(y, each[rival]) for y, each in enumerate(groups.values()) if rival in each]
         means = [statistics.geometric_mean(times) for _, times in bars]
         # Of one case the mean may lie beside it by a rounding.
         below = [max(0.0, mean - min(times)) for mean, (_, times) in zip(means, bars, strict=True)]
         above = [max(0.0, max(times) - mean) for mean, (_, times) in zip(means, bars, strict=True)]
-        places = [y + (i - 0.5) * 0.38 for y, _ in bars]
-        if bars:
-            axis.barh(places, means, 0.36, xerr=(below, above), label=f"against {PROVIDERS[rival].strip('`')}",
-                      error_kw={"lw": 0.8})  # fmt: skip
+        places = [y + (i - (len(rivals) - 1) / 2) * height for y, _ in bars]
+        axis.barh(places, means, 0.95 * height, xerr=(below, above), label=f"against {PROVIDERS[rival].strip('`')}",
+                  error_kw={"lw": 0.8})  # fmt: skip
         for y, mean in zip(places, means, strict=True):
             axis.text(mean, y, f" {mean:.1f}x", va="center", fontsize=7)
     axis.axvline(1, color="black", lw=1)

@@ -5,11 +5,13 @@
   library does.
 - compile: ``torch.compile`` of ``fpn_fast.reference``, fullgraph, for the case's own shapes. Where the reference is a
   loop that nobody would compile, it is of torchvision's code, graph breaks and all.
+- nvidia: RoIAlign mapped to a GPU as NVIDIA's MLPerf submission maps it, see nvidia_mapping.py; channels_last only.
 - cpp and triton: the op, by that backend where it has kernels of it (triton on a GPU only).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -74,12 +76,17 @@ OPS: dict[str, Op] = {
 }
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _pooler(case: Case) -> Op:
     """Pooling of the case's RoIs, which are made once for each device, as a detector has them already."""
     height, width = (4 * size for size in case.levels[0])
     rois = random_rois(case.batch, case.rois, height, width, case.clustered)
     module = MultiScaleRoIAlign([str(i) for i in range(len(case.levels))], case.output_size, case.sampling_ratio)
     boxes_on: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+    tables_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def boxes(device: torch.device) -> tuple[Tensor, list[Tensor]]:
         if device not in boxes_on:
@@ -102,7 +109,20 @@ def _pooler(case: Case) -> Op:
             sampling_ratio=case.sampling_ratio,
         )
 
-    return Op(_maps, selection.by_reference(fused), eager, fused, compiled=eager, fullgraph=False)
+    sizes = torch.tensor(case.levels, dtype=torch.int32)
+
+    def nvidia(maps: Sequence[Tensor]) -> Tensor:
+        from fpn_fast.bench import nvidia_mapping
+
+        device = maps[0].device
+        if device not in tables_on:
+            tables_on[device] = torch.tensor(scales(case), device=device), sizes.to(device)
+        options = *tables_on[device], case.output_size, case.sampling_ratio
+        return nvidia_mapping.pool(maps, boxes(device)[0], *options)
+
+    on_gpu = {"nvidia": nvidia} if case.memory_format == "channels_last" and _has_triton() else {}
+    by_reference = selection.by_reference(fused)
+    return Op(_maps, by_reference, eager, fused, compiled=eager, fullgraph=False, on_gpu=on_gpu)
 
 
 #: Op -> how its cases are called, of those that a case shapes.
@@ -123,6 +143,8 @@ def providers(case: Case, device_type: str, names: Sequence[str] | None = None) 
         # Where the lengths of what is selected are data, static shapes would be compiled anew for each.
         dynamic = False if op.fullgraph else None
         found.append(Provider("compile", torch.compile(op.compiled, fullgraph=op.fullgraph, dynamic=dynamic)))
+    if device_type == "cuda":
+        found += [Provider(name, function) for name, function in op.on_gpu.items()]
     for backend in ("cpp", "triton"):
         has_form = backends.has_form(op.kernel or case.op, backend, device_type)
         # On a CPU Triton kernels run in an interpreter, which is for tests.

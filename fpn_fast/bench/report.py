@@ -10,9 +10,15 @@ from typing import Any
 from fpn_fast.bench.cases import Case, bytes_moved, targets
 
 #: In the order of the columns; the last two are the library's.
-PROVIDERS = {"eager": "eager", "compile": "`torch.compile`", "cpp": "fpn_fast (cpp)", "triton": "fpn_fast (triton)"}
+PROVIDERS = {
+    "eager": "eager",
+    "compile": "`torch.compile`",
+    "nvidia": "NVIDIA's mapping",
+    "cpp": "fpn_fast (cpp)",
+    "triton": "fpn_fast (triton)",
+}
 FUSED = ("cpp", "triton")
-BASELINES = ("eager", "compile")
+BASELINES = ("eager", "compile", "nvidia")
 
 Row = dict[str, Any]
 
