@@ -135,7 +135,7 @@ def sanitizer(run: Run) -> Outcome:
 
 def benchmarks(run: Run) -> Outcome:
     """Every case, into <machine>/<family>.json."""
-    arguments = ["--output", str(run.output), "--seconds", "2"]
+    arguments = ["--output", str(run.output), "--seconds", "0.1" if run.options.dry_run else "2"]
     if run.options.dry_run:
         arguments += ["--tiny", "--only", ",".join(DRY_CASES)]
     # A case that has begun needs time to end, most of it for torch.compile.

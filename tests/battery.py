@@ -206,9 +206,13 @@ class Battery:
 
     def test_gradcheck(self, target):
         maps = self.tiny.inputs(torch.float64, target[1], torch.contiguous_format, grad=True)
-        # Elsewhere one random direction stands for the whole Jacobian: the interpreter takes a thousand times longer.
+        # Elsewhere one random direction stands for the whole Jacobian, and in the interpreter, which takes a thousand
+        # times longer, the first options for all: its gradients are compared with the reference's in test_backward.
         fast = target[0] != "cpp"
-        for options in self.derivatives or {str(c.options): c.options for c in self.cases}.values():
+        chosen = list(self.derivatives or {str(c.options): c.options for c in self.cases}.values())
+        if target == ("triton", "cpu"):
+            del chosen[1:]
+        for options in chosen:
             function = lambda *m, options=options: tuple(self.op.function(m, **options))  # noqa: E731
             assert torch.autograd.gradcheck(function, maps, fast_mode=fast)
             if self.op.twice:

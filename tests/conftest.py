@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Of them too: glibc keeps the memory of large tensors, which to return and to fetch again takes longer than most tests.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
+# And of them: torch.compile compiles what tests give it, which is little, in the process itself, and starts no others.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Without a GPU the Triton kernels run in Triton's interpreter; it must be asked for before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

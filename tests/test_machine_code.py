@@ -505,21 +505,19 @@ def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
     return parse(log.read_text(), sass.read_text())
 
 
-def unit_of(header: str) -> str:
-    lines = [f'#include "{ROOT / "csrc" / "cuda" / header}"', "namespace fpn_fast {"]
-    lines += [i.declaration for kernel in KERNELS if kernel.header == header for i in kernel.instances()]
-    return "\n".join([*lines, "}", ""])
+def unit_of_all() -> str:
+    """One for all headers: what they share is compiled once."""
+    lines = [f'#include "{ROOT / "csrc" / "cuda" / header}"' for header in {kernel.header: 0 for kernel in KERNELS}]
+    lines += ["namespace fpn_fast {", *(i.declaration for kernel in KERNELS for i in kernel.instances()), "}", ""]
+    return "\n".join(lines)
 
 
 @functools.cache
-def _compilations() -> dict[tuple[str, str], Future]:
-    """All units for all architectures, two at a time, started when the first is asked for."""
+def _compilations() -> dict[str, Future]:
+    """By architecture, two at a time, started when the first is asked for."""
     pool = ThreadPoolExecutor(max_workers=2)
     known = cuda_toolkit.architectures()
-    pairs = [(header, arch) for arch in ARCHITECTURES if arch in known for header in {k.header: 0 for k in KERNELS}]
-    return {
-        (header, arch): pool.submit(compile_unit, Path(header).stem, unit_of(header), arch) for header, arch in pairs
-    }
+    return {arch: pool.submit(compile_unit, "all", unit_of_all(), arch) for arch in ARCHITECTURES if arch in known}
 
 
 def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
@@ -527,7 +525,7 @@ def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
     cuda_toolkit.cuobjdump()
     if arch not in cuda_toolkit.architectures():
         pytest.skip(f"this nvcc does not compile for {arch}")
-    code = _compilations()[kernel.header, arch].result()
+    code = _compilations()[arch].result()
     by_instance = {}
     for instance in kernel.instances():
         (symbol,) = [name for name in code if name.startswith(instance.symbol)]

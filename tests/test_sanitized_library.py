@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, who
 
 def test_verify(tmp_path):
     folder, report = sanitized_library.build(), tmp_path / "report.json"
-    command = [sys.executable, "-m", "fpn_fast", "verify", "--quick", "--backends", "cpp", "--json", str(report)]
+    command = [sys.executable, "-m", "fpn_fast", "verify", "--cases", "3", "--backends", "cpp", "--json", str(report)]
     environment = sanitized_library.environment(folder)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Enough of CUDA to compile the project's .cuh kernels with a C++20 host compiler (`-include host_cuda.h`) and run
 // them, one OS thread per CUDA thread. Under -fsanitize=address,undefined that is a memory checker for kernels, and
-// under -fsanitize=thread a race checker, with no GPU.
+// under -fsanitize=thread a race checker, with no GPU. Without a sanitizer CUDA threads take turns on one OS thread,
+// from one wait to the next: most of what a wait of hundreds of OS threads costs is the kernel's switching between
+// them.
 //
 // Note [What the host machine checks]
 // - Blocks run one after another, so that `__shared__` can be a static variable. Between blocks every thread waits, and
@@ -16,10 +18,14 @@
 // are data races here as they are on a GPU.
 #pragma once
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <climits>
 #include <cmath>
@@ -27,6 +33,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <thread>
 #include <type_traits>
@@ -71,6 +79,61 @@ namespace host_cuda {
   std::abort();
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// std::barrier yields several times before it sleeps: with hundreds of threads on a few cores each of those is a switch
+// of threads for nothing.
+inline void wait_while(std::atomic<uint32_t>& number, uint32_t value) {
+  while (number.load(std::memory_order_acquire) == value) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&number), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+  }
+}
+inline void wake_all(std::atomic<uint32_t>& number) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&number), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+#else
+inline void let_the_next_run();
+inline void wait_while(std::atomic<uint32_t>& number, uint32_t value) {
+  while (number.load(std::memory_order_relaxed) == value) let_the_next_run();
+}
+inline void wake_all(std::atomic<uint32_t>&) {}
+#endif
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : expected_(threads), missing_(threads) {}
+
+  void arrive_and_wait() {
+    arrive_and_wait([] {});
+  }
+
+  // The last to arrive calls `complete` before anybody goes on.
+  template <class Complete>
+  void arrive_and_wait(const Complete& complete) {
+    // It cannot change before this thread has arrived.
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (missing_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      complete();
+      end_phase();
+    } else {
+      wait_while(phase_, phase);
+    }
+  }
+
+  void arrive_and_drop() {
+    expected_.fetch_sub(1, std::memory_order_relaxed);
+    if (missing_.fetch_sub(1, std::memory_order_acq_rel) == 1) end_phase();
+  }
+
+ private:
+  void end_phase() {
+    missing_.store(expected_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    phase_.fetch_add(1, std::memory_order_release);
+    wake_all(phase_);
+  }
+
+  std::atomic<uint32_t> expected_, missing_, phase_ = 0;
+};
+
 class Warp {
  public:
   // The value of every lane that is live; a lane that has returned, or never was, has none.
@@ -103,12 +166,12 @@ class Warp {
     uint64_t value, turn;
   };
   unsigned threads_ = 0;
-  std::optional<std::barrier<>> barrier_;
+  std::optional<Barrier> barrier_;
   std::array<Slot, warpSize> slots_[2] = {};
 };
 
 struct Block {
-  std::optional<std::barrier<>> barrier;
+  std::optional<Barrier> barrier;
   std::vector<Warp> warps;
 
   explicit Block(unsigned threads) : warps((threads + warpSize - 1) / warpSize) { reset(threads); }
@@ -133,6 +196,70 @@ struct Thread {
 };
 
 inline constinit thread_local Thread current{};
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// Calls `body` with each index below `threads`, on a thread of its own.
+template <class Body>
+void run_all(unsigned threads, const Body& body) {
+  std::vector<std::jthread> pool;
+  for (unsigned index = 0; index < threads; ++index) pool.emplace_back(body, index);
+}
+#else
+// A CUDA thread that waits for its turn, and what the thread-local variables hold in it.
+struct Turn {
+  static constexpr size_t kStackBytes = 128 << 10;
+
+  ucontext_t context;
+  uint3 thread_index, block_index;
+  Thread thread;
+  bool ended;
+};
+
+struct Turns {
+  std::vector<Turn> all;
+  unsigned index, left;
+  ucontext_t end;
+  std::function<void(unsigned)> body;
+};
+
+inline Turns turns;
+
+inline void let_the_next_run() {
+  Turn& from = turns.all[turns.index];
+  from.thread_index = threadIdx, from.block_index = blockIdx, from.thread = current;
+  do {
+    turns.index = (turns.index + 1) % turns.all.size();
+  } while (turns.all[turns.index].ended);
+  Turn& to = turns.all[turns.index];
+  if (&to == &from) return;
+  threadIdx = to.thread_index, blockIdx = to.block_index, current = to.thread;
+  swapcontext(&from.context, &to.context);
+}
+
+inline void take_turns() {
+  turns.body(turns.index);
+  turns.all[turns.index].ended = true;
+  if (--turns.left == 0) setcontext(&turns.end);
+  let_the_next_run();
+}
+
+// Calls `body` with each index below `threads`, each on a stack of its own and up to where it waits.
+template <class Body>
+void run_all(unsigned threads, const Body& body) {
+  static std::vector<std::unique_ptr<char[]> > stacks;
+  while (stacks.size() < threads) stacks.push_back(std::make_unique_for_overwrite<char[]>(Turn::kStackBytes));
+  turns.all.assign(threads, Turn{});
+  turns.index = 0, turns.left = threads, turns.body = body;
+  for (unsigned index = 0; index < threads; ++index) {
+    ucontext_t& context = turns.all[index].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[index].get();
+    context.uc_stack.ss_size = Turn::kStackBytes;
+    makecontext(&context, take_turns, 0);
+  }
+  swapcontext(&turns.end, &turns.all[0].context);
+}
+#endif
 
 inline Warp::Lanes exchange(unsigned mask, uint64_t value) {
   return current.warp().exchange(mask, current.lane(), value, ++current.exchanges);
@@ -171,7 +298,7 @@ void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOne
   const bool one_by_one = order == Blocks::kOneByOne;
   Block state(threads);
   const auto reset = [&]() noexcept { state.reset(threads); };
-  std::barrier between_blocks(threads, reset);
+  Barrier between_blocks(threads);
   const auto run_thread = [&](unsigned index) {
     gridDim = grid, blockDim = block;
     threadIdx = {index % block.x, index / block.x % block.y, index / block.x / block.y};
@@ -183,11 +310,10 @@ void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOne
       if (!one_by_one) continue;
       current.warp().leave();
       state.barrier->arrive_and_drop();
-      between_blocks.arrive_and_wait();
+      between_blocks.arrive_and_wait(reset);
     }
   };
-  std::vector<std::jthread> pool;
-  for (unsigned index = 0; index < threads; ++index) pool.emplace_back(run_thread, index);
+  run_all(threads, run_thread);
 }
 
 }  // namespace host_cuda
