@@ -14,7 +14,6 @@ import subprocess
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import cuda_toolkit
 import pytest

@@ -208,28 +208,35 @@ def test_scale_factor_of_two_is_the_doubling_merge():
     assert torch.equal(ops.top_down(laterals, scale_factor=2)[0], ops.top_down(laterals)[0])
 
 
-def test_few_numbers_with_a_gradient_are_merged_by_torchs_operators():
+FEW = torch.Size((2, 3, 5, 7)), torch.Size((2, 3, 2, 3)), torch.Size((2, 3, 2, 2))
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_few_numbers_with_a_gradient_are_merged_by_torchs_operators(levels):
     """With the kernel's results; and no others are, nor where a backend is asked for."""
 
-    def name_and_result(lateral, top, backend="auto", **options):
-        maps = lateral.requires_grad_(), top.requires_grad_()
+    def name_and_result(laterals, backend="auto", **options):
+        laterals = [each.requires_grad_() for each in laterals]
         with backends.use(backend):
-            merged = ops.upsample_add(*maps, **options)
-        return merged.grad_fn.name(), merged, *torch.autograd.grad(merged, maps, torch.ones_like(merged))
+            *merged, last = ops.top_down(laterals, **options)
+        assert last is laterals[-1]
+        grads = torch.autograd.grad(merged, laterals, [torch.ones_like(each) for each in merged])
+        return merged[0].grad_fn.name(), merged, grads
 
-    few = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 2, 3)
-    (by_torch, *ours), (by_kernel, *theirs) = name_and_result(*few), name_and_result(*few, "cpp")
+    few = [torch.randn(size) for size in FEW[:levels]]
+    (by_torch, *ours), (by_kernel, *theirs) = name_and_result(few), name_and_result(few, "cpp")
     assert by_torch == "AddBackward0"
-    assert torch.equal(ours[0], theirs[0])
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     others = [[each.detach().to(dtype) for each in few] for dtype in battery.DTYPES if dtype != torch.float32]
     others += [[each.detach().to(memory_format=torch.channels_last) for each in few]]
+    others += [[*few[:-1], few[-1].detach().to(memory_format=torch.channels_last)]]
     others += [[each.detach().repeat(1, 16, 3, 3) for each in few]]
-    names = [name_and_result(*each)[0] for each in others] + [name_and_result(*few, fuse="avg")[0]]
+    names = [name_and_result(each)[0] for each in others] + [name_and_result(few, fuse="avg")[0]]
     assert set(names) == {by_kernel} != {by_torch}
     for wrong in (torch.randn(2, 1, 2, 3), torch.randn(2, 3, 2), torch.randn(2, 3, 2, 3).double(), None):
         with pytest.raises((TypeError, ValueError), match="laterals"):
-            ops.upsample_add(few[0], wrong)
+            ops.top_down([few[0], wrong])
 
 
 @pytest.mark.slow

@@ -55,6 +55,10 @@ def top_down(
     torchvision/ops/feature_pyramid_network.py.
     """
     laterals = list(laterals)
+    if mode == "nearest" and fuse == "sum" and scale_factor is None and not align_corners:
+        few = _merge_few(laterals)
+        if few is not None:
+            return few
     code = _check_options(mode, align_corners, fuse)
     average = fuse == "avg"
     if scale_factor is not None:
@@ -105,36 +109,47 @@ def upsample_add(
     lateral: [N, C, H, W]; top: [N, C, h, w]; returns [N, C, H, W].
     """
     if mode == "nearest" and fuse == "sum" and scale_factor is None and not align_corners:
-        merged = _add_few(lateral, top)
-        if merged is not None:
-            return merged
+        few = _merge_few((lateral, top))
+        if few is not None:
+            return few[0]
     return top_down((lateral, top), mode, align_corners=align_corners, scale_factor=scale_factor, fuse=fuse)[0]
 
 
-def _add_few(lateral: Tensor, top: Tensor) -> Tensor | None:
+def _merge_few(laterals: Sequence[Tensor]) -> list[Tensor] | None:
     """The nearest merge of few numbers with a gradient by torch's own operators; None where a kernel should do it.
 
     An autograd.Function takes longer than all else of such a call, and the stable ABI has nothing else for a kernel.
     """
+    if torch.compiler.is_compiling():
+        return None
     try:
-        if (
-            lateral.numel() <= _FEW
-            and lateral.is_cpu
-            and lateral.dtype is torch.float32
-            and top.dtype is torch.float32
-            and torch._C._any_requires_grad(lateral, top)
-            and torch.is_grad_enabled()
+        if not (
+            laterals[0].numel() <= _FEW
+            and laterals[0].is_cpu
+            and torch._C._any_requires_grad(*laterals)
             and backends.requested() == "auto"
-            and not torch.compiler.is_compiling()
         ):
-            resampled = torch._C._nn.upsample_nearest2d(top, lateral.shape[2:], None)
-            # Else the sum may be of another shape or memory format.
-            if resampled.shape == lateral.shape and lateral.is_contiguous():
-                return lateral + resampled
-    except (AttributeError, RuntimeError, TypeError):
+            return None
+        above = laterals[-1]
+        if not above.is_contiguous():
+            return None
+        merged = [above]
+        for lateral in laterals[-2::-1]:
+            resampled = torch._C._nn.upsample_nearest2d(above, lateral.shape[2:], None)
+            # Else the sum may be of another type, shape or memory format.
+            if not (
+                lateral.dtype is resampled.dtype is torch.float32
+                and lateral.shape == resampled.shape
+                and lateral.is_contiguous()
+            ):
+                return None
+            above = lateral + resampled
+            merged.append(above)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
         # The caller's next step says what is wrong in better words.
-        pass
-    return None
+        return None
+    merged.reverse()
+    return merged
 
 
 def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
