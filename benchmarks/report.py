@@ -10,7 +10,7 @@
 A block is ``<!-- benchmark:FAMILY MACHINE [WORD ...] -->`` to ``<!-- /benchmark -->``. MACHINE is a folder's name or a
 device type that only one folder has; of the cases, those are shown that have every WORD in their name. FAMILY is one of
 ``fpn_fast bench`` or ``detectors``, of benchmarks/detectors.py. The census is of no machine: ``<!-- census -->`` to
-``<!-- /census -->``.
+``<!-- /census -->``; and the accuracies of examples/ablation.py, ``<!-- ablation -->`` to ``<!-- /ablation -->``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import census, detectors  # noqa: E402
+from examples import ablation  # noqa: E402
 from fpn_fast.bench.cases import targets  # noqa: E402
 from fpn_fast.bench.report import Row, by_case, load, markdown  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- benchmark:(\w+) (\S+)((?: \S+)*) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 _CENSUS = re.compile(r"(<!-- census -->\n).*?(<!-- /census -->)", re.DOTALL)
+
+_ABLATION = re.compile(r"(<!-- ablation -->\n).*?(<!-- /ablation -->)", re.DOTALL)
 
 
 def find(folder: Path, family: str, machine: str) -> Path:
@@ -69,7 +72,12 @@ def render_readme(text: str, folder: Path) -> str:
         begin, end = match.groups()
         return begin + census.table(json.loads((folder / "census.json").read_text())) + end
 
-    return _CENSUS.sub(counts, _BLOCK.sub(block, text))
+    def accuracies(match: re.Match[str]) -> str:
+        begin, end = match.groups()
+        found = json.loads((folder / "ablation.json").read_text())
+        return begin + ablation.table(found["rows"], found["command"]) + end
+
+    return _ABLATION.sub(accuracies, _CENSUS.sub(counts, _BLOCK.sub(block, text)))
 
 
 def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:

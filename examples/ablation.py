@@ -24,8 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import train_detector
-
 ROWS: dict[str, tuple[str, ...]] = {
     "FPN, torchvision": ("--backend", "eager"),
     "FPN, fpn_fast": (),
@@ -39,9 +37,13 @@ COLUMNS = ("AP", "AP50", "AP_small", "AP_medium", "AP_large")
 def train(arguments: list[str], folder: Path, jobs: int) -> int:
     """Runs train_detector.py and returns its exit code; one of several writes to a log instead of the terminal."""
     if jobs == 1:
+        # Here, so that the table of figures that are there needs none of its packages.
+        import train_detector
+
         return train_detector.main(arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, train_detector.__file__, *arguments, "--threads", str(max(1, cores() // jobs))]
+    script = Path(__file__).with_name("train_detector.py")
+    command = [sys.executable, str(script), *arguments, "--threads", str(max(1, cores() // jobs))]
     with (folder / "log.txt").open("a") as log:
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
 
@@ -86,17 +88,18 @@ def measure(name: str, options: argparse.Namespace, more: Sequence[str]) -> dict
 
 def table(rows: list[dict[str, Any]], command: str) -> str:
     """Markdown, AP in points of 100."""
-    lines = ["| model | AP | AP50 | small | medium | large |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    columns = [column for column in COLUMNS if any(row[column] is not None for row in rows)]
+    names = [column.removeprefix("AP_") for column in columns]
+    lines = [f"| model | {' | '.join(names)} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
-        values = ("-" if row[column] is None else f"{100 * row[column]:.1f}" for column in COLUMNS)
+        values = ("-" if row[column] is None else f"{100 * row[column]:.1f}" for column in columns)
         lines.append(f"| {row['row']} | {' | '.join(values)} |")
-    arguments = rows[0]["arguments"]
+    arguments, versions = rows[0]["arguments"], rows[0]["versions"]
     lines += [
         "",
         f"Faster R-CNN, ResNet-18 from random weights, a pyramid of {arguments['channels']} channels, "
         f"{arguments['steps']} steps of {arguments['batch_size']} pictures of {arguments['image_size']} pixels, seed "
-        f"{arguments['seed']}; {rows[0]['images']} test pictures. "
-        f"`{command}`",
+        f"{arguments['seed']}; {rows[0]['images']} test pictures; torch {versions['torch']}. `{command}`",
     ]
     return "\n".join(lines) + "\n"
 

@@ -117,7 +117,13 @@ def build_detector(
 
 
 def build_backbone(
-    name: str, two_stage: bool, norm: str, frozen_stages: int, pretrained: bool, pyramid: str, channels: int
+    name: str,
+    two_stage: bool,
+    norm: str,
+    frozen_stages: int,
+    pretrained: bool,
+    pyramid: str,
+    channels: int = CHANNELS,
 ) -> BackboneWithPyramid:
     """A classifier's stages under a pyramid: P2 to P6 for two stages, P3 to P7 for one, P4 alone for "c4"."""
     trunk = _trunk(name, pretrained)

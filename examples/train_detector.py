@@ -128,6 +128,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compare sets a backend beside eager: take --backend auto, cpp, triton or reference")
     if args.pyramid == "c4" and args.model not in TWO_STAGE:
         parser.error(f"--pyramid c4 is for {' and '.join(TWO_STAGE)}, got --model {args.model}")
+    if args.model == "fcos" and args.channels % 32 != 0:
+        parser.error(f"--channels must be a multiple of 32 for fcos, whose heads have 32 groups, got {args.channels}")
     if args.static_sampling and (args.model not in TWO_STAGE or args.backend == "eager" or args.compare):
         parser.error(f"--static-sampling is for {' and '.join(TWO_STAGE)} with our kernels, and has no --compare")
     if args.coco_test is not None and args.coco is None:

@@ -35,7 +35,8 @@ from processes import Processes
 from fpn_fast import backends, ops
 
 # The smallest pictures, and one thread: two wait for each other on a busy machine.
-SMALL = ("--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "1")
+SMALL = ("--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "1",
+         "--channels", "32")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -225,9 +226,9 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
     assert difference["at_equal_weights"]["loss"] <= 1e-5
     assert difference["at_equal_weights"]["gradient_relative"] <= 1e-3
     assert set(figures["merge"]["median_seconds"]) == {"eager", "fused"}
-    assert [shape[1] for shape in figures["merge"]["laterals"]] == [256] * 4
+    assert [shape[1] for shape in figures["merge"]["laterals"]] == [32] * 4
     assert set(figures["pooler"]["median_seconds"]) == {"eager", "fused"}
-    assert [shape[1] for shape in figures["pooler"]["maps"]] == [256] * 4
+    assert [shape[1] for shape in figures["pooler"]["maps"]] == [32] * 4
     assert 0 < figures["pooler"]["boxes"] <= 128
     assert all(len(track["step_seconds"]) == 3 and min(track["step_seconds"]) > 0 for track in (eager, fused))
     assert eager["test"]["images"] == fused["test"]["images"] == 2
@@ -494,7 +495,14 @@ def test_a_backend_that_cannot_serve_is_one_clear_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--steps", "0"), ("--lr", "nan"), ("--compare", "--backend", "eager"), ("--image-size", "8")]
+    "arguments",
+    [
+        ("--steps", "0"),
+        ("--lr", "nan"),
+        ("--compare", "--backend", "eager"),
+        ("--image-size", "8"),
+        ("--channels", "48", "--model", "fcos"),
+    ],
 )
 def test_arguments_that_make_no_sense_are_refused(
     arguments: tuple[str, ...], output: Path, capsys: pytest.CaptureFixture[str]
@@ -571,7 +579,7 @@ def test_frozen_stages_keep_their_weights_and_statistics(norm: str, kind: type) 
     "arguments",
     [
         ("--model", "retinanet", "--backbone", "mobilenet_v3_large", "--frozen-stages", 2, "--norm", "batch"),
-        ("--model", "fcos", "--norm", "frozen", "--multi-scale", 64, 96, "--flip", "--accumulate", 2),
+        ("--model", "fcos", "--norm", "frozen", "--multi-scale", 64, 96, "--flip", "--accumulate", 2, "--channels", 64),
         ("--pyramid", "c4", "--channels-last", "--evaluate-every", 1),
     ],
 )

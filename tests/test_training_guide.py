@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 GUIDE = (ROOT / "docs" / "train-on-your-own-data.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
 # What makes a command small: later values of an option replace earlier ones.
-SMALL = ["--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "1"]
+SMALL = ["--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "1",
+         "--channels", "32"]  # fmt: skip
 SMALLER = {
     "digits_on_photographs": ["--image-size", "64", "--train", "6", "--test", "2"],
     "train_detector": SMALL,

@@ -21,7 +21,8 @@ from digits_on_photographs import DigitsOnPhotographs
 
 import fpn_fast
 
-SMALL = ("--image-size", "64", "--batch-size", "1", "--device", "cpu", "--threads", "1", "--eval-images", "3")
+SMALL = ("--image-size", "64", "--batch-size", "1", "--device", "cpu", "--threads", "1", "--eval-images", "3",
+         "--channels", "32")  # fmt: skip
 
 
 class FirstOnes:
@@ -44,7 +45,7 @@ class FirstOnes:
 def detector() -> nn.Module:
     """Faster R-CNN in float64, where other orders of sums change nothing that a selection could turn on."""
     torch.manual_seed(0)
-    model = build_detector("faster_rcnn", "resnet18", 10, 64).double()
+    model = build_detector("faster_rcnn", "resnet18", 10, 64, channels=32).double()
     fpn_fast.accelerate(model)
     model.rpn.fg_bg_sampler = FirstOnes(64, 0.5)
     model.roi_heads.fg_bg_sampler = FirstOnes(32, 0.25)
