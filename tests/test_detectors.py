@@ -26,6 +26,7 @@ TWO_STAGES = {"num_classes": 5, **SMALL}
 # Heads that are long.
 FEW = {"box_batch_size_per_image": 16, "box_detections_per_img": 20}
 FEW |= {"rpn_post_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 100}
+FEWER = {**FEW, "box_batch_size_per_image": 4, "box_detections_per_img": 6}
 BUILDERS = {
     "fasterrcnn_resnet50_fpn": TWO_STAGES,
     "fasterrcnn_resnet50_fpn_v2": {**TWO_STAGES, **FEW},
@@ -33,7 +34,7 @@ BUILDERS = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": {"num_classes": 5, "min_size": 96, "max_size": 128},
     "maskrcnn_resnet50_fpn": {**TWO_STAGES, **FEW},
     "maskrcnn_resnet50_fpn_v2": {**TWO_STAGES, **FEW},
-    "keypointrcnn_resnet50_fpn": {"num_classes": 2, "num_keypoints": 4, **SMALL, **FEW, "box_detections_per_img": 6},
+    "keypointrcnn_resnet50_fpn": {"num_classes": 2, "num_keypoints": 4, **SMALL, **FEWER},
     "retinanet_resnet50_fpn": {"num_classes": 5, "score_thresh": 0.009, **SMALL},
     "retinanet_resnet50_fpn_v2": {"num_classes": 5, "score_thresh": 0.009, **SMALL},
     "fcos_resnet50_fpn": {"num_classes": 5, "score_thresh": 0.07, **SMALL},
