@@ -109,9 +109,9 @@ def upsample_add(
     lateral: [N, C, H, W]; top: [N, C, h, w]; returns [N, C, H, W].
     """
     if mode == "nearest" and fuse == "sum" and scale_factor is None and not align_corners:
-        few = _merge_few((lateral, top))
+        few = None if torch.compiler.is_compiling() else _add_few(lateral, top)
         if few is not None:
-            return few[0]
+            return few
     return top_down((lateral, top), mode, align_corners=align_corners, scale_factor=scale_factor, fuse=fuse)[0]
 
 
@@ -120,36 +120,37 @@ def _merge_few(laterals: Sequence[Tensor]) -> list[Tensor] | None:
 
     An autograd.Function takes longer than all else of such a call, and the stable ABI has nothing else for a kernel.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len(laterals) < 2:
         return None
-    try:
-        if not (
-            laterals[0].numel() <= _FEW
-            and laterals[0].is_cpu
-            and torch._C._any_requires_grad(*laterals)
-            and backends.requested() == "auto"
-        ):
+    merged = [laterals[-1]]
+    for lateral in laterals[-2::-1]:
+        above = _add_few(lateral, merged[-1])
+        if above is None:
             return None
-        above = laterals[-1]
-        if not above.is_contiguous():
-            return None
-        merged = [above]
-        for lateral in laterals[-2::-1]:
-            resampled = torch._C._nn.upsample_nearest2d(above, lateral.shape[2:], None)
-            # Else the sum may be of another type, shape or memory format.
-            if not (
-                lateral.dtype is resampled.dtype is torch.float32
-                and lateral.shape == resampled.shape
-                and lateral.is_contiguous()
-            ):
-                return None
-            above = lateral + resampled
-            merged.append(above)
-    except (AttributeError, IndexError, RuntimeError, TypeError):
-        # The caller's next step says what is wrong in better words.
-        return None
+        merged.append(above)
     merged.reverse()
     return merged
+
+
+def _add_few(lateral: Tensor, top: Tensor) -> Tensor | None:
+    """A step of :func:`_merge_few`."""
+    try:
+        if (
+            lateral.numel() <= _FEW
+            and lateral.is_cpu
+            and lateral.dtype is torch.float32
+            and top.dtype is torch.float32
+            and torch._C._any_requires_grad(lateral, top)
+            and backends.requested() == "auto"
+        ):
+            resampled = torch._C._nn.upsample_nearest2d(top, lateral.shape[2:], None)
+            # Else the sum may be of another shape or memory format.
+            if resampled.shape == lateral.shape and lateral.is_contiguous() and top.is_contiguous():
+                return lateral + resampled
+    except (AttributeError, RuntimeError, TypeError):
+        # The caller's next step says what is wrong in better words.
+        pass
+    return None
 
 
 def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
