@@ -59,6 +59,13 @@ def top_down(
         few = _merge_few(laterals)
         if few is not None:
             return few
+    return _merge_by_backend(laterals, mode, align_corners, scale_factor, fuse)
+
+
+def _merge_by_backend(
+    laterals: list[Tensor], mode: str, align_corners: bool, scale_factor: int | None, fuse: str
+) -> list[Tensor]:
+    """:func:`top_down`, but for what torch's own operators do."""
     code = _check_options(mode, align_corners, fuse)
     average = fuse == "avg"
     if scale_factor is not None:
@@ -112,7 +119,7 @@ def upsample_add(
         few = None if torch.compiler.is_compiling() else _add_few(lateral, top)
         if few is not None:
             return few
-    return top_down((lateral, top), mode, align_corners=align_corners, scale_factor=scale_factor, fuse=fuse)[0]
+    return _merge_by_backend([lateral, top], mode, align_corners, scale_factor, fuse)[0]
 
 
 def _merge_few(laterals: Sequence[Tensor]) -> list[Tensor] | None:
@@ -136,11 +143,11 @@ def _add_few(lateral: Tensor, top: Tensor) -> Tensor | None:
     """A step of :func:`_merge_few`."""
     try:
         if (
-            lateral.numel() <= _FEW
+            torch._C._any_requires_grad(lateral, top)
+            and lateral.numel() <= _FEW
             and lateral.is_cpu
             and lateral.dtype is torch.float32
             and top.dtype is torch.float32
-            and torch._C._any_requires_grad(lateral, top)
             and backends.requested() == "auto"
         ):
             resampled = torch._C._nn.upsample_nearest2d(top, lateral.shape[2:], None)
