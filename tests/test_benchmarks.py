@@ -575,8 +575,7 @@ def test_nvidia_mapping_is_measured_on_a_gpu_where_it_applies() -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sampling_ratio", [2, 0])
+@pytest.mark.parametrize(("sampling_ratio", "dtype"), [(2, "float32"), (2, "bfloat16"), (0, "float32")])
 def test_nvidia_mapping_pools_what_the_reference_pools(
     sampling_ratio: int, dtype: str, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
