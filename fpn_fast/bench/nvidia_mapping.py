@@ -133,8 +133,8 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: Any, rois: Tensor, scales: Tensor, sizes: Tensor, output_size: int, sampling_ratio: int,
                 *maps: Tensor) -> Tensor:  # fmt: skip
         levels = _levels(rois)
-        pooled = maps[0].new_empty(len(rois), maps[0].shape[1], output_size, output_size)
-        pooled = pooled.contiguous(memory_format=torch.channels_last)
+        shape = len(rois), maps[0].shape[1], output_size, output_size
+        pooled = torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=torch.channels_last)
         _launch(nvidia_mapping_kernel, maps, scales, rois, levels, pooled, output_size, sampling_ratio, sizes)
         ctx.save_for_backward(rois, scales, sizes, levels)
         ctx.options = output_size, sampling_ratio
