@@ -79,7 +79,7 @@ class _FocalLoss(torch.autograd.Function):
 
 def _of_background(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and derivative of classes that are not an anchor's: (1 - alpha) p^2 log(1 / (1 - p)), p = sigmoid."""
-    p, cross_entropy = logits.sigmoid(), F.softplus(logits)
+    p, cross_entropy = logits.sigmoid(), _softplus(logits)
     factor = p.square().mul_(1 - _ALPHA)
     slope = (1 - p).mul_(cross_entropy).mul_(2).add_(p).mul_(factor)
     return cross_entropy.mul_(factor), slope
@@ -87,5 +87,21 @@ def _of_background(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_match(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and derivative of an anchor's class: alpha (1 - p)^2 log(1 / p), p = sigmoid."""
-    p, q, cross_entropy = logits.sigmoid(), torch.sigmoid(-logits), F.softplus(-logits)
+    p, q, cross_entropy = logits.sigmoid(), torch.sigmoid(-logits), _softplus(-logits)
     return _ALPHA * q.square() * cross_entropy, -_ALPHA * q.square() * (2 * p * cross_entropy + q)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) to a few roundings.
+
+    On a CPU PyTorch's softplus takes a logarithm of one element at a time, more than all the rest of the loss; its
+    exponential and logarithm take vectors. log1p is made of that logarithm by Kahan's correction (Higham, Accuracy
+    and Stability of Numerical Algorithms, 2002, section 1.14.1).
+    """
+    if not x.is_cpu:
+        return F.softplus(x)
+    tail = x.abs().neg_().exp_()
+    rounded = 1 + tail
+    # Of a tail that is lost in 1 + tail, log1p is the tail itself, and the quotient 0 / 0.
+    corrected = rounded.log().mul_(tail).div_(rounded - 1)
+    return torch.where(rounded == 1, tail, corrected).add_(x.clamp(min=0))
