@@ -4,12 +4,13 @@
     OMP_WAIT_POLICY=passive python examples/ablation.py --output runs/ablation
 
 Every row is a run of train_detector.py with the same seed, data and steps: torchvision's Faster R-CNN as it is, the
-same one with our kernels, with static sampling, without the top-down pathway, and on a single level of stride 16. The
-paper (Lin et al., 2017, Tables 1 and 2) has the pyramid above both, most of all on small objects. A row that has its
-figures already is not trained again, and one that was interrupted goes on.
+same one with our kernels, with static sampling, without the top-down pathway, and on a single level of stride 16. As in
+the paper (Lin et al., 2017, Tables 1 and 2) the figures are the AR of the first stage's proposals and the AP of the
+detections. A row that has its figures already is not trained again, and one that was interrupted goes on.
 
-The pyramid has 64 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end, so
-that five models converge within an hour of two cores.
+The backbone has one of its 22 blocks before the finest level, so that what is deep must come from above, and is quick;
+the pyramid has 64 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end: five
+models converge within an hour of two cores.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +33,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "no top-down pathway": ("--pyramid", "no-top-down"),
     "single level, C4": ("--pyramid", "c4"),
 }
-COLUMNS = ("AP", "AP50", "AP_small", "AP_medium", "AP_large")
+PRECISIONS = ("AP", "AP50", "AP_small", "AP_medium", "AP_large")
+RECALLS = ("AR_10", "AR_10_small", "AR_10_medium", "AR_10_large", "AR_100")
 
 
 def train(arguments: list[str], folder: Path, jobs: int) -> int:
@@ -58,6 +61,7 @@ def measure(name: str, options: argparse.Namespace, more: Sequence[str]) -> dict
     steps = options.steps
     arguments = ["--steps", steps, "--seed", options.seed, "--image-size", options.image_size]
     arguments += ["--batch-size", options.batch_size, "--eval-images", options.eval_images, "--output", folder]
+    arguments += ["--backbone", options.backbone]
     arguments += ["--channels", options.channels, "--lr-steps", max(1, steps * 3 // 4), max(1, steps * 11 // 12)]
     # Where the curve is flat, training has converged.
     arguments += ["--evaluate-every", max(1, steps // 6), *ROWS[name], *more]
@@ -76,7 +80,8 @@ def measure(name: str, options: argparse.Namespace, more: Sequence[str]) -> dict
              for at in figures["test_history"]]  # fmt: skip
     return {
         "row": name,
-        **{column: track["test"][column] for column in COLUMNS},
+        **{column: track["test"][column] for column in PRECISIONS},
+        **{column: track["test"].get("proposals", {}).get(column) for column in RECALLS},
         "images": track["test"]["images"],
         "AP_by_step": curve,
         "final_loss": sum(track["losses"][-20:]) / len(track["losses"][-20:]),
@@ -87,9 +92,9 @@ def measure(name: str, options: argparse.Namespace, more: Sequence[str]) -> dict
 
 
 def table(rows: list[dict[str, Any]], command: str) -> str:
-    """Markdown, AP in points of 100."""
-    columns = [column for column in COLUMNS if any(row[column] is not None for row in rows)]
-    names = [column.removeprefix("AP_") for column in columns]
+    """Markdown, AP and AR in points of 100."""
+    columns = [column for column in PRECISIONS + RECALLS if any(row[column] is not None for row in rows)]
+    names = [column.replace("_", " ") for column in columns]
     lines = [f"| model | {' | '.join(names)} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         values = ("-" if row[column] is None else f"{100 * row[column]:.1f}" for column in columns)
@@ -97,9 +102,10 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
     arguments, versions = rows[0]["arguments"], rows[0]["versions"]
     lines += [
         "",
-        f"Faster R-CNN, ResNet-18 from random weights, a pyramid of {arguments['channels']} channels, "
+        f"Faster R-CNN, {arguments['backbone']} from random weights, a pyramid of {arguments['channels']} channels, "
         f"{arguments['steps']} steps of {arguments['batch_size']} pictures of {arguments['image_size']} pixels, seed "
-        f"{arguments['seed']}; {rows[0]['images']} test pictures; torch {versions['torch']}. `{command}`",
+        f"{arguments['seed']}; {rows[0]['images']} test pictures; AR is of the first 10 or 100 proposals; "
+        f"torch {versions['torch']}. `{command}`",
     ]
     return "\n".join(lines) + "\n"
 
@@ -109,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None, epilog="Other options are train_detector.py's."
     )
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--backbone", default="regnet_x_400mf")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--channels", type=int, default=64, help="of the pyramid's maps")
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = list(pool.map(lambda name: measure(name, options, more), options.rows))
-    command = " ".join(["python examples/ablation.py", *given])
+    command = shlex.join(["python", "examples/ablation.py", *given])
     text = table(rows, command)
     (options.output / "ablation.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
     (options.output / "ablation.md").write_text(text)

@@ -26,6 +26,10 @@ from torchvision.transforms.v2 import functional as F
 Item = tuple[Tensor, dict[str, Tensor]]
 
 
+# Of each image, as their recall is measured.
+PROPOSALS_COUNTED = (10, 100)
+
+
 class DataError(Exception):
     """Annotations or images that cannot be used; the message is one line that says which and why."""
 
@@ -281,6 +285,19 @@ def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return [image for image, _ in items], [target for _, target in items]
 
 
+def proposals_as_coco(image_id: int, boxes: Tensor, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The first of an image's proposals ``[P, 4]``, best first, as COCO results.
+
+    They have no class, but pycocotools leaves out what is of none that the set has.
+    """
+    boxes = boxes[: PROPOSALS_COUNTED[-1]].float().cpu().clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {"image_id": image_id, "category_id": category_ids[0], "bbox": box, "score": -rank}
+        for rank, box in enumerate(boxes.tolist())
+    ]
+
+
 def detections_as_coco(
     image_id: int, detections: dict[str, Tensor], category_ids: tuple[int, ...]
 ) -> list[dict[str, Any]]:
@@ -312,19 +329,40 @@ def average_precision(
 ) -> dict[str, float | None]:
     """COCO's AP of results' boxes ("bbox") or masks ("segm"), by pycocotools; None where the set has none of a size."""
     names = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_large": 5, "AR_100": 8}
+    if not results:
+        # pycocotools cannot take an empty list; a detector that finds nothing has no precision.
+        return dict.fromkeys(names, 0.0)
+    # Of a result with a box pycocotools takes the box's area for the mask's.
+    kept = [{key: result[key] for key in result if kind == "bbox" or key != "bbox"} for result in results]
+    stats = _evaluate(coco, kept, kind, by_class=True).stats
+    values = {name: float(stats[place]) for name, place in names.items()}
+    return {name: value if value >= 0 else None for name, value in values.items()}
+
+
+def average_recall(coco: dict[str, Any], proposals: list[dict[str, Any]]) -> dict[str, float | None]:
+    """COCO's AR of each image's first 10 and 100 boxes, whatever their class; None where the set has none of a size.
+
+    How the FPN paper measures a region proposal network (Lin et al., 2017, Table 1).
+    """
+    names = [f"AR_{count}{size}" for count in PROPOSALS_COUNTED for size in ("", "_small", "_medium", "_large")]
+    if not proposals:
+        return dict.fromkeys(names, 0.0)
+    # Overlap thresholds, one class, sizes, counts.
+    recall = _evaluate(coco, proposals, "bbox", by_class=False).eval["recall"][:, 0, :, 1:]
+    values = recall.mean(axis=0).T.ravel().tolist()
+    return {name: value if value >= 0 else None for name, value in zip(names, values, strict=True)}
+
+
+def _evaluate(coco: dict[str, Any], results: list[dict[str, Any]], kind: str, *, by_class: bool) -> COCOeval:
     truth = COCO()
     truth.dataset = coco
     # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        if not results:
-            # loadRes cannot take an empty list; a detector that finds nothing has no precision.
-            return dict.fromkeys(names, 0.0)
-        # Of a result with a box pycocotools takes the box's area for the mask's.
-        kept = [{key: result[key] for key in result if kind == "bbox" or key != "bbox"} for result in results]
-        evaluation = COCOeval(truth, truth.loadRes(kept), kind)
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        evaluation.params.useCats = int(by_class)
+        evaluation.params.maxDets = [1, *PROPOSALS_COUNTED]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    values = {name: float(evaluation.stats[place]) for name, place in names.items()}
-    return {name: value if value >= 0 else None for name, value in values.items()}
+    return evaluation

@@ -51,8 +51,10 @@ class Logs:
         self.history.append({"step": step + 1, **figures})
         for name, found in figures.items():
             values = {f"test/{key}": value for key, value in found.items() if isinstance(value, float)}
-            masks = {f"test/masks_{key}": value for key, value in found.get("masks", {}).items() if value is not None}
-            self._write(name, values | masks, step)
+            for part in ("masks", "proposals"):
+                more = found.get(part, {}).items()
+                values |= {f"test/{part}_{key}": value for key, value in more if value is not None}
+            self._write(name, values, step)
 
     def _write(self, name: str, values: dict[str, float], step: int) -> None:
         if self._writer is not None:

@@ -139,7 +139,9 @@ def build_backbone(
     body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
     kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
     extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
-    fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra)
+    # From random weights a sum over levels trains many times slower where they are of different scale.
+    norms = _group_norm if norm == "group" else None
+    fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra, norms)
     return BackboneWithPyramid(body, fpn, channels)
 
 
@@ -181,6 +183,11 @@ def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
     # A stem that goes to stride 4 at once has no end at 2: there is nothing to freeze before it.
     ends.setdefault(1, (-1, 3))
     return ends
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """Of a pyramid's maps: eight channels a group, as where 256 have 32 groups."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
 def _replace_batch_norms(module: nn.Module, names: list[str], norm: str) -> None:

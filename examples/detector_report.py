@@ -350,6 +350,11 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
             if "masks" in tests[0]
             else []
         ),
+        *(
+            [["AR of 10 / 100 proposals", *(precision(each["proposals"], ("AR_10", "AR_100")) for each in tests)]]
+            if "proposals" in tests[0]
+            else []
+        ),
         ["loss, first step", *(f"{figures[name]['losses'][0]:.4f}" for name in names)],
         [f"loss, mean of last {last}", *(f"{statistics.fmean(figures[name]['losses'][-last:]):.4f}" for name in names)],
     ]

@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--backbone", default="resnet18", help="a classifier of torchvision, by its name there")
     model.add_argument("--pretrained", action="store_true", help="ImageNet weights for the backbone; downloads them")
     model.add_argument("--frozen-stages", type=int, choices=range(6), default=0, help="of the backbone, from the image")
-    model.add_argument("--norm", choices=NORMS, default="group", help="the backbone's; sync: over processes, on GPUs")
+    norm_help = "of the backbone, and of the pyramid too where it is group; sync: over processes, on GPUs"
+    model.add_argument("--norm", choices=NORMS, default="group", help=norm_help)
     model.add_argument("--heads", choices=("small", "torchvision"), default="small", help="sizes of anchors and heads")
     model.add_argument("--pyramid", choices=PYRAMIDS, default="fpn", help="the others are for comparison")
     model.add_argument("--channels", type=_positive(int), default=256, help="of the pyramid's maps")

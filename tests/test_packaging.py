@@ -32,13 +32,15 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def install_and_use(wheel: Path, folder: Path, code: str = USE) -> str:
+def install_and_use(wheel: Path, folder: Path, code: str = "") -> str:
+    """Installs the wheel under `folder`, and returns what its use and `code` after it print."""
     target = folder / "site"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(command, capture_output=True, check=True)
     environment = {**os.environ, "PYTHONPATH": str(target)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+    command = [sys.executable, "-c", USE + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert str(target) in done.stdout
     return done.stdout
@@ -59,12 +61,11 @@ def test_without_a_compiler_the_package_still_works(tmp_path):
     (tmp_path / "bin").mkdir()
     wheel = build_wheel(tmp_path, PATH=str(tmp_path / "bin"), CXX="no-compiler")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert install_and_use(wheel, tmp_path).split()[1:] == ["reference", "64.0"]
-    info = "import fpn_fast.__main__ as m; print(m.__file__); m.main(['info'])"
-    text = install_and_use(wheel, tmp_path / "again", info)
+    text = install_and_use(wheel, tmp_path, "import fpn_fast.__main__ as m; m.main(['info'])")
+    assert text.split()[1:3] == ["reference", "64.0"]
     assert "cpp       not available: the package was installed without its compiled library" in text
     assert "install g++ or clang++" in text
-    site = tmp_path / "again" / "site"
+    site = tmp_path / "site"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     environment.pop("TRITON_INTERPRET", None)
 

@@ -167,6 +167,20 @@ def test_the_coco_dict_is_one_that_pycocotools_scores() -> None:
     shifted = [{**a, "bbox": [a["bbox"][0] + 500, *a["bbox"][1:]]} for a in perfect]
     assert coco_data.average_precision(copy.deepcopy(coco), shifted)["AP"] == 0
     assert coco_data.average_precision(copy.deepcopy(coco), [])["AP"] == 0
+    sizes = ("", "_small", "_medium", "_large")
+    assert coco_data.average_recall(copy.deepcopy(coco), []) == {
+        f"AR_{n}{size}": 0 for n in (10, 100) for size in sizes
+    }
+    # The right boxes come after ten wrong ones.
+    proposals = []
+    for image_id in {a["image_id"] for a in coco["annotations"]}:
+        corners = [[a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]]
+                   for a in coco["annotations"] if a["image_id"] == image_id]  # fmt: skip
+        wrong = torch.tensor([[500.0, 500.0, 510.0, 510.0]]).expand(10, 4)
+        proposals += coco_data.proposals_as_coco(image_id, torch.cat([wrong, torch.tensor(corners)]), (3, 1))
+    recall = coco_data.average_recall(copy.deepcopy(coco), proposals)
+    assert {recall[f"AR_10{size}"] for size in sizes} == {0}
+    assert [recall[f"AR_100{size}"] for size in sizes] == pytest.approx([1] * 4)
 
 
 def test_export_is_read_back_as_it_was_made(exported: Path) -> None:
@@ -232,6 +246,7 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
     assert 0 < figures["pooler"]["boxes"] <= 128
     assert all(len(track["step_seconds"]) == 3 and min(track["step_seconds"]) > 0 for track in (eager, fused))
     assert eager["test"]["images"] == fused["test"]["images"] == 2
+    assert 0 < fused["test"]["proposals"]["AR_100"] <= 1
     for picture in ("detections.png", "loss_curves.png"):
         with Image.open(output / picture) as image:
             assert min(image.size) > 300

@@ -134,15 +134,21 @@ def op_of(case: Case) -> Op:
     return _OF_CASE[case.op](case) if case.op in _OF_CASE else OPS[case.op]
 
 
-def providers(case: Case, device_type: str, names: Sequence[str] | None = None) -> list[Provider]:
-    """The providers that can serve `case` on this machine, eager first; only `names` where given."""
+def providers(
+    case: Case, device_type: str, names: Sequence[str] | None = None, *, compiler: str = "inductor"
+) -> list[Provider]:
+    """The providers that can serve `case` on this machine, eager first; only `names` where given.
+
+    compiler: torch.compile's backend.
+    """
     op = op_of(case)
     found = [Provider("eager", op.eager)]
     # Of a series every case would be compiled anew, to say no more than the case that it starts from.
     if op.compiled is not None and not case.axis:
         # Where the lengths of what is selected are data, static shapes would be compiled anew for each.
         dynamic = False if op.fullgraph else None
-        found.append(Provider("compile", torch.compile(op.compiled, fullgraph=op.fullgraph, dynamic=dynamic)))
+        function = torch.compile(op.compiled, fullgraph=op.fullgraph, dynamic=dynamic, backend=compiler)
+        found.append(Provider("compile", function))
     if device_type == "cuda":
         found += [Provider(name, function) for name, function in op.on_gpu.items()]
     for backend in ("cpp", "triton"):
