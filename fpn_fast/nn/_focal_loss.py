@@ -95,13 +95,12 @@ def _softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)) to a few roundings.
 
     On a CPU PyTorch's softplus takes a logarithm of one element at a time, more than all the rest of the loss; its
-    exponential and logarithm take vectors. log1p is made of that logarithm by Kahan's correction (Higham, Accuracy
-    and Stability of Numerical Algorithms, 2002, section 1.14.1).
+    sigmoid and logarithm take vectors.
     """
     if not x.is_cpu:
         return F.softplus(x)
-    tail = x.abs().neg_().exp_()
-    rounded = 1 + tail
-    # Of a tail that is lost in 1 + tail, log1p is the tail itself, and the quotient 0 / 0.
-    corrected = rounded.log().mul_(tail).div_(rounded - 1)
-    return torch.where(rounded == 1, tail, corrected).add_(x.clamp(min=0))
+    # log(1 + exp(-|x|)) = -log(1 - p), and what is lost of p in 1 - p moves the logarithm by its derivative.
+    p = x.abs().neg_().sigmoid_()
+    rest = 1 - p
+    lost = p.sub_(1 - rest).div_(rest)
+    return lost.sub_(rest.log_()).add_(x.clamp(min=0))
