@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--channels", type=int, default=64, help="of the pyramid's maps")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--eval-images", type=int, default=400)
+    parser.add_argument("--eval-images", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=min(2, cores()), help="rows trained at a time, the cores shared")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR")
