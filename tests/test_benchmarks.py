@@ -467,7 +467,7 @@ def test_a_refused_row_is_kept_and_fails_the_run(
 ) -> None:
     faulty = providers.Provider("cpp", _one_pixel_wrong)
     right = providers.Provider("eager", providers.OPS["top_down"].eager)
-    monkeypatch.setattr(providers, "providers", lambda case, device_type, names: [right, faulty])
+    monkeypatch.setattr(providers, "providers", lambda case, device_type, names, compiler: [right, faulty])
     only = "fpn_800x1344-n1-float32-channels_last-forw"
     arguments = ["bench", "--output", str(tmp_path), "--device", "cpu", "--tiny", "--only", only]
     assert command_line.main(arguments) == 1
