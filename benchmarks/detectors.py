@@ -348,7 +348,7 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool, sa
     return rows
 
 
-def _stages(provider: Provider, synchronize: Callable[[], None], runs: int = 3) -> dict[str, float]:
+def _stages(provider: Provider, synchronize: Callable[[], None], runs: int = 7) -> dict[str, float]:
     """The median of each stage over some runs."""
     times = []
     for _ in range(runs):

@@ -32,8 +32,9 @@ def of_torchvision(logits, matches, labels):
 
 @pytest.mark.parametrize("counts", [(5,), (3, 0, 9), (0,), (0, 0)], ids=str)
 # Less than a part of what is computed at a time, several with a rest, one exactly; and none.
-@pytest.mark.parametrize("anchors", [300, 2500, _focal_loss._ROWS, 0])
-def test_is_torchvisions(counts, anchors):
+@pytest.mark.parametrize("anchors", [300, 2500, 1024, 0])
+def test_is_torchvisions(counts, anchors, monkeypatch):
+    monkeypatch.setattr(_focal_loss, "_LOGITS", 1024 * CLASSES)
     logits, matches, labels = inputs(counts, anchors)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         leaves = [logits.to(dtype).requires_grad_() for _ in range(2)]
