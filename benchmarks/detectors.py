@@ -247,12 +247,16 @@ def problem(found: Any, expected: Any) -> str | None:
 
 
 class Stages:
-    """Clocks about a detector's modules, each without what runs inside it; milliseconds by stage."""
+    """Clocks about a detector's modules, each without what runs inside it; milliseconds by stage.
+
+    What a module returns is kept until the clocks go: else the stage that uses it would pay for giving its memory back.
+    """
 
     def __init__(self, model: Any, synchronize: Callable[[], None]) -> None:
         self.times: dict[str, float] = {}
         self._synchronize = synchronize
         self._open: list[tuple[str, float, float]] = []
+        self._outputs: list[Any] = []
         self._modules = {module: stage for module, stage in _stage_modules(model)}
 
     @contextmanager
@@ -260,7 +264,7 @@ class Stages:
         hooks = []
         for module, stage in self._modules.items():
             hooks.append(module.register_forward_pre_hook(lambda _m, _i, s=stage: self._begin(s)))
-            hooks.append(module.register_forward_hook(lambda *_: self._end()))
+            hooks.append(module.register_forward_hook(lambda _m, _i, output: self._end(output)))
         try:
             yield
         finally:
@@ -271,8 +275,9 @@ class Stages:
         self._synchronize()
         self._open.append((stage, time.perf_counter(), 0.0))
 
-    def _end(self) -> None:
+    def _end(self, output: Any) -> None:
         self._synchronize()
+        self._outputs.append(output)
         stage, start, inside = self._open.pop()
         whole = time.perf_counter() - start
         self.times[stage] = self.times.get(stage, 0.0) + (whole - inside) * 1e3
