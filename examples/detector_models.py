@@ -139,7 +139,7 @@ def build_backbone(
     body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
     kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
     extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
-    # From random weights a sum over levels trains many times slower where they are of different scale.
+    # From random weights a sum over levels learns more slowly where they are of different scale.
     norms = _group_norm if norm == "group" else None
     fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra, norms)
     return BackboneWithPyramid(body, fpn, channels)
