@@ -53,13 +53,17 @@ def test_derivative():
         torch.autograd.grad(classification_loss(logits, matches, labels), logits, create_graph=True)
 
 
-def test_large_logits_are_finite():
-    """Where one minus a sigmoid is nothing."""
-    _, matches, labels = inputs((4, 2), 40)
-    logits = torch.linspace(-90, 90, 2 * 40 * CLASSES).view(2, 40, CLASSES).requires_grad_()
-    loss = classification_loss(logits, matches, labels)
-    assert loss.isfinite()
-    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_of_any_size(dtype):
+    """Also where a sigmoid, or one minus it, is nothing."""
+    _, matches, labels = inputs((4, 2), 400)
+    logits = torch.linspace(-200, 200, 2 * 400 * CLASSES, dtype=torch.float64).view(2, 400, CLASSES)
+    leaves = [each.requires_grad_() for each in (logits.to(dtype), logits.clone())]
+    losses = [classification_loss(leaves[0], matches, labels), of_torchvision(leaves[1], matches, labels)]
+    ours, theirs = (torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=tolerance, atol=0)
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * 1e-4)
 
 
 def test_waits_for_nothing():
