@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy with and without our kernels, and the FPN paper's ablation, on the digits, from scratch and one seed.
+"""Accuracy with and without our kernels, and the FPN paper's ablation, on the digits, from scratch, over seeds.
 
     OMP_WAIT_POLICY=passive python examples/ablation.py --output runs/ablation
 
-Every row is a run of train_detector.py with the same seed, data and steps: torchvision's Faster R-CNN as it is, the
-same one with our kernels, with static sampling, without the top-down pathway, and on a single level of stride 16. As in
-the paper (Lin et al., 2017, Tables 1 and 2) the figures are the AR of the first stage's proposals and the AP of the
-detections. A row that has its figures already is not trained again, and one that was interrupted goes on.
+A row is a model, trained once for each seed by train_detector.py with the same data and steps: torchvision's Faster
+R-CNN as it is, the same one with our kernels, with static sampling, without the top-down pathway, and on a single level
+of stride 16. A seed sets the weights, the pictures of training and test, and their order. As in the paper (Lin et al.,
+2017, Tables 1 and 2) the figures are the AR of the first stage's proposals and the AP of the detections. A run that has
+its figures already is not made again, and one that was interrupted goes on.
 
-The backbone has one of its 22 blocks before the finest level, so that what is deep must come from above, and is quick;
-the pyramid has 64 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end: five
-models converge within an hour of two cores.
+The backbone's finest level is a convolution and a pool, so that whatever is deep must come from above, and it is quick;
+the pyramid has 64 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end: ten
+runs converge within an hour of two cores.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "no top-down pathway": ("--pyramid", "no-top-down"),
     "single level, C4": ("--pyramid", "c4"),
 }
-PRECISIONS = ("AP", "AP50", "AP_small", "AP_medium", "AP_large")
-RECALLS = ("AR_10", "AR_10_small", "AR_10_medium", "AR_10_large", "AR_100")
+# Large digits are too few to have figures.
+PRECISIONS = ("AP", "AP50", "AP_small", "AP_medium")
+RECALLS = ("AR_10", "AR_10_small", "AR_10_medium", "AR_100", "AR_100_small", "AR_100_medium")
 
 
 def train(arguments: list[str], folder: Path, jobs: int) -> int:
@@ -55,31 +57,31 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure(name: str, options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
-    """Trains one row, or goes on with it, and returns its figures."""
-    folder = options.output / name.replace(", ", "_").replace(" ", "-")
+def measure(name: str, seed: int, options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
+    """Trains one model of a row, or goes on with it, and returns its figures."""
+    folder = options.output / name.replace(", ", "_").replace(" ", "-") / f"seed-{seed}"
     steps = options.steps
-    arguments = ["--steps", steps, "--seed", options.seed, "--image-size", options.image_size]
+    arguments = ["--steps", steps, "--seed", seed, "--image-size", options.image_size]
     arguments += ["--batch-size", options.batch_size, "--eval-images", options.eval_images, "--output", folder]
     arguments += ["--backbone", options.backbone]
     arguments += ["--channels", options.channels, "--lr-steps", max(1, steps * 3 // 4), max(1, steps * 11 // 12)]
     # Where the curve is flat, training has converged.
-    arguments += ["--evaluate-every", max(1, steps // 6), *ROWS[name], *more]
+    arguments += ["--evaluate-every", max(1, steps // 4), *ROWS[name], *more]
     done = folder / "figures.json"
     if not done.exists():
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
         code = train([*map(str, arguments), *resume], folder, options.jobs)
         if code != 0:
             raise SystemExit(f"error: {name}: training ended with exit code {code}; {folder} has its log")
-        print(f"{name}: trained", flush=True)
+        print(f"{name}, seed {seed}: trained", flush=True)
     figures = json.loads(done.read_text())
     track = figures["eager" if "eager" in figures else "fused"]
-    if figures["arguments"]["seed"] != options.seed or figures["steps"] != options.steps:
+    if figures["arguments"]["seed"] != seed or figures["steps"] != options.steps:
         raise SystemExit(f"error: {done} is of another seed or other steps; take another --output")
     curve = [{"step": at["step"], "AP": next(at[key]["AP"] for key in at if key != "step")}
              for at in figures["test_history"]]  # fmt: skip
     return {
-        "row": name,
+        "seed": seed,
         **{column: track["test"][column] for column in PRECISIONS},
         **{column: track["test"].get("proposals", {}).get(column) for column in RECALLS},
         "images": track["test"]["images"],
@@ -91,21 +93,35 @@ def measure(name: str, options: argparse.Namespace, more: Sequence[str]) -> dict
     }
 
 
+def mean(runs: list[dict[str, Any]], column: str) -> float | None:
+    """Over seeds; None where one of them has no such figure."""
+    values = [run[column] for run in runs]
+    return None if None in values else sum(values) / len(values)
+
+
 def table(rows: list[dict[str, Any]], command: str) -> str:
     """Markdown, AP and AR in points of 100."""
-    columns = [column for column in PRECISIONS + RECALLS if any(row[column] is not None for row in rows)]
+    columns = [column for column in PRECISIONS + RECALLS if any(mean(row["runs"], column) is not None for row in rows)]
     names = [column.replace("_", " ") for column in columns]
-    lines = [f"| model | {' | '.join(names)} |", "| --- |" + " ---: |" * len(columns)]
+    runs = rows[0]["runs"]
+    seeds = [str(run["seed"]) for run in runs]
+    several = len(seeds) > 1
+    if several:
+        names.insert(1, "AP of each seed")
+    lines = [f"| model | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     for row in rows:
-        values = ("-" if row[column] is None else f"{100 * row[column]:.1f}" for column in columns)
+        means = [mean(row["runs"], column) for column in columns]
+        values = ["-" if value is None else f"{100 * value:.1f}" for value in means]
+        if several:
+            values.insert(1, ", ".join(f"{100 * run['AP']:.1f}" for run in row["runs"]))
         lines.append(f"| {row['row']} | {' | '.join(values)} |")
-    arguments, versions = rows[0]["arguments"], rows[0]["versions"]
+    arguments, versions = runs[0]["arguments"], runs[0]["versions"]
     lines += [
         "",
         f"Faster R-CNN, {arguments['backbone']} from random weights, a pyramid of {arguments['channels']} channels, "
-        f"{arguments['steps']} steps of {arguments['batch_size']} pictures of {arguments['image_size']} pixels, seed "
-        f"{arguments['seed']}; {rows[0]['images']} test pictures; AR is of the first 10 or 100 proposals; "
-        f"torch {versions['torch']}. `{command}`",
+        f"{arguments['steps']} steps of {arguments['batch_size']} pictures of {arguments['image_size']} pixels, "
+        f"{'means of seeds' if several else 'seed'} {', '.join(seeds)}; {runs[0]['images']} test pictures; AR is of "
+        f"the first 10 or 100 proposals; torch {versions['torch']}. `{command}`",
     ]
     return "\n".join(lines) + "\n"
 
@@ -116,24 +132,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.splitlines()[0] if __doc__ else None, epilog="Other options are train_detector.py's."
     )
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--backbone", default="regnet_x_400mf")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backbone", default="shufflenet_v2_x1_0")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--channels", type=int, default=64, help="of the pyramid's maps")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--eval-images", type=int, default=2000)
-    parser.add_argument("--jobs", type=int, default=min(2, cores()), help="rows trained at a time, the cores shared")
+    parser.add_argument("--jobs", type=int, default=min(2, cores()), help="models trained at a time, the cores shared")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR")
     given = list(sys.argv[1:] if argv is None else argv)
     options, more = parser.parse_known_args(given)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    # Seed by seed: what has run when it is interrupted is all rows of some.
+    pairs = [(name, seed) for seed in options.seeds for name in options.rows]
     if options.jobs == 1:
-        rows = [measure(name, options, more) for name in options.rows]
+        figures = [measure(*pair, options, more) for pair in pairs]
     else:
         with ThreadPoolExecutor(options.jobs) as pool:
-            rows = list(pool.map(lambda name: measure(name, options, more), options.rows))
+            figures = list(pool.map(lambda pair: measure(*pair, options, more), pairs))
+    runs = dict(zip(pairs, figures, strict=True))
+    rows = [{"row": name, "runs": [runs[name, seed] for seed in options.seeds]} for name in options.rows]
     command = shlex.join(["python", "examples/ablation.py", *given])
     text = table(rows, command)
     (options.output / "ablation.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")

@@ -29,7 +29,19 @@ SMALL = ["--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--dev
 SMALLER = {
     "digits_on_photographs": ["--image-size", "64", "--train", "6", "--test", "2"],
     "train_detector": SMALL,
-    "ablation": [*SMALL, "--steps", "2", "--jobs", "1", "--rows", "FPN, torchvision", "single level, C4"],
+    "ablation": [
+        *SMALL,
+        "--steps",
+        "2",
+        "--jobs",
+        "1",
+        "--seeds",
+        "3",
+        "5",
+        "--rows",
+        "FPN, torchvision",
+        "single level, C4",
+    ],
 }
 
 
@@ -79,9 +91,12 @@ def test_a_command_of_the_guide_runs(number: int, folder: Path) -> None:
 def test_the_ablation_has_left_its_table(folder: Path) -> None:
     found = json.loads((folder / "runs/ablation/ablation.json").read_text())
     assert [row["row"] for row in found["rows"]] == ["FPN, torchvision", "single level, C4"]
-    assert all(row["AP_by_step"][0]["step"] == 1 and row["final_loss"] > 0 for row in found["rows"])
+    for row in found["rows"]:
+        assert [run["seed"] for run in row["runs"]] == [3, 5]
+        assert all(run["AP_by_step"][0]["step"] == 1 and run["final_loss"] > 0 for run in row["runs"])
     table = (folder / "runs/ablation/ablation.md").read_text()
     assert "| single level, C4 | " in table
+    assert "means of seeds 3, 5; " in table
     assert found["command"] in table
 
 
