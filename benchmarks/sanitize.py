@@ -156,6 +156,20 @@ def heatmaps_to_keypoints(device: torch.device) -> int:
     return 2
 
 
+def sigmoid_focal_loss(device: torch.device) -> int:
+    """Tiles and a part of one, with and without a gradient; returns the number of calls."""
+    labels, weights = torch.randint(-1, 91, (101,)), torch.rand(101)
+    for dtype, with_gradient in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        logits = torch.randn(101, 91).to(dtype)
+        losses, slopes = reference.sigmoid_focal_loss(logits, labels, weights, 0.25)
+        leaf = logits.to(device).requires_grad_(with_gradient)
+        loss = ops.sigmoid_focal_loss(leaf, labels.to(device), weights.to(device))
+        _compare(f"sigmoid_focal_loss {dtype}", [loss.detach()], [losses.sum()])
+        if with_gradient:
+            _compare(f"sigmoid_focal_loss {dtype}", [torch.autograd.grad(loss, leaf)[0]], [slopes.to(dtype)])
+    return 4
+
+
 def _selection(device: torch.device, family: str, *cases: dict[str, int]) -> int:
     """The family's tiny case with each of `cases`; returns the number of calls."""
     for changes in cases:
@@ -257,6 +271,7 @@ CALLS: dict[str, Callable[[torch.device], int]] = {
     "segmented_nms": segmented_nms,
     "match_anchors": match_anchors,
     "paste_masks": paste_masks,
+    "sigmoid_focal_loss": sigmoid_focal_loss,
     "heatmaps_to_keypoints": heatmaps_to_keypoints,
 }
 

@@ -45,4 +45,7 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
       "select_box_detections(Tensor logits, Tensor deltas, Tensor boxes, Tensor? counts, Tensor image_sizes, float "
       "score_thresh, float min_size, SymInt? class_top_n, float nms_thresh, SymInt max_detections, float[] weights, "
       "float scale_clamp) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "sigmoid_focal_loss(Tensor logits, Tensor labels, Tensor weights, float alpha, bool with_gradient) -> (Tensor, "
+      "Tensor)");
 }

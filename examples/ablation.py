@@ -7,11 +7,15 @@ A row is a model, trained once for each seed by train_detector.py with the same 
 R-CNN as it is, the same one with our kernels, with static sampling, without the top-down pathway, and on a single level
 of stride 16. A seed sets the weights, the pictures of training and test, and their order. As in the paper (Lin et al.,
 2017, Tables 1 and 2) the figures are the AR of the first stage's proposals and the AP of the detections. A run that has
-its figures already is not made again, and one that was interrupted goes on.
+its figures already is not made again, and one that was interrupted goes on. The table has all runs in the folder:
+
+    python examples/ablation.py --output runs/ablation --rows "FPN, torchvision" "FPN, fpn_fast" --seeds 1
+
+adds a second seed to two rows of it.
 
 The backbone's finest level is a convolution and a pool, so that whatever is deep must come from above, and it is quick;
-the pyramid has 64 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end: ten
-runs converge within an hour of two cores.
+the pyramid has 128 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end: five
+models converge within an hour of two cores.
 """
 
 from __future__ import annotations
@@ -57,31 +61,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure(name: str, seed: int, options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
-    """Trains one model of a row, or goes on with it, and returns its figures."""
-    folder = options.output / name.replace(", ", "_").replace(" ", "-") / f"seed-{seed}"
+def folder_of(name: str, options: argparse.Namespace) -> Path:
+    folder: Path = options.output / name.replace(", ", "_").replace(" ", "-")
+    return folder
+
+
+def run(name: str, seed: int, options: argparse.Namespace, more: Sequence[str]) -> None:
+    """Trains one model of a row, or goes on with it, where that is not done."""
+    folder = folder_of(name, options) / f"seed-{seed}"
+    if (folder / "figures.json").exists():
+        return
     steps = options.steps
     arguments = ["--steps", steps, "--seed", seed, "--image-size", options.image_size]
     arguments += ["--batch-size", options.batch_size, "--eval-images", options.eval_images, "--output", folder]
     arguments += ["--backbone", options.backbone]
     arguments += ["--channels", options.channels, "--lr-steps", max(1, steps * 3 // 4), max(1, steps * 11 // 12)]
     # Where the curve is flat, training has converged.
-    arguments += ["--evaluate-every", max(1, steps // 4), *ROWS[name], *more]
-    done = folder / "figures.json"
-    if not done.exists():
-        resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
-        code = train([*map(str, arguments), *resume], folder, options.jobs)
-        if code != 0:
-            raise SystemExit(f"error: {name}: training ended with exit code {code}; {folder} has its log")
-        print(f"{name}, seed {seed}: trained", flush=True)
-    figures = json.loads(done.read_text())
+    arguments += ["--evaluate-every", max(1, steps // 3), *ROWS[name], *more]
+    resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+    code = train([*map(str, arguments), *resume], folder, options.jobs)
+    if code != 0:
+        raise SystemExit(f"error: {name}: training ended with exit code {code}; {folder} has its log")
+    print(f"{name}, seed {seed}: trained", flush=True)
+
+
+def figures_of(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A run's, from train_detector.py's file."""
+    figures = json.loads(path.read_text())
     track = figures["eager" if "eager" in figures else "fused"]
-    if figures["arguments"]["seed"] != seed or figures["steps"] != options.steps:
-        raise SystemExit(f"error: {done} is of another seed or other steps; take another --output")
+    if figures["steps"] != options.steps:
+        raise SystemExit(f"error: {path} is of {figures['steps']} steps, not {options.steps}; take another --output")
     curve = [{"step": at["step"], "AP": next(at[key]["AP"] for key in at if key != "step")}
              for at in figures["test_history"]]  # fmt: skip
     return {
-        "seed": seed,
+        "seed": figures["arguments"]["seed"],
         **{column: track["test"][column] for column in PRECISIONS},
         **{column: track["test"].get("proposals", {}).get(column) for column in RECALLS},
         "images": track["test"]["images"],
@@ -103,9 +116,7 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
     """Markdown, AP and AR in points of 100."""
     columns = [column for column in PRECISIONS + RECALLS if any(mean(row["runs"], column) is not None for row in rows)]
     names = [column.replace("_", " ") for column in columns]
-    runs = rows[0]["runs"]
-    seeds = [str(run["seed"]) for run in runs]
-    several = len(seeds) > 1
+    several = any(len(row["runs"]) > 1 for row in rows)
     if several:
         names.insert(1, "AP of each seed")
     lines = [f"| model | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
@@ -115,13 +126,15 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
         if several:
             values.insert(1, ", ".join(f"{100 * run['AP']:.1f}" for run in row["runs"]))
         lines.append(f"| {row['row']} | {' | '.join(values)} |")
-    arguments, versions = runs[0]["arguments"], runs[0]["versions"]
+    seeds = sorted({run["seed"] for row in rows for run in row["runs"]})
+    first = rows[0]["runs"][0]
+    arguments, versions = first["arguments"], first["versions"]
     lines += [
         "",
         f"Faster R-CNN, {arguments['backbone']} from random weights, a pyramid of {arguments['channels']} channels, "
         f"{arguments['steps']} steps of {arguments['batch_size']} pictures of {arguments['image_size']} pixels, "
-        f"{'means of seeds' if several else 'seed'} {', '.join(seeds)}; {runs[0]['images']} test pictures; AR is of "
-        f"the first 10 or 100 proposals; torch {versions['torch']}. `{command}`",
+        f"{'means of seeds' if several else 'seed'} {', '.join(map(str, seeds))}; {first['images']} test pictures; "
+        f"AR is of the first 10 or 100 proposals; torch {versions['torch']}. `{command}`",
     ]
     return "\n".join(lines) + "\n"
 
@@ -131,11 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None, epilog="Other options are train_detector.py's."
     )
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--backbone", default="shufflenet_v2_x1_0")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=64, help="of the pyramid's maps")
+    parser.add_argument("--channels", type=int, default=128, help="of the pyramid's maps")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--eval-images", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=min(2, cores()), help="models trained at a time, the cores shared")
@@ -148,12 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Seed by seed: what has run when it is interrupted is all rows of some.
     pairs = [(name, seed) for seed in options.seeds for name in options.rows]
     if options.jobs == 1:
-        figures = [measure(*pair, options, more) for pair in pairs]
+        for pair in pairs:
+            run(*pair, options, more)
     else:
         with ThreadPoolExecutor(options.jobs) as pool:
-            figures = list(pool.map(lambda pair: measure(*pair, options, more), pairs))
-    runs = dict(zip(pairs, figures, strict=True))
-    rows = [{"row": name, "runs": [runs[name, seed] for seed in options.seeds]} for name in options.rows]
+            list(pool.map(lambda pair: run(*pair, options, more), pairs))
+    done = {name: sorted(folder_of(name, options).glob("seed-*/figures.json")) for name in ROWS}
+    rows = [{"row": name, "runs": [figures_of(path, options) for path in done[name]]} for name in ROWS if done[name]]
     command = shlex.join(["python", "examples/ablation.py", *given])
     text = table(rows, command)
     (options.output / "ablation.json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")

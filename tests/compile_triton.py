@@ -24,6 +24,7 @@ from fpn_fast.triton import (
     paste_masks,
     select_box_detections,
     select_detections,
+    sigmoid_focal_loss,
     top_down,
 )
 
@@ -109,6 +110,15 @@ def compile_paste_masks(dtype, arch, threshold):
     masks = torch.zeros(3, 1, 28, 28, dtype=getattr(torch, dtype))
     boxes = torch.zeros(3, 4, dtype=torch.float64 if dtype == "float64" else torch.float32)
     paste_masks.paste_masks(masks, boxes, 45, 67, 1, threshold)
+    return compiled
+
+
+def compile_sigmoid_focal_loss(dtype, arch, with_gradient):
+    compiled = launches_compiled(arch)
+    logits = torch.zeros(200, 91, dtype=getattr(torch, dtype))
+    weights = torch.zeros(200, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    labels = torch.zeros(200, dtype=torch.int64)
+    sigmoid_focal_loss.sigmoid_focal_loss(logits, labels, weights, 0.25, with_gradient)
     return compiled
 
 
@@ -230,6 +240,9 @@ def main():
         for dtype, threshold in [("bfloat16", None), ("float32", 0.5), ("float64", 0.5)]:
             for kernel, compiled in compile_paste_masks(dtype, arch, threshold):
                 rows.append(row(kernel, compiled, arch, dtype, True, f"threshold {threshold}"))
+        for dtype, with_gradient in [("bfloat16", True), ("float32", True), ("float32", False), ("float64", True)]:
+            for kernel, compiled in compile_sigmoid_focal_loss(dtype, arch, with_gradient):
+                rows.append(row(kernel, compiled, arch, dtype, True, f"gradient {with_gradient}"))
         for dtype in ("bfloat16", "float64"):
             for kernel, compiled in compile_heatmaps_to_keypoints(dtype, arch):
                 rows.append(row(kernel, compiled, arch, dtype, False, "keypoints"))

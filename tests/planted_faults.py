@@ -155,6 +155,13 @@ FAULTS = (
         "last + 1 < extent ? last + 1 : extent",
         "last < extent ? last : extent",
     ),
+    Fault(
+        "own_class_as_any_other",
+        "sigmoid_focal_loss",
+        "cpu/sigmoid_focal_loss.cpp",
+        "own >= 0 && own < run",
+        "own > 0 && own < run",
+    ),
 )
 
 

@@ -24,6 +24,7 @@ TESTS = (
     "nms",
     "paste_masks",
     "select_detections",
+    "sigmoid_focal_loss",
     "top_down",
 )
 # With any optimisation the sanitizers' checks take the compiler six times as long.

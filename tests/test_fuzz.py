@@ -248,9 +248,16 @@ def heatmaps_to_keypoints(g: torch.Generator, dtype: torch.dtype) -> Call:
     return Call(ops.heatmaps_to_keypoints, arguments, {})
 
 
+def sigmoid_focal_loss(g: torch.Generator, dtype: torch.dtype) -> Call:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments = {"logits": _normal(g, dtype, 30, 7), "labels": torch.randint(-1, 7, (30,), generator=g),
+                 "weights": _normal(g, wide, 30).abs(), "alpha": 0.25}  # fmt: skip
+    return Call(ops.sigmoid_focal_loss, arguments, {"alpha": "number"}, sums=210)
+
+
 RECIPES = (top_down, upsample_add, multiscale_roi_align, roi_align, assign_levels, generate_proposals,
            select_detections, select_box_detections, segmented_nms, nms, batched_nms, match_anchors, paste_masks,
-           heatmaps_to_keypoints)  # fmt: skip
+           heatmaps_to_keypoints, sigmoid_focal_loss)  # fmt: skip
 
 
 def replaced(call: Call, name: str, generator: torch.Generator, data: st.DataObject) -> Any:

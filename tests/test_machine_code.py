@@ -179,6 +179,17 @@ KERNELS = [
         more_registers={"double": 64},
         gathers=True,
     ),
+    # 32 warps, and 20 for float64.
+    Kernel(
+        "sigmoid_focal_loss.cuh",
+        "sigmoid_focal_loss_kernel",
+        "FocalLoss",
+        ("gradient",),
+        registers=64,
+        more_registers={"double": 96},
+        # Without a gradient it stores one number for a block.
+        scalar=frozenset(),
+    ),
     # 32 warps. A thread reads single elements of its columns, and one of a block writes a keypoint.
     Kernel(
         "heatmaps_to_keypoints.cuh",

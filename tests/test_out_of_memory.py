@@ -40,6 +40,8 @@ CALLS = {
     "match_anchors": "ops.match_anchors(boxes(4, 4)[None], None, boxes(1 << 28, 4), high_threshold=0.5,"
     " low_threshold=0.4)",
     "paste_masks": "ops.paste_masks(zero.expand(4000, 1, 28, 28), boxes(4000, 4), (2000, 2000))",
+    "sigmoid_focal_loss": "ops.sigmoid_focal_loss(zero[0, 0].expand(1 << 22, 91).requires_grad_(),"
+    " torch.zeros(1, dtype=torch.int64).expand(1 << 22))",
     "heatmaps_to_keypoints": "ops.heatmaps_to_keypoints(zero.expand(1 << 26, 17, 4, 4), boxes(1 << 26, 4))",
 }
 

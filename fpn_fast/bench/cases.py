@@ -109,7 +109,13 @@ def scales(case: Case) -> tuple[float, ...]:
 
 
 #: Pixels between the finest map's cells, where that is not four.
-_FINEST_STRIDE = {"select_detections": 8, "batched_nms": 1, "paste_masks": 1, "heatmaps_to_keypoints": 1}
+_FINEST_STRIDE = {
+    "select_detections": 8,
+    "sigmoid_focal_loss": 8,
+    "batched_nms": 1,
+    "paste_masks": 1,
+    "heatmaps_to_keypoints": 1,
+}
 
 
 def image_size(case: Case) -> tuple[int, int]:
@@ -180,6 +186,12 @@ def _detection_elements(case: Case) -> int:
     return case.batch * case.classes * sum(_anchors(case))
 
 
+def _focal_elements(case: Case) -> int:
+    """Every logit, and a class of each anchor, of 8 bytes; backward again, and a gradient of each logit."""
+    anchors = case.batch * sum(_anchors(case))
+    return anchors * (case.classes * (2 if case.direction == "backward" else 1) + 2)
+
+
 def _nms_elements(case: Case) -> int:
     """Boxes, scores and groups, and an index of what is kept: one in each group at least. Integers are of 8 bytes."""
     return (4 + 1 + 2) * case.boxes + 2 * min(case.classes, case.boxes)
@@ -207,6 +219,7 @@ _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "multiscale_roi_align": _roi_align_elements,
     "generate_proposals": _proposal_elements,
     "select_detections": _detection_elements,
+    "sigmoid_focal_loss": _focal_elements,
     "batched_nms": _nms_elements,
     "match_anchors": _match_elements,
     "paste_masks": _paste_elements,
@@ -252,6 +265,8 @@ _ARITHMETIC: dict[str, Callable[[Case], int]] = {
         case.batch * sum(anchors + 40 * min(case.pre_nms_top_n, anchors) for anchors in _anchors(case))
     ),
     "select_detections": lambda case: case.batch * case.classes * sum(_anchors(case)),
+    # An exponential, a logarithm and a division, and what joins them: some 50 operations, which also give the gradient.
+    "sigmoid_focal_loss": lambda case: 25 * case.batch * case.classes * sum(_anchors(case)),
     # The comparisons of a sort.
     "batched_nms": lambda case: round(case.boxes * math.log2(max(case.boxes, 2))),
     # An intersection over union of each pair.
@@ -288,6 +303,7 @@ AXES: dict[str, tuple[str, Callable[[Case], float]]] = {
 _SELECTION_TARGETS = {
     "generate_proposals": Target("eager", 8.0),
     "select_detections": Target("eager", 5.0),
+    "sigmoid_focal_loss": Target("eager", 5.0),
     "batched_nms": Target("eager", 3.0),
     "paste_masks": Target("eager", 5.0),
     "heatmaps_to_keypoints": Target("eager", 3.0),
@@ -407,6 +423,15 @@ def _select_detections(device_type: str) -> list[Case]:
     ]  # fmt: skip
 
 
+def _sigmoid_focal_loss(device_type: str) -> list[Case]:
+    cases = [
+        _selection("sigmoid_focal_loss", "retinanet_91_classes_800x1344", RETINANET_800X1344, batch, "channels_last",
+                   anchors=9, classes=91)
+        for batch in (1, 2)
+    ]  # fmt: skip
+    return [replace(case, direction="forward_backward") for case in cases]
+
+
 def _batched_nms(device_type: str) -> list[Case]:
     return [
         _selection("batched_nms", f"{boxes}_boxes_{groups}_groups", IMAGE_800X1344, boxes=boxes, classes=groups)
@@ -483,6 +508,7 @@ FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "multiscale_roi_align": _multiscale_roi_align,
     "generate_proposals": _generate_proposals,
     "select_detections": _select_detections,
+    "sigmoid_focal_loss": _sigmoid_focal_loss,
     "batched_nms": _batched_nms,
     "match_anchors": _match_anchors,
     "paste_masks": _paste_masks,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.models.detection import retinanet, roi_heads, rpn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import sigmoid_focal_loss as focal_losses
 
 from fpn_fast import backends, nn, ops
 from fpn_fast.bench import scenes
@@ -211,6 +212,37 @@ def batched_nms_of(case: Case) -> Op:
     )
 
 
+def sigmoid_focal_loss(case: Case) -> Op:
+    """The loss of a RetinaNet's logits as its head sums it up, before a trained head's background is: one in a hundred.
+    The classes of three anchors in a thousand are there before; no decision, so checked against float64."""
+    anchors = case.batch * case.anchors * sum(height * width for height, width in case.levels)
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randint(case.classes, (anchors,), generator=generator)
+    labels = torch.where(torch.rand(anchors, generator=generator) < 3e-3, some, -1)
+    labels_on: dict[torch.device, Tensor] = {}
+
+    def of(logits: Tensor) -> Tensor:
+        if logits.device not in labels_on:
+            labels_on[logits.device] = labels.to(logits.device)
+        return labels_on[logits.device]
+
+    def inputs(case: Case, device: torch.device) -> list[Tensor]:
+        return [torch.randn(anchors, case.classes, generator=generator).sub_(4.6).to(device)]
+
+    def eager(logits: Sequence[Tensor]) -> Tensor:
+        here = of(logits[0])
+        foreground = here >= 0
+        targets = torch.zeros_like(logits[0])
+        targets[foreground, here[foreground]] = 1.0
+        loss: Tensor = focal_losses(logits[0], targets, reduction="sum")
+        return loss
+
+    def fused(logits: Sequence[Tensor]) -> Tensor:
+        return ops.sigmoid_focal_loss(logits[0], of(logits[0]))
+
+    return Op(inputs, by_reference(fused), eager, fused, compiled=eager, fullgraph=False)
+
+
 def match_anchors(case: Case) -> Op:
     """An image's anchors, which both sides are given, to its ground truths."""
     head = scenes.rpn_head(image_size(case), case.levels)
@@ -276,6 +308,7 @@ def heatmaps_to_keypoints(case: Case) -> Op:
 OPS: dict[str, Callable[[Case], Op]] = {
     "generate_proposals": generate_proposals,
     "select_detections": select_detections,
+    "sigmoid_focal_loss": sigmoid_focal_loss,
     "batched_nms": batched_nms_of,
     "match_anchors": match_anchors,
     "paste_masks": paste_masks,

@@ -153,7 +153,8 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
             else:
                 matches.append(_matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own_anchors))
         logits = head_outputs["cls_logits"]
-        if not self._knows_head() or logits.dtype not in (torch.float32, torch.float64) or len(matches) != len(logits):
+        usual = self._knows_head() and backends.beats_torchvision(logits, "sigmoid_focal_loss")
+        if not usual or logits.dtype not in (torch.float32, torch.float64) or len(matches) != len(logits):
             return self.head.compute_loss(targets, head_outputs, anchors, matches)
         labels = [target["labels"] for target in targets]
         return {

@@ -10,6 +10,7 @@ from fpn_fast.ops.nms import batched_nms, nms, segmented_nms
 from fpn_fast.ops.paste_masks import paste_masks
 from fpn_fast.ops.select_box_detections import select_box_detections
 from fpn_fast.ops.select_detections import select_detections
+from fpn_fast.ops.sigmoid_focal_loss import sigmoid_focal_loss
 from fpn_fast.ops.top_down import top_down, upsample_add
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "segmented_nms",
     "select_box_detections",
     "select_detections",
+    "sigmoid_focal_loss",
     "top_down",
     "upsample_add",
 ]

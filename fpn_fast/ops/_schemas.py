@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op's schema, for the namespaces that Python defines; csrc/ops.cpp has the same for the compiled one."""
 
+#: Elements that sigmoid_focal_loss adds up to one of its parts; csrc/common/sigmoid_focal_loss.h.
+FOCAL_TILE = 4096
+
 SCHEMAS = {
     "top_down": "(Tensor[] laterals, int mode, bool average) -> Tensor[]",
     "top_down_backward": (
@@ -51,5 +54,8 @@ SCHEMAS = {
         "(Tensor logits, Tensor deltas, Tensor boxes, Tensor? counts, Tensor image_sizes, float score_thresh, "
         "float min_size, SymInt? class_top_n, float nms_thresh, SymInt max_detections, float[] weights, "
         "float scale_clamp) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "sigmoid_focal_loss": (
+        "(Tensor logits, Tensor labels, Tensor weights, float alpha, bool with_gradient) -> (Tensor, Tensor)"
     ),
 }

@@ -9,6 +9,7 @@ from fpn_fast.reference.multiscale_roi_align_max import multiscale_roi_align_max
 from fpn_fast.reference.nms import nms, segmented_nms
 from fpn_fast.reference.paste_masks import paste_masks
 from fpn_fast.reference.select_detections import select_box_detections, select_detections
+from fpn_fast.reference.sigmoid_focal_loss import sigmoid_focal_loss
 from fpn_fast.reference.top_down import top_down, upsample_add
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "segmented_nms",
     "select_box_detections",
     "select_detections",
+    "sigmoid_focal_loss",
     "top_down",
     "upsample_add",
 ]

@@ -36,5 +36,6 @@ from fpn_fast.triton import (  # noqa: E402, F401  register their ops
     segmented_nms,
     select_box_detections,
     select_detections,
+    sigmoid_focal_loss,
     top_down,
 )

@@ -61,6 +61,7 @@ from fpn_fast.verify.checks import (  # noqa: E402, F401
     detections,
     feature_pyramid,
     keypoints,
+    losses,
     masks,
     proposals,
     roi_align,
