@@ -101,5 +101,5 @@ def test_the_ablation_has_left_its_table(folder: Path) -> None:
 
 
 def test_the_guide_has_all_kinds_of_commands() -> None:
-    assert len(COMMANDS) == len(set(COMMANDS)) == 8
+    assert len(COMMANDS) == len(set(COMMANDS)) == 9
     assert sum(command.startswith("torchrun ") for command in COMMANDS) == 1
