@@ -53,7 +53,7 @@ def evaluate(
             # Sharded models are gathered by all processes together: one without a share takes part all the same.
             indices = list(own) or [first]
             items = [data[index] for index in indices]
-            images = [image.to(settings.device) for image, _ in items]
+            images = [image.to(settings.device, settings.dtype) for image, _ in items]
             for track in tracks:
                 with settings.autocast():
                     found = track.average.model(images)

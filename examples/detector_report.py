@@ -67,7 +67,7 @@ def laterals_of(track: Track, images: list[Tensor], settings: Settings) -> list[
     handle = fpn.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments[0].values()))
     try:
         with settings.autocast():
-            batch, _ = track.model.transform([image.to(settings.device) for image in images])
+            batch, _ = track.model.transform([image.to(settings.device, settings.dtype) for image in images])
             track.model.backbone(batch.tensors)
             return [block(features) for block, features in zip(fpn.inner_blocks, inputs, strict=True)]
     finally:
@@ -111,7 +111,7 @@ def pooler_inputs_of(
     pooler = track.model.roi_heads.box_roi_pool
     handle = pooler.register_forward_pre_hook(lambda module, inputs: arguments.extend(inputs))
     try:
-        losses_of(track.model, to_device(batch, settings.device), 0, settings)
+        losses_of(track.model, to_device(batch, settings), 0, settings)
     finally:
         handle.remove()
     maps, boxes, image_shapes = arguments
@@ -160,7 +160,7 @@ def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Se
     In a long run rounding differences grow, because a proposal more or less changes what is sampled; this one says
     what the kernels themselves add. The gradient's difference is relative to its norm, the largest of all parameters.
     """
-    batch = to_device(batch, settings.device)
+    batch = to_device(batch, settings)
     models = [track.model for track in tracks]
     trained = copy.deepcopy(models[1].state_dict())
     models[1].load_state_dict(models[0].state_dict())

@@ -63,6 +63,7 @@ class Settings:
     learning_rate_steps: tuple[int, ...]
     max_gradient_norm: float
     amp: bool
+    float64: bool
     channels_last: bool
     static_sampling: bool
     seed: int
@@ -81,7 +82,7 @@ class Settings:
             "image_size",
             "flip",
         )
-        same += ("batch_size", "max_gradient_norm", "amp", "channels_last", "static_sampling", "seed")
+        same += ("batch_size", "max_gradient_norm", "amp", "float64", "channels_last", "static_sampling", "seed")
         return cls(
             device=processes.device,
             data=f"digits, {args.train_images} pictures" if args.coco is None else str(args.coco[0]),
@@ -102,6 +103,11 @@ class Settings:
         """bfloat16 on a CPU, float16 on CUDA; disabled without --amp."""
         dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.amp)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, images and boxes."""
+        return torch.float64 if self.float64 else torch.float32
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -135,10 +141,14 @@ def build_model(settings: Settings) -> nn.Module:
     )
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, settings: Settings) -> Batch:
+    """With numbers of the type that is trained in; labels and masks stay integers."""
+
+    def moved(value: Tensor) -> Tensor:
+        return value.to(settings.device, settings.dtype if value.is_floating_point() else value.dtype)
+
     images, targets = batch
-    moved = [{key: value.to(device) for key, value in target.items()} for target in targets]
-    return [image.to(device) for image in images], moved
+    return [moved(image) for image in images], [{key: moved(each) for key, each in t.items()} for t in targets]
 
 
 def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
@@ -215,7 +225,7 @@ class Track:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        on_device = [to_device(batch, settings.device) for batch in batches]
+        on_device = [to_device(batch, settings) for batch in batches]
         settings.synchronize()
         started = time.perf_counter()
         self.optimizer.zero_grad()
@@ -268,7 +278,7 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes, shard
     initial = build_model(settings)
     tracks = []
     for name in names:
-        model = copy.deepcopy(initial).to(settings.device).train()
+        model = copy.deepcopy(initial).to(settings.device, settings.dtype).train()
         if settings.channels_last:
             model = model.to(memory_format=torch.channels_last)
         swapped = None

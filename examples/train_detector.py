@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     # Detectors from random weights meet a few huge gradients early on.
     training.add_argument("--max-gradient-norm", type=_positive(float), default=10.0)
     training.add_argument("--amp", action="store_true", help="bfloat16 on a CPU; float16, gradients scaled, on CUDA")
+    training.add_argument("--float64", action="store_true", help="to compare free of roundings; twice as slow on a CPU")
     training.add_argument("--channels-last", action="store_true")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--deterministic", action="store_true", help="two runs equal bit for bit, or an error")
@@ -133,6 +134,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--channels must be a multiple of 32 for fcos, whose heads have 32 groups, got {args.channels}")
     if args.static_sampling and (args.model not in TWO_STAGE or args.backend == "eager" or args.compare):
         parser.error(f"--static-sampling is for {' and '.join(TWO_STAGE)} with our kernels, and has no --compare")
+    if args.float64 and args.amp:
+        parser.error("--float64 and --amp exclude each other")
     if args.coco_test is not None and args.coco is None:
         parser.error("--coco-test goes with --coco")
     smallest = min([args.image_size, *(args.multi_scale or ())])

@@ -264,6 +264,17 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
         assert wanted in printed
 
 
+def test_without_roundings_both_models_stay_the_same(output: Path) -> None:
+    """In a long run roundings of float32 grow, as they decide between proposals that are nearly equal. Those of float64
+    do not: what the kernels did otherwise would show."""
+    assert train(output, "--compare", "--steps", 25, "--float64") == 0
+    figures = figures_of(output)
+    # The losses are read in float32.
+    np.testing.assert_allclose(figures["fused"]["losses"], figures["eager"]["losses"], rtol=2e-7)
+    assert figures["loss_difference"]["at_equal_weights"]["gradient_relative"] <= 1e-12
+    assert figures["fused"]["test"] == figures["eager"]["test"]
+
+
 def test_the_timed_merges_compute_the_same() -> None:
     laterals = [torch.randn(1, 8, size, size) for size in (24, 12, 6, 3)]
     for ours, theirs in zip(ops.top_down(laterals), detector_report.eager_merge(laterals), strict=True):
@@ -515,6 +526,7 @@ def test_a_backend_that_cannot_serve_is_one_clear_line(
         ("--steps", "0"),
         ("--lr", "nan"),
         ("--compare", "--backend", "eager"),
+        ("--float64", "--amp"),
         ("--image-size", "8"),
         ("--channels", "48", "--model", "fcos"),
     ],
