@@ -10,7 +10,8 @@
 A block is ``<!-- benchmark:FAMILY MACHINE [WORD ...] -->`` to ``<!-- /benchmark -->``. MACHINE is a folder's name or a
 device type that only one folder has; of the cases, those are shown that have every WORD in their name. FAMILY is one of
 ``fpn_fast bench`` or ``detectors``, of benchmarks/detectors.py. The census is of no machine: ``<!-- census -->`` to
-``<!-- /census -->``; and the accuracies of examples/ablation.py, ``<!-- ablation -->`` to ``<!-- /ablation -->``.
+``<!-- /census -->``; and the accuracies of examples/ablation.py, ``<!-- NAME -->`` to ``<!-- /ablation -->`` with the
+name of their file, which begins with ablation.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- benchmark:(\w+) (\S+)((?: \S+)*) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 _CENSUS = re.compile(r"(<!-- census -->\n).*?(<!-- /census -->)", re.DOTALL)
 
-_ABLATION = re.compile(r"(<!-- ablation -->\n).*?(<!-- /ablation -->)", re.DOTALL)
+_ABLATION = re.compile(r"(<!-- (ablation\w*) -->\n).*?(<!-- /ablation -->)", re.DOTALL)
 
 
 def find(folder: Path, family: str, machine: str) -> Path:
@@ -73,8 +74,8 @@ def render_readme(text: str, folder: Path) -> str:
         return begin + census.table(json.loads((folder / "census.json").read_text())) + end
 
     def accuracies(match: re.Match[str]) -> str:
-        begin, end = match.groups()
-        found = json.loads((folder / "ablation.json").read_text())
+        begin, name, end = match.groups()
+        found = json.loads((folder / f"{name}.json").read_text())
         return begin + ablation.table(found["rows"], found["command"]) + end
 
     return _ABLATION.sub(accuracies, _CENSUS.sub(counts, _BLOCK.sub(block, text)))

@@ -34,8 +34,6 @@ from typing import Any
 ROWS: dict[str, tuple[str, ...]] = {
     "FPN, torchvision": ("--backend", "eager"),
     "FPN, fpn_fast": (),
-    "FPN, torchvision, float64": ("--backend", "eager", "--float64"),
-    "FPN, fpn_fast, float64": ("--float64",),
     "FPN, fpn_fast, static sampling": ("--static-sampling",),
     "no top-down pathway": ("--pyramid", "no-top-down"),
     "single level, C4": ("--pyramid", "c4"),
