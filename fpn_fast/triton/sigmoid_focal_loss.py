@@ -37,7 +37,12 @@ def sigmoid_focal_loss_kernel(
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = index < elements
     row = index // classes
-    x = tl.load(logits + index, mask=inside, other=0.0).to(ACC)
+    # Without a mask, whose end may be anywhere, accesses are of 16 bytes.
+    whole = (tl.program_id(0).to(tl.int64) + 1) * TILE <= elements
+    if whole:
+        x = tl.load(logits + index).to(ACC)
+    else:
+        x = tl.load(logits + index, mask=inside, other=0.0).to(ACC)
     own = tl.load(labels + row, mask=inside, other=-1) == index - row * classes
     # Of a class that is the anchor's the loss is that of the other sign.
     x = tl.where(own, -x, x)
@@ -53,8 +58,11 @@ def sigmoid_focal_loss_kernel(
     tl.store(parts + tl.program_id(0), tl.sum(tl.where(inside, factor * cross_entropy, 0.0)))
     if GRADIENT:
         slope = factor * (p + 2 * q * cross_entropy)
-        slope = tl.where(own, -slope, slope)
-        tl.store(gradient + index, slope.to(gradient.dtype.element_ty), mask=inside)
+        slope = tl.where(own, -slope, slope).to(gradient.dtype.element_ty)
+        if whole:
+            tl.store(gradient + index, slope)
+        else:
+            tl.store(gradient + index, slope, mask=inside)
 
 
 def sigmoid_focal_loss(
