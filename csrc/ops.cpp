@@ -48,4 +48,6 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
   library.def(
       "sigmoid_focal_loss(Tensor logits, Tensor labels, Tensor weights, float alpha, bool with_gradient) -> (Tensor, "
       "Tensor)");
+  library.def("output_cache_held() -> int");
+  library.def("output_cache_limit(int? bytes) -> int");
 }

@@ -7,11 +7,22 @@
 
 from typing import Any
 
-from fpn_fast import backends, nn, ops, reference
+from fpn_fast import backends, nn, ops, output_cache, reference
 from fpn_fast._version import __version__
 from fpn_fast.integrations import Report, accelerate, restore
 
-__all__ = ["Report", "StaticDetector", "__version__", "accelerate", "backends", "nn", "ops", "reference", "restore"]
+__all__ = [
+    "Report",
+    "StaticDetector",
+    "__version__",
+    "accelerate",
+    "backends",
+    "nn",
+    "ops",
+    "output_cache",
+    "reference",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,8 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": str(folder),
         "LD_PRELOAD": " ".join(each.stdout.strip() for each in found),
+        # Kept memory would hide a use after an output's end.
+        "FPN_FAST_OUTPUT_CACHE_MIB": "0",
         # Python itself frees nothing at its end.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "pack.h"
-#include "page_in.h"
 #include "parallel.h"
 #include "roi_taps.h"
 
@@ -237,7 +236,6 @@ Tensor multiscale_roi_align_cpu(std::vector<Tensor> features, Tensor rois, std::
   if (pooled.numel() == 0) return pooled;
   dispatch_floating(features[0].scalar_type(), "multiscale_roi_align", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    page_in(pooled.data_ptr(), pooled.numel() * sizeof(T));
     pool<T>(to_feature_maps<const T>(features),
             roi_align_arguments<acc_type<T>>(rois, levels, features[0].size(0), features[0].size(1), pooled_height,
                                              pooled_width, scales, thresholds, sampling_ratio, aligned),

@@ -10,7 +10,6 @@
 
 #include "../torch/multiscale_roi_align.h"
 #include "pack.h"
-#include "page_in.h"
 #include "parallel.h"
 #include "roi_taps.h"
 
@@ -197,7 +196,6 @@ std::vector<Tensor> multiscale_roi_align_backward_cpu(Tensor grad, Tensor rois, 
   if (grads[0].numel() == 0) return grads;
   dispatch_floating(grad.scalar_type(), "multiscale_roi_align_backward", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    for (const Tensor& map : grads) page_in(map.data_ptr(), map.numel() * sizeof(T));
     const auto maps = to_feature_maps<T>(grads);
     const RoiTapTable<acc_type<T>> table(
         roi_align_arguments<acc_type<T>>(rois, levels, batch, grad.size(1), grad.size(2), grad.size(3), scales,

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "../common/paste_masks.h"
-#include "page_in.h"
 #include "tasks.h"
 
 namespace fpn_fast {
@@ -102,13 +101,11 @@ void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Stor
   const S* mask = static_cast<const S*>(masks.data_ptr());
   const B* box = static_cast<const B*>(boxes.data_ptr());
   T* target = static_cast<T*>(out.data_ptr());
-  constexpr int64_t bytes = sizeof(T);
   const B scale = static_cast<B>(static_cast<double>(size + 2 * padding) / size);
   parallel_tasks(masks.size(0), height * width, [&](const auto& next) {
     Resized<acc_t> resized;
     for (int64_t k = next(); k < masks.size(0); k = next()) {
       T* pasted = target + k * height * width;
-      page_in_part(pasted, height * width * bytes, masks.size(0) * height * width * bytes);
       const GrownBox grown = grow_box(box + 4 * k, scale);
       const PasteAxis<acc_t> x(grown.left, grown.right, static_cast<int>(width), size + 2 * padding);
       const PasteAxis<acc_t> y(grown.top, grown.bottom, static_cast<int>(height), size + 2 * padding);

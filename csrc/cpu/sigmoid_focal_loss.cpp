@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "page_in.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -75,10 +74,7 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_cpu(Tensor logits, Tensor labels, 
     loss.classes = logits.size(1), loss.elements = logits.numel();
     loss.alpha = static_cast<acc_t>(alpha);
     loss.parts = static_cast<acc_t*>(outputs.parts.data_ptr());
-    if (with_gradient) {
-      loss.gradient = static_cast<T*>(outputs.gradient.data_ptr());
-      page_in(loss.gradient, loss.elements * sizeof(T));
-    }
+    if (with_gradient) loss.gradient = static_cast<T*>(outputs.gradient.data_ptr());
     // An element costs about as much as ten copied ones.
     parallel_rows(focal_tiles(loss.elements), 10 * kFocalTile, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) loss.tile(tile);

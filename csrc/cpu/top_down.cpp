@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../common/resample.h"
-#include "page_in.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -218,7 +217,6 @@ std::vector<Tensor> top_down_cpu(std::vector<Tensor> laterals, int64_t mode, boo
     using T = typename decltype(tag)::type;
     const auto lateral_maps = to_feature_maps<const T>(laterals);
     const auto merged_maps = to_feature_maps<T>(merged);
-    for (const Tensor& map : merged) page_in(map.data_ptr(), map.numel() * sizeof(T));
     if (static_cast<Resample>(mode) == Resample::kNearest) {
       merge_pathway<false, T>(lateral_maps, merged_maps, Resample::kNearest, average);
     } else {

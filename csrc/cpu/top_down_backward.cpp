@@ -8,7 +8,6 @@
 
 #include "../common/resample.h"
 #include "../torch/top_down.h"
-#include "page_in.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -206,7 +205,6 @@ std::vector<Tensor> top_down_backward_cpu(std::vector<Tensor> grads, int64_t coa
     using T = typename decltype(tag)::type;
     const auto grad_maps = to_feature_maps<const T>(grads);
     const auto sum_maps = to_feature_maps<T>(sums);
-    for (const Tensor& map : sums) page_in(map.data_ptr(), map.numel() * sizeof(T));
     if (static_cast<Resample>(mode) == Resample::kNearest) {
       gather_pathway<false, T>(grad_maps, sum_maps, Resample::kNearest, average);
     } else {

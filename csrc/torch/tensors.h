@@ -48,21 +48,39 @@ inline bool is_channels_last(const Tensor& map) {
   return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous();
 }
 
-// Unwritten maps of the type, device and channels of `like`. Through the C shim, because torch::stable::empty looks its
+#ifndef __CUDACC__
+// csrc/cpu/output_cache.cpp. An unwritten dense tensor, in kept memory where it is large.
+AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                              int32_t device_index);
+#endif
+
+// An unwritten dense tensor on the device of `like`. Through the C shim, because torch::stable::empty looks its
 // operator up by name, which costs a call on tiny maps more than the rest of it together.
+inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_t* sizes, const int64_t* strides,
+                            int32_t dtype) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+#ifndef __CUDACC__
+  if (device_type == aoti_torch_device_type_cpu()) {
+    return Tensor(empty_on_cpu(dimensions, sizes, strides, dtype, like.get_device_index()));
+  }
+#endif
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+// Unwritten maps of the type, device and channels of `like`.
 inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int64_t width, bool channels_last) {
   const int64_t channels = like.size(1);
   const int64_t sizes[4] = {batch, channels, height, width};
   const int64_t image = std::max<int64_t>(channels, 1) * height * width;
   const int64_t first[4] = {image, height * width, width, 1};
   const int64_t last[4] = {image, 1, width * channels, channels};
-  int32_t dtype = 0, device_type = 0;
+  int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle map = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, channels_last ? last : first, dtype, device_type,
-                                                         like.get_device_index(), &map));
-  return Tensor(map);
+  return empty_strided(like, 4, sizes, channels_last ? last : first, dtype);
 }
 
 // The same with the batch of `like`.
@@ -70,17 +88,12 @@ inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool 
   return empty_maps(like, like.size(0), height, width, channels_last);
 }
 
-// An unwritten dense tensor on the device of `like`.
+// A contiguous one.
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), static_cast<int32_t>(type), device_type,
-                                                         like.get_device_index(), &made));
-  return Tensor(made);
+  return empty_strided(like, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                       static_cast<int32_t>(type));
 }
 
 inline bool on_device_of(const Tensor& tensor, const Tensor& like) {
