@@ -113,6 +113,18 @@ def test_the_limit():
     assert output_cache.held() == 0
     with pytest.raises(ValueError, match=r"0 bytes or more, got -1"):
         output_cache.set_limit(-1)
+    with pytest.raises(RuntimeError, match=r"0 bytes or more, got -1"):
+        torch.ops.fpn_fast.output_cache_set_limit(-1)
+    with pytest.raises(TypeError):
+        output_cache.set_limit(64e6)
+    assert output_cache.limit() == 0
+
+
+def test_a_fixed_number_of_blocks():
+    """However many outputs end at once: what gives them back may not allocate."""
+    outputs = [merged(1) for _ in range(300)]
+    del outputs
+    assert output_cache.held() == 256 * MIB
 
 
 def test_clear():
@@ -145,6 +157,8 @@ def test_an_output_is_a_tensor_like_any_other():
     assert output.resize_(1, 4, 16, 16).shape == (1, 4, 16, 16)
     with pytest.raises(RuntimeError, match="not resizable"):
         output.resize_(2, 4, 256, 1024)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        output.untyped_storage().resize_(0)
     shared = merged().share_memory_()
     assert shared.is_shared()
     assert shared.eq(1).all()
@@ -180,9 +194,25 @@ CALLS = {
     "multiscale_roi_align_backward": lambda: torch.ops.fpn_fast.multiscale_roi_align_backward(
         torch.ones(1, 4, 2, 2), torch.zeros(1, 5), None, 1, [512, 512], [1.0], [], 2, False, False
     ),
+    "multiscale_roi_align_max": lambda: torch.ops.fpn_fast.multiscale_roi_align_max(
+        [torch.ones(1, 64, 8, 8)], torch.zeros(400, 5), None, 7, 7, [1.0], [], 2, False
+    ),
+    "multiscale_roi_align_max_backward": lambda: torch.ops.fpn_fast.multiscale_roi_align_max_backward(
+        torch.ones(1, 4, 2, 2),
+        torch.zeros(1, 4, 2, 2, dtype=torch.int32),
+        torch.zeros(1, 5),
+        None,
+        1,
+        [512, 512],
+        [1.0],
+        [],
+        2,
+        False,
+        False,
+    ),
     "paste_masks": lambda: ops.paste_masks(torch.ones(2, 1, 28, 28), 9 * _boxes(2), (900, 900)),
-    "sigmoid_focal_loss": lambda: ops.sigmoid_focal_loss(
-        torch.zeros(4000, 91, requires_grad=True), torch.zeros(4000, dtype=torch.int64)
+    "sigmoid_focal_loss": lambda: torch.ops.fpn_fast.sigmoid_focal_loss(
+        torch.zeros(4000, 91), torch.zeros(4000, dtype=torch.int64), torch.ones(4000), 0.25, True
     ),
     "match_anchors": lambda: ops.match_anchors(
         _boxes(3)[None], None, _boxes(200_000), high_threshold=0.5, low_threshold=0.4
@@ -191,8 +221,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_op_with_large_outputs(name):
-    """Their numbers are tested elsewhere; here that memory with other numbers in it changes none."""
+def test_ops_with_large_outputs(name):
+    """Their numbers are tested elsewhere; here that memory with other numbers in it changes none, and that all of their
+    large outputs have such memory."""
 
     def tensors(found):
         return [found] if isinstance(found, torch.Tensor) else list(found)
@@ -201,9 +232,12 @@ def test_every_op_with_large_outputs(name):
     fresh = [each.detach().clone() for each in found]
     for each in found:
         each.detach().fill_(float("nan") if each.is_floating_point() else 77)
+    large = sum(each.nbytes for each in fresh if each.nbytes >= MIB)
     del found, each
-    assert output_cache.held() >= MIB
-    for ours, theirs in zip(tensors(CALLS[name]()), fresh, strict=True):
+    assert output_cache.held() == large > 0
+    again = tensors(CALLS[name]())
+    assert output_cache.held() == 0
+    for ours, theirs in zip(again, fresh, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -231,13 +265,18 @@ def test_threads():
 
 
 def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **variables}
+    """Without a developer's settings, and without those of other tests, of a C library that keeps everything."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FPN_FAST_", "MALLOC_"))}
+    environment = {**kept, **variables}
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_the_environments_limit(monkeypatch):
+def test_the_limit_of_a_processs_environment(monkeypatch):
     found = run("from fpn_fast import output_cache; print(output_cache.limit())", FPN_FAST_OUTPUT_CACHE_MIB="3")
     assert found.stdout.split() == [str(3 * MIB)]
+    monkeypatch.setenv("FPN_FAST_OUTPUT_CACHE_MIB", "9" * 30)
+    output_cache._set_limit_from_environment()
+    assert output_cache.limit() >= 1 << 60
     for wrong in ("-1", "64M", ""):
         monkeypatch.setenv("FPN_FAST_OUTPUT_CACHE_MIB", wrong)
         with pytest.raises(ValueError, match="must be a whole number of MiB, 0 to keep nothing, got " + repr(wrong)):
@@ -245,7 +284,7 @@ def test_the_environments_limit(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
-def test_resident_memory_follows_what_is_held():
+def test_a_processs_memory_follows_what_is_held():
     script = """
 import os, torch
 from fpn_fast import ops, output_cache
@@ -259,16 +298,35 @@ kept = resident()
 output_cache.clear()
 print(kept - before, resident() - before)
 """
-    # The settings that other tests run with, of a C library that returns nothing.
-    defaults = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=defaults, timeout=300)
-    kept, cleared = map(int, found.stdout.split())
+    kept, cleared = map(int, run(script).stdout.split())
     assert 150 < kept < 200
     assert cleared < 20
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_in_a_process_short_of_memory_what_is_kept_makes_room():
+    script = """
+import resource, torch
+from fpn_fast import ops, output_cache
+torch.set_num_threads(1)
+zero = torch.zeros(1, 1, 1, 1)
+def merged(megabytes):
+    return ops.upsample_add(zero.expand(1, 4, 256, 256 * megabytes), zero.expand(1, 4, 2, 2))
+merged(1)
+with open("/proc/self/statm") as statm:
+    size = int(statm.read().split()[0]) * resource.getpagesize()
+merged(256)
+assert output_cache.held() >= 256 << 20
+resource.setrlimit(resource.RLIMIT_AS, (size + (512 << 20),) * 2)
+assert merged(400).eq(0).all()
+print(output_cache.held() >> 20)
+"""
+    found = run(script)
+    assert found.stdout.split() == ["400"], found.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_and_the_end_of_the_process():
+def test_a_forked_process_and_the_end_of_one():
     """A child has what was kept as its own; an output that outlives everything ends with the process."""
     script = """
 import os, sys, torch
@@ -290,11 +348,43 @@ sys.modules["kept to the end"] = mine
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_forked_while_another_thread_uses_the_cache():
+    script = """
+import os, threading, torch
+from fpn_fast import ops, output_cache
+torch.set_num_threads(1)
+def merged():
+    return ops.upsample_add(torch.ones(1, 4, 256, 1024), torch.ones(1, 4, 1, 1))
+def work():
+    while not done:
+        output_cache.clear()
+        merged()
+done = False
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        output_cache.set_limit(8 << 20)
+        right = merged().eq(2).all() and output_cache.held() >= 4 << 20
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+done = True
+thread.join()
+print("done")
+"""
+    found = run(script)
+    assert found.stdout.split() == ["done"], found.stderr
+
+
 def test_without_the_compiled_library(monkeypatch):
-    monkeypatch.setitem(_library.problems, "cpu", "no compiler")
-    assert output_cache.held() == output_cache.limit() == 0
-    output_cache.set_limit(5)
-    output_cache.clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(_library.problems, "cpu", "no compiler")
+        assert output_cache.held() == output_cache.limit() == 0
+        output_cache.set_limit(5)
+        output_cache.clear()
+    assert output_cache.limit() == 512 * MIB
 
 
 def test_a_compiled_graph_uses_it_too():

@@ -211,14 +211,19 @@ def test_scale_factor_of_two_is_the_doubling_merge():
 FEW = torch.Size((2, 3, 5, 7)), torch.Size((2, 3, 2, 3)), torch.Size((2, 3, 2, 2))
 
 
-@pytest.mark.parametrize("levels", [2, 3])
-def test_few_numbers_with_a_gradient_are_merged_by_torchs_operators(levels):
+def two_map_form(laterals, **options):
+    lateral, top = laterals
+    return [ops.upsample_add(lateral, top, **options), top]
+
+
+@pytest.mark.parametrize(("levels", "merge"), [(2, ops.top_down), (3, ops.top_down), (2, two_map_form)])
+def test_few_numbers_with_a_gradient_are_merged_by_torchs_operators(levels, merge):
     """With the kernel's results; and no others are, nor where a backend is asked for."""
 
     def name_and_result(laterals, backend="auto", **options):
         laterals = [each.requires_grad_() for each in laterals]
         with backends.use(backend):
-            *merged, last = ops.top_down(laterals, **options)
+            *merged, last = merge(laterals, **options)
         assert last is laterals[-1]
         grads = torch.autograd.grad(merged, laterals, [torch.ones_like(each) for each in merged])
         return merged[0].grad_fn.name(), merged, grads
@@ -234,9 +239,13 @@ def test_few_numbers_with_a_gradient_are_merged_by_torchs_operators(levels):
     others += [[each.detach().repeat(1, 16, 3, 3) for each in few]]
     names = [name_and_result(each)[0] for each in others] + [name_and_result(few, fuse="avg")[0]]
     assert set(names) == {by_kernel} != {by_torch}
-    for wrong in (torch.randn(2, 1, 2, 3), torch.randn(2, 3, 2), torch.randn(2, 3, 2, 3).double(), None):
+    wrong_sizes = [(2, 1, 2, 3), (1, 3, 2, 3), (2, 3, 2), (2, 3, 0, 3)]
+    wrong = [*map(torch.randn, wrong_sizes), *(torch.randn(2, 3, 2, 3).to(t) for t in (torch.double, torch.half)), None]
+    for each in wrong:
         with pytest.raises((TypeError, ValueError), match="laterals"):
-            ops.top_down([few[0], wrong])
+            merge([few[0], each])
+    with pytest.raises(ValueError, match="laterals"):
+        ops.top_down([torch.randn(2, 3, 0, 3, requires_grad=True)])
 
 
 @pytest.mark.slow

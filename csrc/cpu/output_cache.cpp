@@ -3,6 +3,7 @@
 // as soon as it is freed, and the system hands out the next one a page of 4 KiB at a time, by a fault at the first
 // write to each: in a merge those faults take three quarters of the time. torch keeps a GPU's memory for the same
 // reason; on a CPU it leaves it to the C library.
+#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -62,13 +63,17 @@ struct Block {
 
 class OutputCache {
  public:
-  OutputCache() { idle_.reserve(kMostBlocks); }
+  // Never destroyed: an output may outlive every static object.
+  static OutputCache& instance() {
+    static OutputCache* const cache = make();
+    return *cache;
+  }
 
   Block take(int64_t bytes) {
     if (const auto kept = find(bytes)) return *kept;
     void* data = nullptr;
     if (posix_memalign(&data, kAlignment, bytes) != 0) {
-      drop_all();
+      clear();
       STD_TORCH_CHECK(posix_memalign(&data, kAlignment, bytes) == 0, "not enough memory for an output of ", bytes,
                       " bytes");
     }
@@ -77,18 +82,23 @@ class OutputCache {
   }
 
   void give(Block block) {
-    // Not kept rather than waited for: whoever forks while another thread is in here leaves the child a lock for good.
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && block.bytes <= limit_) {
-      block.given_at = takes_;
-      const auto too_much = [&] {
-        return held_ + block.bytes > limit_ || idle_.size() == kMostBlocks || takes_ - idle_[0].given_at > kStale;
-      };
-      while (!idle_.empty() && too_much()) drop_oldest();
-      idle_.push_back(block);
-      held_ += block.bytes;
+    const std::lock_guard lock(mutex_);
+    if (block.bytes > limit_) {
+      std::free(block.data);
       return;
     }
-    std::free(block.data);
+    block.given_at = takes_;
+    const auto too_much = [&] {
+      return held_ + block.bytes > limit_ || idle_.size() == kMostBlocks || takes_ - idle_[0].given_at > kStale;
+    };
+    while (!idle_.empty() && too_much()) drop_oldest();
+    idle_.push_back(block);
+    held_ += block.bytes;
+  }
+
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    while (!idle_.empty()) drop_oldest();
   }
 
   int64_t held() {
@@ -96,18 +106,31 @@ class OutputCache {
     return held_;
   }
 
-  int64_t limit(std::optional<int64_t> bytes) {
+  int64_t limit() {
     const std::lock_guard lock(mutex_);
-    const int64_t before = limit_;
-    if (bytes.has_value()) limit_ = *bytes;
+    return limit_;
+  }
+
+  void set_limit(int64_t bytes) {
+    STD_TORCH_CHECK(bytes >= 0, "the limit must be 0 bytes or more, got ", bytes);
+    const std::lock_guard lock(mutex_);
+    limit_ = bytes;
     while (held_ > limit_) drop_oldest();
-    return before;
   }
 
  private:
+  OutputCache() { idle_.reserve(kMostBlocks); }
+
+  static OutputCache* make() {
+    auto* const cache = new OutputCache;
+    // A child has the one thread that forked it: what another one holds at that moment stays locked there for good.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+    return cache;
+  }
+
   std::optional<Block> find(int64_t bytes) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return std::nullopt;
+    const std::lock_guard lock(mutex_);
     ++takes_;
     auto best = idle_.end();
     for (auto block = idle_.begin(); block != idle_.end(); ++block) {
@@ -122,11 +145,6 @@ class OutputCache {
     return found;
   }
 
-  void drop_all() {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    while (lock && !idle_.empty()) drop_oldest();
-  }
-
   void drop_oldest() {
     held_ -= idle_.front().bytes;
     std::free(idle_.front().data);
@@ -138,39 +156,35 @@ class OutputCache {
   int64_t held_ = 0, limit_ = kDefaultLimit, takes_ = 0;
 };
 
-// Never destroyed: an output may outlive every static object.
-OutputCache& output_cache() {
-  static OutputCache* const cache = new OutputCache;
-  return *cache;
-}
-
-int64_t output_cache_held() { return output_cache().held(); }
-int64_t output_cache_limit(std::optional<int64_t> bytes) { return output_cache().limit(bytes); }
+int64_t output_cache_held() { return OutputCache::instance().held(); }
+int64_t output_cache_limit() { return OutputCache::instance().limit(); }
+void output_cache_set_limit(int64_t bytes) { OutputCache::instance().set_limit(bytes); }
+void output_cache_clear() { OutputCache::instance().clear(); }
 
 }  // namespace
 
-AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                              int32_t device_index) {
+AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   const int32_t cpu = aoti_torch_device_type_cpu();
+  // There is one CPU.
+  constexpr int32_t kNoIndex = -1;
   AtenTensorHandle made = nullptr;
   int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
   bool overflow = false;
   for (int64_t i = 0; i < dimensions; ++i) overflow |= __builtin_mul_overflow(bytes, sizes[i], &bytes);
   // Of sizes beyond all numbers torch says what is wrong.
   if (overflow || bytes < kSmallest) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dimensions, sizes, strides, dtype, cpu, device_index, &made));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype, cpu, kNoIndex, &made));
     return made;
   }
   auto block = std::make_unique<Block>();
-  *block = output_cache().take(bytes);
+  *block = OutputCache::instance().take(bytes);
   const auto give_back = [](void*, void* context) {
     auto* const block = static_cast<Block*>(context);
-    output_cache().give(*block);
+    OutputCache::instance().give(*block);
     delete block;
   };
   void* const data = block->data;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, dimensions, sizes, strides, 0, dtype, cpu, device_index, &made,
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, dimensions, sizes, strides, 0, dtype, cpu, kNoIndex, &made,
                                                 aoti_torch_layout_strided(), nullptr, 0, give_back, block.release()));
   return made;
 }
@@ -178,6 +192,8 @@ AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const in
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CompositeExplicitAutograd, library) {
   library.impl("output_cache_held", TORCH_BOX(&output_cache_held));
   library.impl("output_cache_limit", TORCH_BOX(&output_cache_limit));
+  library.impl("output_cache_set_limit", TORCH_BOX(&output_cache_set_limit));
+  library.impl("output_cache_clear", TORCH_BOX(&output_cache_clear));
 }
 
 }  // namespace fpn_fast

@@ -22,13 +22,7 @@ inline std::pair<Tensor, Tensor> empty_pooled_max(const std::vector<Tensor>& fea
     STD_TORCH_CHECK(map.size(2) <= kMaxWinnerSize && map.size(3) <= kMaxWinnerSize,
                     "multiscale_roi_align_max takes maps of at most ", kMaxWinnerSize, " pixels along an axis");
   }
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(pooled.get(), &device_type));
-  AtenTensorHandle winners = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, pooled.sizes().data(), pooled.strides().data(),
-                                                         aoti_torch_dtype_int32(), device_type,
-                                                         pooled.get_device_index(), &winners));
-  return {pooled, Tensor(winners)};
+  return {pooled, empty_strided(pooled, 4, pooled.sizes().data(), pooled.strides().data(), aoti_torch_dtype_int32())};
 }
 
 inline void check_winners(const Tensor& winners, const Tensor& grad, const std::vector<int64_t>& sizes) {

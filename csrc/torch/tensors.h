@@ -50,8 +50,7 @@ inline bool is_channels_last(const Tensor& map) {
 
 #ifndef __CUDACC__
 // csrc/cpu/output_cache.cpp. An unwritten dense tensor, in kept memory where it is large.
-AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                              int32_t device_index);
+AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype);
 #endif
 
 // An unwritten dense tensor on the device of `like`. Through the C shim, because torch::stable::empty looks its
@@ -62,7 +61,7 @@ inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
 #ifndef __CUDACC__
   if (device_type == aoti_torch_device_type_cpu()) {
-    return Tensor(empty_on_cpu(dimensions, sizes, strides, dtype, like.get_device_index()));
+    return Tensor(empty_on_cpu(dimensions, sizes, strides, dtype));
   }
 #endif
   AtenTensorHandle made = nullptr;

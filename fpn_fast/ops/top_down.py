@@ -132,7 +132,10 @@ def _merge_few(laterals: list[Tensor]) -> list[Tensor] | None:
     What torch's operators would do otherwise than :func:`top_down` goes to a kernel, or to the check that refuses it.
     """
     try:
-        if torch.compiler.is_compiling() or not _any_requires_grad(*laterals) or laterals[0].numel() > _FEW:
+        # If neither of the last two has a gradient, their sum has none here; of the kernel all maps have one.
+        if torch.compiler.is_compiling() or not _any_requires_grad(*laterals[-2:]):
+            return None
+        if not 0 < laterals[0].numel() <= _FEW:
             return None
         merged = [top := laterals[-1]]
         batch, channels, _, _ = top.shape
