@@ -10,7 +10,7 @@ PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize test-mmdet build bench docs lint format clean
+.PHONY: help demo test fuzz sanitize test-mmdet test-oldest build bench docs lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,16 +42,19 @@ fuzz: build  ## every op with arguments that nobody should give it, for as long 
 sanitize: build  ## every op's tests on the CPU with the library under the address and undefined-behaviour sanitizers
 	$(BIN)/python tests/sanitized_library.py $(PYTEST_ARGS)
 
-# An environment over the one above, whose torch it uses.
-$(VENV)-mmdet/.installed: $(VENV)/.installed requirements-mmdet.txt
-	$(PYTHON) -m venv --clear $(VENV)-mmdet
+# Environments over the one above: what the requirements do not name is its.
+$(VENV)-%/.installed: $(VENV)/.installed requirements-%.txt
+	$(PYTHON) -m venv --clear $(VENV)-$*
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(VENV)-mmdet/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
-	$(VENV)-mmdet/bin/python -m pip install --quiet --no-deps -r requirements-mmdet.txt
+		> "$$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
+	$(VENV)-$*/bin/python -m pip install --quiet --no-deps -r requirements-$*.txt
 	@touch $@
 
 test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's own, in an environment that has it
 	$(VENV)-mmdet/bin/python -m pytest tests/against_mmdet.py $(PYTEST_ARGS)
+
+test-oldest: build $(VENV)-oldest/.installed  ## all tests with the oldest torch that the library serves, as built with ours
+	$(VENV)-oldest/bin/python -m pytest tests -n auto --dist loadfile $(PYTEST_ARGS)
 
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
 	$(BIN)/python -m fpn_fast bench --output output/benchmarks $(BENCH_ARGS)
@@ -71,4 +74,4 @@ format: $(VENV)/.installed  ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-mmdet build dist output *.egg-info fpn_fast/*.so
+	rm -rf $(VENV) $(VENV)-mmdet $(VENV)-oldest build dist output *.egg-info fpn_fast/*.so

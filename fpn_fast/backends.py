@@ -25,6 +25,10 @@ from fpn_fast import _library
 BACKENDS = ("cpp", "triton", "reference")
 
 
+# Looked up here, because torch.compile may be what asks first, and torch 2.11's does not follow the look-up.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve the call; the message says why and what would help."""
 
@@ -41,7 +45,7 @@ def triton_interprets() -> bool:
 
 
 def _triton_problem(device_type: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed; `pip install triton`"
     if device_type == "cpu" and not triton_interprets():
         return "triton serves cpu tensors only in its interpreter; set TRITON_INTERPRET=1 before importing fpn_fast"

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from fpn_fast.ops._checks import check_maps
-from fpn_fast.ops._registration import traced
+from fpn_fast.ops._registration import constant
 
 #: csrc/common/proposal_arguments.h: kMaxProposalLevels.
 MAX_LEVELS = 8
-
-
-def constants(values: Sequence[float]) -> list[float]:
-    """Plain floats: a tracer of dynamic shapes makes variables of numbers; their text makes constants of them again."""
-    return [float(f"{value!r}") for value in values] if traced() else [float(value) for value in values]
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -28,7 +23,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_numbers(**numbers: float) -> list[float]:
     """`numbers` as constants, none of which is NaN."""
-    found = constants(list(numbers.values()))
+    found = [constant(value) for value in numbers.values()]
     for name, value in zip(numbers, found, strict=True):
         if math.isnan(value):
             raise ValueError(f"{name} must be a number, got nan")
@@ -41,7 +36,7 @@ def check_fours(**fours: Sequence[float]) -> list[list[float]]:
     for name, values in fours.items():
         if len(values) != 4:
             raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
-        found.append(constants(values))
+        found.append([constant(value) for value in values])
         if any(math.isnan(value) for value in found[-1]):
             raise ValueError(f"{name} must be numbers, got {values}")
     return found
@@ -117,4 +112,4 @@ def flatten_cells(
         if len(rows) != anchors or any(len(row) != 4 for row in rows):
             raise ValueError(f"cell_anchors must be {anchors} anchors (x1, y1, x2, y2) at level {i}, got {rows}")
         flat.extend(value for row in rows for value in row)
-    return constants(flat)
+    return [constant(value) for value in flat]

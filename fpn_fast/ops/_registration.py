@@ -84,3 +84,8 @@ def register_op(
 def traced() -> bool:
     """Whether a compiler or a function transform watches, which understands registered ops only."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def constant(value: float) -> float:
+    """A float: a tracer of dynamic shapes makes variables of numbers; their text makes constants of them again."""
+    return float.fromhex(float(value).hex()) if traced() else float(value)

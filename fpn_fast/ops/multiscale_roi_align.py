@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
 from fpn_fast.ops._checks import DTYPES, check_maps
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._registration import constant, register_op, traced
 from fpn_fast.ops._roi_align import in_order, keep_nothing, refuse_second_derivative, remember_sizes
 from fpn_fast.ops.levels import MAX_LEVELS, levels_by_area, thresholds_of
 from fpn_fast.ops.multiscale_roi_align_max import pool_max
@@ -78,15 +78,11 @@ def multiscale_roi_align(
     height, width = _check_output_size(output_size)
     features = check_maps(list(features), "features")
     rois, levels = _check_rois(features, rois, scales, sampling_ratio, levels)
-    if traced():
-        # A tracer of dynamic shapes makes variables of numbers, these too; their text makes constants of them again.
-        scales = [float(f"{scale!r}") for scale in scales]
-        canonical_scale, canonical_level = float(f"{canonical_scale!r}"), float(f"{canonical_level!r}")
-    scales = tuple(float(scale) for scale in scales)
+    scales = tuple(constant(scale) for scale in scales)
     # One that no area passes stands for none: autograd's tracer takes an empty list for one of tensors.
     thresholds = [math.inf]
     if levels is None and len(scales) > 1:
-        thresholds = thresholds_of(scales, canonical_scale, canonical_level, level_formula)
+        thresholds = thresholds_of(scales, constant(canonical_scale), constant(canonical_level), level_formula)
     pool = pool_max if pool_mode == "max" else _pool
     return pool(features, rois, levels, height, width, list(scales), thresholds, int(sampling_ratio), bool(aligned))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import DTYPES, check_sizes
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._registration import constant, register_op
 from fpn_fast.reference.nms import CONVENTIONS
 
 
@@ -156,8 +156,7 @@ def _suppress(
     max_output: int,
     convention: int,
 ) -> tuple[Tensor, Tensor]:
-    # A tracer of dynamic shapes makes variables of numbers; their text makes constants of them again.
-    iou_threshold = float(f"{iou_threshold!r}") if traced() else float(iou_threshold)
+    iou_threshold = constant(iou_threshold)
     if math.isnan(iou_threshold):
         raise ValueError("iou_threshold must be a number, got nan")
     backend = backends.choose_for(boxes, "segmented_nms")
