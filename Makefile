@@ -40,7 +40,7 @@ fuzz: build  ## every op with arguments that nobody should give it, for as long 
 	FPN_FAST_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -q
 
 sanitize: build  ## every op's tests on the CPU with the library under the address and undefined-behaviour sanitizers
-	$(BIN)/python tests/sanitized_library.py $(PYTEST_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m helpers.sanitized_library $(PYTEST_ARGS)
 
 # Environments over the one above: what the requirements do not name is its.
 $(VENV)-%/.installed: $(VENV)/.installed requirements-%.txt

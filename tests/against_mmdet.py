@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our modules beside mmdetection's own, which `make test-mmdet` installs; no part of the default run.
 
-Same weights, inputs and configurations: outputs and gradients. mmcv's compiled ops are tests/mmcv_stand_in.py.
+Same weights, inputs and configurations: outputs and gradients. mmcv's compiled ops are tests/helpers/mmcv_stand_in.py.
 """
 
 import copy
 import logging
 from dataclasses import replace
 
-import mmcv_stand_in
 import pytest
-import tolerances
 import torch
+from helpers import mmcv_stand_in
+
+from fpn_fast.testing import tolerances
 
 mmcv_stand_in.install()
 

@@ -95,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from battery import is_left_out
+    from helpers.battery import is_left_out
 
     left_out = {item: None for item in items if is_left_out(item)}
     config.hook.pytest_deselected(items=list(left_out))

@@ -12,10 +12,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import detectron2_stand_in
-import plain_proposals
 import pytest
 import torch
+from helpers import detectron2_stand_in, plain_proposals
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpn_fast

@@ -8,17 +8,16 @@ import pickle
 import subprocess
 import sys
 
-import detectron2_stand_in
-import plain_proposals
 import pytest
-import tolerances
 import torch
 import torch.nn.functional as F
+from helpers import detectron2_stand_in, plain_proposals
 from torch import nn
 
 import fpn_fast
 from fpn_fast import backends
 from fpn_fast.nn import detectron2
+from fpn_fast.testing import tolerances
 
 CHANNELS = {"res2": 6, "res3": 8, "res4": 10, "res5": 12}
 TOPS = {

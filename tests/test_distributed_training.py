@@ -20,7 +20,7 @@ for package in ("sklearn", "skimage", "pycocotools", "matplotlib", "tqdm", "torc
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train_detector
-from two_processes import SMALL
+from helpers.two_processes import SMALL
 
 # A process that waits for another for ever would end the test here; together they take half a minute when alone.
 PATIENCE = 540
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where two processes have left what they found, "0.json" and "1.json", and their runs."""
     folder = tmp_path_factory.mktemp("two")
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name("helpers") / "two_processes.py"), str(folder)]
     started = [
         subprocess.Popen(
             command,

@@ -2,9 +2,9 @@
 import math
 import sys
 
-import devices
 import pytest
 import torch
+from helpers import devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from helpers.keypoint_heatmaps import BOXES, CASES, DTYPES, EMPTY, INF, NAN, TRITON_CASES, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keypoint_heatmaps import BOXES, CASES, DTYPES, EMPTY, INF, NAN, TRITON_CASES, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
 from torchvision.models.detection import roi_heads

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.keypoint_heatmaps import CASES, DTYPES, Case, same
 from host_kernels import run
-from keypoint_heatmaps import CASES, DTYPES, Case, same
 
 PROGRAM = "heatmaps_to_keypoints_main"
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from anchor_matching import CASES, Case
+from helpers.anchor_matching import CASES, Case
 from host_kernels import run
 
 PROGRAM = "match_anchors_main"

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, replace
 
 import pytest
-import tolerances
 import torch
 from host_kernels import run
 from host_kernels.layouts import LAYOUTS, Layout, only_the_map_was_written, place, poisoned
@@ -16,6 +15,7 @@ from host_kernels.layouts import LAYOUTS, Layout, only_the_map_was_written, plac
 from fpn_fast import reference
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
 from fpn_fast.reference.multiscale_roi_align import axis_weights
+from fpn_fast.testing import tolerances
 
 PROGRAM = "multiscale_roi_align_main"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 
 import pytest
-import tolerances
 import torch
 from host_kernels import run
 from host_kernels.layouts import LAYOUTS, Layout, only_the_map_was_written, place, poisoned
 
 from fpn_fast import reference
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
+from fpn_fast.testing import tolerances
 
 PROGRAM = "multiscale_roi_align_max_main"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

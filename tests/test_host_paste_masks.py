@@ -7,8 +7,8 @@ import struct
 
 import pytest
 import torch
+from helpers.mask_pasting import CASES, DTYPES, Case
 from host_kernels import run
-from mask_pasting import CASES, DTYPES, Case
 
 PROGRAM = "paste_masks_main"
 

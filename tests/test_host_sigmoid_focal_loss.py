@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from focal_losses import ALPHA, CASES, DTYPES, Case, accumulated, check
+from helpers.focal_losses import ALPHA, CASES, DTYPES, Case, accumulated, check
 from host_kernels import run
 
 from fpn_fast.ops._schemas import FOCAL_TILE

@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-import tolerances
 import torch
 from host_kernels import run
 from host_kernels.layouts import LAYOUTS, Layout, only_the_map_was_written, place, poisoned
 
 from fpn_fast import reference
+from fpn_fast.testing import tolerances
 
 # Batch, channels, and sizes from the finest map to the coarsest.
 SHAPES = {

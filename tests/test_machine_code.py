@@ -15,8 +15,8 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import cuda_toolkit
 import pytest
+from helpers import cuda_toolkit
 from host_kernels import build
 
 ROOT = build.ROOT

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from anchor_matching import CASES
+from helpers.anchor_matching import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode

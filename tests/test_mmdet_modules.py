@@ -6,18 +6,18 @@ import doctest
 import io
 import math
 
-import plain_proposals
 import pytest
-import tolerances
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import plain_proposals
 from torch import nn
 
 import fpn_fast
 from fpn_fast import backends
 from fpn_fast.nn import mmdet
 from fpn_fast.nn.mmdet.conv_module import ConvModule
+from fpn_fast.testing import tolerances
 
 CHANNELS = [6, 8, 10, 12]
 ODD = [(25, 43), (13, 22), (7, 11), (4, 6)]

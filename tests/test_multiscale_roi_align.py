@@ -2,12 +2,11 @@
 import math
 import struct
 
-import battery
 import pytest
-import tolerances
 import torch
 import torchvision
-from battery import Battery, Case, Op
+from helpers import battery
+from helpers.battery import Battery, Case, Op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +15,7 @@ from torchvision.ops.poolers import LevelMapper
 from fpn_fast import backends, ops, reference
 from fpn_fast.ops.levels import level_thresholds, thresholds_of
 from fpn_fast.ops.multiscale_roi_align import _BACKWARD, _FORWARD
+from fpn_fast.testing import tolerances
 
 NAN, INF = float("nan"), float("inf")
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)

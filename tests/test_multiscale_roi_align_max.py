@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 
-import battery
 import pytest
-import tolerances
 import torch
-from battery import Battery, Case, Op
+from helpers import battery
+from helpers.battery import Battery, Case, Op
 from test_multiscale_roi_align import ODD_ROIS, ROIS, tensors
 
 from fpn_fast import backends, ops
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
 from fpn_fast.ops.multiscale_roi_align_max import _BACKWARD, _FORWARD
+from fpn_fast.testing import tolerances
 
 INF = math.inf
 PYRAMID = ((9, 14), (5, 7))

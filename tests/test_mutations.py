@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import planted_faults
 import pytest
-from planted_faults import FAULTS
+from helpers import planted_faults
+from helpers.planted_faults import FAULTS
 
 # Runs `verify` for each [fault's number, ops, report], two at a time, and prints the exit codes. Each is a fork of a
 # process that has imported torch, which takes longer than to verify an op; the library is loaded after the fork.

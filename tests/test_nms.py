@@ -3,9 +3,9 @@ import math
 import re
 import sys
 
-import devices
 import pytest
 import torch
+from helpers import devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-import tolerances
 import torch
+from helpers.mask_pasting import CASES, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_pasting import CASES, DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from fpn_fast import backends, ops
 from fpn_fast.ops.paste_masks import _OP
+from fpn_fast.testing import tolerances
 
 NAN, INF = float("nan"), float("inf")
 SIZE = (61, 83)

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
-import tolerances
 import torch
 import torchvision
 from torch import nn
@@ -28,6 +27,7 @@ from fpn_fast import ops
 from fpn_fast.nn import MultiScaleRoIAlign, RoIAlign, _standalone
 from fpn_fast.nn.detectron2 import ROIPooler
 from fpn_fast.nn.mmdet import SingleRoIExtractor
+from fpn_fast.testing import tolerances
 
 NAMES = ["0", "1", "2", "3"]
 SIZES = [(25, 43), (13, 22), (7, 11), (4, 6)]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import sanitized_library
+from helpers import sanitized_library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, whose sanitizers these are")
 

@@ -5,9 +5,9 @@ import math
 import sys
 from types import SimpleNamespace
 
-import devices
 import pytest
 import torch
+from helpers import devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from focal_losses import ALPHA, CASES, DTYPES, accumulated, check
+from helpers.focal_losses import ALPHA, CASES, DTYPES, accumulated, check
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 

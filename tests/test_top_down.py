@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-import battery
 import pytest
-import tolerances
 import torch
 import torch.nn.functional as F
-from battery import Battery, Case, Op
+from helpers import battery
+from helpers.battery import Battery, Case, Op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fpn_fast import backends, ops, reference
 from fpn_fast.ops.top_down import _BACKWARD, _FORWARD
 from fpn_fast.reference.top_down import nearest_sources
+from fpn_fast.testing import tolerances
 
 BILINEAR = {"mode": "bilinear"}
 CORNERS = {"mode": "bilinear", "align_corners": True}

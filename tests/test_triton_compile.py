@@ -36,7 +36,7 @@ def compiled(everything):
 @pytest.fixture(scope="module")
 def everything():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_triton.py")
+    script = Path(__file__).with_name("helpers") / "compile_triton.py"
     done = subprocess.run(
         [sys.executable, str(script), *map(str, ARCHS)], capture_output=True, text=True, env=environment
     )

@@ -4,12 +4,12 @@
 import math
 from contextlib import nullcontext
 
-import devices
 import pytest
 import test_generate_proposals
 import test_nms
 import test_select_detections
 import torch
+from helpers import devices
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only

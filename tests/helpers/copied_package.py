@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from host_kernels.build import compiler, locked
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _OPTIMISE = '"-O3", "-g0"'
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import copied_package
+from helpers import copied_package
 
 #: The number of the fault that is on; none without it.
 VARIABLE = "PLANTED_FAULT"

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole CPU library under the sanitizers of addresses and of undefined behaviour.
 
-    python tests/sanitized_library.py        builds it, and runs every op's tests on the CPU with it; `make sanitize`
-
-``make test`` runs `verify` with it: test_sanitized_library.py.
+``make sanitize`` builds it and runs every op's CPU tests with it; ``make test`` runs `verify` with it, see
+test_sanitized_library.py.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import copied_package
+from helpers import copied_package
 
 TESTS = (
     "generate_proposals",

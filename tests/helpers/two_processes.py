@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/test_distributed_training.py runs in each of two processes: `python tests/two_processes.py FOLDER`."""
+"""What test_distributed_training.py runs in each of two processes: ``python two_processes.py FOLDER``."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train_detector
 from detector_models import build_detector

@@ -9,11 +9,12 @@ import sys
 from collections import namedtuple
 from types import ModuleType, SimpleNamespace
 
-import plain_proposals
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+
+from helpers import plain_proposals
 
 ShapeSpec = namedtuple("ShapeSpec", ["channels", "stride"])
 
