@@ -101,21 +101,21 @@ def rows(batches: Sequence[int] = BATCHES, small: bool = False) -> list[dict[str
 def table(found: dict[str, Any]) -> str:
     """Markdown of a census."""
     lines = [
-        "| after the networks | N | torchvision: operations | waits | fpn_fast: operations | waits |",
+        "| stage | N | operations: torchvision | fpn_fast | host synchronisations: torchvision | fpn_fast |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     by_key = {(row["stage"], row["batch"], row["library"]): row for row in found["rows"]}
     for stage, batch in dict.fromkeys((row["stage"], row["batch"]) for row in found["rows"]):
         numbers = [
             str(by_key[stage, batch, library][what])
-            for library in ("torchvision", "fpn_fast")
             for what in ("operations", "waits")
+            for library in ("torchvision", "fpn_fast")
         ]
         lines.append(f"| {stage} | {batch} | {' | '.join(numbers)} |")
     versions = f"torch {found['torch']}, torchvision {found['torchvision']}, commit {found['commit'] or 'unknown'}"
     note = (
-        "Counted, not timed: operations that the dispatcher sees, without views and allocations, and host waits that a "
-        f"GPU would make of them; {versions}."
+        "Counted on a CPU, not timed: operations that the dispatcher hands to a backend, without views and "
+        f"allocations, and the host synchronisations that the same calls cause on a GPU; {versions}."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
 

@@ -403,7 +403,7 @@ def earlier_rows(path: Path, machine: dict[str, Any], chosen: list[Case]) -> lis
 def table(results: dict[str, Any]) -> str:
     """Markdown of a results file."""
     lines = [
-        "| detector | | ms | times eager | host waits | peak memory | stages that are replaced, ms |",
+        "| detector | provider | ms | speed-up | host synchronisations | peak memory | replaced stages, ms |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results files to Markdown tables, plots, and the blocks of the README that hold figures.
+"""Writes committed results into the README, the docs and the README's plot.
 
-    python benchmarks/report.py                             the tables of every results file
-    python benchmarks/report.py --plot                      and a PNG beside each file
-    python benchmarks/report.py --readme README.md          writes the README's blocks anew
-    python benchmarks/report.py --readme README.md --check  fails where they differ from the files
-    python benchmarks/report.py --targets                   fails where the library misses what it is held to
+    python benchmarks/report.py            writes every table and the plot anew
+    python benchmarks/report.py --check    exits with 1 where one of them differs from the results
+    python benchmarks/report.py --targets  exits with 1 where a result misses what the library is held to
 
-A block is ``<!-- benchmark:FAMILY MACHINE [WORD ...] -->`` to ``<!-- /benchmark -->``. MACHINE is a folder's name or a
-device type that only one folder has; of the cases, those are shown that have every WORD in their name. FAMILY is one of
-``fpn_fast bench`` or ``detectors``, of benchmarks/detectors.py. The census is of no machine: ``<!-- census -->`` to
-``<!-- /census -->``; and the accuracies of examples/ablation.py, ``<!-- NAME -->`` to ``<!-- /ablation -->`` with the
-name of their file, which begins with ablation.
+A table stands between ``<!-- table: NAME [WORD ...] -->`` and ``<!-- /table -->``. NAME is a family of
+``fpn_fast bench``, or ``detectors`` (benchmarks/detectors.py), ``census`` (benchmarks/census.py), ``ablation`` or
+``ablation_float64`` (examples/ablation.py), or ``summary``, which is the README's. With WORDs, a family's table has the
+cases whose name holds all of them.
 """
 
 from __future__ import annotations
@@ -27,67 +24,49 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import census, detectors  # noqa: E402
+from benchmarks import census, detectors, front_page  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.bench.cases import targets  # noqa: E402
 from fpn_fast.bench.report import Row, by_case, load, markdown  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-_BLOCK = re.compile(r"(<!-- benchmark:(\w+) (\S+)((?: \S+)*) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
-_CENSUS = re.compile(r"(<!-- census -->\n).*?(<!-- /census -->)", re.DOTALL)
-
-_ABLATION = re.compile(r"(<!-- (ablation\w*) -->\n).*?(<!-- /ablation -->)", re.DOTALL)
-
-
-def find(folder: Path, family: str, machine: str) -> Path:
-    """The results file of `family` on `machine`, a folder's name or a device type; ValueError if there is not one."""
-    named = folder / machine / f"{family}.json"
-    if named.exists():
-        return named
-    found = []
-    for path in sorted(folder.glob(f"*/{family}.json")):
-        facts = load(path)["machine"]
-        # A run with an allocator setting is an extra, which must be named.
-        if facts["device_type"] == machine and not facts["allocator"]:
-            found.append(path)
-    if len(found) != 1:
-        raise ValueError(f"{family} on {machine}: expected one results file in {folder}, found {len(found)}")
-    return found[0]
+#: The folder of the machine whose figures the pages show.
+MACHINE = "amd-epyc-2-threads"
+PLOT = ROOT / "docs" / "img" / "speedup.svg"
+_TABLE = re.compile(r"(<!-- table: (\w+)((?: \S+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
-def tables(path: Path, words: tuple[str, ...] = ()) -> str:
-    """Markdown of a results file."""
-    results = load(path)
-    return detectors.table(results) if path.stem == "detectors" else markdown(results, words)
-
-
-def render_readme(text: str, folder: Path) -> str:
-    """`text` with every block made anew from the files in `folder`."""
-
-    def block(match: re.Match[str]) -> str:
-        begin, family, machine, words, end = match.groups()
-        path = find(folder, family, machine)
-        return begin + tables(path, tuple(words.split())) + end
-
-    def counts(match: re.Match[str]) -> str:
-        begin, end = match.groups()
-        return begin + census.table(json.loads((folder / "census.json").read_text())) + end
-
-    def accuracies(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+def table(name: str, words: tuple[str, ...] = (), folder: Path = RESULTS) -> str:
+    """Markdown of one table, from the results in `folder`."""
+    machine = folder / MACHINE
+    if name == "summary":
+        return front_page.table(machine)
+    if name == "census":
+        return census.table(load(folder / "census.json"))
+    if name.startswith("ablation"):
         found = json.loads((folder / f"{name}.json").read_text())
-        return begin + ablation.table(found["rows"], found["command"]) + end
+        return ablation.table(found["rows"], found["command"])
+    results = load(machine / f"{name}.json")
+    return detectors.table(results) if name == "detectors" else markdown(results, words)
 
-    return _ABLATION.sub(accuracies, _CENSUS.sub(counts, _BLOCK.sub(block, text)))
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """A page's `text` with every table made anew."""
+    return _TABLE.sub(lambda found: found[1] + table(found[2], tuple(found[3].split()), folder) + found[4], text)
+
+
+def pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """Every file that holds figures, as it must be: README.md and the docs with tables, and the plot."""
+    texts = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    return {path: render(text, folder) for path, text in texts.items() if _TABLE.search(text)} | {
+        PLOT: front_page.plot(folder / MACHINE)
+    }
 
 
 def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:
-    """One line for each thing that the library is held to on a CPU, and whether all of them are met.
-
-    It is held to them where nobody set how memory is allocated, as users have it; other runs are extras.
-    """
+    """One line for each target of the library on a CPU, and whether all are met."""
     lines, all_met = [], True
-    if results["machine"]["device_type"] != "cpu" or results["machine"]["allocator"]:
+    if results["machine"]["device_type"] != "cpu":
         return lines, all_met
     for case, rows in by_case(results).items():
         for target in targets(case):
@@ -114,36 +93,23 @@ def peak_share(rows: dict[str, Row], provider: str) -> float | None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="results files; by default all in --results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of machines' folders")
-    parser.add_argument("--readme", type=Path, help="file whose blocks are written anew")
-    parser.add_argument("--check", action="store_true", help="with --readme: write nothing, fail on a difference")
-    parser.add_argument("--plot", action="store_true", help="a PNG beside each file")
-    parser.add_argument("--targets", action="store_true", help="only what the library is held to; fails on a miss")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file differs")
+    parser.add_argument("--targets", action="store_true", help="print the targets; exit with 1 where one is missed")
     options = parser.parse_args(arguments)
-    if options.readme is not None:
-        before = options.readme.read_text()
-        after = render_readme(before, options.results)
-        if not options.check:
-            options.readme.write_text(after)
-        elif before != after:
-            print(f"{options.readme} and the results differ; run python benchmarks/report.py --readme {options.readme}")
-            return 1
-        return 0
-    passed = True
-    for path in options.files or sorted(options.results.glob("*/*.json")):
-        results = load(path)
-        if options.targets:
-            lines, met = (detectors.target_lines if path.stem == "detectors" else target_lines)(results)
+    if options.targets:
+        passed = True
+        for path in sorted(RESULTS.glob("*/*.json")):
+            lines, met = (detectors.target_lines if path.stem == "detectors" else target_lines)(load(path))
             passed &= met
             print(*lines, sep="\n")
-            continue
-        print(f"## {path.stem}: {path.parent.name}\n\n{tables(path)}")
-        if options.plot and path.stem != "detectors":
-            from fpn_fast.bench import plots
-
-            plots.times(results, path.with_suffix(".png"))
-    return 0 if passed else 1
+        return 0 if passed else 1
+    differing = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    for path in differing:
+        if options.check:
+            print(f"{path.relative_to(ROOT)} differs from the results; run python benchmarks/report.py")
+        else:
+            path.write_text(pages()[path])
+    return 1 if options.check and differing else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -675,28 +676,38 @@ def test_only_named_cases_are_shown(results: Path) -> None:
     assert text.count("| top_down |") == 1
 
 
-@pytest.mark.parametrize("machine", ["cpu", "abacus-9-2-threads"])
-def test_readme_block_is_made_from_the_results(
-    machine: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_pages_and_plot_hold_the_committed_results() -> None:
+    found = checkout_report.pages()
+    names = {path.relative_to(ROOT).as_posix() for path in found}
+    assert {"README.md", "docs/benchmarks.md", "docs/ablation.md", "docs/img/speedup.svg"} <= names
+    for path, text in found.items():
+        assert path.read_text() == text, f"{path} differs from the results; run python benchmarks/report.py"
+
+
+def test_a_figure_that_differs_from_its_results_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- benchmark:top_down {machine} -->\n<!-- /benchmark -->\nafter\n")
-    options = ["--readme", str(readme), "--results", str(results.parents[1])]
-    assert checkout_report.main([*options, "--check"]) == 1
-    assert checkout_report.main(options) == 0
-    written = readme.read_text()
-    assert written.startswith("before\n<!-- benchmark:top_down ")
-    assert written.endswith("<!-- /benchmark -->\nafter\n")
-    assert "| 4 ms | 3 ms | 1.5 ms |" in written
-    assert checkout_report.main([*options, "--check"]) == 0
-    readme.write_text(written.replace("2.67x", "2.68x"))
-    assert checkout_report.main([*options, "--check"]) == 1
-    assert "differ" in capsys.readouterr().out
-
-
-def test_a_readme_block_without_results_is_an_error(results: Path) -> None:
-    with pytest.raises(ValueError, match="top_down on cuda: expected one results file"):
-        checkout_report.render_readme("<!-- benchmark:top_down cuda -->\n<!-- /benchmark -->", results.parents[1])
+    (tmp_path / "docs" / "img").mkdir(parents=True)
+    monkeypatch.setattr(checkout_report, "ROOT", tmp_path)
+    monkeypatch.setattr(checkout_report, "PLOT", tmp_path / "docs" / "img" / "speedup.svg")
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: summary -->\n<!-- /table -->\nafter\n")
+    assert checkout_report.main(["--check"]) == 1
+    assert checkout_report.main([]) == 0
+    written = page.read_text()
+    assert written.startswith("before\n<!-- table: summary -->\n| stage |")
+    assert written.endswith("<!-- /table -->\nafter\n")
+    assert checkout_report.main(["--check"]) == 0
+    ratio = re.search(r"forward (\d)", written)
+    for path, old, new in (
+        (page, ratio[0], f"forward {int(ratio[1]) + 1}"),
+        (checkout_report.PLOT, "x</text>", "9x</text>"),
+    ):
+        right = path.read_text()
+        path.write_text(right.replace(old, new, 1))
+        assert checkout_report.main(["--check"]) == 1
+        assert f"{path.name} differs" in capsys.readouterr().out
+        path.write_text(right)
 
 
 def test_targets_name_what_is_missed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -729,28 +740,6 @@ def test_memory_is_shown_and_held_to_where_it_counts(tmp_path: Path, results: Pa
         del row["peak_bytes"]
     lines, _ = checkout_report.target_lines(found)
     assert f"MISSED {few}: no figure of eager's peak memory, wants 10% at most" in lines
-    found["machine"]["allocator"] = {"MALLOC_TRIM_THRESHOLD_": "1"}
-    assert checkout_report.target_lines(found) == ([], True), "an extra is held to nothing"
-
-
-def test_readme_block_of_the_census(tmp_path: Path) -> None:
-    counted = [
-        {"stage": "RPN", "batch": 8, "library": library, "operations": operations, "waits": waits}
-        for library, operations, waits in (("torchvision", 328, 34), ("fpn_fast", 2, 1))
-    ]
-    found = {"torch": "2.14.1", "torchvision": "0.29.1", "commit": "0123abc", "rows": counted}
-    (tmp_path / "census.json").write_text(json.dumps(found))
-    text = checkout_report.render_readme("before\n<!-- census -->\nold\n<!-- /census -->\nafter\n", tmp_path)
-    assert "| RPN | 8 | 328 | 34 | 2 | 1 |\n" in text
-    assert "commit 0123abc" in text
-    assert "old" not in text
-    assert text.endswith("<!-- /census -->\nafter\n")
-
-
-def test_plot(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    assert checkout_report.main(["--plot", str(results)]) == 0
-    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
