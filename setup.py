@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the library may use: it loads under this one and every later one.
 TORCH_TARGET = "0x020b000000000000"
 SOURCES = [
+    "csrc/build_facts.cpp",
     "csrc/ops.cpp",
     "csrc/cpu/generate_proposals.cpp",
     "csrc/cpu/heatmaps_to_keypoints.cpp",
@@ -109,7 +110,6 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
         os.environ["CUDA_HOME"] = str(home)
         is_wheel = "bdist_wheel" in sys.argv and "editable_wheel" not in sys.argv
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", WHEEL_ARCHS if is_wheel else DEVELOPMENT_ARCHS)
-    import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     debug = os.environ.get("FPN_FAST_DEBUG") == "1"
@@ -119,12 +119,23 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     # flags; to keep them, GCC would not vectorise a loop with a choice in it.
     cxx = [*optimise, *stable, "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     link = ["-Wl,--as-needed"] if sys.platform == "linux" else []
+    facts = {
+        "TORCH": torch.__version__,
+        "CUDA": torch.version.cuda if with_cuda else "none",
+        "ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else "none",
+        "PYTHON": platform.python_version(),
+    }
+    macros = [f'-DFPN_FAST_BUILD_{name}="{value}"' for name, value in facts.items()]
     parts = [
-        CppExtension("fpn_fast._C", SOURCES, extra_compile_args={"cxx": cxx}, extra_link_args=link, py_limited_api=True)
+        CppExtension(
+            "fpn_fast._C",
+            SOURCES,
+            extra_compile_args={"cxx": [*cxx, *macros]},
+            extra_link_args=link,
+            py_limited_api=True,
+        )
     ]
-    archs = "none"
     if with_cuda:
-        archs = os.environ["TORCH_CUDA_ARCH_LIST"]
         nvcc = ["-O0" if debug else "-O3", *stable, "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"]
         # Thresholds are made on the host, by the same rule.
         nvcc += ["-Xcompiler", "-ffp-contract=off"]
@@ -137,25 +148,8 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
                 py_limited_api=True,
             )
         )
-    facts = {
-        "TORCH": torch.__version__,
-        "CUDA": torch.version.cuda if with_cuda else "none",
-        "ARCHS": archs,
-        "PYTHON": platform.python_version(),
-    }
-    parts.append(
-        Extension(
-            "fpn_fast._introspection",
-            ["csrc/introspection.cpp"],
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=[*optimise, "-std=c++17", "-fvisibility=hidden"]
-            + [f'-DFPN_FAST_BUILD_{name}="{value}"' for name, value in facts.items()],
-            language="c++",
-        )
-    )
-    print(
-        f"fpn_fast: torch {facts['TORCH']}, CUDA {facts['CUDA']} for {archs}, {'debug' if debug else 'release'} build"
-    )
+    kind = "debug" if debug else "release"
+    print(f"fpn_fast: torch {facts['TORCH']}, CUDA {facts['CUDA']} for {facts['ARCHS']}, {kind} build")
     return parts, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}
 
 

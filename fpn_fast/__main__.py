@@ -35,19 +35,11 @@ def gather() -> dict[str, Any]:
         "remarks": {
             device: {name: backends.remarks(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
         },
-        "build": None,
+        "build": _library.build_facts() if _library.problems["cpu"] is None else None,
         "kernels": None,
     }
-    try:
-        _introspection = importlib.import_module("fpn_fast._introspection")
-    except ImportError as error:
-        facts["introspection_problem"] = (
-            f"{error}; it is built with the compiled library, for the Python that built it alone"
-        )
-        return facts
-    facts["build"] = _introspection.build_facts()
     if torch.cuda.is_available() and _library.problems["cuda"] is None:
-        facts["kernels"] = _introspection.kernel_attributes(str(_library.path("_C_cuda")))
+        facts["kernels"] = _library.kernel_attributes()
     return facts
 
 
@@ -59,7 +51,7 @@ def render(facts: dict[str, Any]) -> str:
         f"GPU: {facts['device'] or 'none visible'}",
     ]
     if facts["build"] is None:
-        lines.append(f"build: unknown ({facts['introspection_problem']})")
+        lines.append("build: no compiled library")
     else:
         lines += ["build:", *(f"  {name:<9} {value}" for name, value in facts["build"].items())]
     for device, problems in facts["backends"].items():

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and loads the compiled library: schemas and CPU kernels, then the CUDA kernels where torch has CUDA."""
+"""Finds and loads the compiled library: schemas and CPU kernels, then the CUDA kernels where torch has CUDA.
+
+What the library says of itself comes through C functions and ctypes, which work in every Python.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +22,45 @@ problems: dict[str, str | None] = {}
 def path(name: str) -> Path:
     """Path of the compiled file `name` ("_C" or "_C_cuda"), whether or not it is there."""
     return _FOLDER / f"{name}.abi3.so"
+
+
+def build_facts() -> dict[str, str] | None:
+    """Compiler, torch, CUDA ("none" without), GPU architectures and Python of the build; None without a library."""
+    if not path("_C").exists():
+        return None
+    read = ctypes.CDLL(str(path("_C"))).fpn_fast_build_facts
+    read.restype = ctypes.c_char_p
+    return json.loads(read())
+
+
+class _KernelAttributes(ctypes.Structure):
+    """csrc/cuda/kernel_attributes.h: struct KernelAttributes."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * 128),
+        ("threads", ctypes.c_int),
+        ("registers", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("local_bytes", ctypes.c_int),
+        ("occupancy", ctypes.c_double),
+    )
+
+
+def kernel_attributes() -> list[dict[str, Any]]:
+    """Name, threads, registers, shared_bytes, local_bytes and occupancy (0 to 1) of each CUDA kernel.
+
+    Raises:
+        RuntimeError: the CUDA runtime reports an error, such as a machine without a GPU.
+    """
+    read = ctypes.CDLL(str(path("_C_cuda"))).fpn_fast_kernel_attributes
+    found: list[dict[str, Any]] = []
+    attributes = _KernelAttributes()
+    while (status := read(len(found), ctypes.byref(attributes))) == 0:
+        values = {name: getattr(attributes, name) for name, _ in _KernelAttributes._fields_}
+        found.append({**values, "name": attributes.name.decode()})
+    if status > 0:  # -1 marks the end of the table
+        raise RuntimeError(f"the CUDA runtime reports error {status}")
+    return found
 
 
 def _load(name: str, absent: str) -> str | None:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C interface between the CUDA library and _introspection.
+// The C interface by which fpn_fast/_library.py reads the kernels' resources.
 #pragma once
 
 extern "C" {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads each kernel's resources. A C function, so that _introspection can reach it in any build of this library.
+// Reads each kernel's resources, for ctypes: fpn_fast/_library.py.
 #include <cuda_runtime.h>
 
 #include <cstdio>

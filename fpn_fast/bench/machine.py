@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -143,43 +141,16 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
-_KERNEL_FIELDS: dict[str, Any] = {
-    "name": ctypes.c_char * 128,
-    "threads": ctypes.c_int,
-    "registers": ctypes.c_int,
-    "shared_bytes": ctypes.c_int,
-    "local_bytes": ctypes.c_int,
-    "occupancy": ctypes.c_double,
-}
-
-
-class _KernelAttributes(ctypes.Structure):
-    """csrc/cuda/kernel_attributes.h: struct KernelAttributes."""
-
-    _fields_ = list(_KERNEL_FIELDS.items())
-
-
 def kernels() -> list[dict[str, Any]] | str:
     """Registers, shared and local memory and occupancy of each CUDA kernel, or why they cannot be read."""
     if not torch.cuda.is_available():
         return "skipped: no GPU"
     if _library.problems["cuda"] is not None:
         return f"skipped: {_library.problems['cuda']}"
-    path = str(_library.path("_C_cuda"))
     try:
-        return importlib.import_module("fpn_fast._introspection").kernel_attributes(path)
-    except ImportError:
-        # It serves one Python version; the library it asks serves all of them.
-        read = ctypes.CDLL(path).fpn_fast_kernel_attributes
+        return _library.kernel_attributes()
     except RuntimeError as error:
         return f"skipped: {error}"
-    found: list[dict[str, Any]] = []
-    attributes = _KernelAttributes()
-    while (status := read(len(found), ctypes.byref(attributes))) == 0:
-        kernel = {name: getattr(attributes, name) for name in _KERNEL_FIELDS}
-        found.append({**kernel, "name": attributes.name.decode()})
-    # Past the last kernel the status is -1; above 0 it is the CUDA runtime's.
-    return found if status < 0 else f"skipped: the CUDA runtime gives error {status}"
 
 
 def environment() -> dict[str, Any]:
