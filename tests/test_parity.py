@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 import fpn_fast
-from fpn_fast.testing import assert_parity
+from fpn_fast.testing import assert_parity, tolerances
 from fpn_fast.verify import command
 
 ROOT = Path(__file__).parents[1]
@@ -162,10 +162,10 @@ def test_other():
 """
 
 
-def run_project(folder, *arguments, project=PROJECT):
+def run_project(folder, *arguments, project=PROJECT, optimise=()):
     (folder / "conftest.py").write_text("import builtins, sys\nbuiltins.EARLY = list(sys.modules)\n")
     (folder / "test_project.py").write_text(project)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", *arguments]
+    command = [sys.executable, *optimise, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", *arguments]
     # Named here, for a checkout that was installed before there was a plugin; an entry point names it as well.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
@@ -181,6 +181,80 @@ def test_plugin(tmp_path):
     text = run_project(tmp_path, "-m", "fpn_fast_parity")
     assert re.search("1 failed, 1 passed, 1 deselected", text), text
     assert "@pytest.mark.fpn_fast_parity(**options): checks parity" in run_project(tmp_path, "--markers")
+
+
+FAULTY_PROJECT = """
+import torch
+from fpn_fast import ops
+
+def faulty(x, rois):
+    return ops.roi_align(x, rois, 3) * 1.5 + 0.25
+
+def test_fault(assert_parity):
+    maps, rois = torch.randn(1, 2, 8, 8), torch.tensor([[0.0, 1.0, 1.0, 6.0, 5.0]])
+    assert_parity(faulty, lambda x, rois: ops.roi_align(x, rois, 3), maps, rois, rtol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("optimise", [["-O"], ["-OO"]], ids=str)
+def test_a_fault_is_found_without_assert_statements(tmp_path, optimise):
+    """By the fixture, where pytest rewrites no assertion, and by the function that it hands out."""
+    text = run_project(tmp_path, project=FAULTY_PROJECT, optimise=optimise)
+    assert "1 failed" in text, text
+    assert "differs from the reference in 18 of 18 elements" in text
+    code = (
+        "import torch\nfrom fpn_fast.testing import assert_parity\nassert_parity(torch.clone, torch.neg, torch.ones(3))"
+    )
+    done = subprocess.run([sys.executable, *optimise, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "AssertionError: output [3] float32 differs from the reference in 3 of 3 elements" in done.stderr
+
+
+RULES = {
+    "equal": lambda x: tolerances.equal(x, torch.ones(4)),
+    "exact": lambda x: tolerances.exact(x, torch.ones(4)),
+    "close": lambda x: tolerances.close(x, torch.ones(4), 1e-6, 0.0),
+    "linear": lambda x: tolerances.linear(x, torch.ones(4).double(), torch.ones(4).double(), terms=1, roundings=1),
+    "not_worse": lambda x: tolerances.not_worse(x, torch.ones(4), torch.ones(4).double(), size=4),
+    "share_not_worse": lambda x: tolerances.share_not_worse(x, torch.ones(4).double(), torch.ones(4), share=1e-7),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_rule_judges_by_its_figure_and_bound(rule):
+    assert rule(torch.ones(4)).within
+    for bad in (float("nan"), float("inf"), 1.01, 0.0):
+        error = rule(torch.tensor([1.0, 1.0, bad, 1.0]))
+        assert not error.within
+        assert not error.worst <= error.bound
+        assert error.count == 1
+        assert "most at (2,)" in error.text
+    # Another shape is an error, not something to broadcast.
+    assert "is [1] float32, the reference's is [4]" in rule(torch.ones(1)).text
+    assert rule(torch.ones(1)).worst == float("inf")
+
+
+def test_an_error_is_within_a_bound_or_not():
+    nan, inf = float("nan"), float("inf")
+    errors = {(1.0, 2.0): True, (2.0, 2.0): True, (3.0, 2.0): False, (nan, 2.0): False, (1.0, nan): False,
+              (1.0, inf): False, (0.0, 0.0): True}  # fmt: skip
+    for (worst, bound), within in errors.items():
+        error = tolerances.Error(worst, bound, int(not within), "text")
+        assert error.within is within
+        # What failed is never hidden by what did not.
+        for other in (tolerances.Error(1.9, 2.0), tolerances.Error()):
+            assert error.worse(other).within is other.worse(error).within is within
+
+
+def test_integers_that_one_float64_stands_for_differ():
+    large = torch.tensor([2**60, 7])
+    assert tolerances.equal(large, large).within
+    assert not tolerances.equal(large + torch.tensor([1, 0]), large).within
+    assert tolerances.equal(large, large.int()).text == "is [2] int64, the reference's is [2] int32"
+    columns = torch.ones(2, 3).t()
+    with pytest.raises(AssertionError, match=r"has strides \(1, 3\), the reference's has \(2, 1\)"):
+        tolerances.assert_exact(columns, columns.contiguous())
+    assert tolerances.equal(columns, columns.contiguous()).within
 
 
 def test_the_documented_test_passes_and_the_documented_commands_parse(tmp_path):

@@ -66,7 +66,8 @@ def test_passes_and_prints_a_table(capsys):
         "cases",
         "worst",
         "ulp",
-        "relative",
+        "error",
+        "bound",
         "decisions",
         "result",
     ]
@@ -92,7 +93,7 @@ def test_files(capsys, tmp_path):
     assert {row["op"] for row in found["rows"]} == {"nms"}
     suite = ET.parse(paths["junit"]).getroot()
     assert (suite.tag, suite.get("failures"), suite.get("tests")) == ("testsuite", "0", str(len(found["rows"])))
-    assert "| nms | reference | cpu | float32 | 1 | 0 | 0.0e+00 | 0 | pass |" in paths["markdown"].read_text()
+    assert "| nms | reference | cpu | float32 | 1 | 0 | 0.0e+00 | 0.0e+00 | 0 | pass |" in paths["markdown"].read_text()
 
 
 def test_a_failure_is_told_in_every_form(capsys, tmp_path, broken):
@@ -104,7 +105,7 @@ def test_a_failure_is_told_in_every_form(capsys, tmp_path, broken):
     line = next(line.strip() for line in text.splitlines() if line.strip().startswith("python -m fpn_fast"))
     failure = json.loads(paths["json"].read_text())["rows"][0]["failures"][0]
     assert failure["command"] == line
-    assert "output 0: Tensor-likes are not equal" in failure["message"]
+    assert failure["message"].startswith("output 0: [3] float32 differs from the reference in 3 of 3 elements")
     (test,) = ET.parse(paths["junit"]).getroot()
     assert line in test.find("failure").text
     assert line in paths["markdown"].read_text()
@@ -233,7 +234,8 @@ def test_unwritten_memory_shows(monkeypatch):
 
     monkeypatch.setitem(CHECKS, "u", Check("u", draw, ("top_down",), (torch.float32,), (), ("reference",)))
     (row,) = run(Plan(["u"], ["reference"], 0, 1))
-    assert row.failures[0].message == "output 0: 1 of 4 differ, first at (0,): nan, not 0.0"
+    message = "output 0: [4] float32 differs from the reference in 1 of 4 elements, most at (0,): nan and not 0.0"
+    assert row.failures[0].message.startswith(message)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -249,8 +251,8 @@ def double_gradient(x):
         (lambda x: [x[:1]], "outputs are"),
         (lambda x: [x.double()], "outputs are"),
         (lambda x: [x.contiguous(memory_format=torch.channels_last)], "is not torch.contiguous_format"),
-        (lambda x: [x * 2], "output 0: Tensor-likes are not equal"),
-        (lambda x: [double_gradient(x)], "gradient 0: error"),
+        (lambda x: [x * 2], "output 0: [2, 3, 4, 5] float32 differs"),
+        (lambda x: [double_gradient(x)], "gradient 0: [2, 3, 4, 5] float32 differs"),
     ],
 )
 def test_rules_find(monkeypatch, outputs, message):
@@ -273,12 +275,13 @@ def test_errors_in_ulp():
     off = actual.clone()
     off[0] += 2**-22
     measure = trial.exactly(off, actual, exact)
-    # Two units of numbers from 1 to 2, and a share of the largest number, 4.
+    # Two units of numbers from 1 to 2.
     assert measure.ulp == pytest.approx(2)
-    assert measure.relative == pytest.approx(2**-24)
-    assert "not equal" in measure.problem
+    assert measure.error.worst == pytest.approx(2**-22)
+    assert "have to be equal" in measure.error.text
     for bad in (float("nan"), float("inf")):
-        assert trial.exactly(actual.index_fill(0, torch.tensor(0), bad), actual, exact).ulp == float("inf")
+        measure = trial.exactly(actual.index_fill(0, torch.tensor(0), bad), actual, exact)
+        assert (measure.ulp, measure.error.within) == (float("inf"), False)
     same = torch.tensor([float("nan"), float("inf"), 1.0])
     assert trial.exactly(same, same, same.double()) == trial.Measure()
     assert trial.decided()(torch.tensor([1, 2, 3]), torch.tensor([1, 5, 4]), torch.tensor([])).decisions == 2
@@ -323,6 +326,26 @@ def test_registering_an_op(monkeypatch):
 
     assert checks.CHECKS["doubled"].ops == ("doubled",)
     assert [name_of(d) for d in checks.CHECKS["doubled"].dtypes] == ["float64", "float32", "float16", "bfloat16"]
+
+
+FAULT = """
+import sys, fpn_fast.__main__
+from fpn_fast import ops
+right = ops.roi_align
+ops.roi_align = lambda *arguments, **options: right(*arguments, **options) * 1.5 + 0.25
+sys.exit(fpn_fast.__main__.main(["verify", "--ops", "roi_align", "nms", "--cases", "3", "--backends", "cpp"]))
+"""
+
+
+@pytest.mark.parametrize("optimise", [[], ["-O"], ["-OO"]], ids=str)
+def test_a_planted_fault_is_found_with_and_without_assert_statements(tmp_path, optimise):
+    command = [sys.executable, *optimise, "-c", FAULT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("roi_align ", "nms "))]
+    assert {(row[0], row[9]) for row in rows} == {("roi_align", "FAIL"), ("nms", "pass")}
+    # The printed error and bound say the same as the printed result.
+    assert all((float(row[6]) <= float(row[7])) == (row[9] == "pass") for row in rows)
 
 
 TORCH_ALONE = """

@@ -171,8 +171,9 @@ class StaticRoIHeads(RoIHeads):
         """See :class:`RoIHeads`."""
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
+        if targets is None:
+            raise ValueError("targets must have the boxes and labels of each image in training, got None")
         self.check_targets(targets)
-        assert targets is not None
         boxes, kinds, owners, labels, gt_boxes = self._sample(proposals, targets)
         logits, deltas = self.box_predictor(
             self.box_head(self.box_roi_pool(features, list(boxes.unbind()), image_shapes))

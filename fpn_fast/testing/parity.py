@@ -71,19 +71,23 @@ def assert_parity(
     ours = _run(call, fast, inputs, keywords, gradients, autocast, seed, device)
     theirs = _run(reference, reference, inputs, keywords, gradients, autocast, seed, device, seeds=ours.seeds)
     _check_structure(ours.tensors, theirs.tensors)
-    given = None if rtol is None and atol is None else (rtol or 0.0, atol or 0.0)
-    if exact or given is not None:
+    if exact or rtol is not None or atol is not None:
         for name, actual in ours.tensors.items():
-            _compare_directly(name, actual, theirs.tensors[name], given)
+            _check(name, tolerances.close(actual, theirs.tensors[name], rtol or 0.0, atol or 0.0))
         return
-    numbers = {name: t for name, t in theirs.tensors.items() if t.dtype.is_floating_point and t.numel()}
-    truth = _in_float64(reference, inputs, keywords, gradients, seed, device, ours.seeds) if numbers else {}
-    shares = _own_errors(numbers, truth, autocast)
+    floats = {name: t for name, t in theirs.tensors.items() if t.dtype.is_floating_point and t.numel()}
+    truth = _in_float64(reference, inputs, keywords, gradients, seed, device, ours.seeds) if floats else {}
+    shares = _own_errors(floats, truth, autocast)
     for name, actual in ours.tensors.items():
-        if name in numbers:
-            _compare_with_truth(name, actual, numbers[name], truth[name], shares[_kind(name)], autocast)
+        if name in floats:
+            _check(name, _compare_with_truth(actual, truth[name], shares[_kind(name)], autocast))
         else:
-            _compare_directly(name, actual, theirs.tensors[name], None)
+            _check(name, tolerances.equal(actual, theirs.tensors[name]))
+
+
+def _check(name: str, error: tolerances.Error) -> None:
+    if not error.within:
+        raise AssertionError(f"{name} {error.text}")
 
 
 @dataclass
@@ -219,7 +223,7 @@ def _own_errors(plain: dict[str, Tensor], truth: dict[str, Tensor], autocast: to
                 f"{name}: the reference gives something else in float64: give rtol and atol, or exact=True"
             )
         dtype = autocast or expected.dtype
-        error, largest = _error(expected.double(), wide).max().item(), _largest(wide)
+        error, largest = tolerances.difference(expected, wide).max().item(), _largest(wide)
         share = error / largest if largest else error / torch.finfo(dtype).smallest_normal
         # A rounding of every step stays far below, a decision that differs does not.
         if not share <= math.sqrt(torch.finfo(dtype).eps):
@@ -231,51 +235,11 @@ def _own_errors(plain: dict[str, Tensor], truth: dict[str, Tensor], autocast: to
     return shares
 
 
-def _compare_with_truth(
-    name: str, actual: Tensor, expected: Tensor, truth: Tensor, share: float, autocast: torch.dtype | None
-) -> None:
+def _compare_with_truth(actual: Tensor, truth: Tensor, share: float, autocast: torch.dtype | None) -> tolerances.Error:
     unit = tolerances.unit_of_result(autocast or actual.dtype, _SIZE)
-    allowed = (2 * share + unit) * _largest(truth)
-    error = _error(actual.double(), truth)
-    rule = (
-        f"{error.max().item():.3e} off from float64, where {allowed:.3e} is allowed: twice the reference's own error, "
-        f"{share:.3e} of the largest number, and a unit"
-    )
-    _raise_where(name, actual, expected, error, ~(error <= allowed), rule)
-
-
-def _compare_directly(name: str, actual: Tensor, expected: Tensor, given: tuple[float, float] | None) -> None:
-    """given: rtol and atol for floating-point numbers; None, and for others, equal."""
-    ours, theirs = actual.double(), expected.double()
-    if given is None or not actual.dtype.is_floating_point:
-        differs = ~((actual == expected) | (ours.isnan() & theirs.isnan()))
-        _raise_where(name, actual, expected, _error(ours, theirs), differs, "they have to be equal")
-        return
-    error = _error(ours, theirs)
-    over = error - (given[1] + given[0] * theirs.abs().nan_to_num())
-    _raise_where(name, actual, expected, over, ~(over <= 0), f"rtol {given[0]}, atol {given[1]}")
+    rule = f"twice the reference's own error, {share:.3e} of the largest value, and a unit"
+    return tolerances.compare(actual, truth, (2 * share + unit) * _largest(truth), rule)
 
 
 def _largest(values: Tensor) -> float:
     return torch.where(values.isfinite(), values.abs(), 0).max().item()
-
-
-def _error(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|: 0 where they are the same infinity or both no numbers, infinite where one of them is."""
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
-
-
-def _raise_where(name: str, actual: Tensor, expected: Tensor, size: Tensor, differs: Tensor, rule: str) -> None:
-    """size: how far each element is off, of which the largest is named."""
-    count = int(differs.sum())
-    if count == 0:
-        return
-    at = tuple(int(i) for i in torch.unravel_index(torch.where(differs, size, -math.inf).argmax(), differs.shape))
-    ours, theirs = actual[at].item(), expected[at].item()
-    off = f", {abs(float(ours) - float(theirs)):.3e} apart" if actual.dtype.is_floating_point else ""
-    kind = f"{list(actual.shape)} {str(actual.dtype).removeprefix('torch.')}"
-    raise AssertionError(
-        f"{name} {kind} differs from the reference in {count} of {actual.numel()} elements, most at {at}: {ours} and "
-        f"not {theirs}{off} ({rule})"
-    )

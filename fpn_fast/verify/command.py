@@ -25,8 +25,11 @@ shapes, types, memory formats and edge cases: against the reference in float64 f
 package's own tests, and against the reference's decisions for what selects. Exits with 0 if all passed, 1 if not,
 2 for bad arguments."""
 _EPILOG = """\
-worst ulp: of the largest error, in units in the last place of the type; relative: as a share of the largest number of
-its tensor; decisions: how many differ from the reference's (what is kept, matched, or above a threshold).
+Of the cases of a row, the table shows:
+  worst ulp  the largest error, in units in the last place of the type
+  error      the error closest to its bound, or furthest over it; a row passes if this is at most its bound
+  bound      how large that error may be
+  decisions  how many differ from the reference's: what is kept, matched, or above a threshold
 
 A file for --shapes has sizes by op, each entry checked with --cases random contents and options:
   {"top_down": [{"batch": 2, "channels": 256, "sizes": [[200, 336], [100, 168], [50, 84], [25, 42]]}],

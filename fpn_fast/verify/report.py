@@ -15,7 +15,7 @@ from fpn_fast import _library
 from fpn_fast._version import __version__
 from fpn_fast.verify.run import Failure, Row
 
-_HEADER = ("op", "backend", "device", "type", "cases", "worst ulp", "relative", "decisions", "result")
+_HEADER = ("op", "backend", "device", "type", "cases", "worst ulp", "error", "bound", "decisions", "result")
 _LEFT = 4
 _WIDTH = 24
 #: Failed cases whose message is printed for each row; JSON has them all.
@@ -63,10 +63,10 @@ def environment() -> dict[str, Any]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    measure = row.measure
-    numbers = (f"{measure.ulp:.3g}", f"{measure.relative:.1e}", str(measure.decisions)) if row.cases else ("", "", "")
+    error, measure = row.measure.error, row.measure
+    figures = (f"{measure.ulp:.3g}", f"{error.worst:.1e}", f"{error.bound:.1e}", str(measure.decisions))
     result = "left out" if not row.cases else "pass" if row.passed else f"FAIL ({len(row.failures)})"
-    return (row.op, row.backend, row.device, row.dtype, str(row.cases), *numbers, result)
+    return (row.op, row.backend, row.device, row.dtype, str(row.cases), *(figures if row.cases else [""] * 4), result)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -134,7 +134,8 @@ def as_json(rows: Sequence[Row], settings: dict[str, Any], seconds: float, optio
                 "dtype": row.dtype,
                 "cases": row.cases,
                 "ulp": finite(row.measure.ulp),
-                "relative": finite(row.measure.relative),
+                "error": finite(row.measure.error.worst),
+                "bound": finite(row.measure.error.bound),
                 "decisions": row.measure.decisions,
                 "passed": row.passed,
                 "note": row.note,

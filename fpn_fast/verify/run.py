@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends
+from fpn_fast.testing import tolerances
 from fpn_fast.verify.checks import CHECKS, Check
 from fpn_fast.verify.draw import Draw
 from fpn_fast.verify.trial import Measure, Trial
@@ -51,7 +52,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return not self.failures
+        return self.measure.error.within
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ def _run_case(
                 text = expected.trial.text
                 measure = expected.measure(row.backend)
         except Exception as error:
-            measure = Measure(problem=f"raised {type(error).__name__}: {error}".strip())
+            measure = Measure(tolerances.failure(f"raised {type(error).__name__}: {error}".strip()))
         row.measure = row.measure.worst(measure)
-        if measure.problem is not None:
-            row.failures.append(Failure(case, text, measure.problem))
+        if not measure.error.within:
+            row.failures.append(Failure(case, text, measure.error.text.replace("\n", " ")))
 
 
 @contextlib.contextmanager
@@ -199,11 +200,11 @@ class _Expected:
         inputs = [i.detach().requires_grad_(differentiate) for i in trial.inputs]
         with backends.use(backend), _unwritten_shows():
             outputs = list(trial.call(inputs))
-            measure = _check_form(outputs, self.plain, trial.form)
-            if measure.problem is None and differentiate:
+            if wrong := _wrong_form(outputs, self.plain, trial.form):
+                return Measure(tolerances.failure(wrong))
+            if differentiate:
                 grads = torch.autograd.grad(outputs, inputs, self.seeds, materialize_grads=True)
-        if measure.problem is not None:
-            return measure
+        measure = Measure()
         for i, (output, plain, exact) in enumerate(zip(outputs, self.plain, self.exact, strict=True)):
             measure = measure.worst(_named(f"output {i}", trial.rules(i)(output.detach().cpu(), plain, exact)))
         if differentiate:
@@ -218,9 +219,8 @@ def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _named(name: str, measure: Measure) -> Measure:
-    if measure.problem is None:
-        return measure
-    return Measure(measure.ulp, measure.relative, measure.decisions, f"{name}: {measure.problem}")
+    error = replace(measure.error, text=f"{name}: {measure.error.text}")
+    return replace(measure, error=error)
 
 
 def _gradients(trial: Trial, inputs: list[Tensor], seeds: list[Tensor]) -> Sequence[Tensor]:
@@ -230,16 +230,15 @@ def _gradients(trial: Trial, inputs: list[Tensor], seeds: list[Tensor]) -> Seque
     return torch.autograd.grad(list(trial.plain(leaves)), leaves, seeds, materialize_grads=True)
 
 
-def _check_form(outputs: list[Tensor], plain: list[Tensor], form: torch.memory_format | None) -> Measure:
-    """What is not a matter of numbers: how many outputs there are, their shapes, types and memory format."""
+def _wrong_form(outputs: list[Tensor], plain: list[Tensor], form: torch.memory_format | None) -> str | None:
+    """What is wrong with the number of outputs, their shapes, types or memory format."""
     got, wanted = ([(tuple(o.shape), name_of(o.dtype)) for o in each] for each in (outputs, plain))
     if got != wanted:
-        return Measure(problem=f"outputs are {got}, not {wanted}")
-    if form is not None:
-        for i, output in enumerate(outputs):
-            if output.dim() == 4 and not output.is_contiguous(memory_format=form):
-                return Measure(problem=f"output {i} is not {form}: its strides are {output.stride()}")
-    return Measure()
+        return f"outputs are {got}, not {wanted}"
+    for i, output in enumerate(outputs):
+        if form is not None and output.dim() == 4 and not output.is_contiguous(memory_format=form):
+            return f"output {i} is not {form}: its strides are {output.stride()}"
+    return None
 
 
 def read_shapes(path: Path) -> dict[str, list[dict[str, Any]]]:
