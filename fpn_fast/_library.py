@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
+import mmap
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# The stable interface that the library is compiled against begins there.
+if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+    raise ImportError(
+        f"fpn_fast needs torch 2.11 or newer, and this is torch {torch.__version__}; run `pip install 'torch>=2.11'`"
+    )
 
 _FOLDER = Path(__file__).parent
 
@@ -63,6 +72,20 @@ def kernel_attributes() -> list[dict[str, Any]]:
     return found
 
 
+def _other_cuda(name: str) -> str | None:
+    """Why the file `name` cannot be loaded beside this torch's CUDA runtime, whose major version it must share."""
+    with path(name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        needed = re.search(rb"libcudart\.so\.(\d+)", content)
+        built = needed[1].decode() if needed else None
+    if built is None or built == (torch.version.cuda or "").partition(".")[0]:
+        return None
+    return (
+        f"fpn_fast's CUDA kernels are built for CUDA {built}, and torch {torch.__version__} for CUDA "
+        f"{torch.version.cuda}; install a torch for CUDA {built}, or build fpn_fast again beside this torch with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
+    )
+
+
 def _load(name: str, absent: str) -> str | None:
     if not path(name).exists():
         return absent
@@ -82,6 +105,10 @@ if problems["cpu"] is not None:
     problems["cuda"] = problems["cpu"]
 elif torch.version.cuda is None:
     problems["cuda"] = "this torch is built without CUDA; install a CUDA build of torch"
+elif path("_C_cuda").exists() and (other := _other_cuda("_C_cuda")):
+    problems["cuda"] = other
+    # Whoever has a GPU would otherwise learn it from a slow run.
+    logging.getLogger("fpn_fast").warning(other)
 else:
     problems["cuda"] = _load(
         "_C_cuda",

@@ -81,6 +81,33 @@ def test_info_says_what_a_missing_library_needs(monkeypatch):
     assert "cpp       not available: install g++" in command.render(command.gather())
 
 
+def test_an_older_torch_is_refused_with_what_to_do():
+    code = "import torch; torch.__version__ = '{}'; import fpn_fast; print('imported')"
+    done = python("-c", code.format("2.10.1+cu128"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: fpn_fast needs torch 2.11 or newer, and this is torch 2.10.1+cu128; "
+        "run `pip install 'torch>=2.11'`"
+    )
+    for version in ("2.11.0a0+git1234", "3.0.0"):
+        assert python("-c", code.format(version)).stdout == "imported\n"
+
+
+@pytest.mark.skipif("_C_cuda" not in LIBRARIES, reason="built without CUDA kernels")
+def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
+    code = "import torch, torchvision; torch.version.cuda = '9.2'; import fpn_fast; print(fpn_fast.backends.{})"
+    # torchvision checks the same of its own library, and so comes first here.
+    done = python("-c", code.format("problem('cpp', 'cuda')"))
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(
+        r"fpn_fast's CUDA kernels are built for CUDA \d+, and torch \S+ for CUDA 9\.2; install a torch for CUDA \d+, "
+        r"or build fpn_fast again beside this torch with `pip install .*` in a checkout",
+        line,
+    )
+    assert done.stdout == line + "\n"
+    assert python("-c", code.format("choose('cpu')")).stdout == "cpp\n"
+
+
 def test_torch_compile_may_be_what_asks_for_a_backend_first(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})
     compiled = torch.compile(lambda maps: fpn_fast.ops.top_down(maps)[0], fullgraph=True, backend="eager")
