@@ -130,6 +130,8 @@ def generate_proposals(
     scale_clamp, center_offset, center_clamp = check_numbers(
         scale_clamp=scale_clamp, center_offset=center_offset, center_clamp=center_clamp
     )
+    # The farthest float32 clamps nothing either, and AOTInductor's runtime reads no infinite number from a package.
+    center_clamp = min(center_clamp, torch.finfo(torch.float32).max)
     backend = backends.choose_for(objectness[0], "generate_proposals")
     return _FORWARD[backend](
         objectness, deltas, cells, flat_strides, sizes, pre_nms_top_n, post_nms_top_n, *thresholds,
