@@ -27,7 +27,6 @@ SOURCES = [
     "csrc/cpu/multiscale_roi_align_backward.cpp",
     "csrc/cpu/multiscale_roi_align_max.cpp",
     "csrc/cpu/nms.cpp",
-    "csrc/cpu/output_cache.cpp",
     "csrc/cpu/paste_masks.cpp",
     "csrc/cpu/select_box_detections.cpp",
     "csrc/cpu/select_detections.cpp",

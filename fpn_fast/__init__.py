@@ -7,7 +7,7 @@
 
 from typing import Any
 
-from fpn_fast import backends, nn, ops, output_cache, reference
+from fpn_fast import backends, nn, ops, reference
 from fpn_fast._version import __version__
 from fpn_fast.integrations import Report, accelerate, restore
 
@@ -19,7 +19,6 @@ __all__ = [
     "backends",
     "nn",
     "ops",
-    "output_cache",
     "reference",
     "restore",
 ]

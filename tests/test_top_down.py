@@ -208,6 +208,14 @@ def test_scale_factor_of_two_is_the_doubling_merge():
     assert torch.equal(ops.top_down(laterals, scale_factor=2)[0], ops.top_down(laterals)[0])
 
 
+def test_outputs_are_ordinary_tensors():
+    """A large one can be resized to more elements, and goes back to torch's allocator with its last reference."""
+    merged = ops.upsample_add(torch.ones(1, 4, 256, 1024), torch.ones(1, 4, 1, 1))
+    assert merged.untyped_storage().resizable()
+    merged.resize_(2, 4, 256, 1024)
+    assert (merged[0] == 2).all()
+
+
 FEW = torch.Size((2, 3, 5, 7)), torch.Size((2, 3, 2, 3)), torch.Size((2, 3, 2, 2))
 
 

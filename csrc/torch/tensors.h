@@ -54,22 +54,12 @@ inline bool is_channels_last(const Tensor& map) {
   return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous();
 }
 
-#ifndef __CUDACC__
-// csrc/cpu/output_cache.cpp. An unwritten dense tensor, in kept memory where it is large.
-AtenTensorHandle empty_on_cpu(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype);
-#endif
-
 // An unwritten dense tensor on the device of `like`. Through the C shim, because torch::stable::empty looks its
 // operator up by name, which costs a call on tiny maps more than the rest of it together.
 inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_t* sizes, const int64_t* strides,
                             int32_t dtype) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-#ifndef __CUDACC__
-  if (device_type == aoti_torch_device_type_cpu()) {
-    return Tensor(empty_on_cpu(dimensions, sizes, strides, dtype));
-  }
-#endif
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type, like.get_device_index(), &made));

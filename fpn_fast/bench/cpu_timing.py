@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a case is measured on a CPU, in the rounds of harness.py. There is one metric:
 
-- wall: what a caller waits. Each call allocates its outputs and drops them, as a caller's would: torch's large ones
-  come from the system afresh and are paged in while they are written, ours come from fpn_fast.output_cache. That is
-  what users see, so it is reported as it is. The variables in machine.ALLOCATOR_VARIABLES change it; results under such
-  a setting go to a folder of their own.
+- wall: what a caller waits. Each call allocates its outputs through torch and drops them, as a caller's would. What a
+  large fresh output costs depends on the allocator, which the variables in machine.ALLOCATOR_VARIABLES set; results
+  under such a setting go to a folder of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_fast import output_cache
 from fpn_fast.bench.cases import Case, bytes_moved
 from fpn_fast.bench.providers import Provider, bind, running
 from fpn_fast.bench.sampling import Measurement
@@ -75,7 +73,6 @@ def peak_bytes(step: Callable[[], Any]) -> int | None:
 
     try:
         # Memory that was freed and kept for later calls would hide what this one takes.
-        output_cache.clear()
         ctypes.CDLL(None).malloc_trim(0)
         # Sets the high-water mark back to what is resident now.
         Path("/proc/self/clear_refs").write_text("5")

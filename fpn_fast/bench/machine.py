@@ -26,7 +26,6 @@ from fpn_fast import __version__, _library, backends
 ROOT = Path(__file__).resolve().parents[2]
 #: Settings of the memory allocator, which decide what a fresh output costs on a CPU.
 ALLOCATOR_VARIABLES = (
-    "FPN_FAST_OUTPUT_CACHE_MIB",
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
     "MALLOC_MMAP_THRESHOLD_",

@@ -21,14 +21,13 @@ TESTS = (
     "multiscale_roi_align",
     "multiscale_roi_align_max",
     "nms",
-    "output_cache",
     "paste_masks",
     "select_detections",
     "sigmoid_focal_loss",
     "top_down",
 )
 # Of them: what runs the library on the CPU, in this process.
-ONLY = "(cpp or output_cache) and not (cuda or process)"
+ONLY = "cpp and not (cuda or process)"
 # With any optimisation the sanitizers' checks take the compiler six times as long.
 FLAGS = ("-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -46,8 +45,6 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": str(folder),
         "LD_PRELOAD": " ".join(each.stdout.strip() for each in found),
-        # Kept memory would hide a use after an output's end.
-        "FPN_FAST_OUTPUT_CACHE_MIB": "0",
         # Python itself frees nothing at its end.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
