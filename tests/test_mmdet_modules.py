@@ -343,7 +343,7 @@ def test_generic_extractor_of_no_rois_fewer_maps_and_max():
     ("options", "message"),
     [
         ({"aggregation": "mean"}, "aggregation must be 'sum' or 'concat', got 'mean'"),
-        ({"pre_cfg": {"type": "ConvModule"}}, "pre_cfg must be None: mmcv's plugins have no form here"),
+        ({"pre_cfg": {"type": "ConvModule"}}, "pre_cfg must be None: mmcv's plugins are not supported"),
         ({"post_cfg": {"type": "GeneralizedAttention"}}, "post_cfg must be None"),
         ({"roi_layer": {**LAYER, "type": "RoIPool"}}, "roi_layer must be of type 'RoIAlign', got 'RoIPool'"),
         ({"featmap_strides": [4, 0]}, "featmap_strides must be positive"),

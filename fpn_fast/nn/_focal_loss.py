@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classification loss of RetinaNet's head without a wait, and with one table in memory instead of a dozen."""
+"""The classification loss of RetinaNet's head: sync-free, with one temporary of the logits' size instead of twelve."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from fpn_fast import ops
 
 
 def classification_loss(logits: Tensor, matches: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-    """The focal loss of anchors, over the number of matched ones of each image, averaged over images.
+    """The focal loss of all anchors, divided by each image's number of matched anchors and averaged over images.
 
     Args:
         logits: [N, M, classes], float32 or float64.
-        matches: of each image [M] int64: the ground truth of each anchor, -1 for background, -2 for what does not
-            count.
-        labels: of each image [G_n] int64: the class of each ground truth.
+        matches: per image [M] int64: the index of each anchor's ground truth, -1 for background, -2 for an ignored
+            anchor.
+        labels: per image [G_n] int64: the class of each ground truth.
 
-    Returns: a number, to rounding that of torchvision's ``RetinaNetClassificationHead.compute_loss``. Not twice
-        differentiable.
+    Returns:
+        A scalar. It equals torchvision's ``RetinaNetClassificationHead.compute_loss`` up to rounding. It has no second
+        derivative.
     """
     matched = torch.stack(list(matches))
     positive = matched >= 0
     share = (positive.sum(1, keepdim=True).clamp(min=1) * len(matches)).to(logits.dtype).reciprocal()
     weights = torch.where(matched == Matcher.BETWEEN_THRESHOLDS, 0, share)
-    # One class more, so that an image without ground truths has something to take.
+    # One class more, because gather needs a row also where an image has no ground truth.
     classes = [F.pad(own, (0, 1))[match.clamp(min=0)] for own, match in zip(labels, matches, strict=True)]
     own_class = torch.where(positive, torch.stack(classes), -1)
     return ops.sigmoid_focal_loss(logits.flatten(0, 1), own_class.flatten(), weights.flatten())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets of anchors and proposals, as torchvision's RPN and RoI heads assign them, by :func:`ops.match_anchors`."""
+"""Targets of anchors and proposals by :func:`ops.match_anchors`, equal to those of torchvision's RPN and RoI heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
 def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-    """gt_boxes [G, 4], boxes [M, 4] -> [M] int64, what ``matcher(similarity(gt_boxes, boxes))`` gives; G above 0."""
+    """gt_boxes [G, 4], G > 0, and boxes [M, 4] -> [M] int64, equal to ``matcher(similarity(gt_boxes, boxes))``."""
     if not _is_served(matcher, similarity, gt_boxes, boxes):
         return matcher(similarity(gt_boxes, boxes))
     return _matches(matcher, gt_boxes[None], None, boxes)[0]
@@ -26,10 +26,11 @@ def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxe
 def match_images(
     matcher: Matcher, similarity: Similarity, gt_boxes: Sequence[Tensor], boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`match_boxes` of each image's ground truths [G_n, 4] and the same boxes [M, 4] for all, in one call.
+    """:func:`match_boxes` for all images in one call: ground truths [G_n, 4] per image, the same boxes [M, 4] for all.
 
-    Returns: [N, M] int64, -1 throughout an image without ground truths; and the ground truths [N, G, 4], padded, of the
-        type that torchvision's targets have.
+    Returns:
+        Matches [N, M] int64, all -1 in an image without ground truths; and the padded ground truths [N, G, 4], in the
+        dtype of torchvision's targets.
     """
     # torchvision's targets of an image without ground truths are float32.
     types = [torch.float32 if each.numel() == 0 else each.dtype for each in gt_boxes]
@@ -60,27 +61,30 @@ def _matches(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: T
 
 
 def _same_arithmetic(gt_boxes: Tensor, boxes: Tensor) -> bool:
-    """Whether torchvision computes the IoU in one type, as the op does; without boxes it raises."""
+    """Whether torchvision computes the IoU in one dtype, which the op does too. Without boxes torchvision raises."""
     types = {gt_boxes.dtype, boxes.dtype}
     one = types in ({torch.float32}, {torch.float64}, {torch.float32, torch.float16}, {torch.float32, torch.bfloat16})
     return one and len(boxes) > 0
 
 
 def labels_of(matches: Tensor) -> Tensor:
-    """Codes of a matcher -> float32: 1 for a match, 0 for background, -1 for what counts as neither."""
-    # -2, -1 and matches to -1, 0 and 1.
+    """A matcher's indices -> float32 labels: 1 for a match, 0 for background, -1 for an ignored anchor."""
     return (matches + 1).clamp(max=1).to(torch.float32)
 
 
 def assign_targets_to_anchors(
     matcher: Matcher, similarity: Similarity, anchors: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """torchvision's RegionProposalNetwork.assign_targets_to_anchors: the same labels and boxes.
+    """The labels and boxes of torchvision's RegionProposalNetwork.assign_targets_to_anchors.
 
-    anchors: [M, 4] of each image; targets: of each image, with "boxes" [G, 4].
+    Args:
+        anchors: per image [M, 4].
+        targets: per image a dict with "boxes" [G, 4].
 
-    Returns: of each image, labels [M] float32: 1 for a match, 0 for background, -1 for what counts as neither; and its
-    ground truth [M, 4], the first where it has none, zeros where the image has none.
+    Returns:
+        Per image the labels [M] float32: 1 for a match, 0 for background, -1 for an ignored anchor. And per image the
+        matched boxes [M, 4]: the first ground truth for an anchor without a match, zeros in an image without ground
+        truths.
     """
     labels, matched = [], []
     for boxes, target in zip(anchors, targets, strict=False):
@@ -98,12 +102,15 @@ def assign_targets_to_anchors(
 def assign_targets_to_proposals(
     matcher: Matcher, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], gt_labels: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """torchvision's RoIHeads.assign_targets_to_proposals: the same indices and labels.
+    """The indices and labels of torchvision's RoIHeads.assign_targets_to_proposals.
 
-    proposals: [M, 4] of each image; gt_boxes, gt_labels: [G, 4] and [G] of each.
+    Args:
+        proposals: per image [M, 4].
+        gt_boxes, gt_labels: per image [G, 4] and [G].
 
-    Returns: of each image [M] int64, the ground truth's index, 0 where there is none; and [M] int64, its label, 0 for
-    background and -1 for what the sampler ignores.
+    Returns:
+        Per image the index [M] int64 of each proposal's ground truth, 0 for none. And per image the labels [M] int64: 0
+        for background, -1 for proposals that the sampler ignores.
     """
     indices, labels = [], []
     for boxes, gts, of_gts in zip(proposals, gt_boxes, gt_labels, strict=False):

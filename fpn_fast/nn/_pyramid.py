@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The body that the feature pyramids of all libraries share."""
+"""The forward pass that the feature pyramids of all libraries share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ Layer = Callable[[Tensor], Tensor]
 def merge_pyramid(
     features: Iterable[Tensor], lateral_convs: Iterable[Layer], output_convs: Iterable[Layer], **merge: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Laterals of `features`, merged top-down, and what the output convolutions make of them.
+    """Lateral convolutions, the top-down merge, and output convolutions.
 
-    features: maps [N, C_l, H_l, W_l], finest first; lateral_convs, output_convs: a layer for each; merge: options of
-    :func:`ops.top_down`. Returns (merged maps, outputs), finest first.
+    Args:
+        features: maps [N, C_l, H_l, W_l], finest first.
+        lateral_convs, output_convs: one layer per map.
+        merge: options of :func:`ops.top_down`.
+
+    Returns:
+        (merged maps, output maps), finest first.
     """
     laterals = [conv(feature) for conv, feature in zip(lateral_convs, features, strict=True)]
     merged = ops.top_down(laterals, **merge)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our modules need of torchvision, for machines without it: same keys, initialisation and attributes."""
+"""Base classes for machines without torchvision, with torchvision's keys, initialisation and attributes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 
 class ExtraFPNBlock(nn.Module):
-    """Appends coarser maps to a pyramid's results."""
+    """Base class of modules that append coarser maps to a pyramid's outputs."""
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """results: the pyramid's maps, finest first; x: its inputs; names: of the results. Returns both, extended."""
+        """results: the pyramid's outputs, finest first; x: its inputs; names: of results. Returns (results, names)."""
         raise TypeError(f"{type(self).__name__} must define forward(results, x, names)")
 
 
 class LastLevelMaxPool(ExtraFPNBlock):
-    """Every second pixel of the coarsest result, under the name "pool"."""
+    """Appends every second pixel of the coarsest output, under the name "pool"."""
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         pooled = F.max_pool2d(results[-1], kernel_size=1, stride=2, padding=0)
@@ -30,7 +30,7 @@ class LastLevelMaxPool(ExtraFPNBlock):
 
 
 class LastLevelP6P7(ExtraFPNBlock):
-    """RetinaNet's P6 and P7: strided 3x3 convolutions from P5 where it has `in_channels` channels, else from C5."""
+    """RetinaNet's P6 and P7: strided 3x3 convolutions of P5 if in_channels equals out_channels, otherwise of C5."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _block(
 
 
 class FeaturePyramidNetwork(nn.Module):
-    """Parameters of a feature pyramid; fpn_fast.nn.FeaturePyramidNetwork adds the forward."""
+    """The parameters of a feature pyramid; fpn_fast.nn.FeaturePyramidNetwork adds forward()."""
 
     _version = 2
 
@@ -82,7 +82,7 @@ class FeaturePyramidNetwork(nn.Module):
                 raise ValueError("in_channels=0 is currently not supported")
             self.inner_blocks.append(_block(in_channels, out_channels, 1, norm_layer))
             self.layer_blocks.append(_block(out_channels, out_channels, 3, norm_layer))
-        # Before the extra blocks are attached, which have an initialisation of their own.
+        # Before the extra blocks are attached: those initialise themselves.
         _initialise(self)
         if extra_blocks is not None and not isinstance(extra_blocks, ExtraFPNBlock):
             raise TypeError(f"extra_blocks must be an ExtraFPNBlock, got {type(extra_blocks).__name__}")
@@ -92,7 +92,7 @@ class FeaturePyramidNetwork(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
         if (local_metadata.get("version") or 0) < 2:
-            # Version 1 had the convolutions themselves where version 2 has blocks.
+            # Version 1 held bare convolutions; version 2 wraps each in a Sequential.
             for blocks in ("inner_blocks", "layer_blocks"):
                 for i in range(len(self.inner_blocks)):
                     for name in ("weight", "bias"):
@@ -103,7 +103,7 @@ class FeaturePyramidNetwork(nn.Module):
 
 
 class RoIAlign(nn.Module):
-    """Arguments of a RoIAlign; fpn_fast.nn.RoIAlign adds the forward."""
+    """The arguments of a RoIAlign; fpn_fast.nn.RoIAlign adds forward()."""
 
     def __init__(
         self, output_size: int | tuple[int, int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
@@ -122,7 +122,7 @@ class RoIAlign(nn.Module):
 
 
 class LevelMapper:
-    """The levels of boxes in a pyramid of levels k_min to k_max; eps is torchvision's and cannot be chosen."""
+    """Assigns boxes to the pyramid levels k_min to k_max. eps is torchvision's default and fixed."""
 
     eps = 1e-6
 
@@ -133,14 +133,14 @@ class LevelMapper:
         self.lvl0 = canonical_level
 
     def __call__(self, boxlists: Sequence[Tensor]) -> Tensor:
-        """[L_i, 4] of each image -> [sum of L_i] int64, 0 for level k_min."""
+        """[L_i, 4] per image -> [sum of L_i] int64, 0 for level k_min."""
         scales = [2.0**-level for level in range(self.k_min, self.k_max + 1)]
         rois = rois_of_images(boxlists)
         return ops.assign_levels(rois, scales, canonical_scale=self.s0, canonical_level=self.lvl0)
 
 
 class MultiScaleRoIAlign(nn.Module):
-    """Arguments of a pooler and what it keeps; fpn_fast.nn.MultiScaleRoIAlign adds the forward."""
+    """The arguments and state of a pooler; fpn_fast.nn.MultiScaleRoIAlign adds forward()."""
 
     def __init__(
         self,

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's one-stage detectors, with everything after their heads in one call.
-
-Needs torchvision: what goes in and out of these modules is torchvision's.
-"""
+"""torchvision's one-stage detectors with post-processing in one call. Needs torchvision."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ Padded = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def lists_of(padded: Padded) -> list[dict[str, Tensor]]:
-    """Padded (boxes, scores, labels, counts) -> torchvision's dict for each image. Waits for a GPU once."""
+    """Padded (boxes, scores, labels, counts) -> torchvision's dict per image. Synchronises with the host once."""
     boxes, scores, labels, counts = padded
     return [
         {"boxes": boxes[n, :count], "scores": scores[n, :count], "labels": labels[n, :count]}
@@ -40,7 +37,7 @@ def lists_of(padded: Padded) -> list[dict[str, Tensor]]:
 
 
 def _as_maps(tables: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-    """[N, anchors of all levels, numbers] -> maps [N, anchors of a place * numbers, H_l, W_l], without a copy."""
+    """[N, anchors of all levels, K] -> one map [N, A * K, H_l, W_l] per level, without a copy."""
     places = [each.shape[2] * each.shape[3] for each in features]
     per_place = tables.size(1) // sum(places)
     levels = tables.split([per_place * count for count in places], 1)
@@ -51,7 +48,7 @@ def _as_maps(tables: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _DenseDetector(nn.Module):
-    """In evaluation, a detector without anchors in memory and with one wait for a GPU, whatever the batch."""
+    """A detector that computes anchors inside the kernel in evaluation, and synchronises with the host once a batch."""
 
     # Attributes of both torchvision classes that this is mixed into.
     transform: Any
@@ -71,7 +68,7 @@ class _DenseDetector(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """In training the dict of losses, otherwise for each image a dict of "boxes", "scores" and "labels"."""
+        """Images [C, H, W] -> losses by name in training, otherwise per image a dict of "boxes", "scores", "labels"."""
         if self.training or targets is not None or not images or not self._is_usual(images[0]):
             return super().forward(images, targets)
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
@@ -80,14 +77,15 @@ class _DenseDetector(nn.Module):
         return self.transform.postprocess(found, batch.image_sizes, original_sizes)
 
     def detections(self, images: ImageList, *, max_detections: int | None = None) -> Padded:
-        """The detections of transformed images with outputs of a fixed size, without a wait.
+        """The detections of transformed images as padded tensors, without synchronising.
 
         Args:
-            images: the padded images and their sizes, which may be a tensor [N, 2] (height, width).
-            max_detections: of each image; None: ``detections_per_img``.
+            images: the padded images and their sizes, a list or a tensor [N, 2] of (height, width).
+            max_detections: per image. Default: ``detections_per_img``.
 
-        Returns: (boxes [N, D, 4] in pixels of the transformed images, scores [N, D], labels [N, D], counts [N]), D =
-            max_detections; zero after the last.
+        Returns:
+            (boxes [N, D, 4] in pixels of the transformed images, scores [N, D], labels [N, D], counts [N]), with D =
+            max_detections. Entries after an image's last detection are zero.
         """
         features = self.backbone(images.tensors)
         features = OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
@@ -102,14 +100,14 @@ class _DenseDetector(nn.Module):
         *,
         max_detections: int | None = None,
     ) -> Padded:
-        """:meth:`detections` of what the head gave for `features`: [N, H * W * A of all levels, numbers] by name."""
+        """:meth:`detections` from the head's `outputs` for `features`: by name [N, anchors of all levels, K]."""
         height, width = images.tensors.shape[-2:]
         maps = {name: _as_maps(table, features) for name, table in outputs.items()}
         return ops.select_detections(
             maps["cls_logits"],
             maps["bbox_regression"],
             cell_numbers(self.anchor_generator),
-            # torchvision's strides: quotients of the padded size.
+            # torchvision's strides are quotients of the padded size.
             [(height // each.shape[2], width // each.shape[3]) for each in features],
             sizes_beside(features, images.image_sizes),
             score_thresh=self.score_thresh,
@@ -120,7 +118,7 @@ class _DenseDetector(nn.Module):
         )
 
     def _is_usual(self, image: Tensor) -> bool:
-        """Whether anchors and their coding are the ones that the op knows, and it has a kernel for them."""
+        """Whether the op supports this anchor generator and box coder, and has a kernel for the device."""
         return (
             type(self.anchor_generator) in (AnchorGenerator, FusedAnchorGenerator)
             and self._knows_coder()
@@ -129,15 +127,17 @@ class _DenseDetector(nn.Module):
 
 
 class RetinaNet(_DenseDetector, retinanet.RetinaNet):
-    """Drop-in for torchvision's RetinaNet (Lin et al., 2017): everything after its head in one call.
+    """RetinaNet (Lin et al., 2017) with post-processing in one call: drop-in for torchvision's.
 
-    Same constructor, keys, losses and detections, by :func:`fpn_fast.ops.select_detections`; in training, anchors are
-    matched without the matrix of all pairs, and the focal loss of float32 logits keeps one table instead of a dozen.
-    Boxes and scores are float32 where the head is half precision. Scores that differ in rounding alone may be in
-    another order, as may equal ones. The loss is not differentiable twice.
+    Constructor, ``state_dict`` keys, losses and detections are torchvision's. In evaluation one call of
+    :func:`fpn_fast.ops.select_detections` replaces everything after the head. In training
+    :func:`fpn_fast.ops.match_anchors` needs no IoU matrix, and :func:`fpn_fast.ops.sigmoid_focal_loss` keeps one
+    temporary of the logits' size instead of twelve.
 
-    An anchor generator or box coder of a class of your own may compute something else: detections are then
-    torchvision's. So they are on a device that the op has no kernel for.
+    Note:
+        Boxes and scores are float32 also for a half-precision head. Detections with equal scores may come in another
+        order, as may scores that differ only by rounding. The loss has no second derivative. With your own class of
+        anchor generator or box coder, and on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/retinanet.py.
     """
@@ -145,7 +145,7 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
-        """The losses of the head's outputs [N, M, numbers] for anchors [M, 4] and ground truths of each image."""
+        """The losses of the head's outputs [N, M, K], given anchors [M, 4] and ground truths per image."""
         matches = []
         for own_anchors, target in zip(anchors, targets, strict=False):
             if target["boxes"].numel() == 0:
@@ -163,7 +163,7 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
         }
 
     def _knows_head(self) -> bool:
-        """Whether its losses are torchvision's."""
+        """Whether the head computes torchvision's losses."""
         return (
             type(self.head) is retinanet.RetinaNetHead
             and type(self.head.classification_head) is retinanet.RetinaNetClassificationHead
@@ -177,7 +177,7 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
 
 
 class FCOS(_DenseDetector, fcos.FCOS):
-    """Drop-in for torchvision's FCOS (Tian et al., 2019): everything after its head in one call; see RetinaNet.
+    """FCOS (Tian et al., 2019) with post-processing in one call: drop-in for torchvision's. See :class:`RetinaNet`.
 
     Source: torchvision/models/detection/fcos.py.
     """
@@ -190,10 +190,11 @@ class FCOS(_DenseDetector, fcos.FCOS):
 
 
 class SSD(ssd.SSD):
-    """Drop-in for torchvision's SSD (Liu et al., 2016): everything after its head in one call.
+    """SSD (Liu et al., 2016) with post-processing in one call: drop-in for torchvision's.
 
-    Same constructor, keys, losses and detections, by :func:`fpn_fast.ops.select_box_detections`. A box coder of a class
-    of your own may compute something else: detections are then torchvision's.
+    Constructor, ``state_dict`` keys, losses and detections are torchvision's. One call of
+    :func:`fpn_fast.ops.select_box_detections` replaces everything after the head. With your own class of box coder, and
+    on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/ssd.py.
     """
@@ -201,7 +202,7 @@ class SSD(ssd.SSD):
     def postprocess_detections(
         self, head_outputs: dict[str, Tensor], image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """ "cls_logits" [N, M, classes] and "bbox_regression" [N, M, 4] -> torchvision's dict for each image."""
+        """ "cls_logits" [N, M, classes] and "bbox_regression" [N, M, 4] -> torchvision's dict per image."""
         logits = head_outputs["cls_logits"]
         if type(self.box_coder) is not BoxCoder or not backends.beats_torchvision(logits, "select_box_detections"):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -216,7 +217,7 @@ class SSD(ssd.SSD):
                 nms_thresh=self.nms_thresh,
                 max_detections=self.detections_per_img,
                 class_top_n=self.topk_candidates,
-                # torchvision filters no small boxes here.
+                # torchvision keeps small boxes here.
                 min_size=0.0,
                 weights=self.box_coder.weights,
                 scale_clamp=self.box_coder.bbox_xform_clip,

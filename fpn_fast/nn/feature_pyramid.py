@@ -10,7 +10,7 @@ from torch import Tensor
 from fpn_fast.nn._pyramid import merge_pyramid
 
 try:
-    # torchvision's models check isinstance: where it is installed its classes are the base.
+    # torchvision's models check isinstance, so its classes are the base where it is installed.
     from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
     from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork as _Base
 except ImportError:
@@ -23,15 +23,15 @@ __all__ = ["ExtraFPNBlock", "FeaturePyramidNetwork", "LastLevelMaxPool", "LastLe
 class FeaturePyramidNetwork(_Base):
     """Feature Pyramid Network (Lin et al., 2017): drop-in for :class:`torchvision.ops.FeaturePyramidNetwork`.
 
-    Same constructor, ``state_dict`` keys (old ones are migrated), initialisation under the same seed and results; the
-    merge of all levels is one call of :func:`fpn_fast.ops.top_down`. A subclass of torchvision's where torchvision is
-    installed.
+    Constructor, ``state_dict`` keys, seeded initialisation and outputs are torchvision's. Keys of version 1 are
+    migrated. One call of :func:`fpn_fast.ops.top_down` merges all levels. The class is a subclass of torchvision's
+    where torchvision is installed.
 
     Args:
         in_channels_list: channels of each input map, finest first.
         out_channels: channels of every output map.
         extra_blocks: an :class:`ExtraFPNBlock` that appends coarser maps, such as :class:`LastLevelMaxPool`.
-        norm_layer: normalisation after each convolution, which then has no bias.
+        norm_layer: makes the normalisation after each convolution. The convolutions then have no bias.
 
     Raises:
         ValueError: an entry of in_channels_list is 0.
@@ -45,10 +45,10 @@ class FeaturePyramidNetwork(_Base):
     """
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Maps by name, finest first, [N, C_l, H_l, W_l] -> the same names, [N, out_channels, H_l, W_l], and extras."""
+        """{name: [N, C_l, H_l, W_l]}, finest first -> {name: [N, out_channels, H_l, W_l]} and the extra maps."""
         names = list(x)
         features = list(x.values())
-        # As in torchvision the coarsest map takes the last block, however many maps there are.
+        # Like in torchvision, the coarsest map takes the last block, however many maps there are.
         indices = [*range(len(features) - 1), -1]
         inner, layers = [self.inner_blocks[i] for i in indices], [self.layer_blocks[i] for i in indices]
         _, results = merge_pyramid(features, inner, layers)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's region proposal network, with everything after its head in one call and no anchors in memory.
-
-Needs torchvision: what goes in and out of these modules is torchvision's.
-"""
+"""torchvision's region proposal network with proposals in one call. Needs torchvision."""
 
 from __future__ import annotations
 
@@ -26,23 +23,25 @@ __all__ = ["AnchorGenerator", "RegionProposalNetwork"]
 
 
 class AnchorGenerator(_AnchorGeneratorBase):
-    """Anchors of a pyramid: drop-in for torchvision's AnchorGenerator, with its results.
+    """The anchors of a pyramid: drop-in for torchvision's AnchorGenerator.
 
-    Beside the anchors it gives what they are made of, numbers that an op makes them of where it needs them. Those come
-    from ``cell_anchors`` as it was when it was set: torchvision moves it to the features' device and rounds it to their
-    type. A tensor of it that is changed in place is not seen.
+    :meth:`cell_numbers` gives the A base boxes of each level; the proposal kernel computes all other anchors from them.
+
+    Note:
+        The base boxes are read when ``cell_anchors`` is set, before torchvision moves it to the features' device and
+        rounds it to their dtype. Changes of its tensors in place go unnoticed.
 
     >>> AnchorGenerator(((32,), (64,)), ((1.0,), (1.0,))).cell_numbers()
     [[[-16.0, -16.0, 16.0, 16.0]], [[-32.0, -32.0, 32.0, 32.0]]]
     """
 
-    # (tensors, the numbers that they stand for); absent in a module that was swapped in.
+    # (tensors, their values); None in a module that was swapped in.
     _numbers: tuple[tuple[Tensor, ...], list[list[list[float]]]] | None = None
 
     def cell_numbers(self) -> list[list[list[float]]]:
-        """For each level the anchors about the origin, A times (x1, y1, x2, y2).
+        """Per level the A base boxes (x1, y1, x2, y2), centred at the origin, in pixels.
 
-        Waits for a GPU once, if a run of torchvision's module has moved them there.
+        Synchronises once if torchvision's module has moved ``cell_anchors`` to a GPU before.
         """
         known, cells = self._numbers, self.cell_anchors
         if (
@@ -62,13 +61,15 @@ class AnchorGenerator(_AnchorGeneratorBase):
 class RegionProposalNetwork(_RegionProposalBase):
     """Region proposals (Ren et al., 2015): drop-in for torchvision's RegionProposalNetwork.
 
-    Same constructor, keys, losses and random numbers, and the same proposals, by one call of
-    :func:`fpn_fast.ops.generate_proposals`, which needs no anchors: only the losses do. There is one wait for a GPU,
-    for the lengths of the lists; :meth:`proposals` has none. Boxes and scores are float32 where the head is half
-    precision. In training, ground truths are gathered and encoded for the anchors that were sampled, not for all.
+    Constructor, ``state_dict`` keys, losses, random numbers and proposals are torchvision's. One call of
+    :func:`fpn_fast.ops.generate_proposals` makes the proposals and computes anchors inside the kernel; only the losses
+    need anchors in memory. :meth:`forward` synchronises with the host once a batch, for the lengths of its lists.
+    :meth:`proposals` returns padded tensors and does not synchronise. In training, ground truths are gathered and
+    encoded for the sampled anchors only.
 
-    An anchor generator or box coder of a class of your own may compute something else: proposals are then
-    torchvision's. So they are on a device that the op has no kernel for.
+    Note:
+        Boxes and scores are float32 also for a half-precision head. With your own class of anchor generator or box
+        coder, and on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/rpn.py.
     """
@@ -79,13 +80,13 @@ class RegionProposalNetwork(_RegionProposalBase):
         """Proposals of a batch of images, and in training the losses.
 
         Args:
-            images: the padded images and their sizes; only sizes are looked at.
+            images: the padded images and their sizes. Only the sizes are used.
             features: maps by name, [N, C, H_l, W_l].
-            targets: for each image a dict with "boxes" [G, 4], in training.
+            targets: per image a dict with "boxes" [G, 4]; needed in training.
 
         Returns:
-            (boxes, losses): for each image [K, 4], (x1, y1, x2, y2), scores descending; {} or, in training,
-            "loss_objectness" and "loss_rpn_box_reg".
+            (boxes, losses): per image [K, 4] (x1, y1, x2, y2) in descending order of scores; in training
+            "loss_objectness" and "loss_rpn_box_reg", otherwise {}.
 
         Raises:
             ValueError: training without targets; others: the op's.
@@ -99,14 +100,18 @@ class RegionProposalNetwork(_RegionProposalBase):
         objectness, deltas = self.head(maps)
         padded = self.proposals_of_head(images, objectness, deltas)
         losses = self._losses(images, maps, objectness, deltas, targets) if self.training else {}
-        # Last, so that a GPU works on the losses meanwhile.
+        # Last, because it synchronises: a GPU then computes the losses meanwhile.
         return [boxes for boxes, _ in proposals_of_images(*padded)], losses
 
     def proposals(self, images: ImageList, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The proposals with outputs of a fixed size, without a wait: (boxes [N, P, 4], scores [N, P], counts [N]).
+        """The proposals as padded tensors, without synchronising.
 
-        P is ``post_nms_top_n()``; scores descend, and are zero, as boxes are, after the last. Raises TypeError if the
-        anchor generator or box coder is of a class of your own; others: the op's.
+        Returns:
+            (boxes [N, P, 4], scores [N, P], counts [N]), with P = ``post_nms_top_n()``. Scores descend. Entries after
+            an image's last proposal are zero.
+
+        Raises:
+            TypeError: the anchor generator or box coder is a class of your own; others: the op's.
         """
         if not self._is_usual():
             raise TypeError(
@@ -118,9 +123,9 @@ class RegionProposalNetwork(_RegionProposalBase):
     def proposals_of_head(
         self, images: ImageList, objectness: Sequence[Tensor], deltas: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`proposals` of what the head gave: maps [N, A, H_l, W_l] and [N, 4A, H_l, W_l]."""
+        """:meth:`proposals` from the head's maps, [N, A, H_l, W_l] and [N, 4A, H_l, W_l]."""
         height, width = images.tensors.shape[-2:]
-        # torchvision's strides: quotients of the padded size, 61 for a height of 800 on 13 rows.
+        # torchvision's strides are quotients of the padded size: 61 for a height of 800 and 13 rows.
         strides = [(height // m.shape[2], width // m.shape[3]) for m in objectness]
         return ops.generate_proposals(
             objectness,
@@ -140,11 +145,11 @@ class RegionProposalNetwork(_RegionProposalBase):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels and boxes that torchvision assigns, without the matrix of all pairs: see nn/_matching.py."""
+        """Labels [M] and matched boxes [M, 4] per image, equal to torchvision's, without an IoU matrix."""
         return _matching.assign_targets_to_anchors(self.proposal_matcher, self.box_similarity, anchors, targets)
 
     def _is_usual(self) -> bool:
-        """Whether anchors and their coding are the ones that the op knows."""
+        """Whether the op supports this anchor generator and box coder."""
         return (
             type(self.anchor_generator) in (AnchorGenerator, _AnchorGeneratorBase) and type(self.box_coder) is BoxCoder
         )
@@ -162,7 +167,7 @@ class RegionProposalNetwork(_RegionProposalBase):
         return {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
 
     def _has_losses_of_its_own(self) -> bool:
-        """Whether a subclass has changed a step between the targets and the losses."""
+        """Whether a subclass overrides a step between the targets and the losses."""
         own = type(self)
         usual = RegionProposalNetwork.assign_targets_to_anchors, _RegionProposalBase.compute_loss
         return (own.assign_targets_to_anchors, own.compute_loss) != usual
@@ -170,9 +175,8 @@ class RegionProposalNetwork(_RegionProposalBase):
     def _sampled_losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> tuple[Tensor, Tensor]:
-        """torchvision's, bit for bit and with its random numbers: the sampler looks at labels alone, and so may come
-        before the boxes are encoded."""
-        # For one image, as they are the same for all.
+        """torchvision's losses, bit for bit. The sampler reads labels alone, so it can run before boxes are encoded."""
+        # Of one image, because all images have the same anchors.
         (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
         matches, gt_boxes = _matching.match_images(
             self.proposal_matcher, self.box_similarity, [target["boxes"] for target in targets], anchors
@@ -188,7 +192,7 @@ class RegionProposalNetwork(_RegionProposalBase):
 
 
 def cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:
-    """For each level the anchors about the origin, A times (x1, y1, x2, y2)."""
+    """Per level the A base boxes (x1, y1, x2, y2), centred at the origin, of our generator or torchvision's."""
     if isinstance(generator, AnchorGenerator):
         return generator.cell_numbers()
     return [table.tolist() for table in generator.cell_anchors]

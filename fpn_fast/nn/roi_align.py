@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's RoI pooling modules, with all levels of a pyramid pooled in one call."""
+"""torchvision's RoIAlign modules, which pool all levels of a pyramid in one call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fpn_fast import ops
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 try:
-    # torchvision's models check isinstance: where it is installed its classes are the base.
+    # torchvision's models check isinstance, so its classes are the base where it is installed.
     from torchvision.ops import MultiScaleRoIAlign as _MultiScaleBase
     from torchvision.ops import RoIAlign as _RoIAlignBase
     from torchvision.ops.poolers import LevelMapper
@@ -28,14 +28,14 @@ __all__ = ["MultiScaleRoIAlign", "RoIAlign"]
 class RoIAlign(_RoIAlignBase):
     """RoIAlign of one map (He et al., 2017): drop-in for :class:`torchvision.ops.RoIAlign`.
 
-    Same constructor and results, by :func:`fpn_fast.ops.roi_align`; a subclass of torchvision's where torchvision is
-    installed. Boxes stay float32 where the map is half precision, which may be bfloat16.
+    Constructor and output are torchvision's, computed by :func:`fpn_fast.ops.roi_align`. Boxes stay float32 also for a
+    float16 or bfloat16 map. The class is a subclass of torchvision's where torchvision is installed.
 
     Args:
-        output_size: bins along each axis, (PH, PW) or one number for both.
+        output_size: bins along each axis, (PH, PW) or one integer for both.
         spatial_scale: map pixels per unit of the boxes.
-        sampling_ratio: samples along each axis of a bin; 0 or less: one for each pixel of the bin, rounded up.
-        aligned: whether pixel centres lie at half-integers.
+        sampling_ratio: samples along each axis of a bin. 0 or less: the bin's size in map pixels, rounded up.
+        aligned: whether pixel centres lie at half-integers. Default: False.
 
     >>> import torch
     >>> RoIAlign(7, 0.25, 2)(torch.rand(2, 8, 16, 16), torch.tensor([[1.0, 4.0, 4.0, 40.0, 60.0]])).shape
@@ -50,20 +50,21 @@ class RoIAlign(_RoIAlignBase):
 class MultiScaleRoIAlign(_MultiScaleBase):
     """RoIAlign from the pyramid level that fits each box: drop-in for :class:`torchvision.ops.MultiScaleRoIAlign`.
 
-    Same constructor and results, by one call of :func:`fpn_fast.ops.multiscale_roi_align`, which never waits for a GPU.
-    Boxes stay float32 and features in their own type, also under autocast. A subclass of torchvision's where
-    torchvision is installed. As there, the first call infers the maps' scales and keeps them, in ``scales`` and
-    ``map_levels``: a later call with another pyramid still uses these.
+    Constructor and output are torchvision's, computed by one sync-free call of
+    :func:`fpn_fast.ops.multiscale_roi_align`. Boxes stay float32 and features keep their dtype, also under autocast.
+    The class is a subclass of torchvision's where torchvision is installed.
 
-    Levels are decided in float32, for float64 boxes too. A pyramid that is not finest first, for which torchvision
-    gives zeros, raises.
+    Note:
+        Like in torchvision, the first call infers the maps' scales and keeps them in ``scales`` and ``map_levels``. A
+        later call with another pyramid still uses these. Levels are decided in float32, also for float64 boxes. Maps
+        that are not finest first raise an error; torchvision returns zeros for them.
 
     Args:
-        featmap_names: the maps to pool from; they are taken in the order in which forward's dict has them.
-        output_size: bins along each axis, (PH, PW) or one number for both.
-        sampling_ratio: samples along each axis of a bin; 0 or less: one for each pixel of the bin, rounded up.
-        canonical_scale, canonical_level: a box of canonical_scale**2 pixels is pooled from the map whose stride is
-            2**canonical_level.
+        featmap_names: names of the maps to pool from, which forward takes in the order of its dict.
+        output_size: bins along each axis, (PH, PW) or one integer for both.
+        sampling_ratio: samples along each axis of a bin. 0 or less: the bin's size in map pixels, rounded up.
+        canonical_scale, canonical_level: a box of canonical_scale**2 pixels is pooled from the map with a stride of
+            2**canonical_level. Defaults: 224 and 4.
 
     Source: Lin et al., Feature Pyramid Networks, 2017, equation 1; torchvision/ops/poolers.py.
 
@@ -77,7 +78,7 @@ class MultiScaleRoIAlign(_MultiScaleBase):
     """
 
     scales: list[float] | None
-    # torchvision's LevelMapper, so that a module swapped back finds its own; or whatever a user put there.
+    # torchvision's LevelMapper, so that restore() gives torchvision's module its own; or a user's.
     map_levels: Any
 
     def forward(self, x: dict[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -85,11 +86,11 @@ class MultiScaleRoIAlign(_MultiScaleBase):
 
         Args:
             x: maps by name, finest first, [N, C, H_l, W_l].
-            boxes: for each of the N images [L_i, 4], (x1, y1, x2, y2) in image pixels; L_i may be 0.
-            image_shapes: (height, width) of each image, in pixels; only the first call looks at them.
+            boxes: per image [L_i, 4], (x1, y1, x2, y2) in image pixels; L_i may be 0.
+            image_shapes: (height, width) per image, in pixels. Only the first call uses them.
 
         Returns:
-            [sum of L_i, C, PH, PW], the images' boxes one after the other, in the type of the finest map.
+            [sum of L_i, C, PH, PW], image after image, in the dtype of the finest map.
 
         Raises:
             ValueError: x has none of featmap_names; image_shapes is empty at the first call; others: the op's.
@@ -102,7 +103,7 @@ class MultiScaleRoIAlign(_MultiScaleBase):
             self.scales = _infer_scales(features, image_shapes)
             ends = (_level(self.scales[0]), _level(self.scales[-1]))
             self.map_levels = LevelMapper(*ends, self.canonical_scale, self.canonical_level)
-        # Scales may have been kept from a pyramid with more or fewer maps.
+        # The kept scales may be of a pyramid with more or fewer maps.
         scales = self.scales[: len(features)]
         rule = _level_rule(self.map_levels, scales, boxes) if len(features) > 1 else {}
         pooled = ops.multiscale_roi_align(
@@ -113,7 +114,7 @@ class MultiScaleRoIAlign(_MultiScaleBase):
             sampling_ratio=self.sampling_ratio,
             **rule,
         )
-        # Autocast may have given the maps several types: the op promotes, torchvision takes the first one's.
+        # Under autocast maps can differ in dtype: the op promotes them, torchvision returns the first one's.
         return pooled.to(features[0].dtype)
 
 
@@ -122,7 +123,7 @@ def _level(scale: float) -> int:
 
 
 def _infer_scales(features: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]) -> list[float]:
-    """The power of two nearest to each map's height as a share of the highest image's."""
+    """Per map the power of two nearest to its height divided by the largest image height."""
     if not image_shapes:
         raise ValueError("image_shapes must have the (height, width) of each image, got none")
     height = max(shape[0] for shape in image_shapes)
@@ -130,7 +131,7 @@ def _infer_scales(features: Sequence[Tensor], image_shapes: Sequence[tuple[int, 
 
 
 def _nearest_power_of_two(size: int, whole: int) -> float:
-    """2.0 ** round(log2(size / whole)), by comparisons alone: a tracer need not fix sizes that vary."""
+    """2.0 ** round(log2(size / whole)) by comparisons, so that a tracer can keep sizes dynamic."""
     level = 0
     while size**2 * 4.0**level * 2 < whole**2:
         level += 1
@@ -140,7 +141,7 @@ def _nearest_power_of_two(size: int, whole: int) -> float:
 
 
 def _level_rule(mapper: Any, scales: Sequence[float], boxes: Sequence[Tensor]) -> dict[str, Any]:
-    """What makes the op choose levels as `mapper` does: its constants, or where it is an unusual one, its choice."""
+    """Arguments for the op to choose the levels of `mapper`: its constants, or the levels of a custom mapper."""
     ends = (_level(scales[0]), _level(scales[-1]))
     usual = type(mapper) is LevelMapper and mapper.eps == 1e-6 and (mapper.k_min, mapper.k_max) == ends
     if usual and len(scales) > 1:

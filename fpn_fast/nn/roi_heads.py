@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torchvision's second stage does beside its networks: matching of proposals, the choice of detections, and
-pasting of masks."""
+"""torchvision's RoI heads and transform: matching of proposals, detections, keypoints and masks. Needs torchvision."""
 
 from __future__ import annotations
 
@@ -22,14 +21,16 @@ __all__ = ["GeneralizedRCNNTransform", "RoIHeads"]
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """Drop-in for torchvision's RoIHeads: its last step is one call, keypoints are found in one more, and proposals are
-    matched without the matrix of all pairs.
+    """Box, mask and keypoint heads: drop-in for torchvision's RoIHeads.
 
-    Same constructor, results and random numbers; by :func:`fpn_fast.ops.select_box_detections`,
-    :func:`fpn_fast.ops.heatmaps_to_keypoints` and :func:`fpn_fast.ops.match_anchors`. There is one wait for a GPU, for
-    the lengths of the lists; :meth:`detections` has none. Boxes and scores are float32 where the head is half
-    precision. A ground truth with a NaN, which torchvision matches to everything, is matched to nothing. Keypoints get
-    no gradient here.
+    Constructor, results and random numbers are torchvision's. One call of :func:`fpn_fast.ops.select_box_detections`
+    selects the detections, one call of :func:`fpn_fast.ops.heatmaps_to_keypoints` finds the keypoints, and
+    :func:`fpn_fast.ops.match_anchors` matches proposals without an IoU matrix. :meth:`forward` synchronises with the
+    host once a batch, for the lengths of its lists. :meth:`detections` returns padded tensors and does not synchronise.
+
+    Note:
+        Boxes and scores are float32 also for a half-precision head. A ground truth with a NaN matches nothing; in
+        torchvision it matches every proposal. Keypoints have no gradient.
 
     Source: torchvision/models/detection/roi_heads.py.
     """
@@ -41,10 +42,7 @@ class RoIHeads(roi_heads.RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Maps by name and boxes [R_n, 4] of each image, of size (H, W) -> its detections, or the losses in training.
-
-        torchvision's own forward, but for detections with keypoints.
-        """
+        """Maps by name, boxes [R_n, 4] and (height, width) per image -> (detections, losses), like torchvision's."""
         theirs = self.training or targets is not None or not self.has_keypoint()
         if theirs or not backends.beats_torchvision(features[next(iter(features))], "heatmaps_to_keypoints"):
             return super().forward(features, proposals, image_shapes, targets)
@@ -69,7 +67,7 @@ class RoIHeads(roi_heads.RoIHeads):
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """[M, 4], [G, 4] and [G] of each image -> each proposal's ground truth and label, [M] int64 of each image."""
+        """Per image [M, 4], [G, 4] and [G] -> per image the ground truth and the label of each proposal, [M] int64."""
         return _matching.assign_targets_to_proposals(self.proposal_matcher, proposals, gt_boxes, gt_labels)
 
     def postprocess_detections(
@@ -79,7 +77,7 @@ class RoIHeads(roi_heads.RoIHeads):
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """[R, classes], [R, 4 * classes] and proposals [R_n, 4] of each image -> its boxes, scores and labels."""
+        """[R, classes], [R, 4 * classes] and proposals [R_n, 4] per image -> boxes, scores and labels per image."""
         usual = type(self.box_coder) is BoxCoder and box_regression.shape[-1] == 4 * class_logits.shape[-1]
         if not usual or not backends.beats_torchvision(class_logits, "select_box_detections"):
             return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
@@ -100,17 +98,19 @@ class RoIHeads(roi_heads.RoIHeads):
         *,
         max_detections: int | None = None,
     ) -> Padded:
-        """The detections with outputs of a fixed size, without a wait.
+        """The detections as padded tensors, without synchronising.
 
         Args:
             class_logits: [N, R, classes].
             box_regression: [N, R, 4 * classes].
-            proposals: [N, R, 4], of which an image has its first counts[n].
-            counts: [N] int64.
-            image_sizes: [N, 2], (height, width).
-            max_detections: of each image; None: ``detections_per_img``.
+            proposals: [N, R, 4] in pixels, padded.
+            counts: [N] int64: proposals per image.
+            image_sizes: [N, 2], (height, width) in pixels.
+            max_detections: per image. Default: ``detections_per_img``.
 
-        Returns: (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = max_detections; zero after the last.
+        Returns:
+            (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), with D = max_detections. Entries after an
+            image's last detection are zero.
         """
         return ops.select_box_detections(
             class_logits,
@@ -121,7 +121,7 @@ class RoIHeads(roi_heads.RoIHeads):
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,
             max_detections=self.detections_per_img if max_detections is None else max_detections,
-            # torchvision's, a constant there too.
+            # A constant in torchvision too.
             min_size=1e-2,
             weights=self.box_coder.weights,
             scale_clamp=self.box_coder.bbox_xform_clip,
@@ -129,20 +129,20 @@ class RoIHeads(roi_heads.RoIHeads):
 
 
 class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
-    """Drop-in for torchvision's GeneralizedRCNNTransform, which never waits for a GPU: all masks of an image are pasted
-    in one call, and numbers are copied to the GPU once for all.
+    """Normalisation, resizing and mask pasting: drop-in for torchvision's GeneralizedRCNNTransform.
 
-    Same constructor and results, masks to rounding; by :func:`fpn_fast.ops.paste_masks`, where torchvision waits about
-    14 times a mask, beside six times an image for its numbers. Masks get no gradient here.
+    Constructor and results are torchvision's, masks up to rounding. One sync-free call of
+    :func:`fpn_fast.ops.paste_masks` pastes all masks of an image; torchvision synchronises about 14 times a mask. Means
+    and deviations are copied to the GPU once; torchvision copies them for every image. Masks have no gradient.
 
     Source: torchvision/models/detection/transform.py.
     """
 
-    # (what they are made of, mean, std); absent in a module that was swapped in.
+    # ((values, dtype, device), mean, std); None in a module that was swapped in.
     _moments: tuple[Any, Tensor, Tensor] | None = None
 
     def normalize(self, image: Tensor) -> Tensor:
-        """[C, H, W], of values in 0 to 1, -> the same less the mean, over the deviation; TypeError for integers."""
+        """[C, H, W] with values in 0 to 1 -> (image - mean) / std. Raises TypeError for integers."""
         if not image.is_floating_point():
             return super().normalize(image)  # which raises
         key = (tuple(self.image_mean), tuple(self.image_std), image.dtype, image.device)
@@ -157,7 +157,7 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Detections of each image, of size `image_shapes` (H, W), moved to that of `original_image_sizes`, in place.
+        """Scales detections, in place, from `image_shapes` to `original_image_sizes`, both (height, width) per image.
 
         "masks" [K, 1, M, M] become [K, 1, H, W].
         """
@@ -181,5 +181,5 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
 
 
 def _float32_quotient(a: int, b: int) -> float:
-    """As torchvision's tensors have it: of sizes, a float64 quotient has bits enough to be rounded again."""
+    """The quotient that torchvision computes in float32 tensors; for image sizes, rounding twice changes nothing."""
     return ctypes.c_float(a / b).value

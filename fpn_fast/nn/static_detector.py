@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference of a whole detector with tensors of fixed sizes, from the image to the detections.
-
-Needs torchvision: the detectors are torchvision's.
-"""
+"""Inference of a whole detector on fixed shapes. Needs torchvision."""
 
 from __future__ import annotations
 
@@ -27,23 +24,25 @@ Size = tuple[int, int]
 
 
 class StaticDetector(nn.Module):
-    """An accelerated detector on batches of a fixed size, without a wait for the GPU.
+    """Runs a whole detector on fixed shapes without host synchronisation.
 
-    What comes out has a fixed size too: it can be compiled as one graph, exported, and captured in a CUDA graph.
+    Its outputs have fixed shapes too. You can compile it as one graph, export it, or capture it in a CUDA graph.
 
     Args:
         model: a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision after :func:`fpn_fast.accelerate`, in
             evaluation mode. It is shared, not copied.
-        image_size: (height, width) of the images in pixels; or several of them, for images that vary.
-        batch_size: images of a batch.
-        max_detections: of each image; None: as many as the model gives.
-
-    Detections equal the model's own on a list of `batch_size` images of `image_size`. A smaller image is padded to the
-    smallest of the sizes that it fits into and resized as that one is, where the model alone would enlarge it further.
+        image_size: (height, width) of the images in pixels, or a list of several sizes.
+        batch_size: images per batch.
+        max_detections: per image. Default: the model's own limit.
 
     Raises:
-        TypeError: a part of the model is not one of those, or is not accelerated.
+        TypeError: the model is of another class, or one of its parts is not accelerated.
         ValueError: a size is not positive.
+
+    Note:
+        Detections equal the model's own for a list of `batch_size` images of `image_size`. A smaller image is padded to
+        the smallest size that it fits into, and resized like an image of that size; the model alone would enlarge it
+        further.
 
     >>> import torch, torchvision, fpn_fast
     >>> model = torchvision.models.detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, min_size=64).eval()
@@ -77,9 +76,9 @@ class StaticDetector(nn.Module):
         self.max_detections = max_detections
         self._shapes = {size: _Shapes(self.model.transform, size) for size in sizes}
         self._captured: dict[Size, _Captured] = {}
-        # Asked for here, as it is kept: a compiler cannot.
+        # Computed here once and kept, because a compiler cannot trace it.
         _anchor_generator(model).cell_numbers()
-        # Constants are on the device beforehand: a copy to it cannot be captured.
+        # Constants go to the device now: a CUDA graph cannot capture a copy from the host.
         for name, values in (("mean", self.model.transform.image_mean), ("std", self.model.transform.image_std)):
             self.register_buffer(f"_{name}", torch.tensor(values)[:, None, None], persistent=False)
         for i, shapes in enumerate(self._shapes.values()):
@@ -91,23 +90,24 @@ class StaticDetector(nn.Module):
 
     @property
     def image_sizes(self) -> list[Size]:
-        """The sizes that a batch may have, smallest first."""
+        """The image sizes that a batch may have, smallest first."""
         return list(self._shapes)
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
-        """Detections of a batch.
+        """The detections of a batch, padded.
 
         Args:
-            images: [batch_size, C, H, W] with values in 0 to 1, of the model's dtype; (H, W) is one of `image_sizes`.
-            sizes: [batch_size, 2] (height, width) of what each image fills, from its top left; None: all of it.
+            images: [batch_size, C, H, W] with values in 0 to 1, in the model's dtype; (H, W) is one of `image_sizes`.
+            sizes: [batch_size, 2] (height, width) of the image in the top left corner of each, in pixels. Default: (H,
+                W).
 
         Returns:
-            "boxes" [N, D, 4] in image pixels, "scores" [N, D], "labels" [N, D] and "counts" [N]; of a Mask R-CNN
-            "masks" [N, D, 1, H, W]; of a Keypoint R-CNN "keypoints" [N, D, K, 3] and "keypoints_scores" [N, D, K]. All
-            but the counts are zero after the last detection of an image.
+            "boxes" [N, D, 4] in image pixels, "scores" [N, D], "labels" [N, D] and "counts" [N]. A Mask R-CNN adds
+            "masks" [N, D, 1, H, W]; a Keypoint R-CNN adds "keypoints" [N, D, K, 3] and "keypoints_scores" [N, D, K].
+            Entries after an image's last detection are zero.
 
         Raises:
-            ValueError: a shape, dtype or device is another one; the model is in training mode.
+            ValueError: the shape, dtype or device differs from the model's; the model is in training mode.
         """
         size = self._check(images, sizes)
         if sizes is None:
@@ -117,18 +117,22 @@ class StaticDetector(nn.Module):
         return self._detect(images, sizes)
 
     def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of any number of images [C, h, w], each at most as large as the largest size: for each image the
-        dict that torchvision's detectors give. Waits for a GPU once a batch.
+        """The detections of any number of images, as torchvision's list of dicts.
+
+        Args:
+            images: [C, h, w] each, not larger than the largest of `image_sizes`.
 
         Raises:
-            ValueError: an image fits into none of the sizes; others: see :meth:`forward`.
+            ValueError: an image is larger than every size; others: see :meth:`forward`.
+
+        Synchronises with the host once a batch.
         """
         found = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             size = self._smallest(batch)
             full = batch[0].new_zeros(self.batch_size, len(self._mean), *size)
-            # An image that is not there is as large as the batch.
+            # In an incomplete batch, the missing images count as whole.
             heights_widths = [size] * self.batch_size
             for i, image in enumerate(batch):
                 full[i, :, : image.shape[1], : image.shape[2]] = image
@@ -143,15 +147,15 @@ class StaticDetector(nn.Module):
 
     @staticmethod
     def unpad(detections: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """What :meth:`forward` gives -> for each image the dict that torchvision's detectors give. Waits once."""
+        """The padded detections of :meth:`forward` -> torchvision's list of dicts. Synchronises with the host once."""
         counts = detections["counts"].tolist()
         names = [name for name in detections if name != "counts"]
         return [{name: detections[name][n, :count] for name in names} for n, count in enumerate(counts)]
 
     def capture(self) -> StaticDetector:
-        """Captures a CUDA graph for each size, which every later call replays; returns self.
+        """Captures one CUDA graph per image size, which later calls replay. Returns self.
 
-        The model's weights may change in place afterwards, its device and dtype may not.
+        You may change weights in place afterwards. Moving the model or changing its dtype drops the graphs.
 
         Raises:
             RuntimeError: the model is not on a GPU.
@@ -166,11 +170,11 @@ class StaticDetector(nn.Module):
         return self
 
     def _apply(self, *arguments: Any, **options: Any) -> StaticDetector:
-        """All of torch.nn.Module's ways to move a module. A graph that was captured would read what is gone."""
+        """Runs whenever the module moves. Drops captured graphs, which would read freed memory."""
         self._captured.clear()
         constants = dict(self.named_buffers(recurse=False))
         super()._apply(*arguments, **options)
-        # Boxes are float32 whatever the model's dtype.
+        # Boxes are float32, whatever the model's dtype is.
         self._buffers.update({name: each.to(self._mean.device) for name, each in constants.items()})
         return self
 
@@ -201,7 +205,7 @@ class StaticDetector(nn.Module):
         shapes, i = self._shapes[size], self.image_sizes.index(size)
         sizes = sizes.to(torch.float32)
         batch = self._transform(images, sizes, shapes)
-        # Divided last: an image of the whole size is then exactly as large as it is resized to.
+        # The division comes last, so that an image of the whole size gets exactly the resized size.
         resized = (sizes * getattr(self, f"_resized_{i}") / getattr(self, f"_sizes_{i}")).floor()
         back = getattr(self, f"_back_{i}")
         if isinstance(self.model, FasterRCNN):
@@ -212,7 +216,7 @@ class StaticDetector(nn.Module):
         return {"boxes": boxes * back, "scores": scores, "labels": labels, "counts": counts}
 
     def _transform(self, images: Tensor, sizes: Tensor, shapes: _Shapes) -> Tensor:
-        """torchvision's normalisation, resizing and padding."""
+        """The normalisation, resizing and padding of torchvision's transform."""
         images = (images - self._mean.to(images.dtype)) / self._std.to(images.dtype)
         rows = torch.arange(shapes.original[0], device=images.device)[:, None] < sizes[:, 0, None, None]
         columns = torch.arange(shapes.original[1], device=images.device) < sizes[:, 1, None, None]
@@ -227,7 +231,7 @@ class StaticDetector(nn.Module):
         features = model.backbone(batch)
         features = {"0": features} if isinstance(features, Tensor) else features
         proposals, _, counts = model.rpn.proposals(ImageList(batch, sizes), features)
-        # The poolers look at the sizes once, for the scales of the maps.
+        # The poolers use the sizes once, to infer the scales of the maps.
         resized = [shapes.resized] * images
         pooled = heads.box_head(heads.box_roi_pool(features, list(proposals), resized))
         logits, deltas = (each.unflatten(0, (images, -1)) for each in heads.box_predictor(pooled))
@@ -254,11 +258,11 @@ class StaticDetector(nn.Module):
 
 
 class _Shapes:
-    """The sizes, (height, width), through which an image of one size goes."""
+    """Original, resized and padded (height, width) of images of one size."""
 
     def __init__(self, transform: Any, original: Size) -> None:
         self.original = original
-        # torchvision's own arithmetic, on an image without values.
+        # torchvision's own arithmetic, on a meta tensor.
         resized, _ = transform.resize(torch.empty(3, *original, device="meta"))
         self.resized: Size = (resized.shape[1], resized.shape[2])
         divisor = transform.size_divisible
@@ -266,20 +270,20 @@ class _Shapes:
         self.padded: Size = (height, width)
 
     def back(self) -> Tensor:
-        """[4]: what torchvision multiplies (x1, y1, x2, y2) of the resized image by."""
+        """[4]: factors from (x1, y1, x2, y2) in the resized image to the original image."""
         y, x = torch.tensor(self.original, dtype=torch.float32) / torch.tensor(self.resized, dtype=torch.float32)
         return torch.stack([x, y, x, y])
 
 
 class _Captured:
-    """A captured graph of a function of (images, sizes)."""
+    """The captured graph of a function of (images, sizes)."""
 
     def __init__(self, function: Any, images: Tensor, sizes: Tensor) -> None:
         self.images, self.sizes = images, sizes
         stream = torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):
-            # The first calls choose algorithms, and allocate what is not to be part of the graph.
+            # The first calls select cuDNN algorithms and allocate workspaces outside the graph.
             for _ in range(3):
                 function(images, sizes)
         torch.cuda.current_stream(images.device).wait_stream(stream)
@@ -291,12 +295,12 @@ class _Captured:
         self.images.copy_(images)
         self.sizes.copy_(sizes)
         self.graph.replay()
-        # The next replay writes over them.
+        # The next replay overwrites the outputs.
         return {name: each.clone() for name, each in self.outputs.items()}
 
 
 def _sorted_sizes(image_size: Any) -> list[Size]:
-    """One size or several -> the different ones, smallest first."""
+    """One size or several -> the distinct sizes, smallest first."""
     several = [image_size] if isinstance(image_size[0], int) else image_size
     return sorted({(int(height), int(width)) for height, width in several}, key=lambda size: (size[0] * size[1], size))
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-stage training whose tensors have sizes that the host knows: samples of a fixed size, drawn on the device.
+"""Sync-free sampling for the training of two-stage detectors: samples of a fixed size, drawn on the device.
 
-torchvision's sampler looks up where labels are positive and draws from what it finds, so that a GPU is waited for
-several times an image. Here every label gets a random key, and the largest keys of each kind are taken; what there is
-too little of stays in the sample with a weight of zero. Samples have the same distribution, by another random stream.
+torchvision's sampler looks up the positions of positive labels, which synchronises with the host several times an
+image. Here every label gets a random key, and top-k takes the largest keys of each kind. Where an image has too few
+candidates, the sample keeps its size and the missing entries get a weight of zero. Samples have torchvision's
+distribution, and another random stream.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ __all__ = ["FixedSizeSampler", "StaticRegionProposalNetwork", "StaticRoIHeads", 
 
 
 class FixedSizeSampler(BalancedPositiveNegativeSampler):
-    """torchvision's BalancedPositiveNegativeSampler for all images at once, without a wait.
+    """Samples all images at once without synchronising: drop-in for torchvision's BalancedPositiveNegativeSampler.
 
-    Same constructor and distribution: of each image's positives a uniformly random subset, at most
-    ``positive_fraction`` of ``batch_size_per_image``, and of its negatives one that fills the rest as far as there are
-    any. Keys are float32: two are equal once in 2^24, and which of equal ones is taken is the device's choice.
+    Constructor and distribution are torchvision's: per image a uniformly random subset of the positives, at most
+    ``positive_fraction`` of ``batch_size_per_image``, and a random subset of the negatives that fills the rest.
+
+    Note:
+        Keys are float32, so one pair in 2^24 is equal. The device decides between equal keys.
     """
 
     @property
@@ -42,15 +45,19 @@ class FixedSizeSampler(BalancedPositiveNegativeSampler):
         return int(self.batch_size_per_image * self.positive_fraction)
 
     def sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """labels [N, M]: 1 and more positive, 0 negative, below 0 neither.
+        """Draws the samples of all images.
 
-        Returns: (places [N, S] int64 in 0..M-1, kinds [N, S] int64), S = ``batch_size_per_image``. Kinds are 1 for a
-            positive, 0 for a negative and -1 for what is not of the sample. Positives come first.
+        Args:
+            labels: [N, M]: positive from 1, negative for 0, ignored below 0.
+
+        Returns:
+            (places [N, S] int64 in 0..M-1, kinds [N, S] int64), with S = ``batch_size_per_image``. Kinds are 1 for a
+            positive, 0 for a negative and -1 for an empty entry. Positives come first.
         """
         images, candidates = labels.shape
         size = self.batch_size_per_image
         keys = torch.rand(labels.shape, device=labels.device)
-        # A key of -1 is below all that are drawn.
+        # Keys are drawn from 0 to 1, so -1 is below all of them.
         positive_keys, positives = keys.masked_fill(labels < 1, -1).topk(min(self.max_positives, candidates))
         negative_keys, negatives = keys.masked_fill(labels != 0, -1).topk(min(size, candidates))
         slots = torch.arange(size, device=labels.device).expand(images, size)
@@ -64,7 +71,7 @@ class FixedSizeSampler(BalancedPositiveNegativeSampler):
         return places, is_positive.long() - (~is_positive & ~is_negative).long()
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels [M_n] of each image -> uint8 masks of its sampled positives and negatives, as torchvision's."""
+        """Labels [M_n] per image -> per image uint8 masks of the sampled positives and negatives."""
         masks: tuple[list[Tensor], list[Tensor]] = ([], [])
         for labels in matched_idxs:
             places, kinds = self.sample(labels[None])
@@ -75,7 +82,7 @@ class FixedSizeSampler(BalancedPositiveNegativeSampler):
 
 
 def _at(table: Tensor, places: Tensor) -> Tensor:
-    """table [N, K] at places [N, S]; anything where these are outside 0..K-1."""
+    """table [N, K] at places [N, S]. The value is arbitrary for a place outside 0..K-1."""
     if table.shape[1] == 0:
         return torch.zeros_like(places)
     return table.gather(1, places.clamp(0, table.shape[1] - 1))
@@ -87,11 +94,11 @@ def _rows(table: Tensor, places: Tensor) -> Tensor:
 
 
 def _encoded(coder: BoxCoder, boxes: Tensor, anchors: Tensor, counted: Tensor) -> Tensor:
-    """coder.encode_single of boxes and anchors [N, S, 4] where counted [N, S], finite elsewhere, and without a wait.
+    """coder.encode_single of boxes and anchors [N, S, 4] where counted [N, S], finite values elsewhere.
 
-    torchvision makes a tensor of the weights, on its way to a GPU a wait.
+    torchvision copies the weights to the GPU for every call, which synchronises.
     """
-    # (0, 0, 1, 1), of which any box with an area would do.
+    # (0, 0, 1, 1); any box with an area serves.
     unit = (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)
     boxes, anchors = (torch.where(counted[..., None], each, unit) for each in (boxes, anchors))
     sizes, own_sizes = (each[..., 2:] - each[..., :2] for each in (anchors, boxes))
@@ -101,10 +108,10 @@ def _encoded(coder: BoxCoder, boxes: Tensor, anchors: Tensor, counted: Tensor) -
 
 
 class StaticRegionProposalNetwork(RegionProposalNetwork):
-    """:class:`RegionProposalNetwork` whose training never waits: padded proposals, and a sample of a fixed size.
+    """A :class:`RegionProposalNetwork` that trains without host synchronisation.
 
-    In training each image's proposals are [P, 4], P = ``post_nms_top_n()``, with zeros after the last: for
-    :class:`StaticRoIHeads`, which knows a box without an area for none. In evaluation nothing is changed.
+    In training, proposals are padded: [P, 4] per image, with P = ``post_nms_top_n()`` and zeros after the last.
+    :class:`StaticRoIHeads` ignores boxes without an area. Evaluation is unchanged.
     """
 
     fg_bg_sampler: FixedSizeSampler
@@ -112,7 +119,7 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """See :class:`RegionProposalNetwork`; boxes padded in training."""
+        """See :class:`RegionProposalNetwork`. In training, boxes are padded."""
         if not self.training:
             return super().forward(images, features, targets)
         if targets is None:
@@ -126,7 +133,7 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
     def _sampled_losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> tuple[Tensor, Tensor]:
-        """torchvision's losses of a sample: a mean, and a sum over positives divided by the size of the sample."""
+        """torchvision's losses: a mean over the sample, and a sum over positives divided by the sample's size."""
         (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
         matches, gt_boxes = _matching.match_images(
             self.proposal_matcher, self.box_similarity, [target["boxes"] for target in targets], anchors
@@ -140,7 +147,7 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
         # Positives come first.
         few = self.fg_bg_sampler.max_positives
         places, is_positive = places[:, :few], kinds[:, :few] > 0
-        # One row more, for images without a ground truth.
+        # One row more, because gather needs a row also where an image has no ground truth.
         own = _rows(F.pad(gt_boxes, (0, 0, 0, 1)), matches.gather(1, places).clamp(min=0))
         goals = _encoded(self.box_coder, own, anchors[places], is_positive)
         found = _rows(box_deltas.view(*matches.shape, 4), places)
@@ -148,15 +155,15 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
 
 
 def _box_loss(found: Tensor, goals: Tensor, counted: Tensor) -> Tensor:
-    """torchvision's, summed over the rows [N, S, 4] that are counted [N, S]."""
+    """torchvision's box loss, summed over the counted [N, S] rows of [N, S, 4]."""
     losses = F.smooth_l1_loss(found, goals, beta=1 / 9, reduction="none")
     return losses.masked_fill(~counted[..., None], 0).sum()
 
 
 class StaticRoIHeads(RoIHeads):
-    """:class:`RoIHeads` whose training never waits: a sample of a fixed size, and masks for as many as may be positive.
+    """:class:`RoIHeads` that train without host synchronisation, on samples of a fixed size.
 
-    Proposals without an area count as none. Keypoints are not served. In evaluation nothing is changed.
+    Proposals without an area are ignored. Keypoints are not supported. Evaluation is unchanged.
     """
 
     fg_bg_sampler: FixedSizeSampler
@@ -196,13 +203,13 @@ class StaticRoIHeads(RoIHeads):
         return [], losses
 
     def _sample(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
-        """Boxes [N, S, 4], kinds, ground truths and labels [N, S] of a sample, and all ground truths [N, G, 4].
+        """Boxes [N, S, 4], kinds, ground-truth indices and labels [N, S] of a sample, and all ground truths [N, G, 4].
 
-        Labels are classes, 0 for background and -1 where kinds are.
+        Labels are class indices: 0 for background, -1 for an empty entry.
         """
         gt_list = [target["boxes"].to(proposals[0].dtype) for target in targets]
         gt_boxes, _ = ops.pad_boxes(gt_list)
-        # At least one row, also where no image has a ground truth.
+        # One row more, because gather needs a row also where no image has a ground truth.
         gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
         padded, _ = ops.pad_boxes(proposals)
         boxes = torch.cat([padded, gt_boxes], 1)
@@ -227,7 +234,7 @@ class StaticRoIHeads(RoIHeads):
         classes: Tensor,
         counted: Tensor,
     ) -> Tensor:
-        """torchvision's: the mean over the pixels of positives, [N, P] of which are counted."""
+        """torchvision's mask loss: the mean over the pixels of the counted [N, P] positives."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, list(boxes.unbind()), image_shapes)))
         side = logits.shape[-1]
         goals = []
@@ -245,13 +252,14 @@ class StaticRoIHeads(RoIHeads):
 
 
 def use_static_sampling(model: nn.Module) -> None:
-    """Puts fixed-size samplers into a torchvision Faster or Mask R-CNN, in place, also one that was accelerated.
+    """Makes a torchvision Faster or Mask R-CNN train without host synchronisation, in place.
 
-    Weights, keys and evaluation stay as they are. Losses have the distribution that they had, by other random numbers.
+    It replaces the samplers of both stages by :class:`FixedSizeSampler`. The model may be accelerated before. Weights,
+    ``state_dict`` keys and evaluation are unchanged. Losses keep their distribution; the random numbers differ.
 
     Raises:
-        TypeError: a model without these two stages, with keypoints, or with an anchor generator, box coder, sampler or
-            stage of a class of its own.
+        TypeError: the model lacks one of the two stages or has keypoints; or its anchor generator, box coder, sampler
+            or stage is a class of your own.
     """
     rpn: Any = getattr(model, "rpn", None)
     heads: Any = getattr(model, "roi_heads", None)
@@ -274,7 +282,7 @@ def use_static_sampling(model: nn.Module) -> None:
         if type(part) not in known:
             raise TypeError(f"the model's {known[0].__name__} must be torchvision's, got {type(part).__name__}")
     if heads.has_keypoint():
-        raise TypeError("static sampling has no form for keypoints")
+        raise TypeError("static sampling does not support keypoints, got a model with a keypoint head")
     rpn.__class__, heads.__class__ = StaticRegionProposalNetwork, StaticRoIHeads
     for stage in (rpn, heads):
         old = stage.fg_bg_sampler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""detectron2's modules, without detectron2: its constructors, checkpoint keys and results."""
+"""Drop-ins for detectron2's modules, with its constructors, checkpoint keys and outputs. detectron2 is not needed."""
 
 from fpn_fast.nn.detectron2.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from fpn_fast.nn.detectron2.poolers import ROIPooler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""detectron2's FPN over any backbone that tells the shapes of its maps."""
+"""detectron2's FPN, over any backbone with an output_shape()."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fpn_fast.nn._pyramid import merge_pyramid
 
 __all__ = ["FPN", "LastLevelMaxPool", "LastLevelP6P7", "ShapeSpec"]
 
-#: Names of `norm`, and what each makes of a number of channels.
+#: `norm` by name: number of channels -> layer.
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
@@ -24,14 +24,14 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class ShapeSpec(NamedTuple):
-    """Channels and stride of a map, as detectron2's ShapeSpec has them."""
+    """Channels and stride of a map; stands in for detectron2's ShapeSpec."""
 
     channels: int
     stride: int
 
 
 class ConvWithNorm(nn.Conv2d):
-    """A convolution and the normalisation after it, with the keys of detectron2's Conv2d: `weight`, `norm.weight`."""
+    """A convolution and its normalisation, with the keys of detectron2's Conv2d: `weight`, `norm.weight`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, norm: str | Callable[[int], nn.Module] | None
@@ -54,14 +54,14 @@ def _norm_maker(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mo
 
 
 def _fill(convolution: nn.Conv2d) -> None:
-    """What detectron2 calls c2_xavier_fill."""
+    """The initialisation that detectron2 calls c2_xavier_fill."""
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)
 
 
 class LastLevelMaxPool(nn.Module):
-    """Every second pixel of the coarsest output: detectron2's top block of Faster R-CNN."""
+    """P6 as every second pixel of P5: detectron2's top block for Faster R-CNN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,16 +69,17 @@ class LastLevelMaxPool(nn.Module):
         self.in_feature = "p5"
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """[N, C, H, W] -> one map, half as high and wide."""
+        """[N, C, H, W] -> [one map of half the height and width]"""
         return [F.max_pool2d(x, kernel_size=1, stride=2, padding=0)]
 
 
 class LastLevelP6P7(nn.Module):
-    """RetinaNet's P6 and P7 by strided 3x3 convolutions: detectron2's top block, whose input is named.
+    """P6 and P7 by strided 3x3 convolutions: detectron2's top block for RetinaNet.
 
     Args:
-        in_channels: channels of the map named `in_feature`, one of the backbone's or of the pyramid's outputs.
-        out_channels: channels of both maps.
+        in_channels: channels of the map named `in_feature`.
+        out_channels: channels of P6 and P7.
+        in_feature: name of the input, a map of the backbone or of the pyramid. Default: "res5".
     """
 
     def __init__(self, in_channels: int, out_channels: int, in_feature: str = "res5") -> None:
@@ -91,13 +92,13 @@ class LastLevelP6P7(nn.Module):
         _fill(self.p7)
 
     def forward(self, c5: Tensor) -> list[Tensor]:
-        """[N, in_channels, H, W] -> maps of half and a quarter of the size."""
+        """[N, in_channels, H, W] -> maps of half and a quarter of the height and width."""
         p6 = self.p6(c5)
         return [p6, self.p7(F.relu(p6))]
 
 
 class FPNForward:
-    """What FPN computes, for our module and for detectron2's own, which has the same attributes."""
+    """The forward pass of FPN, for our module and for detectron2's, which have the same attributes."""
 
     bottom_up: nn.Module
     top_block: Any
@@ -108,16 +109,20 @@ class FPNForward:
     _fuse_type: str
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images [N, 3, H, W], padded to a multiple of ``size_divisibility`` -> maps by name, finest first.
+        """Computes the pyramid of a batch of images.
 
-        The maps are p{s}, [N, out_channels, H / 2**s, W / 2**s], and the top block's after them.
+        Args:
+            x: [N, 3, H, W], with H and W multiples of ``size_divisibility``.
+
+        Returns:
+            {"p{s}": [N, out_channels, H / 2**s, W / 2**s]}, finest first; the top block's maps come last.
 
         Raises:
-            ValueError: the backbone's maps are not each twice as high and wide as the next; others: see
+            ValueError: a map of the backbone is not twice as high and wide as the next; others: see
                 :func:`fpn_fast.ops.top_down`.
         """
         maps = self.bottom_up(x)
-        # The convolutions are kept coarsest first.
+        # Like detectron2, the module stores convolutions coarsest first.
         _, results = merge_pyramid(
             [maps[name] for name in self.in_features],
             self.lateral_convs[::-1],
@@ -132,24 +137,24 @@ class FPNForward:
 
 
 class FPN(FPNForward, nn.Module):
-    """Feature Pyramid Network (Lin et al., 2017): drop-in for detectron2's ``FPN``, which needs not be installed.
+    """Feature Pyramid Network (Lin et al., 2017): drop-in for detectron2's ``FPN``.
 
-    Same constructor, ``state_dict`` keys, initialisation under the same seed and results; the merge of all levels is
-    one call of :func:`fpn_fast.ops.top_down`.
+    Constructor, ``state_dict`` keys, seeded initialisation and outputs are detectron2's. One call of
+    :func:`fpn_fast.ops.top_down` merges all levels.
 
     Args:
-        bottom_up: the backbone: a module that makes a dict of maps of an image and whose ``output_shape()`` gives each
-            map's ``channels`` and ``stride`` by name, as detectron2's ShapeSpec has them.
-        in_features: names of its maps to use, finest first; strides are powers of two, each twice the one before.
+        bottom_up: the backbone: a module that returns a dict of maps. Its ``output_shape()`` returns an object with
+            ``channels`` and ``stride`` for each name, such as :class:`ShapeSpec`.
+        in_features: names of the maps to use, finest first. Strides are powers of two, each twice the one before.
         out_channels: channels of every output.
-        norm: ``""`` for none, and then convolutions have a bias; ``"BN"``, ``"SyncBN"``, ``"GN"``, of 32 groups, or a
-            function that makes a layer of a number of channels.
-        top_block: :class:`LastLevelMaxPool`, :class:`LastLevelP6P7` or a module with their attributes; or none.
-        fuse_type: ``"sum"``, or ``"avg"`` for half of it.
-        square_pad: the side to which images are padded; only kept, for ``padding_constraints``.
+        norm: ``""`` for none; ``"BN"``, ``"SyncBN"`` or ``"GN"`` with 32 groups; or a function from a number of
+            channels to a layer. Convolutions have a bias only for ``""``.
+        top_block: :class:`LastLevelMaxPool`, :class:`LastLevelP6P7`, or a module with their attributes. Default: none.
+        fuse_type: ``"sum"``, or ``"avg"`` for half of the sum.
+        square_pad: the side to which images are padded, for ``padding_constraints``. Default: 0, for none.
 
     Raises:
-        ValueError: strides that are no such sequence; another norm or fuse_type.
+        ValueError: the strides are not such a sequence; norm or fuse_type is unknown.
 
     Source: detectron2/modeling/backbone/fpn.py.
 
@@ -188,7 +193,7 @@ class FPN(FPNForward, nn.Module):
             _fill(outputs[-1])
             self.add_module(f"fpn_lateral{level}", laterals[-1])
             self.add_module(f"fpn_output{level}", outputs[-1])
-        # As detectron2 keeps them: coarsest first, beside the names above.
+        # Like detectron2, which keeps them coarsest first in addition to the names above.
         self.lateral_convs, self.output_convs = laterals[::-1], outputs[::-1]
         self.top_block = top_block
         self.in_features = tuple(in_features)
@@ -203,12 +208,12 @@ class FPN(FPNForward, nn.Module):
 
     @property
     def size_divisibility(self) -> int:
-        """Images must be padded to a multiple of this."""
+        """The height and width of images must be multiples of this, in pixels."""
         return self._size_divisibility
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """{"square_size": the side to which images are padded, 0 for none}"""
+        """{"square_size": side to which images are padded, in pixels; 0 for none}"""
         return {"square_size": self._square_pad}
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -21,7 +21,7 @@ _ALIGNED = {"ROIAlign": False, "ROIAlignV2": True}
 
 
 class PoolerForward:
-    """What ROIPooler computes, for our module and for detectron2's own."""
+    """The forward pass of ROIPooler, for our module and for detectron2's."""
 
     output_size: tuple[int, int]
     canonical_box_size: float
@@ -36,15 +36,15 @@ class PoolerForward:
         """Pools the boxes of a batch of images.
 
         Args:
-            x: a map [N, C, H_l, W_l] for each of the scales, finest first.
-            box_lists: for each of the N images [L_i, 4], (x1, y1, x2, y2) in image pixels, or an object that has them
-                as ``tensor``, such as detectron2's Boxes. L_i may be 0.
+            x: one map [N, C, H_l, W_l] per scale, finest first.
+            box_lists: per image [L_i, 4], (x1, y1, x2, y2) in image pixels, or an object that holds them as ``tensor``,
+                such as detectron2's Boxes. L_i may be 0.
 
         Returns:
-            [sum of L_i, C, PH, PW], the images' boxes one after the other, in the features' type.
+            [sum of L_i, C, PH, PW], image after image, in the features' dtype.
 
         Raises:
-            ValueError: as many maps as scales, or as many lists as images, are not given; others: the op's.
+            ValueError: the number of maps or of box lists is wrong; others: the op's.
             TypeError: see the op.
         """
         scales, sampling_ratio, aligned = self._sampling()
@@ -74,26 +74,27 @@ class PoolerForward:
 
 
 class ROIPooler(PoolerForward, nn.Module):
-    """Pools boxes from a pyramid: drop-in for ``detectron2.modeling.poolers.ROIPooler``, which needs not be installed.
+    """RoIAlign from the pyramid level that fits each box: drop-in for ``detectron2.modeling.poolers.ROIPooler``.
 
-    Same constructor, level formula and results, in one call of :func:`fpn_fast.ops.multiscale_roi_align`. It has no
-    parameters.
+    Constructor, level formula and output are detectron2's, computed by one call of
+    :func:`fpn_fast.ops.multiscale_roi_align`. The module has no parameters.
 
-    Two things differ. An output_size that is not square is used as it is; detectron2 makes it square where there are
-    several maps. Boxes stay float32 where features are half precision; detectron2 rounds them to the features' type.
-    ``strict=True`` rounds them too, but samples in float32 also where its kernel does so in half precision.
+    Note:
+        Boxes stay float32 for half-precision features; detectron2 rounds them to the features' dtype.
+        ``strict=True`` rounds them too, and samples in float32 like this library always does. An output_size that is
+        not square is used as given; detectron2 makes it square for several maps.
 
     Args:
-        output_size: bins along each axis, (PH, PW) or one number for both.
-        scales: map pixels per image pixel of each map: powers of two of at most 1, each half of the one before.
-        sampling_ratio: samples along each axis of a bin; 0 or less: one for each pixel of the bin, rounded up.
-        pooler_type: ``"ROIAlignV2"``, or ``"ROIAlign"``, which is off by half a pixel.
-        canonical_box_size, canonical_level: a box of canonical_box_size**2 pixels is pooled from the map whose stride
-            is 2**canonical_level.
-        strict: rounds boxes to the features' type before they are sampled; levels are of the boxes as given.
+        output_size: bins along each axis, (PH, PW) or one integer for both.
+        scales: map pixels per image pixel of each map: powers of two, at most 1, each half of the one before.
+        sampling_ratio: samples along each axis of a bin. 0 or less: the bin's size in map pixels, rounded up.
+        pooler_type: ``"ROIAlignV2"``, or ``"ROIAlign"``, whose samples are off by half a pixel.
+        canonical_box_size, canonical_level: a box of canonical_box_size**2 pixels is pooled from the map with a stride
+            of 2**canonical_level. Defaults: 224 and 4.
+        strict: whether boxes are rounded to the features' dtype before sampling. Levels use the boxes as given.
 
     Raises:
-        ValueError: another pooler_type; scales that are no such sequence; sizes that are not positive.
+        ValueError: pooler_type is unknown; scales are not such a sequence; a size is not positive.
 
     Source: detectron2/modeling/poolers.py, detectron2/layers/roi_align.py.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""detectron2's proposals, straight from the maps of an RPN's head."""
+"""detectron2's anchors and proposals, computed from the maps of an RPN's head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_ima
 
 
 class Anchors(Protocol):
-    """What is asked of an anchor generator: detectron2's DefaultAnchorGenerator has it too."""
+    """The attributes that :func:`find_top_rpn_proposals` reads; detectron2's DefaultAnchorGenerator has them too."""
 
     @property
     def cell_anchors(self) -> Iterable[Tensor | Sequence[Sequence[float]]]: ...
@@ -30,18 +30,18 @@ class Anchors(Protocol):
 
 
 class DefaultAnchorGenerator(nn.Module):
-    """Anchors of a pyramid: detectron2's DefaultAnchorGenerator, with its constructor, order and numbers.
+    """The anchors of a pyramid: drop-in for detectron2's DefaultAnchorGenerator, with its order and values.
 
-    Anchors are not rounded, sizes vary slower than ratios. It has no parameters and nothing in a ``state_dict``.
+    Anchors are not rounded. Aspect ratios vary fastest. The module has no parameters and no ``state_dict`` keys.
 
     Args:
-        sizes: roots of the anchors' areas in pixels, for each map; or of all maps, one list.
-        aspect_ratios: heights as a multiple of widths, for each map or of all.
-        strides: image pixels per map pixel of each map.
-        offset: of the first anchor's centre from the image's corner, in strides, 0 to below 1.
+        sizes: square roots of the anchors' areas in pixels, one list per map or one list for all maps.
+        aspect_ratios: height divided by width, one list per map or one list for all maps.
+        strides: image pixels per map pixel, one per map.
+        offset: position of the first anchor's centre, in strides, from 0 to below 1. Default: 0.5.
 
     Raises:
-        ValueError: lists whose numbers differ from that of strides; an offset out of range.
+        ValueError: the number of lists differs from the number of strides; offset is out of range.
 
     Source: detectron2/modeling/anchor_generator.py.
 
@@ -77,11 +77,11 @@ class DefaultAnchorGenerator(nn.Module):
 
     @property
     def num_anchors(self) -> list[int]:
-        """How many anchors each place of each map has."""
+        """Anchors per position, of each map."""
         return [len(table) for table in self.cell_anchors]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps [N, C, H_l, W_l] -> for each [H_l * W_l * A, 4] float32, (x1, y1, x2, y2), in order (y, x, anchor)."""
+        """Maps [N, C, H_l, W_l] -> per map [H_l * W_l * A, 4] float32, (x1, y1, x2, y2), in order (y, x, anchor)."""
         anchors = []
         for map, table, stride in zip(features, self.cell_anchors, self.strides, strict=True):
             height, width = map.shape[-2:]
@@ -91,7 +91,7 @@ class DefaultAnchorGenerator(nn.Module):
 
 
 def _of_each_map(name: str, values: Sequence[Any], maps: int) -> list[Sequence[float]]:
-    """`values` for each of the maps: those of one list are every map's."""
+    """One list per map; a single list counts for every map."""
     lists = list(values) if values and isinstance(values[0], (list, tuple)) else [values]
     if len(lists) == 1:
         lists *= maps
@@ -119,24 +119,29 @@ def find_top_rpn_proposals(
     box2box_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     scale_clamp: float = math.log(1000.0 / 16),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The proposals that detectron2's RPN makes of its head's maps, by :func:`fpn_fast.ops.generate_proposals`.
+    """The proposals of detectron2's RPN, by one call of :func:`fpn_fast.ops.generate_proposals`.
 
-    detectron2's function of this name begins after the decoding of all anchors; here neither anchors nor boxes are in
-    memory but those chosen. Logits and boxes that are not finite are left out, in training too, where detectron2
-    raises. Boxes and logits are float32 for half precision, as there.
+    detectron2's function of this name takes decoded boxes. This one takes the head's maps: it decodes only the selected
+    anchors, inside the kernel, and does not synchronise.
 
     Args:
         pred_objectness_logits, pred_anchor_deltas: the head's maps, [N, A, H_l, W_l] and [N, 4A, H_l, W_l].
-        anchor_generator: :class:`DefaultAnchorGenerator`, or detectron2's own. Anchors on a GPU are waited for.
-        image_sizes: (height, width) of each image in pixels, or a tensor [N, 2] on the maps' device.
-        pre_nms_topk, post_nms_topk: how many of each map and image, and of each image.
-        nms_thresh: intersection over union above which a box removes a lower one of its map.
-        min_box_size: sides must be longer than this, in pixels.
-        box2box_weights, scale_clamp: Box2BoxTransform's.
+        anchor_generator: :class:`DefaultAnchorGenerator`, or detectron2's. Base anchors on a GPU cost one
+            synchronisation.
+        image_sizes: (height, width) per image in pixels, or a tensor [N, 2] on the maps' device.
+        pre_nms_topk: boxes kept per map and image before NMS.
+        post_nms_topk: boxes kept per image after NMS.
+        nms_thresh: intersection over union above which a box suppresses a lower one of its map. Default: 0.7.
+        min_box_size: sides must be longer than this, in pixels. Default: 0.
+        box2box_weights, scale_clamp: those of Box2BoxTransform.
 
     Returns:
-        (boxes [N, P, 4], logits [N, P], counts [N]), P = post_nms_topk; logits descend, zeros after the last.
-        :func:`proposals_of_images` makes lists of them. Nothing here waits for a GPU.
+        (boxes [N, P, 4], logits [N, P], counts [N]), with P = post_nms_topk. Logits descend; entries after an image's
+        last proposal are zero. :func:`proposals_of_images` turns them into lists.
+
+    Note:
+        Logits and boxes that are not finite are left out, also in training, where detectron2 raises an error. Boxes and
+        logits are float32 for half-precision maps, like in detectron2.
 
     Raises:
         TypeError, ValueError: the op's.

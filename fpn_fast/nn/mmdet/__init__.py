@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdetection's modules, without mmdetection or mmcv: its constructors, checkpoint keys and results."""
+"""Drop-ins for mmdetection's modules, with its constructors, keys and outputs. mmdetection is not needed."""
 
 from fpn_fast.nn.mmdet.config import build_neck, build_roi_extractor
 from fpn_fast.nn.mmdet.necks import FPN, PAFPN

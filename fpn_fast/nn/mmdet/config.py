@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules from configurations in mmdetection's form, without its registries."""
+"""Builds modules from mmdetection's configuration dicts, without its registries."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ _ROI_EXTRACTORS: dict[str, type[nn.Module]] = {
 
 
 def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
-    """A neck from a dict as it stands in mmdetection's configurations: its ``type``, FPN or PAFPN, and its arguments.
+    """Builds a neck from the dict of an mmdetection configuration.
 
-    Raises ValueError for another type, for keys that it does not have, naming them, and for keys that are missing;
-    others: the module's.
+    Args:
+        cfg: ``type``, "FPN" or "PAFPN", and the arguments of that class.
+
+    Raises:
+        ValueError: the type is unknown, a key is unknown or missing; others: the module's.
 
     >>> neck = build_neck(dict(type="FPN", in_channels=[8, 16], out_channels=4, num_outs=3))
     >>> neck.num_outs
@@ -35,13 +38,13 @@ def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
 
 
 def build_roi_extractor(cfg: Mapping[str, Any]) -> nn.Module:
-    """:func:`build_neck` for RoI extractors, of type SingleRoIExtractor or GenericRoIExtractor."""
+    """:func:`build_neck` for RoI extractors; the types are "SingleRoIExtractor" and "GenericRoIExtractor"."""
     return _build(cfg, _ROI_EXTRACTORS)
 
 
 def _build(cfg: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]]) -> nn.Module:
     arguments = dict(cfg)
-    # A configuration may name the library that a type is of.
+    # A configuration may prefix the type with its library.
     name = str(arguments.pop("type", None)).removeprefix("mmdet.")
     if name not in kinds:
         raise ValueError(f"type must be one of {', '.join(kinds)}, got {cfg.get('type')!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmcv's ConvModule as necks use it: a convolution, a normalisation and an activation from dicts."""
+"""mmcv's ConvModule for necks: a convolution, a normalisation and an activation from dicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: type -> the name under which mmcv keeps the layer, and the layer.
+#: type -> (name of the submodule in mmcv, layer).
 _NORMS: dict[str, tuple[str, type[nn.Module]]] = {
     "BN": ("bn", nn.BatchNorm2d),
     "BN2d": ("bn", nn.BatchNorm2d),
@@ -19,17 +19,17 @@ _ACTIVATIONS = ("ReLU", "LeakyReLU", "PReLU", "RReLU", "ReLU6", "ELU", "Sigmoid"
 
 
 class ConvModule(nn.Module):
-    """A convolution that keeps the size, but for its stride; with a bias where no normalisation follows.
+    """A padded convolution with optional normalisation and activation. It has a bias only without normalisation.
 
-    Keys: ``conv.weight``, ``conv.bias``, ``bn.*`` or ``gn.*``. Weights are drawn as mmcv draws them.
+    Keys: ``conv.weight``, ``conv.bias``, ``bn.*`` or ``gn.*``. Initialisation is mmcv's.
 
     Args:
-        norm_cfg: none, or a dict of ``type`` BN, SyncBN or GN, ``requires_grad`` and the layer's own arguments.
-        act_cfg: none, or a dict of ``type``, a name in torch.nn such as ReLU, and its arguments.
-        conv_cfg: none: other convolutions have no form here.
+        conv_cfg: must be None; other convolutions are not supported.
+        norm_cfg: ``type``, "BN", "SyncBN" or "GN", ``requires_grad`` and the layer's arguments. Default: none.
+        act_cfg: ``type``, a name in torch.nn such as "ReLU", and its arguments. Default: none.
 
     Raises:
-        ValueError: a dict of another type, or GN without num_groups.
+        ValueError: a dict has an unknown type; GN without num_groups.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ConvModule(nn.Module):
         self.activate = None if act_cfg is None else _activation(act_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
+        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]"""
         x = self.conv(x)
         if self.norm_name is not None:
             x = getattr(self, self.norm_name)(x)

@@ -14,15 +14,16 @@ from fpn_fast.nn.mmdet.conv_module import ConvModule
 
 __all__ = ["FPN", "PAFPN"]
 
-#: The only initialisation but None, which leaves mmcv's: mmdetection's default.
+#: mmdetection's default. None, the only other choice, keeps mmcv's initialisation.
 _XAVIER = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}
 _EXTRA_CONVS = (False, True, "on_input", "on_lateral", "on_output")
 
 
 def merge_options(upsample_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """upsample_cfg, arguments of F.interpolate -> options of :func:`fpn_fast.ops.top_down`; ValueError if it has none.
+    """upsample_cfg, the arguments of F.interpolate -> options of :func:`fpn_fast.ops.top_down`.
 
-    Without a scale_factor the lateral's size counts, whatever the ratio.
+    Without a scale_factor each map is upsampled to the lateral's size, whatever the ratio is. Raises ValueError for an
+    option that the op does not have.
     """
     options = dict(upsample_cfg)
     mode, scale = options.pop("mode", "nearest"), options.pop("scale_factor", None)
@@ -39,7 +40,7 @@ def merge_options(upsample_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FPNForward:
-    """What FPN computes, for our module and for mmdetection's own, which has the same attributes."""
+    """The forward pass of FPN, for our module and for mmdetection's, which have the same attributes."""
 
     in_channels: Sequence[int]
     num_outs: int
@@ -52,10 +53,10 @@ class FPNForward:
     fpn_convs: nn.ModuleList
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """All stages' maps [N, in_channels[i], H_i, W_i], finest first -> num_outs maps [N, out_channels, H, W].
+        """Maps of all stages [N, in_channels[i], H_i, W_i], finest first -> num_outs maps [N, out_channels, H, W].
 
         Raises:
-            ValueError: not as many maps as in_channels; others: see :func:`fpn_fast.ops.top_down`.
+            ValueError: the number of maps differs from that of in_channels; others: see :func:`fpn_fast.ops.top_down`.
         """
         merged, outs = self._pyramid(inputs)
         return self._extend(inputs, merged, outs)
@@ -64,12 +65,12 @@ class FPNForward:
         if len(inputs) != len(self.in_channels):
             raise ValueError(f"inputs must be a map for each of the {len(self.in_channels)} stages, got {len(inputs)}")
         used = inputs[self.start_level : self.backbone_end_level]
-        # Those after them make the extra levels.
+        # The others make the extra levels.
         output_convs = list(self.fpn_convs)[: len(self.lateral_convs)]
         return merge_pyramid(used, self.lateral_convs, output_convs, **merge_options(self.upsample_cfg))
 
     def _extend(self, inputs: Sequence[Tensor], merged: list[Tensor], outs: list[Tensor]) -> tuple[Tensor, ...]:
-        """`outs` with the coarser levels above them, up to num_outs."""
+        """Appends coarser levels to `outs`, up to num_outs."""
         if not self.add_extra_convs:
             for _ in range(self.num_outs - len(outs)):
                 outs.append(F.max_pool2d(outs[-1], 1, stride=2))
@@ -78,35 +79,35 @@ class FPNForward:
         source = sources[str(self.add_extra_convs)]
         for conv in list(self.fpn_convs)[len(self.lateral_convs) :]:
             outs.append(conv(source))
-            # The first extra level takes its source as it is.
+            # No ReLU comes before the first extra level.
             source = F.relu(outs[-1]) if self.relu_before_extra_convs else outs[-1]
         return tuple(outs)
 
 
 class FPN(FPNForward, nn.Module):
-    """Feature Pyramid Network (Lin et al., 2017): drop-in for mmdetection's ``FPN`` neck, which needs not be installed.
+    """Feature Pyramid Network (Lin et al., 2017): drop-in for mmdetection's ``FPN`` neck.
 
-    Same constructor, ``state_dict`` keys and results; the merge of all levels is one call of
-    :func:`fpn_fast.ops.top_down`. Weights are drawn at once, as mmdetection's ``init_weights()`` draws them.
+    Constructor, ``state_dict`` keys and outputs are mmdetection's. One call of :func:`fpn_fast.ops.top_down` merges all
+    levels. The constructor draws the weights that mmdetection draws in ``init_weights()``.
 
     Args:
         in_channels: channels of every stage of the backbone, finest first.
         out_channels: channels of every output.
-        num_outs: how many outputs; those above the backbone's last stage are extra levels.
-        start_level, end_level: first and last stage to use; -1 is the last there is. Only after this one there are
-            extra levels.
-        add_extra_convs: extra levels are every second pixel of the last output for False, and otherwise strided 3x3
-            convolutions, the first ``"on_input"`` (or True) of the last stage, ``"on_lateral"`` of its lateral or
-            ``"on_output"`` of the last output.
-        relu_before_extra_convs: a ReLU before each of those but the first.
+        num_outs: number of outputs. Those above the backbone's last stage are extra levels.
+        start_level, end_level: first and last stage to use; -1 is the backbone's last stage. Extra levels exist only
+            after the backbone's last stage.
+        add_extra_convs: what makes the extra levels. False: every second pixel of the last output. Otherwise strided
+            3x3 convolutions, whose first input is the last stage for ``"on_input"`` or True, its lateral for
+            ``"on_lateral"``, and the last output for ``"on_output"``.
+        relu_before_extra_convs: adds a ReLU before each of these convolutions but the first.
         no_norm_on_lateral: leaves lateral convolutions without normalisation.
-        conv_cfg, norm_cfg, act_cfg: of every convolution, see :class:`~fpn_fast.nn.mmdet.conv_module.ConvModule`.
-        upsample_cfg: ``mode``, "nearest" or "bilinear"; with it ``align_corners``; and ``scale_factor``, a whole number
-            of times that each map must be as high and wide as the next, where without it any ratio goes.
-        init_cfg: mmdetection's default, or None for the weights with which mmcv makes a convolution.
+        conv_cfg, norm_cfg, act_cfg: for every convolution, see :class:`~fpn_fast.nn.mmdet.conv_module.ConvModule`.
+        upsample_cfg: ``mode``, "nearest" or "bilinear"; ``align_corners`` for bilinear; ``scale_factor``, an integer
+            ratio that neighbouring maps must have. Default: nearest, at any ratio.
+        init_cfg: mmdetection's default, or None to keep mmcv's initialisation of convolutions.
 
     Raises:
-        ValueError: something is not of this kind; the message says what.
+        ValueError: an argument is none of these; the message names it and its value.
 
     Source: mmdet/models/necks/fpn.py.
 
@@ -172,7 +173,7 @@ class FPN(FPNForward, nn.Module):
 
 
 def _end_of(end_level: int, start_level: int, num_outs: int, stages: int) -> int:
-    """The stage after the last one used, with the rules that mmdetection asserts."""
+    """One past the last stage that is used; checks the rules that mmdetection asserts."""
     if not 0 <= start_level < stages:
         raise ValueError(f"start_level must be one of the {stages} stages, got {start_level}")
     if end_level in (-1, stages - 1):
@@ -188,13 +189,13 @@ def _end_of(end_level: int, start_level: int, num_outs: int, stages: int) -> int
 
 
 class PAFPNForward(FPNForward):
-    """What PAFPN computes, for our module and for mmdetection's own."""
+    """The forward pass of PAFPN, for our module and for mmdetection's."""
 
     downsample_convs: nn.ModuleList
     pafpn_convs: nn.ModuleList
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """As of FPN."""
+        """See :class:`FPN`."""
         merged, outs = self._pyramid(inputs)
         for i, conv in enumerate(self.downsample_convs):
             outs[i + 1] = outs[i + 1] + conv(outs[i])
@@ -205,8 +206,8 @@ class PAFPNForward(FPNForward):
 class PAFPN(PAFPNForward, FPN):
     """Path aggregation (Liu et al., 2018): drop-in for mmdetection's ``PAFPN`` neck.
 
-    A :class:`FPN` and a bottom-up path over its outputs; its arguments but upsample_cfg, which is nearest, and its
-    errors.
+    It adds a bottom-up path to the outputs of :class:`FPN`. Arguments and errors are those of FPN; there is no
+    upsample_cfg, because upsampling is nearest.
 
     Source: mmdet/models/necks/pafpn.py.
     """

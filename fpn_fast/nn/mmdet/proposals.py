@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdetection's anchors, box coder and proposals, straight from the maps of an RPN's head."""
+"""mmdetection's anchors, box coder and proposals, computed from the maps of an RPN's head."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fpn_fast.reference.generate_proposals import anchors_at
 
 __all__ = ["AnchorGenerator", "DeltaXYWHBBoxCoder", "predict_proposals", "proposals_of_images"]
 
-#: Keys of an RPN's test_cfg or proposal configuration, and of the nms in it. Which route mmcv takes is up to split_thr.
+#: Keys of an RPN's test_cfg and of the nms in it. split_thr only chooses between equivalent paths in mmcv.
 _CONFIG_KEYS = ("nms_pre", "max_per_img", "nms", "min_bbox_size")
 _NMS_KEYS = ("type", "iou_threshold", "split_thr")
 
 
 class Anchors(Protocol):
-    """What is asked of an anchor generator: mmdetection's AnchorGenerator has it too."""
+    """The attributes that :func:`predict_proposals` reads; mmdetection's AnchorGenerator has them too."""
 
     @property
     def base_anchors(self) -> Sequence[Tensor]: ...
@@ -32,7 +32,7 @@ class Anchors(Protocol):
 
 
 class Coder(Protocol):
-    """What is asked of a box coder: mmdetection's DeltaXYWHBBoxCoder has it too."""
+    """The attributes that :func:`predict_proposals` reads; mmdetection's DeltaXYWHBBoxCoder has them too."""
 
     @property
     def means(self) -> Sequence[float]: ...
@@ -47,22 +47,23 @@ class Coder(Protocol):
 
 
 class AnchorGenerator:
-    """Anchors of a pyramid: mmdetection's AnchorGenerator, with its constructor, order and numbers.
+    """The anchors of a pyramid: drop-in for mmdetection's AnchorGenerator, with its order and values.
 
     Args:
-        strides: image pixels per map pixel of each map, a number or (width, height).
-        ratios: heights as a multiple of widths.
-        scales: sides as a multiple of the base size; or instead of them octave_base_scale and scales_per_octave.
-        base_sizes: in pixels, of each map; its shorter stride where there are none.
-        scale_major: scales vary fastest, and otherwise ratios.
-        octave_base_scale, scales_per_octave: scales octave_base_scale * 2 ** (i / scales_per_octave).
-        centers: of each map the (x, y) of the first anchor's centre, in pixels.
-        center_offset: that centre as a share of the base size, 0 to 1.
-        use_box_type: must be False: anchors are tensors.
+        strides: image pixels per map pixel, one per map: an integer or (width, height).
+        ratios: height divided by width.
+        scales: sides divided by the base size. Give either these or octave_base_scale and scales_per_octave.
+        base_sizes: in pixels, one per map. Default: the shorter stride of each map.
+        scale_major: whether scales vary fastest; otherwise ratios do. Default: True.
+        octave_base_scale, scales_per_octave: make the scales octave_base_scale * 2 ** (i / scales_per_octave).
+        centers: (x, y) of the first anchor's centre in pixels, one per map.
+        center_offset: the same centre, divided by the base size, from 0 to 1. Default: 0.
+        use_box_type: must be False, because anchors are tensors.
 
     Raises:
-        ValueError: scales and octave_base_scale both or neither; centers and center_offset both; a center_offset out of
-            range; lists whose numbers differ from that of strides; use_box_type.
+        ValueError: scales and octave_base_scale are both given or both missing; centers and center_offset are both
+            given; center_offset is out of range; the number of base_sizes or centers differs from that of strides;
+            use_box_type is True.
 
     Source: mmdet/models/task_modules/prior_generators/anchor_generator.py.
 
@@ -110,7 +111,7 @@ class AnchorGenerator:
         ]
 
     def _base_anchors(self, size: float, center: tuple[float, float]) -> Tensor:
-        """[A, 4] about `center`; float32, in mmdetection's order of operations."""
+        """[A, 4] float32 around `center`, computed in mmdetection's order of operations."""
         heights = torch.sqrt(self.ratios)
         sides = []
         for ratios in (1 / heights, heights):
@@ -123,12 +124,12 @@ class AnchorGenerator:
 
     @property
     def num_base_priors(self) -> list[int]:
-        """How many anchors each place of each map has."""
+        """Anchors per position, of each map."""
         return [len(table) for table in self.base_anchors]
 
     @property
     def num_levels(self) -> int:
-        """How many maps it has anchors for."""
+        """The number of maps."""
         return len(self.strides)
 
     def grid_priors(
@@ -137,7 +138,7 @@ class AnchorGenerator:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> list[Tensor]:
-        """(height, width) of each map -> for each [H_l * W_l * A, 4], (x1, y1, x2, y2), in the order (y, x, anchor)."""
+        """(height, width) per map -> per map [H_l * W_l * A, 4], (x1, y1, x2, y2), in the order (y, x, anchor)."""
         anchors = []
         for (height, width), table, stride in zip(featmap_sizes, self.base_anchors, self.strides, strict=True):
             index = torch.arange(height * width * len(table), device=device)
@@ -149,12 +150,12 @@ class DeltaXYWHBBoxCoder:
     """The settings of mmdetection's DeltaXYWHBBoxCoder, for :func:`predict_proposals`.
 
     Args:
-        target_means, target_stds: a delta is multiplied by its std, plus its mean.
-        clip_border: boxes are clipped to the image.
-        add_ctr_clamp, ctr_clamp: centres move by at most ctr_clamp pixels along either axis (YOLOF).
+        target_means, target_stds: delta * std + mean is decoded.
+        clip_border: must be True: boxes are clipped to the image.
+        add_ctr_clamp, ctr_clamp: limits the shift of a centre to ctr_clamp pixels along each axis (YOLOF).
 
     Raises:
-        ValueError: clip_border is False, which no op has.
+        ValueError: clip_border is False.
 
     Source: mmdet/models/task_modules/coders/delta_xywh_bbox_coder.py.
     """
@@ -194,19 +195,19 @@ def predict_proposals(
     are float32 for half precision, where mmdetection decodes in the maps' type.
 
     Args:
-        cls_scores, bbox_preds: the head's maps, [N, A, H_l, W_l] of logits and [N, 4A, H_l, W_l].
+        cls_scores, bbox_preds: the head's maps, logits [N, A, H_l, W_l] and deltas [N, 4A, H_l, W_l].
         prior_generator, bbox_coder: :class:`AnchorGenerator` and :class:`DeltaXYWHBBoxCoder`, or mmdetection's own.
-        image_sizes: (height, width) of each image in pixels, or a tensor [N, 2] on the maps' device.
-        cfg: the RPN's configuration: ``nms_pre``, candidates of each map, all if 0 or less or not given;
-            ``max_per_img``; ``nms``, ``dict(type="nms", iou_threshold=...)``; and ``min_bbox_size``: sides must be
-            longer than this, in pixels.
+        image_sizes: (height, width) per image in pixels, or a tensor [N, 2] on the maps' device.
+        cfg: the RPN's configuration. ``nms_pre``: boxes kept per map and image before NMS, all for 0 or less (the
+            default). ``max_per_img``: boxes kept per image after NMS. ``nms``: ``dict(type="nms", iou_threshold=...)``.
+            ``min_bbox_size``: sides must be longer than this, in pixels.
 
     Returns:
-        (boxes [N, P, 4], scores [N, P], counts [N]), P = max_per_img; scores descend, zeros after the last.
-        :func:`proposals_of_images` makes lists of them. Nothing here waits for a GPU.
+        (boxes [N, P, 4], scores [N, P], counts [N]), with P = max_per_img. Scores descend; entries after an image's
+        last proposal are zero. :func:`proposals_of_images` turns them into lists. The call does not synchronise.
 
     Raises:
-        ValueError: cfg has an unknown key or lacks one, or another nms; a coder that does not clip; others: the op's.
+        ValueError: cfg has an unknown or missing key, or another nms; the coder does not clip; others: the op's.
         TypeError: see the op.
 
     Source: mmdet/models/dense_heads/rpn_head.py.
@@ -233,7 +234,7 @@ def predict_proposals(
 
 
 def check_config(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The nms of an RPN's configuration; ValueError where :func:`predict_proposals` does not know it."""
+    """The nms of an RPN's configuration. Raises ValueError if :func:`predict_proposals` does not support `cfg`."""
     for name, given, known, needed in (
         ("cfg", cfg, _CONFIG_KEYS, ("max_per_img", "nms")),
         ("cfg's nms", cfg.get("nms") or {}, _NMS_KEYS, ("iou_threshold",)),

@@ -14,7 +14,7 @@ from fpn_fast import ops
 
 __all__ = ["GenericRoIExtractor", "SingleRoIExtractor"]
 
-#: mmcv.ops.RoIAlign's arguments; spatial_scale is each stride's, and use_torchvision only picks a kernel.
+#: Arguments of mmcv.ops.RoIAlign. The stride replaces spatial_scale; use_torchvision only chooses a kernel.
 _ROI_ALIGN_DEFAULTS: dict[str, Any] = {
     "spatial_scale": 1.0,
     "sampling_ratio": 0,
@@ -23,27 +23,26 @@ _ROI_ALIGN_DEFAULTS: dict[str, Any] = {
     "use_torchvision": False,
 }
 
-
-#: Those of them that change what is pooled.
+#: The arguments that change the output.
 LAYER_KEYS = ("output_size", "sampling_ratio", "pool_mode", "aligned")
 
 
 class ExtractorForward:
-    """What both extractors share, of our modules and of mmdetection's own."""
+    """The steps that both extractors share, for our modules and for mmdetection's."""
 
     featmap_strides: Sequence[float]
 
     def _layer(self) -> dict[str, Any]:
-        """output_size, sampling_ratio, pool_mode and aligned of every map's RoIAlign."""
+        """output_size, sampling_ratio, pool_mode and aligned of the RoIAlign of all maps."""
         raise NotImplementedError
 
     @property
     def num_inputs(self) -> int:
-        """How many maps are pooled from."""
+        """The number of maps that are pooled."""
         return len(self.featmap_strides)
 
     def roi_rescale(self, rois: Tensor, scale_factor: float) -> Tensor:
-        """[K, 5] -> [K, 5]: the RoIs scale_factor times as wide and high, with the centres that they had."""
+        """RoIs [K, 5] -> [K, 5], with width and height multiplied by scale_factor around the same centres."""
         image, x1, y1, x2, y2 = rois.unbind(1)
         half_width, half_height = (x2 - x1) * scale_factor * 0.5, (y2 - y1) * scale_factor * 0.5
         x, y = (x1 + x2) * 0.5, (y1 + y2) * 0.5
@@ -60,7 +59,7 @@ class ExtractorForward:
 
 
 class RoIExtractor(ExtractorForward, nn.Module):
-    """The arguments that both extractors take; they have no parameters."""
+    """The constructor that both extractors share. They have no parameters."""
 
     def __init__(
         self,
@@ -87,7 +86,7 @@ class RoIExtractor(ExtractorForward, nn.Module):
 
 
 class SingleForward(ExtractorForward):
-    """What SingleRoIExtractor computes."""
+    """The forward pass of SingleRoIExtractor."""
 
     finest_scale: float
     strict: bool
@@ -96,12 +95,12 @@ class SingleForward(ExtractorForward):
         """Pools the RoIs of a batch of images.
 
         Args:
-            feats: maps [N, C, H_l, W_l], finest first; those after the first num_inputs are not used.
-            rois: [K, 5] (image, x1, y1, x2, y2), the image's index in the batch and corners in image pixels.
-            roi_scale_factor: RoIs are made larger by this, around their centres, once their levels are known.
+            feats: maps [N, C, H_l, W_l], finest first. Only the first num_inputs are used.
+            rois: [K, 5] (image, x1, y1, x2, y2): index in the batch, and corners in image pixels.
+            roi_scale_factor: enlarges RoIs around their centres, after their levels are assigned. Default: 1.
 
         Returns:
-            [K, C, PH, PW] in the features' type.
+            [K, C, PH, PW] in the features' dtype.
 
         Raises:
             ValueError: feats is empty; others: the op's.
@@ -115,43 +114,44 @@ class SingleForward(ExtractorForward):
         if len(maps) > 1 and self.strict:
             rule = {"levels": self._levels_in_the_type_of(rois, len(maps))}
         elif len(maps) > 1 and roi_scale_factor is not None:
-            # The level is that of the RoI before it grows.
+            # mmdetection assigns levels before it enlarges the RoIs.
             rule = {"levels": ops.assign_levels(rois, [1 / stride for stride in strides], **rule)}
         if roi_scale_factor is not None:
             rois = self.roi_rescale(rois, roi_scale_factor)
         return self._pool(maps, rois, strides, **rule)
 
     def _levels_in_the_type_of(self, rois: Tensor, maps: int) -> Tensor:
-        """The levels [K] that mmdetection gives to `rois`, computed in their type, overflow and all; -1: none."""
+        """mmdetection's levels [K], computed in the dtype of `rois` with its overflow; -1 for no level."""
         scale = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
         levels = torch.floor(torch.log2(scale / self.finest_scale + 1e-6)).clamp(0, maps - 1)
         return levels.nan_to_num(nan=-1).long()
 
 
 class SingleRoIExtractor(SingleForward, RoIExtractor):
-    """Pools RoIs from a pyramid: drop-in for mmdetection's ``SingleRoIExtractor``, which needs not be installed.
+    """RoIAlign from the pyramid level that fits each RoI: drop-in for mmdetection's ``SingleRoIExtractor``.
 
-    Same constructor, level formula and results, in one call of :func:`fpn_fast.ops.multiscale_roi_align`. It has no
-    parameters.
+    Constructor, level formula and output are mmdetection's, computed by one call of
+    :func:`fpn_fast.ops.multiscale_roi_align`. The module has no parameters.
 
-    Two things differ. RoIs stay float32 where features are half precision; mmdetection rounds them to the features'
-    type first, in which the area of a RoI of 256x256 pixels is infinite for float16, and so its level the last.
-    ``strict=True`` does as mmdetection, but samples in float32 also where mmcv's kernel does so in half precision. And
-    roi_scale_factor counts with a single map too, where mmdetection forgets it.
+    Note:
+        RoIs stay float32 for half-precision features. mmdetection rounds them to the features' dtype first; in float16
+        the area of a RoI of 256x256 pixels overflows, which sends it to the last level. ``strict=True`` rounds like
+        mmdetection, and samples in float32 like this library always does. roi_scale_factor also applies to a single
+        map, where mmdetection ignores it.
 
     Args:
         roi_layer: ``dict(type="RoIAlign", output_size=...)`` with the arguments of ``mmcv.ops.RoIAlign`` and their
-            defaults; spatial_scale and use_torchvision are ignored.
-        out_channels: channels of the maps; kept as an attribute.
-        featmap_strides: image pixels per map pixel of each map, finest first.
-        finest_scale: RoIs below twice this, the root of the area in pixels, are pooled from the first map, those below
-            four times from the second, and so on.
-        init_cfg: kept as an attribute; there is nothing to initialise.
-        strict: rounds RoIs to the features' type and computes their levels in it.
+            defaults. spatial_scale and use_torchvision are ignored.
+        out_channels: channels of the maps, kept as an attribute.
+        featmap_strides: image pixels per map pixel, one per map, finest first.
+        finest_scale: the first map serves RoIs whose square root of the area is below twice this, in pixels; the second
+            serves those below four times this, and so on. Default: 56.
+        init_cfg: kept as an attribute. The module has nothing to initialise.
+        strict: whether RoIs are rounded to the features' dtype, and their levels computed in it.
 
     Raises:
-        ValueError: roi_layer is of another type, has an unknown key or no output_size; pool_mode is neither ``"avg"``
-            nor ``"max"``; strides or finest_scale are not positive.
+        ValueError: roi_layer has another type, an unknown key or no output_size; pool_mode is neither ``"avg"`` nor
+            ``"max"``; a stride or finest_scale is not positive.
 
     Source: mmdet/models/roi_heads/roi_extractors/, mmcv/ops/roi_align.py.
 
@@ -182,7 +182,7 @@ class SingleRoIExtractor(SingleForward, RoIExtractor):
 
 
 class GenericForward(ExtractorForward):
-    """What GenericRoIExtractor computes."""
+    """The forward pass of GenericRoIExtractor."""
 
     out_channels: int
     aggregation: str
@@ -191,16 +191,16 @@ class GenericForward(ExtractorForward):
         """Pools every RoI from every map.
 
         Args:
-            feats: maps [N, C, H_l, W_l], finest first; those after the first num_inputs are not used.
-            rois: [K, 5] (image, x1, y1, x2, y2), the image's index in the batch and corners in image pixels.
-            roi_scale_factor: RoIs are made larger by this, around their centres.
+            feats: maps [N, C, H_l, W_l], finest first. Only the first num_inputs are used.
+            rois: [K, 5] (image, x1, y1, x2, y2): index in the batch, and corners in image pixels.
+            roi_scale_factor: enlarges RoIs around their centres. Default: 1.
 
         Returns:
-            [K, out_channels, PH, PW] in the features' type.
+            [K, out_channels, PH, PW] in the features' dtype.
 
         Raises:
-            ValueError: feats is empty, or has not out_channels channels: each map for "sum", all together for "concat";
-                others: the op's.
+            ValueError: feats is empty, or its channels differ from out_channels: those of each map for "sum", those of
+                all maps together for "concat"; others: the op's.
             TypeError: see the op.
         """
         maps = self._maps_of(feats)
@@ -214,20 +214,21 @@ class GenericForward(ExtractorForward):
 
 
 class GenericRoIExtractor(GenericForward, RoIExtractor):
-    """Pools RoIs from all maps of a pyramid (GRoIE, Rossi et al., 2020): drop-in for mmdetection's
-    ``GenericRoIExtractor``, which needs not be installed.
+    """Pools RoIs from all maps (GRoIE, Rossi et al., 2020): drop-in for mmdetection's ``GenericRoIExtractor``.
 
-    Same constructor and results, in one call of :func:`fpn_fast.ops.multiscale_roi_align` for each map. RoIs stay
-    float32 where features are half precision; and roi_scale_factor counts with a single map too, where mmdetection
-    forgets it.
+    Constructor and output are mmdetection's, computed by one call of :func:`fpn_fast.ops.multiscale_roi_align` per map.
+
+    Note:
+        RoIs stay float32 for half-precision features. roi_scale_factor also applies to a single map, where mmdetection
+        ignores it.
 
     Args:
-        aggregation: ``"sum"``, or ``"concat"`` for all maps' channels one after the other.
-        pre_cfg, post_cfg: must be None: mmcv's plugins have no form here.
-        roi_layer, out_channels, featmap_strides, init_cfg: as of :class:`SingleRoIExtractor`.
+        aggregation: ``"sum"`` over the maps, or ``"concat"`` of their channels.
+        pre_cfg, post_cfg: must be None; mmcv's plugins are not supported.
+        roi_layer, out_channels, featmap_strides, init_cfg: see :class:`SingleRoIExtractor`.
 
     Raises:
-        ValueError: another aggregation; pre_cfg or post_cfg; roi_layer or strides as of :class:`SingleRoIExtractor`.
+        ValueError: aggregation is unknown; pre_cfg or post_cfg is given; others: see :class:`SingleRoIExtractor`.
 
     Source: mmdet/models/roi_heads/roi_extractors/generic_roi_extractor.py.
 
@@ -254,7 +255,7 @@ class GenericRoIExtractor(GenericForward, RoIExtractor):
             raise ValueError(f"aggregation must be 'sum' or 'concat', got {aggregation!r}")
         for name, plugin in (("pre_cfg", pre_cfg), ("post_cfg", post_cfg)):
             if plugin is not None:
-                raise ValueError(f"{name} must be None: mmcv's plugins have no form here, got {plugin}")
+                raise ValueError(f"{name} must be None: mmcv's plugins are not supported, got {plugin}")
         self.aggregation = aggregation
 
     def extra_repr(self) -> str:
@@ -262,7 +263,7 @@ class GenericRoIExtractor(GenericForward, RoIExtractor):
 
 
 def roi_align_options(roi_layer: dict[str, Any]) -> dict[str, Any]:
-    """`roi_layer` with defaults filled in, checked."""
+    """`roi_layer` with its defaults filled in. Raises ValueError for what RoIAlign does not have."""
     options = dict(roi_layer)
     kind = options.pop("type", None)
     if kind != "RoIAlign":
