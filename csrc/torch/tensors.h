@@ -116,8 +116,7 @@ std::vector<FeatureMap<T>> to_feature_maps(const std::vector<Tensor>& maps) {
   return views;
 }
 
-// What is wrong with `maps` is also said in Python, better: this is what makes kernels safe whatever calls them, and
-// what lets Python check only the calls that fail.
+// Python checks first, with better messages. This makes the kernels safe whatever calls them.
 inline void check_maps(const std::vector<Tensor>& maps, const char* op) {
   STD_TORCH_CHECK(!maps.empty(), op, " takes at least one map");
   const auto read = [](auto getter, const Tensor& map) {

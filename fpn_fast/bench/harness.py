@@ -92,7 +92,7 @@ def measure(
     timing: Any = gpu_timing if device_type == "cuda" else cpu_timing
     device = torch.device(device_type)
     # Shapes of the case before would make torch.compile generalise, and a cache full of graphs give up.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     inputs = [op_of(case).inputs(case, device) for _ in range(timing.input_sets(case))]
     grads = [output_grads(case, each) for each in inputs]

@@ -36,20 +36,17 @@ def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:
     """
     if not maps:
         raise ValueError(f"{name} must hold at least one map, got an empty sequence")
+    mixed = False
     for i, each in enumerate(maps):
         if not isinstance(each, Tensor):
             raise TypeError(f"{name} must be tensors, got {type(each).__name__} at {i}")
-    first = maps[0]
-    dtype, device = first.dtype, first.device
-    mixed = False
-    for i, each in enumerate(maps):
         if each.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {each.dtype} at {i}")
         shape = each.shape
         if len(shape) != 4:
             raise ValueError(f"{name} must be [N, C, H, W], got {tuple(shape)} at {i}")
         if i == 0:
-            batch, channels = shape[0], shape[1]
+            batch, channels, dtype, device = shape[0], shape[1], each.dtype, each.device
         elif shape[0] != batch or shape[1] != channels:
             raise ValueError(f"{name} must share N and C, {(batch, channels)}, got {tuple(shape)} at {i}")
         if shape[2] < 1 or shape[3] < 1:

@@ -8,12 +8,13 @@ schemas.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fpn_fast import _library, backends
+from fpn_fast import _library, _torch_private, backends
 from fpn_fast.ops._schemas import SCHEMAS
 
 #: Backend -> namespace, of the backends that are torch ops.
@@ -32,14 +33,15 @@ def _is_defined(backend: str, qualified: str) -> bool:
         return False
     import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::
 
-    return torch._C._dispatch_has_kernel(qualified)
+    namespace, _, name = qualified.partition("::")
+    return hasattr(getattr(torch.ops, namespace), name)
 
 
 def _declare_missing_forms(name: str, defined: set[str]) -> None:
     """Tells `backends` where this op has no kernel although the backend could serve the device."""
     for device_type, key in _DISPATCH_KEYS.items():
         if _library.problems[device_type] is None:
-            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES['cpp']}::{name}", key)
+            has_kernel = _torch_private.has_kernel(f"{NAMESPACES['cpp']}::{name}", key)
             if not has_kernel:
                 backends.declare_missing(name, "cpp", device_type)
         if "triton" not in defined:
@@ -53,7 +55,7 @@ def register_op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[[str], Callable[..., Any]] | None = None,
     reference: Callable[..., Any] | None = None,
-) -> dict[str, torch._ops.OpOverload]:
+) -> dict[str, Callable[..., Any]]:
     """Registers the rules of op `name` in every namespace that has it.
 
     backward: given a backend's name, the op's backward, so that a gradient is computed by the backend of its forward;
@@ -82,8 +84,21 @@ def register_op(
 
 
 def traced() -> bool:
-    """Whether a compiler or a function transform watches, which understands registered ops only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler or a function transform is active; both understand registered ops only."""
+    return torch.compiler.is_compiling() or _torch_private.function_transforms_active()
+
+
+def records_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether autograd has to record an op on `tensors`."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def call_kernel(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs `op` without recording a gradient, past its registered autograd rule unless a tracer needs to see it."""
+    if traced():
+        return op(*arguments)
+    with _torch_private.below_autograd():
+        return op(*arguments)
 
 
 def constant(value: float) -> float:

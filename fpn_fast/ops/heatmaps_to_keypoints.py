@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import DTYPES
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._registration import call_kernel, register_op
 
 
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +55,7 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
     coordinates = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     heatmaps, boxes = heatmaps.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
     op = _OP[backends.choose_for(heatmaps, "heatmaps_to_keypoints")]
-    if traced():
-        return op(heatmaps, boxes)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(heatmaps, boxes)
+    return call_kernel(op, heatmaps, boxes)
 
 
 def _fake(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import DTYPES
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._registration import call_kernel, register_op
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,7 @@ def match_anchors(
     thresholds = (float(high_threshold), float(low_threshold))
     arguments = (gt_boxes, gt_counts, stored, anchor_counts, *numbers, *thresholds, bool(allow_low_quality_matches))
     op = _OP[backends.choose_for(gt_boxes, "match_anchors")]
-    if traced():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    return call_kernel(op, *arguments)
 
 
 def pad_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
+from fpn_fast._torch_private import below_autograd
 from fpn_fast.ops._checks import DTYPES, check_maps
-from fpn_fast.ops._registration import constant, register_op, traced
+from fpn_fast.ops._registration import call_kernel, constant, records_gradient, register_op, traced
 from fpn_fast.ops._roi_align import in_order, keep_nothing, refuse_second_derivative, remember_sizes
 from fpn_fast.ops.levels import MAX_LEVELS, levels_by_area, thresholds_of
 from fpn_fast.ops.multiscale_roi_align_max import pool_max
@@ -159,13 +160,9 @@ def _check_rois(
 
 def _pool(features: list[Tensor], rois: Tensor, levels: Tensor | None, *numbers: Any) -> Tensor:
     backend = backends.choose_for(features[0])
-    forward = _FORWARD[backend]
-    if traced():
-        return forward(features, rois, levels, *numbers)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*features):
+    if not traced() and records_gradient(features):
         return _MultiScaleRoIAlign.apply(backend, rois, levels, numbers, *features)
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward(features, rois, levels, *numbers)
+    return call_kernel(_FORWARD[backend], features, rois, levels, *numbers)
 
 
 def _fake(
@@ -229,13 +226,13 @@ class _MultiScaleRoIAlign(torch.autograd.Function):
     ) -> Tensor:
         ctx.backend = backend
         _remember(ctx, features, rois, levels, numbers)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _FORWARD[backend](list(features), rois, levels, *numbers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return (None, None, None, None, *_feature_grads(ctx.backend, ctx, grad))
 
 

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast._torch_private import below_autograd
+from fpn_fast.ops._registration import call_kernel, records_gradient, register_op, traced
 from fpn_fast.ops._roi_align import in_order, keep_nothing, refuse_second_derivative, remember_sizes
 from fpn_fast.ops.levels import levels_by_area
 
@@ -34,13 +35,9 @@ def pool_max(features: list[Tensor], rois: Tensor, levels: Tensor | None, *numbe
                 f"{tuple(feature.shape)} at {i}"
             )
     backend = backends.choose_for(features[0], "multiscale_roi_align_max")
-    forward = _FORWARD[backend]
-    if traced():
-        return forward(features, rois, levels, *numbers)[0]
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*features):
+    if not traced() and records_gradient(features):
         return _MultiScaleRoIAlignMax.apply(backend, rois, levels, numbers, *features)[0]
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward(features, rois, levels, *numbers)[0]
+    return call_kernel(_FORWARD[backend], features, rois, levels, *numbers)[0]
 
 
 def _fake(
@@ -108,7 +105,7 @@ class _MultiScaleRoIAlignMax(torch.autograd.Function):
         ctx: Any, backend: str, rois: Tensor, levels: Tensor | None, numbers: tuple[Any, ...], *features: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.backend = backend
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             pooled, winners = _FORWARD[backend](list(features), rois, levels, *numbers)
         _remember(ctx, features, rois, levels, winners, numbers)
         return pooled, winners
@@ -118,7 +115,7 @@ class _MultiScaleRoIAlignMax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * (4 + len(ctx.sizes) // 2)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return (None, None, None, None, *_feature_grads(ctx.backend, ctx, grad))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import DTYPES
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._registration import call_kernel, register_op
 
 
 def paste_masks(
@@ -65,10 +65,7 @@ def paste_masks(
     masks, boxes = masks.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
     op = _OP[backends.choose_for(masks, "paste_masks")]
     arguments = (masks, boxes, height, width, int(padding), None if threshold is None else float(threshold))
-    if traced():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    return call_kernel(op, *arguments)
 
 
 def _fake(

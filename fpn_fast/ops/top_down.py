@@ -12,16 +12,12 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
+from fpn_fast._torch_private import below_autograd
 from fpn_fast.ops._checks import check_maps
-from fpn_fast.ops._registration import register_op, traced
+from fpn_fast.ops._registration import call_kernel, records_gradient, register_op, traced
 
 # csrc/common/resample.h: enum class Resample.
 _NEAREST, _BILINEAR, _BILINEAR_ALIGN_CORNERS = 0, 1, 2
-#: Numbers of a lateral up to which what a call costs by itself is all that counts.
-_FEW = 4096
-# Names of their own: to look them up is a percent of a call on few numbers.
-_any_requires_grad = torch._C._any_requires_grad
-_upsample_nearest2d = torch._C._nn.upsample_nearest2d
 
 
 def top_down(
@@ -57,52 +53,7 @@ def top_down(
     Differentiable, twice too. Source: Lin et al., Feature Pyramid Networks for Object Detection, 2017;
     torchvision/ops/feature_pyramid_network.py.
     """
-    laterals = list(laterals)
-    if mode == "nearest" and fuse == "sum" and scale_factor is None and not align_corners:
-        few = _merge_few(laterals)
-        if few is not None:
-            return few
-    return _merge_by_backend(laterals, mode, align_corners, scale_factor, fuse)
-
-
-def _merge_by_backend(
-    laterals: list[Tensor], mode: str, align_corners: bool, scale_factor: int | None, fuse: str
-) -> list[Tensor]:
-    """:func:`top_down`, but for what torch's own operators do."""
-    code = _check_options(mode, align_corners, fuse)
-    average = fuse == "avg"
-    if scale_factor is not None:
-        _check_scale_factor(_check_laterals(laterals), scale_factor)
-    try:
-        merged = _merge(backends.choose_for(laterals[0]), laterals, code, average)
-    except backends.BackendUnavailableError:
-        raise
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
-        # The compiled op checks what it is given at a tenth of the cost; this says what is wrong in the caller's words.
-        checked = _check_laterals(laterals)
-        if checked is laterals:
-            raise
-        laterals = checked
-        merged = _merge(backends.choose_for(laterals[0]), laterals, code, average)
-    return [*merged, laterals[-1]]
-
-
-def _merge(backend: str, laterals: list[Tensor], mode: int, average: bool) -> Sequence[Tensor]:
-    """All merged maps but the coarsest, which is its lateral."""
-    if backend != "cpp" or traced():
-        laterals = _check_laterals(laterals)
-    if backend == "reference":
-        name = "nearest" if mode == _NEAREST else "bilinear"
-        corners = mode == _BILINEAR_ALIGN_CORNERS
-        return reference.top_down(laterals, name, align_corners=corners, average=average)[:-1]
-    forward = _FORWARD[backend]
-    if traced():
-        return forward(laterals, mode, average)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*laterals):
-        # Several times cheaper per call than the registered rule, and the same formula.
-        return _TopDown.apply(backend, mode, average, *laterals)
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward(laterals, mode, average)
+    return _merge(list(laterals), mode, align_corners, scale_factor, fuse)
 
 
 def upsample_add(
@@ -118,62 +69,24 @@ def upsample_add(
 
     lateral: [N, C, H, W]; top: [N, C, h, w]; returns [N, C, H, W].
     """
-    if mode == "nearest" and fuse == "sum" and scale_factor is None and not align_corners:
-        few = _add_few(lateral, top)
-        if few is not None:
-            return few
-    return _merge_by_backend([lateral, top], mode, align_corners, scale_factor, fuse)[0]
+    return _merge([lateral, top], mode, align_corners, scale_factor, fuse)[0]
 
 
-def _merge_few(laterals: list[Tensor]) -> list[Tensor] | None:
-    """The nearest merge of few numbers with a gradient by torch's own operators; None where a kernel should do it.
-
-    An autograd.Function takes longer than all else of such a call, and the stable ABI has nothing else for a kernel.
-    What torch's operators would do otherwise than :func:`top_down` goes to a kernel, or to the check that refuses it.
-    """
-    try:
-        # If neither of the last two has a gradient, their sum has none here; of the kernel all maps have one.
-        if torch.compiler.is_compiling() or not _any_requires_grad(*laterals[-2:]):
-            return None
-        if not 0 < laterals[0].numel() <= _FEW:
-            return None
-        merged = [top := laterals[-1]]
-        batch, channels, _, _ = top.shape
-        if not (top.is_cpu and top.dtype is torch.float32 and top.is_contiguous() and backends.requested() == "auto"):
-            return None
-        for lateral in laterals[-2::-1]:
-            n, c, height, width = lateral.shape
-            if lateral.dtype is not torch.float32 or n != batch or c != channels or not lateral.is_contiguous():
-                return None
-            top = lateral + _upsample_nearest2d(top, (height, width), None)
-            merged.append(top)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        # The caller's next step says what is wrong in better words.
-        return None
-    merged.reverse()
-    return merged
-
-
-def _add_few(lateral: Tensor, top: Tensor) -> Tensor | None:
-    """:func:`_merge_few` of two maps without its loop, which here is a tenth of the call."""
-    try:
-        if torch.compiler.is_compiling() or not _any_requires_grad(lateral, top) or lateral.numel() > _FEW:
-            return None
-        n, c, height, width = lateral.shape
-        batch, channels, _, _ = top.shape
-        if (
-            lateral.is_cpu
-            and lateral.dtype is top.dtype is torch.float32
-            and n == batch
-            and c == channels
-            and lateral.is_contiguous()
-            and top.is_contiguous()
-            and backends.requested() == "auto"
-        ):
-            return lateral + _upsample_nearest2d(top, (height, width), None)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        pass
-    return None
+def _merge(laterals: list[Tensor], mode: str, align_corners: bool, scale_factor: int | None, fuse: str) -> list[Tensor]:
+    code = _check_options(mode, align_corners, fuse)
+    laterals = check_maps(laterals, "laterals")
+    if scale_factor is not None:
+        _check_scale_factor(laterals, scale_factor)
+    average = fuse == "avg"
+    backend = backends.choose_for(laterals[0])
+    if backend == "reference":
+        return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
+    if not traced() and records_gradient(laterals):
+        # The registered rule has the same formula and takes several times as long per call.
+        merged = _TopDown.apply(backend, code, average, *laterals)
+    else:
+        merged = call_kernel(_FORWARD[backend], laterals, code, average)
+    return [*merged, laterals[-1]]
 
 
 def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
@@ -186,10 +99,6 @@ def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
     if mode == "bilinear":
         return _BILINEAR_ALIGN_CORNERS if align_corners else _BILINEAR
     raise ValueError(f'mode must be "nearest" or "bilinear", got {mode!r}')
-
-
-def _check_laterals(laterals: list[Tensor]) -> list[Tensor]:
-    return check_maps(laterals, "laterals")
 
 
 def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:
@@ -208,7 +117,7 @@ def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:
 
 
 def _fake(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
-    _check_laterals(laterals)
+    check_maps(laterals, "laterals")
     return [torch.empty_like(lateral, memory_format=memory_format(lateral)) for lateral in laterals[:-1]]
 
 
@@ -236,10 +145,9 @@ def _lateral_grads(
     if not coarser:
         return [finest, *([None] * len(grads))]
     arguments = ([finest, *grads[1:]], *coarse_size, mode, average)
-    if traced() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[0])):
+    if records_gradient(arguments[0]):
         return [finest, *_BACKWARD[backend](*arguments)]
-    with torch._C._AutoDispatchBelowAutograd():
-        return [finest, *_BACKWARD[backend](*arguments)]
+    return [finest, *call_kernel(_BACKWARD[backend], *arguments)]
 
 
 class _TopDown(torch.autograd.Function):
@@ -249,7 +157,7 @@ class _TopDown(torch.autograd.Function):
     def forward(ctx: Any, backend: str, mode: int, average: bool, *laterals: Tensor) -> tuple[Tensor, ...]:
         ctx.backend, ctx.mode, ctx.average = backend, mode, average
         ctx.coarse_size = tuple(laterals[-1].shape[2:])
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return tuple(_FORWARD[backend](list(laterals), mode, average))
 
     @staticmethod

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_fast import backends
+from fpn_fast import _torch_private, backends
 from fpn_fast.testing import tolerances
 from fpn_fast.verify.checks import CHECKS, Check
 from fpn_fast.verify.draw import Draw
@@ -173,11 +173,11 @@ def _unwritten_shows() -> Iterator[None]:
     """Outputs that nobody has written yet hold NaN, or the largest integer: PyTorch's deterministic mode does that."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     # Not the public function, which imports a compiler for seconds to tell it the same.
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    _torch_private.set_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        _torch_private.set_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class _Expected:

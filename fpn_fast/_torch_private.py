@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of torch that the package uses, with a public fallback for a torch without it.
+
+No other file of the package reads one. A fallback gives the same results and costs more time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def _kernel_by_lookup(op: str, dispatch_key: str) -> bool:
+    try:
+        torch.library.get_kernel(op, dispatch_key)
+    except RuntimeError:
+        return False
+    return True
+
+
+#: A context in which an op runs its kernel and records no gradient. Under no_grad the registered autograd rule runs
+#: first, in Python.
+below_autograd: Callable[[], AbstractContextManager[None]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
+)
+
+#: Whether a function transform of torch.func is active. The fallback says yes, so that every call
+#: goes through the registered op.
+function_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+#: Whether an op such as "fpn_fast::top_down" has a kernel for a dispatch key such as "CUDA".
+has_kernel: Callable[[str, str], bool] = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", _kernel_by_lookup)
+
+#: torch.use_deterministic_algorithms, without the import of the compiler that takes seconds.
+set_deterministic_algorithms: Callable[..., None] = getattr(
+    torch._C, "_set_deterministic_algorithms", torch.use_deterministic_algorithms
+)
