@@ -6,30 +6,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import ClassVar
 
-import pytest
 import torch
 from host_kernels import run
-from host_kernels.layouts import LAYOUTS, Layout, place
+from host_kernels.battery import TYPES, Call, HostBattery, runs, selected
+from host_kernels.layouts import Layout, place
 
 from fpn_fast import reference
 
-PROGRAM = "detections_main"
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NAN, INF = math.nan, math.inf
 SCALE_CLAMP = math.log(1000 / 16)
 IMAGE_SIZES = ((70.0, 100), (60, 112), (50, 40))
-
-
-def compare(kernel: str, numbers: list[int], inputs: list[torch.Tensor], expected, unit: float, **options) -> None:
-    """Every element of the outputs is the expected one, and no input is written."""
-    outputs = [torch.full_like(each, -7) for each in expected]
-    results = run.run(PROGRAM, kernel, numbers, [*inputs, *outputs], **options)
-    for before, after in zip(inputs, results, strict=False):
-        assert run.storage_bytes(before) == run.storage_bytes(after), "an input was written"
-    for actual, right in zip(results[len(inputs) :], expected, strict=True):
-        torch.testing.assert_close(actual, right, rtol=unit, atol=2**11 * unit)
 
 
 @dataclass(frozen=True)
@@ -80,22 +68,19 @@ class Maps:
             logits[-1] = logits[-1].view(shape)
         return [[m.to(dtype) for m in maps] for maps in (logits, deltas, centers if self.centered else [])]
 
-
-def check_maps(case: Maps, dtype: torch.dtype = torch.float32, layouts: list[Layout] | None = None, **options) -> None:
-    layouts = layouts or [LAYOUTS["channels_first"]]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    maps, sizes = case.maps(dtype), torch.tensor(IMAGE_SIZES[: case.batch], dtype=wide).view(-1, 2)
-    limits = (case.score_thresh, case.pre_nms_top_n, case.nms_thresh, case.max_detections)
-    expected = reference.select_detections(
-        *maps, list(case.cells.to(wide)), case.strides.tolist(), sizes, *limits, case.weights, SCALE_CLAMP,
-        case.distances,
-    )  # fmt: skip
-    scalars = torch.tensor([case.score_thresh, case.nms_thresh, SCALE_CLAMP, *case.weights], dtype=torch.float64)
-    inputs = [scalars, case.cells, case.strides, sizes]
-    inputs += [place(each, layouts[i % len(layouts)]) for i, each in enumerate(chain.from_iterable(maps))]
-    numbers = [run.DTYPES[dtype], case.pre_nms_top_n, int(case.centered), int(case.distances)]
-    # float64 has no exponential of more digits to round: see test_generate_proposals.py.
-    compare("maps", numbers, inputs, expected, 2**-51 if dtype == torch.float64 else 0, **options)
+    def call(self, dtype: torch.dtype, layouts: list[Layout]) -> Call:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        maps, sizes = self.maps(dtype), torch.tensor(IMAGE_SIZES[: self.batch], dtype=wide).view(-1, 2)
+        limits = (self.score_thresh, self.pre_nms_top_n, self.nms_thresh, self.max_detections)
+        expected = reference.select_detections(
+            *maps, list(self.cells.to(wide)), self.strides.tolist(), sizes, *limits, self.weights, SCALE_CLAMP,
+            self.distances,
+        )  # fmt: skip
+        scalars = torch.tensor([self.score_thresh, self.nms_thresh, SCALE_CLAMP, *self.weights], dtype=torch.float64)
+        inputs = [scalars, self.cells, self.strides, sizes]
+        inputs += [place(each, layouts[i % len(layouts)]) for i, each in enumerate(chain.from_iterable(maps))]
+        numbers = [run.DTYPES[dtype], self.pre_nms_top_n, int(self.centered), int(self.distances)]
+        return Call("maps", numbers, inputs, *selected(expected, dtype))
 
 
 MAPS = {
@@ -110,26 +95,12 @@ MAPS = {
     "centered": Maps(centered=True, anchors=1, distances=True),
     "centered_all": Maps(((5, 7),), centered=True, score_thresh=0.0, pre_nms_top_n=1000),
     "centered_bad": Maps(centered=True, bad=True, kinds=9, distances=True),
-}
-LARGE = {
     # A level of two runs, and candidates that more than one block suppresses.
     "two_spans": Maps(((40, 56), (5, 7)), batch=1, classes=2, pre_nms_top_n=1200, score_thresh=0.2),
     # More logits in one bin than a block has room for, that are cut back.
     "many_ties": Maps(((40, 41),), batch=1, classes=2, kinds=2, pre_nms_top_n=300, max_detections=300),
     "centered_spans": Maps(((40, 56),), batch=1, centered=True, pre_nms_top_n=70, score_thresh=0.2),
 }
-
-
-@pytest.mark.parametrize("name", [*MAPS, *LARGE])
-def test_a_dense_head_equals_the_reference(name):
-    check_maps({**MAPS, **LARGE}[name])
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_every_type_and_layout(dtype):
-    """Four maps of each kind, in every layout over the types; test_host_generate_proposals.py has all of each."""
-    layouts, first = list(LAYOUTS.values()), 3 * list(DTYPES.values()).index(dtype)
-    check_maps(Maps(((9, 14), (4, 4), (3, 5)), centered=True), dtype, layouts[first:] + layouts[:first])
 
 
 @dataclass(frozen=True)
@@ -168,21 +139,19 @@ class Boxes:
                 logits[:, i::11, i], deltas[:, i + 3 :: 11, 1], boxes[:, i + 6 :: 11, i] = value, value, value
         return [each.to(dtype) for each in (logits, deltas, boxes)]
 
-
-def check_boxes(case: Boxes, dtype: torch.dtype = torch.float32, **options) -> None:
-    tables, sizes = case.tables(dtype), torch.tensor(IMAGE_SIZES[: case.batch], dtype=dtype).view(-1, 2)
-    counts = torch.tensor(case.counts or (0,) * case.batch)
-    weights = (10.0, 10.0, 5.0, 5.0)
-    expected = reference.select_box_detections(
-        *tables, counts if case.counts else None, sizes, case.score_thresh, case.min_size, case.class_top_n,
-        case.nms_thresh, case.max_detections, weights, SCALE_CLAMP,
-    )  # fmt: skip
-    scalars = [case.score_thresh, case.nms_thresh, SCALE_CLAMP, *weights, case.min_size]
-    limit = -1 if case.class_top_n is None else case.class_top_n
-    numbers = [run.DTYPES[dtype], int(bool(case.counts)), limit]
-    inputs = [torch.tensor(scalars, dtype=torch.float64), *tables, counts, sizes]
-    # A sum of exponentials in another order, and those of the deltas.
-    compare("boxes", numbers, inputs, expected, 2**-51 if dtype == torch.float64 else 0, **options)
+    def call(self, dtype: torch.dtype, layouts: list[Layout]) -> Call:
+        tables, sizes = self.tables(dtype), torch.tensor(IMAGE_SIZES[: self.batch], dtype=dtype).view(-1, 2)
+        counts = torch.tensor(self.counts or (0,) * self.batch)
+        weights = (10.0, 10.0, 5.0, 5.0)
+        expected = reference.select_box_detections(
+            *tables, counts if self.counts else None, sizes, self.score_thresh, self.min_size, self.class_top_n,
+            self.nms_thresh, self.max_detections, weights, SCALE_CLAMP,
+        )  # fmt: skip
+        scalars = [self.score_thresh, self.nms_thresh, SCALE_CLAMP, *weights, self.min_size]
+        limit = -1 if self.class_top_n is None else self.class_top_n
+        numbers = [run.DTYPES[dtype], int(bool(self.counts)), limit]
+        inputs = [torch.tensor(scalars, dtype=torch.float64), *tables, counts, sizes]
+        return Call("boxes", numbers, inputs, *selected(expected, dtype))
 
 
 BOXES = {
@@ -201,8 +170,6 @@ BOXES = {
     "one_box": Boxes(1),
     "background_only": Boxes(5, classes=1),
     "no_output": Boxes(20, max_detections=0),
-}
-MANY_BOXES = {
     # More places of a class than one block sorts, or suppresses where there are few lists.
     "two_runs": Boxes(2100, classes=2, batch=1, score_thresh=0.7, nms_thresh=0.4, class_top_n=1030),
     # As many lists as let one block suppress a long one, which the first is.
@@ -210,38 +177,28 @@ MANY_BOXES = {
 }
 
 
-@pytest.mark.parametrize("name", [*BOXES, *MANY_BOXES])
-def test_given_boxes_equal_the_reference(name):
-    check_boxes({**BOXES, **MANY_BOXES}[name])
+class TestDetections(HostBattery):
+    """Of dense heads, and "boxes-" of given boxes."""
 
+    program = "detections_main"
+    cases: ClassVar = {
+        **MAPS, **{f"boxes-{name}": case for name, case in BOXES.items()},
+        # Four maps of each kind, in every layout over the types; test_host_generate_proposals.py has all of each.
+        "three_maps": Maps(((9, 14), (4, 4), (3, 5)), centered=True),
+        "boxes-some": Boxes(counts=(70, 33)),
+        "boxes-few": Boxes(classes=3, class_top_n=9),
+    }  # fmt: skip
+    right = (
+        *runs([*MAPS, *(f"boxes-{name}" for name in BOXES)]),
+        *(f"three_maps/mixed{3 * i}/{dtype}" for i, dtype in enumerate(TYPES)),
+        *runs(("boxes-some", "boxes-few"), types=("float64",)),
+    )
+    addresses = tuple(
+        f"{name}/channels_last-cropped"
+        for name in ("bad_numbers", "centered_bad", "boxes-bad_numbers", "boxes-class_top")
+    )
+    races = tuple(f"{name}/channels_last-cropped" for name in ("few_wanted", "centered", "boxes-shared"))
+    far = ("centered/channels_last-cropped",)
 
-@pytest.mark.parametrize("case", [Boxes(counts=(70, 33)), Boxes(classes=3, class_top_n=9)], ids=["all", "class_top"])
-def test_given_boxes_in_float64(case):
-    check_boxes(case, torch.float64)
-
-
-CASES: dict[str, Any] = {**MAPS, **LARGE, **{f"boxes-{name}": case for name, case in (BOXES | MANY_BOXES).items()}}
-
-
-def check(name: str, **options) -> None:
-    case = CASES[name]
-    if isinstance(case, Boxes):
-        check_boxes(case, **options)
-    else:
-        check_maps(case, layouts=[LAYOUTS["channels_last-cropped"]], **options)
-
-
-@pytest.mark.parametrize("name", ["bad_numbers", "centered_bad", "boxes-bad_numbers", "boxes-class_top"])
-def test_no_stray_access_and_no_undefined_arithmetic(name):
-    check(name, flavour="address")
-
-
-@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
-def test_offsets_of_more_than_31_bits(axis):
-    """Maps whose last element is 2^31 elements from the first, along any axis."""
-    check("centered", spread=axis)
-
-
-@pytest.mark.parametrize("name", ["few_wanted", "centered", "boxes-shared"])
-def test_no_data_race(name):
-    check(name, flavour="thread")
+    def calls(self, case, dtype, layouts):
+        yield case.call(dtype, layouts)

@@ -7,17 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from host_kernels import run
-from host_kernels.layouts import LAYOUTS, Layout, place
+from host_kernels.battery import TYPES, Call, HostBattery, runs, selected
+from host_kernels.layouts import place
 
 from fpn_fast import reference
 from fpn_fast.ops.generate_proposals import CONVENTIONS
 
-PROGRAM = "generate_proposals_main"
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FORMATS = {name: LAYOUTS[name] for name in ("channels_first", "channels_last")}
 NAN, INF = math.nan, math.inf
 
 Maps = list[torch.Tensor]
@@ -84,34 +81,6 @@ class Case:
         return objectness, deltas
 
 
-def check(case: Case, dtype: torch.dtype = torch.float32, layouts: list[Layout] | None = None, **options) -> None:
-    """Every element of the outputs is the reference's, and no input is written."""
-    layouts = layouts or [FORMATS["channels_first"]]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    settings = {**DEFAULTS, **case.options}
-    objectness, deltas = case.maps(dtype)
-    sizes, limits = case.image_sizes.to(wide), (case.pre_nms_top_n, case.post_nms_top_n)
-    tables, strides = list(case.cells.to(wide)), case.strides.tolist()
-    expected = reference.generate_proposals(objectness, deltas, tables, strides, sizes, *limits, **settings)
-
-    scalars = [settings[name] for name in ("nms_thresh", "score_thresh", "min_size", "scale_clamp", "center_offset",
-                                           "center_clamp")]  # fmt: skip
-    scalars += [value for name in ("weights", "means", "stds") for value in settings[name]]
-    flags = [int(settings[name]) for name in ("strict_size", "logits_out", "symmetric_clamp", "mean_center")]
-    numbers = [run.DTYPES[dtype], case.pre_nms_top_n, *flags, CONVENTIONS.index(settings["convention"])]
-    inputs = [torch.tensor(scalars, dtype=torch.float64), case.cells, case.strides, sizes]
-    maps = [*objectness, *deltas]
-    inputs += [place(each, layouts[i % len(layouts)]) for i, each in enumerate(maps)]
-    outputs = [torch.full_like(each, -7) for each in expected]
-    results = run.run(PROGRAM, "generate_proposals", numbers, [*inputs, *outputs], **options)
-    for before, after in zip(inputs, results, strict=False):
-        assert run.storage_bytes(before) == run.storage_bytes(after), "an input was written"
-    # float64 has no exponential of more digits to round: see test_generate_proposals.py.
-    unit = 2**-51 if dtype == torch.float64 else 0
-    for actual, right in zip(results[len(inputs) :], expected, strict=True):
-        torch.testing.assert_close(actual, right, rtol=unit, atol=2**11 * unit)
-
-
 CASES = {
     "plain": Case(),
     "one_level": Case(((9, 14),), batch=3),
@@ -134,39 +103,35 @@ CASES = {
     # More cell anchors than one launch's arguments hold.
     "many_anchors": Case(((3, 4),), anchors=70, pre_nms_top_n=100),
 }  # fmt: skip
-LARGE = {
+CASES |= {
     # A level of two runs.
     "two_spans": Case(((56, 52), (5, 7)), batch=1, pre_nms_top_n=70),
     # More logits in one bin than a block has room for.
     "many_ties": Case(((40, 41),), batch=1, kinds=2, pre_nms_top_n=900, post_nms_top_n=300),
     # More boxes of a level than one block suppresses, of spans that are not cut, some with bad deltas.
     "many_boxes": Case(((40, 41),), batch=1, kinds=700, bad=True, pre_nms_top_n=1500, post_nms_top_n=1500),
+    "two_maps": Case(((9, 14), (4, 4))),
 }
 
 
-@pytest.mark.parametrize("name", [*CASES, *LARGE])
-def test_equals_the_reference(name):
-    check({**CASES, **LARGE}[name])
+class TestGenerateProposals(HostBattery):
+    program, cases = "generate_proposals_main", CASES
+    right = runs(CASES) + runs(["two_maps"], ("mixed", "mixed4", "mixed8"), TYPES)
+    addresses = tuple(f"{name}/channels_last-cropped" for name in ("bad_numbers", "mmdet", "many_ties"))
+    races, far = ("plain", "many_ties"), ("plain",)
 
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_every_type_and_layout(dtype):
-    layouts = list(LAYOUTS.values())
-    for i in range(0, len(layouts), 4):
-        check(Case(((9, 14), (4, 4))), dtype, layouts[i:] + layouts[:i])
-
-
-@pytest.mark.parametrize("name", ["bad_numbers", "mmdet", "many_ties"])
-def test_no_stray_access_and_no_undefined_arithmetic(name):
-    check({**CASES, **LARGE}[name], layouts=[LAYOUTS["channels_last-cropped"]], flavour="address")
-
-
-@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
-def test_offsets_of_more_than_31_bits(axis):
-    """Maps whose last element is 2^31 elements from the first, along any axis."""
-    check(CASES["plain"], spread=axis)
-
-
-@pytest.mark.parametrize("name", ["plain", "many_ties"])
-def test_no_data_race(name):
-    check({**CASES, **LARGE}[name], layouts=[LAYOUTS["channels_first"]], flavour="thread")
+    def calls(self, case, dtype, layouts):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        settings = {**DEFAULTS, **case.options}
+        objectness, deltas = case.maps(dtype)
+        sizes, limits = case.image_sizes.to(wide), (case.pre_nms_top_n, case.post_nms_top_n)
+        tables, strides = list(case.cells.to(wide)), case.strides.tolist()
+        expected = reference.generate_proposals(objectness, deltas, tables, strides, sizes, *limits, **settings)
+        scalars = [settings[name] for name in ("nms_thresh", "score_thresh", "min_size", "scale_clamp", "center_offset",
+                                               "center_clamp")]  # fmt: skip
+        scalars += [value for name in ("weights", "means", "stds") for value in settings[name]]
+        flags = [int(settings[name]) for name in ("strict_size", "logits_out", "symmetric_clamp", "mean_center")]
+        numbers = [run.DTYPES[dtype], case.pre_nms_top_n, *flags, CONVENTIONS.index(settings["convention"])]
+        inputs = [torch.tensor(scalars, dtype=torch.float64), case.cells, case.strides, sizes]
+        inputs += [place(each, layouts[i % len(layouts)]) for i, each in enumerate([*objectness, *deltas])]
+        yield Call("generate_proposals", numbers, inputs, *selected(expected, dtype))

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of multi-level RoIAlign, run on the CPU and compared with plain PyTorch."""
+"""The CUDA kernels of multi-level RoIAlign, mean and max, run on the CPU and compared with plain PyTorch."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from host_kernels import run
-from host_kernels.layouts import LAYOUTS, Layout, only_the_map_was_written, place, poisoned
+from host_kernels.battery import TYPES, Call, HostBattery, layouts_of, runs
+from host_kernels.layouts import LAYOUTS, Layout, place, poisoned
 
 from fpn_fast import reference
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
 from fpn_fast.reference.multiscale_roi_align import axis_weights
 from fpn_fast.testing import tolerances
 
-PROGRAM = "multiscale_roi_align_main"
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FORMATS = ("channels_first", "channels_last")
 NAN, INF = math.nan, math.inf
 
 Maps = list[torch.Tensor]
@@ -38,6 +37,7 @@ class Case:
     sampling_ratio: int = 2
     aligned: bool = True
     levels: tuple[int, ...] | None = None
+    pool_mode: str = "avg"
 
     @property
     def scales(self) -> list[float]:
@@ -54,7 +54,9 @@ class Case:
     def features(self, dtype: torch.dtype) -> Maps:
         generator = torch.Generator().manual_seed(0)
         shapes = [(self.batch, self.channels, *size) for size in self.sizes]
-        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        maps = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        # With many zeros, which a sample off the map may be as large as.
+        return [m.relu() for m in maps] if self.pool_mode == "max" else maps
 
     def grad(self, dtype: torch.dtype) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -65,6 +67,44 @@ class Case:
         if self.levels is not None:
             return torch.tensor(self.levels, dtype=torch.int64)
         return levels_by_area(self.roi_tensor(dtype), len(self.sizes), self.thresholds)
+
+    def call(self, kernel: str, dtype: torch.dtype, layouts: list[Layout], inputs: Maps, outputs: Maps, check) -> Call:
+        numbers = [run.DTYPES[dtype], self.sampling_ratio, int(self.aligned), int(self.levels is not None)]
+        scales, thresholds = (torch.tensor(table, dtype=torch.float64) for table in (self.scales, self.thresholds))
+        tables = [self.roi_tensor(dtype), scales, thresholds, torch.tensor(self.levels or [], dtype=torch.int64)]
+        return Call(kernel, [*numbers, int(layouts[0].channels_last)], [*tables, *inputs], outputs, check)
+
+    def placed_features(self, dtype: torch.dtype, layouts: list[Layout]) -> Maps:
+        """Layouts take turns."""
+        return [place(feature, layouts[i % len(layouts)]) for i, feature in enumerate(self.features(dtype))]
+
+    def unwritten_sums(self, dtype: torch.dtype, layouts: list[Layout]) -> Maps:
+        shapes = [(self.batch, self.channels, *size) for size in self.sizes]
+        return [poisoned(shape, layouts[(i + 1) % len(layouts)], dtype) for i, shape in enumerate(shapes)]
+
+    def forward(self, dtype: torch.dtype, layouts: list[Layout]) -> Call:
+        numbers = (self.level_tensor(dtype), self.output_size, self.scales, self.sampling_ratio, self.aligned)
+        rois, features = self.roi_tensor(dtype), self.features(dtype)
+
+        def check(found: Maps) -> None:
+            plain = reference.multiscale_roi_align(features, rois, *numbers)
+            exact = reference.multiscale_roi_align([feature.double() for feature in features], rois, *numbers)
+            tolerances.assert_not_worse(found[0], plain, exact, size=max(map(max, self.sizes)))
+
+        pooled = poisoned((len(self.rois), self.channels, *self.output_size), layouts[0], dtype)
+        return self.call("forward", dtype, layouts, self.placed_features(dtype, layouts), [pooled], check)
+
+    def backward(self, dtype: torch.dtype, layouts: list[Layout], grad: torch.Tensor | None = None) -> Call:
+        numbers = (self.level_tensor(dtype), self.batch, self.sizes, self.scales, self.sampling_ratio, self.aligned)
+        rois, own = self.roi_tensor(dtype), self.grad(dtype) if grad is None else grad
+
+        def check(sums: Maps) -> None:
+            plain, exact = (reference.multiscale_roi_align_backward(g, rois, *numbers) for g in (own, own.double()))
+            for actual, expected, truth in zip(sums, plain, exact, strict=True):
+                tolerances.assert_not_worse(actual, expected, truth, size=max(map(max, self.sizes)))
+
+        inputs = [place(own, layouts[0]) if grad is None else grad]
+        return self.call("backward", dtype, layouts, inputs, self.unwritten_sums(dtype, layouts), check)
 
 
 def random_rois(count: int, *, seed: int = 0, images: int = 2, smallest: float = 2, largest: float = 50) -> Boxes:
@@ -139,177 +179,129 @@ CASES = {
 }
 
 
-def launch(kernel: str, case: Case, inputs: Maps, outputs: Maps, dtype: torch.dtype, **options) -> Maps:
-    """The outputs as the kernels leave them. The inputs, and all around the outputs, must be as they were."""
-    tensors = call(case, inputs, outputs, dtype)
-    results = run.run(PROGRAM, kernel, numbers_of(case, dtype), tensors, **options)
-    for before, after in zip(tensors[: -len(outputs)], results, strict=False):
-        assert run.storage_bytes(before) == run.storage_bytes(after), "an input was written"
-    for before, after in zip(outputs, results[-len(outputs) :], strict=True):
-        assert only_the_map_was_written(before, after), "something beside an output was written"
-    return results[-len(outputs) :]
+SIXTEEN = replace(CASES["random"], rois=random_rois(3), channels=16)
+CASES |= {
+    "sixteen_channels": SIXTEEN,
+    # What a map that is no small one has; most of its tiles have no RoI.
+    "tiles_of_several_lines": Case(random_rois(3, largest=200), batch=2, channels=4, sizes=((70, 66),)),
+    "few_blocks": Case(random_rois(2, images=1), (3, 2), batch=1, channels=8, sizes=((5, 9),)),
+    "ten_rois": Case(random_rois(10, images=1), batch=1, sizes=((5, 9),)),
+}
 
 
-def numbers_of(case: Case, dtype: torch.dtype) -> list[int]:
-    return [run.DTYPES[dtype], case.sampling_ratio, int(case.aligned), int(case.levels is not None)]
+class TestMultiScaleRoIAlign(HostBattery):
+    program, cases = "multiscale_roi_align_main", CASES
+    # Every case in both memory formats; the rarer types on the two plainest; any strides, slower at most.
+    right = (
+        *runs(CASES, ["channels_first"]),
+        *runs(CASES, ["channels_last"], ["bfloat16"]),
+        *runs(("random", "seven"), ["channels_first"], ["float16"]),
+        *runs(("random", "seven"), ["channels_last"], ["float32", "float64"]),
+        *runs(["sixteen_channels"], [*LAYOUTS, "mixed"], ["float16"]),
+    )
+    addresses = (
+        "random/channels_first-cropped/float16", "random/channels_last-misaligned/bfloat16",
+        "seven/channels_last/bfloat16", "bad/channels_last", "bad_one_level_adaptive/channels_first",
+        "many_bins/channels_first/float64", "no_rois/channels_last", "no_images/channels_first",
+    )  # fmt: skip
+    races = tuple(runs(["ten_rois"], FORMATS))
+    alone = tuple(runs(["few_blocks"], FORMATS))
+    far = tuple(runs(["sixteen_channels"], FORMATS))
+
+    def calls(self, case, dtype, layouts):
+        yield case.forward(dtype, layouts)
+        yield case.backward(dtype, layouts)
+
+    @pytest.mark.parametrize("size", [(2, 640), (640, 2)], ids=["columns", "rows"])
+    @pytest.mark.parametrize("layout", FORMATS)
+    def test_bins_that_read_more_pixels_than_the_table_lists(self, layout, size):
+        output_size = (1, 32) if size[1] > size[0] else (32, 1)
+        case = Case([(0, -9, -9, 2600, 2600)], output_size, batch=1, channels=3, sizes=(size,), sampling_ratio=0)
+        call = case.forward(torch.float64, layouts_of(layout))
+        call.check(self.outputs(call))
+
+    def test_an_expanded_gradient(self):
+        """sum().backward() hands on one element with strides of zero."""
+        case = CASES["random"]
+        grad = torch.ones(()).expand(case.grad(torch.float32).shape)
+        call = case.backward(torch.float32, layouts_of("channels_first"), grad)
+        call.check(self.outputs(call))
+
+    @pytest.mark.parametrize("layout", FORMATS)
+    def test_a_nan_reaches_the_pixels_that_its_bin_reads_only(self, layout):
+        case = replace(CASES["random"], rois=[(1, 6, 3, 40, 33), (1, 2, 2, 50, 38)], levels=(0, 0), channels=16)
+        k, channel, row, column = 0, 5, 1, 2
+        grad = case.grad(torch.float32)
+        grad[k, channel, row, column] = NAN
+        layouts = layouts_of(layout)
+        finest, _ = self.outputs(case.backward(torch.float32, layouts, place(grad, layouts[0])))
+        (_, x1, y1, x2, y2), (height, width) = case.rois[k], case.sizes[0]
+        numbers = (case.scales[0], case.sampling_ratio, case.aligned, torch.float32)
+        rows, _ = axis_weights(y1, y2, height, 3, *numbers)
+        cols, _ = axis_weights(x1, x2, width, 3, *numbers)
+        expected = torch.zeros(finest.shape, dtype=torch.bool)
+        expected[1, channel] = (rows[row] != 0)[:, None] & (cols[column] != 0)
+        assert torch.equal(finest.isnan(), expected)
 
 
-def call(case: Case, inputs: Maps, outputs: Maps, dtype: torch.dtype) -> Maps:
-    """All that the program is given."""
-    scales, thresholds = (torch.tensor(table, dtype=torch.float64) for table in (case.scales, case.thresholds))
-    levels = torch.tensor(case.levels or [], dtype=torch.int64)
-    return [case.roi_tensor(dtype), scales, thresholds, levels, *inputs, *outputs]
+def pooling(rois: Boxes, **others) -> Case:
+    """A call in max mode."""
+    options = {"output_size": (3, 2), "channels": 3, "sizes": ((12, 14), (6, 7)), "aligned": False, **others}
+    return Case(rois, pool_mode="max", **options)
 
 
-def forward_maps(case: Case, dtype: torch.dtype, layouts: list[Layout]) -> tuple[Maps, Maps]:
-    """Features and the poisoned output. Layouts take turns."""
-    features = [place(feature, layouts[i % len(layouts)]) for i, feature in enumerate(case.features(dtype))]
-    return features, [poisoned((len(case.rois), case.channels, *case.output_size), layouts[0], dtype)]
+MAX_ROIS = [(0, 3.3, 5.1, 30.7, 41.9), (1, 20.2, 10.4, 51.3, 33.8), (0, -20.3, -11.7, 25.6, 17.2),
+            (1, 40.4, 30.6, 62.3, 60.2), (1, 12.1, 7.9, 15.2, 44.4)]  # fmt: skip
+ODD_ROIS = [
+    (0, NAN, 4, 30, 28), (2, 4, 4, 30, 28), (0, 30, 4, 4, 28), (1, 30, 28, 4, 4), (0, 10, 10, 10, 10),
+    (0, 4, -INF, 30, INF), (1, 4, 4, INF, 28), (1, -1e4, -1e4, 1e4, 1e4), (0, -3e38, -3e38, 3e38, 3e38),
+    (0, 1e5, 1e5, 1e5 + 30, 1e5 + 20), (1, 3, 2, 7, 50),
+]  # fmt: skip
+MAX_CASES = {
+    "ratio_2": pooling(MAX_ROIS),
+    "adaptive": pooling(MAX_ROIS, sampling_ratio=0, aligned=True),
+    "adaptive_unaligned": pooling(MAX_ROIS[:3], output_size=(1, 2), sampling_ratio=-1),
+    "many_samples": pooling(MAX_ROIS[:2], output_size=(1, 1), sampling_ratio=40),
+    "odd": pooling(ODD_ROIS, sampling_ratio=1, aligned=True),
+    "odd_adaptive": pooling(ODD_ROIS, sampling_ratio=0, aligned=True, channels=1),
+    "no_rois": pooling([]),
+    "no_images": pooling(MAX_ROIS, batch=0),
+    "many_channels": pooling(MAX_ROIS[:1], channels=150),
+    "three_rois": pooling(MAX_ROIS[:3]),
+}
 
 
-def backward_maps(case: Case, dtype: torch.dtype, layouts: list[Layout]) -> tuple[Maps, Maps]:
-    shapes = [(case.batch, case.channels, *size) for size in case.sizes]
-    sums = [poisoned(shape, layouts[(i + 1) % len(layouts)], dtype) for i, shape in enumerate(shapes)]
-    return [place(case.grad(dtype), layouts[0])], sums
+class TestMultiScaleRoIAlignMax(HostBattery):
+    """In max mode; pooled values and winners are the reference's bit for bit."""
 
+    program, cases = "multiscale_roi_align_main", MAX_CASES
+    right = (*runs(MAX_CASES, FORMATS), *runs(["three_rois"], ("mixed", "mixed3", "mixed6", "mixed9"), TYPES))
+    addresses = tuple(runs(("adaptive", "odd"), FORMATS))
+    races, far = ("ratio_2/channels_last",), ("many_samples/channels_last",)
+    alone = ("many_channels/channels_last",)
 
-def pool(case: Case, dtype: torch.dtype, layouts: list[Layout], **options) -> torch.Tensor:
-    return launch("forward", case, *forward_maps(case, dtype, layouts), dtype, **options)[0]
+    def calls(self, case, dtype, layouts):
+        rois, levels = case.roi_tensor(dtype), case.level_tensor(dtype)
+        numbers = (case.scales, case.sampling_ratio, case.aligned)
+        expected = reference.multiscale_roi_align_max(case.features(dtype), rois, levels, case.output_size, *numbers)
 
+        def check(found):
+            assert all(map(torch.equal, found, expected))
 
-def gather(case: Case, dtype: torch.dtype, layouts: list[Layout], **options) -> Maps:
-    return launch("backward", case, *backward_maps(case, dtype, layouts), dtype, **options)
+        outputs = [poisoned(tuple(expected[0].shape), layouts[0], kind) for kind in (dtype, torch.int32)]
+        yield case.call("forward_max", dtype, layouts, case.placed_features(dtype, layouts), outputs, check)
+        grad = case.grad(dtype)
 
+        def check_sums(sums):
+            plain, exact = (
+                reference.multiscale_roi_align_max_backward(
+                    each, expected[1], rois, levels, case.batch, case.sizes, *numbers
+                )
+                for each in (grad, grad.double())
+            )
+            for actual, right, truth in zip(sums, plain, exact, strict=True):
+                tolerances.assert_not_worse(actual, right, truth, size=14)
 
-def check_forward(case: Case, dtype: torch.dtype, pooled: torch.Tensor) -> None:
-    levels = case.level_tensor(dtype)
-    numbers = (levels, case.output_size, case.scales, case.sampling_ratio, case.aligned)
-    rois, features = case.roi_tensor(dtype), case.features(dtype)
-    plain = reference.multiscale_roi_align(features, rois, *numbers)
-    exact = reference.multiscale_roi_align([feature.double() for feature in features], rois, *numbers)
-    tolerances.assert_not_worse(pooled, plain, exact, size=max(max(size) for size in case.sizes))
-
-
-def check_backward(case: Case, dtype: torch.dtype, sums: Maps, grad: torch.Tensor | None = None) -> None:
-    levels = case.level_tensor(dtype)
-    numbers = (levels, case.batch, case.sizes, case.scales, case.sampling_ratio, case.aligned)
-    rois, grad = case.roi_tensor(dtype), case.grad(dtype) if grad is None else grad
-    plain = reference.multiscale_roi_align_backward(grad, rois, *numbers)
-    exact = reference.multiscale_roi_align_backward(grad.double(), rois, *numbers)
-    for actual, expected, truth in zip(sums, plain, exact, strict=True):
-        tolerances.assert_not_worse(actual, expected, truth, size=max(max(size) for size in case.sizes))
-
-
-def parity_cases() -> list:
-    """Every case in both memory formats; the rarer types on the two plainest."""
-    pairs = [("channels_first", "float32"), ("channels_last", "bfloat16")]
-    more = [("channels_first", "float16"), ("channels_last", "float32"), ("channels_last", "float64")]
-    cases = [(name, *pair) for name, pair in itertools.product(CASES, pairs)]
-    return cases + [(name, *pair) for name, pair in itertools.product(("random", "seven"), more)]
-
-
-@pytest.mark.parametrize(("name", "layout", "dtype"), parity_cases())
-def test_forward_and_backward(name, layout, dtype):
-    case, dtype, layout = CASES[name], DTYPES[dtype], LAYOUTS[layout]
-    check_forward(case, dtype, pool(case, dtype, [layout]))
-    check_backward(case, dtype, gather(case, dtype, [layout]))
-
-
-@pytest.mark.parametrize("names", [*([name] for name in LAYOUTS), list(LAYOUTS)], ids=[*LAYOUTS, "mixed"])
-def test_any_layout(names):
-    """Whatever the strides: slower at most."""
-    case, layouts = replace(CASES["random"], rois=random_rois(3), channels=16), [LAYOUTS[name] for name in names]
-    check_forward(case, torch.float16, pool(case, torch.float16, layouts))
-    check_backward(case, torch.float16, gather(case, torch.float16, layouts))
-
-
-@pytest.mark.parametrize("size", [(2, 640), (640, 2)], ids=["columns", "rows"])
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_bins_that_read_more_pixels_than_the_table_lists(layout, size):
-    output_size = (1, 32) if size[1] > size[0] else (32, 1)
-    case = Case([(0, -9, -9, 2600, 2600)], output_size, batch=1, channels=3, sizes=(size,), sampling_ratio=0)
-    check_forward(case, torch.float64, pool(case, torch.float64, [LAYOUTS[layout]]))
-
-
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_tiles_of_several_lines(layout):
-    """What a map that is no small one has; most of its tiles have no RoI."""
-    case = Case(random_rois(3, largest=200), batch=2, channels=4, sizes=((70, 66),))
-    check_backward(case, torch.float32, gather(case, torch.float32, [LAYOUTS[layout]]))
-
-
-def test_an_expanded_gradient():
-    """sum().backward() hands on one element with strides of zero."""
-    case = CASES["random"]
-    grad = torch.ones(()).expand(case.grad(torch.float32).shape)
-    _, sums = backward_maps(case, torch.float32, [LAYOUTS["channels_first"]])
-    check_backward(case, torch.float32, launch("backward", case, [grad], sums, torch.float32), grad)
-
-
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_a_nan_reaches_the_pixels_that_its_bin_reads_only(layout):
-    case = replace(CASES["random"], rois=[(1, 6, 3, 40, 33), (1, 2, 2, 50, 38)], levels=(0, 0), channels=16)
-    k, channel, row, column = 0, 5, 1, 2
-    grad = case.grad(torch.float32)
-    grad[k, channel, row, column] = NAN
-    _, sums = backward_maps(case, torch.float32, [LAYOUTS[layout]])
-    finest, _ = launch("backward", case, [place(grad, LAYOUTS[layout])], sums, torch.float32)
-    (_, x1, y1, x2, y2), (height, width) = case.rois[k], case.sizes[0]
-    numbers = (case.scales[0], case.sampling_ratio, case.aligned, torch.float32)
-    rows, _ = axis_weights(y1, y2, height, 3, *numbers)
-    cols, _ = axis_weights(x1, x2, width, 3, *numbers)
-    expected = torch.zeros(finest.shape, dtype=torch.bool)
-    expected[1, channel] = (rows[row] != 0)[:, None] & (cols[column] != 0)
-    assert torch.equal(finest.isnan(), expected)
-
-
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_blocks_are_independent(layout, kernel):
-    """Each element is written by one block, and needs nothing that another block writes."""
-    case = Case(random_rois(2, images=1), (3, 2), batch=1, channels=8, sizes=((5, 9),))
-    make = forward_maps if kernel == "forward" else backward_maps
-    inputs, outputs = make(case, torch.float32, [LAYOUTS[layout]])
-    (together,) = launch(kernel, case, inputs, outputs, torch.float32)
-    writers = torch.zeros(together.shape, dtype=torch.int)
-    tensors = call(case, inputs, outputs, torch.float32)
-    for *_, alone in run.block_by_block(PROGRAM, kernel, numbers_of(case, torch.float32), tensors):
-        written = ~alone.isnan()
-        assert torch.equal(alone[written], together[written])
-        writers += written
-    assert (writers == 1).all()
-
-
-@pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_offsets_of_more_than_31_bits(layout, axis):
-    """Maps, bins and gradients whose last element is 2^31 elements from the first, along any axis."""
-    case, layouts = replace(CASES["random"], rois=random_rois(3), channels=16), [LAYOUTS[layout]]
-    check_forward(case, torch.float32, pool(case, torch.float32, layouts, spread=axis))
-    check_backward(case, torch.float32, gather(case, torch.float32, layouts, spread=axis))
-
-
-@pytest.mark.parametrize(
-    ("name", "layout", "dtype"),
-    [
-        ("random", "channels_first-cropped", "float16"),
-        ("random", "channels_last-misaligned", "bfloat16"),
-        ("seven", "channels_last", "bfloat16"),
-        ("bad", "channels_last", "float32"),
-        ("bad_one_level_adaptive", "channels_first", "float32"),
-        ("many_bins", "channels_first", "float64"),
-        ("no_rois", "channels_last", "float32"),
-        ("no_images", "channels_first", "float32"),
-    ],
-)
-def test_no_stray_access_and_no_undefined_arithmetic(name, layout, dtype):
-    case, dtype, layouts = CASES[name], DTYPES[dtype], [LAYOUTS[layout]]
-    pool(case, dtype, layouts, flavour="address")
-    gather(case, dtype, layouts, flavour="address")
-
-
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_no_data_race(layout):
-    case = Case(random_rois(10, images=1), batch=1, sizes=((5, 9),))
-    pool(case, torch.float32, [LAYOUTS[layout]], flavour="thread")
-    gather(case, torch.float32, [LAYOUTS[layout]], flavour="thread")
+        inputs = [place(grad, layouts[0]), place(expected[1], layouts[0])]
+        sums = case.unwritten_sums(dtype, layouts)
+        yield case.call("backward_max", dtype, layouts, inputs, sums, check_sums)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from host_kernels import run
+from host_kernels.battery import Call, HostBattery, runs
 
 from fpn_fast import reference
 from fpn_fast.ops.nms import CONVENTIONS
 
-PROGRAM = "segmented_nms_main"
 NAN, INF = math.nan, math.inf
 
 
@@ -49,28 +49,22 @@ class Case:
         return boxes, scores.to(dtype), groups, torch.tensor(self.counts or (0,) * self.batch)
 
 
-def launch(case: Case, dtype: torch.dtype, kernel: str = "nms", **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs, each element of which was written, and no input."""
-    inputs = [torch.tensor([case.threshold], dtype=torch.float64), *case.inputs(dtype)]
-    limit = case.boxes if case.max_output is None else case.max_output
-    outputs = [torch.full((case.batch, limit), -7), torch.full((case.batch,), -7)]
-    kind = [run.DTYPES[dtype], int(bool(case.groups)), int(bool(case.counts)), CONVENTIONS.index(case.convention)]
-    results = run.run(PROGRAM, kernel, kind, [*inputs, *outputs], **options)
-    for before, after in zip(inputs, results, strict=False):
-        assert run.storage_bytes(before) == run.storage_bytes(after), "an input was written"
-    return results[-2], results[-1]
-
-
-def check(case: Case, dtype: torch.dtype = torch.float32, **options) -> None:
+def call_of(case: Case, dtype: torch.dtype, kernel: str = "nms") -> Call:
     boxes, scores, groups, counts = case.inputs(dtype)
     limit = case.boxes if case.max_output is None else case.max_output
-    expected = reference.segmented_nms(
-        boxes, scores, groups if case.groups else None, counts if case.counts else None, case.threshold, limit,
-        case.convention,
-    )  # fmt: skip
-    keep, kept = launch(case, dtype, **options)
-    assert torch.equal(kept, expected[1])
-    assert torch.equal(keep, expected[0])
+    outputs = [torch.full((case.batch, limit), -7), torch.full((case.batch,), -7)]
+    numbers = [run.DTYPES[dtype], int(bool(case.groups)), int(bool(case.counts)), CONVENTIONS.index(case.convention)]
+
+    def check(found: list[torch.Tensor]) -> None:
+        keep, kept = reference.segmented_nms(
+            boxes, scores, groups if case.groups else None, counts if case.counts else None, case.threshold, limit,
+            case.convention,
+        )  # fmt: skip
+        assert torch.equal(found[1], kept)
+        assert torch.equal(found[0], keep)
+
+    threshold = torch.tensor([case.threshold], dtype=torch.float64)
+    return Call(kernel, numbers, [threshold, boxes, scores, groups, counts], outputs, check)
 
 
 FAR = (-(2**62), -1, 0, 7, 2**62)
@@ -94,44 +88,33 @@ CASES = {
     "no_output": Case(70, max_output=0),
 }
 # A region of 2048 boxes and what follows it; a large group that begins within a chunk, among small ones.
-LARGE = {
+CASES |= {
     "a_region": Case(1200, threshold=0.3),
     "two_regions": Case(2300, side=900.0, threshold=0.3),
     "many_groups": Case(1700, groups=(*[1] * 8, 2, 0), side=500.0, threshold=0.3),
 }
 
 
-@pytest.mark.parametrize("name", [*CASES, *LARGE])
-def test_equals_the_reference(name):
-    check({**CASES, **LARGE}[name])
+class TestSegmentedNms(HostBattery):
+    program, cases = "segmented_nms_main", CASES
+    right = runs(CASES) + runs(("ties", "groups", "offset", "many_groups"), types=("float64",))
+    addresses = ("groups_and_counts", "offset", "bad_numbers", "many_groups")
+    races = ("groups_and_counts", "a_region")
 
+    def calls(self, case, dtype, layouts):
+        yield call_of(case, dtype)
 
-@pytest.mark.parametrize("groups", [(), FAR], ids=["no_groups", "groups"])
-def test_sorts_more_than_one_merge_holds(groups):
-    """33 runs: by group, each by score, descending, then by index."""
-    case = Case(32 * 2048 + 70, groups=groups, scores=30000, bad=True)
-    boxes, scores, labels, _ = case.inputs(torch.float32)
-    order, counts = launch(case, torch.float32, "sort")
-    valid = (boxes.isfinite().all(-1) & scores.isfinite())[0].nonzero().flatten()
-    expected = valid[scores[0, valid].sort(descending=True, stable=True).indices]
-    if groups:
-        # As unsigned numbers, negative ones are the highest.
-        unsigned = labels.bitwise_xor(torch.iinfo(torch.int64).min)[0, expected]
-        expected = expected[unsigned.sort(descending=True, stable=True).indices]
-    assert counts.tolist() == [len(valid)]
-    assert torch.equal(order[0, : len(valid)], expected)
-
-
-@pytest.mark.parametrize("name", ["ties", "groups", "offset", "many_groups"])
-def test_float64(name):
-    check({**CASES, **LARGE}[name], torch.float64)
-
-
-@pytest.mark.parametrize("name", ["groups_and_counts", "offset", "bad_numbers", "many_groups"])
-def test_no_stray_access_and_no_undefined_arithmetic(name):
-    check({**CASES, **LARGE}[name], flavour="address")
-
-
-@pytest.mark.parametrize("name", ["groups_and_counts", "a_region"])
-def test_no_data_race(name):
-    check({**CASES, **LARGE}[name], flavour="thread")
+    @pytest.mark.parametrize("groups", [(), FAR], ids=["no_groups", "groups"])
+    def test_sorts_more_than_one_merge_holds(self, groups):
+        """33 runs: by group, each by score, descending, then by index."""
+        case = Case(32 * 2048 + 70, groups=groups, scores=30000, bad=True)
+        boxes, scores, labels, _ = case.inputs(torch.float32)
+        order, counts = self.outputs(call_of(case, torch.float32, "sort"))
+        valid = (boxes.isfinite().all(-1) & scores.isfinite())[0].nonzero().flatten()
+        expected = valid[scores[0, valid].sort(descending=True, stable=True).indices]
+        if groups:
+            # As unsigned numbers, negative ones are the highest.
+            unsigned = labels.bitwise_xor(torch.iinfo(torch.int64).min)[0, expected]
+            expected = expected[unsigned.sort(descending=True, stable=True).indices]
+        assert counts.tolist() == [len(valid)]
+        assert torch.equal(order[0, : len(valid)], expected)

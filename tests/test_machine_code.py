@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nvcc makes of the CUDA kernels: registers, spills and the instructions that decide speed and determinism.
+"""What nvcc makes of the CUDA kernels: spills and the instructions that decide speed and determinism.
 
 The kernels of a .cuh are instantiated in a translation unit without torch, for every architecture, and disassembled.
 """
@@ -12,8 +12,9 @@ import itertools
 import re
 import subprocess
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from helpers import cuda_toolkit
@@ -30,28 +31,29 @@ TYPES = {"double": "d", "float": "f", "Half": "NS_4HalfE", "BFloat16": "NS_8BFlo
 INTEGERS = {"uint64_t": "m", "unsigned __int128": "o", "int64_t": "l"}
 
 
+WIDE = ("double", "float")
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel template over a storage type and `switches`; its one argument is `argument<type>`."""
+    """A kernel template `<name>_kernel` of `<header>.cuh` over a storage type and `switches`; its one argument is
+    `argument<type>`."""
 
     header: str
     name: str
     argument: str
-    switches: tuple[str, ...]
-    # Most registers a thread may take, and how many with a type that takes more.
-    registers: int
-    more_registers: dict[str, int] = field(default_factory=dict, hash=False)
-    # The switches that are on where it goes element by element on purpose.
-    scalar: frozenset[str] | None = None
+    switches: tuple[str, ...] = ()
     types: tuple[str, ...] = tuple(TYPES)
+    # The switches that are on where it goes element by element on purpose; None: nowhere.
+    scalar: frozenset[str] | None = frozenset()
     # Reads memory that it writes itself, so it may not read through the cache for constant data.
     reads_own_writes: bool = False
     # Reads single elements on purpose; its stores alone are wide.
     gathers: bool = False
     # Counts, or takes maxima or unions of integers: the same in any order.
     integer_atomics: bool = False
-    # Most bytes of shared memory a block may take: two blocks on a Turing multiprocessor, eight on an H100.
-    shared: int = 28 * 1024
+    # Most KiB of shared memory a block may take: two blocks on a Turing multiprocessor, eight on an H100.
+    shared: int = 28
 
     def instances(self) -> list[Instance]:
         values = itertools.product(self.types, *[(False, True)] * len(self.switches))
@@ -68,359 +70,71 @@ class Instance:
     def declaration(self) -> str:
         switches = "".join(f", {str(on).lower()}" for on in self.on)
         argument = f"const __grid_constant__ {self.kernel.argument}<{self.type}>"
-        return f"template __global__ void {self.kernel.name}<{self.type}{switches}>({argument});"
+        return f"template __global__ void {self.kernel.name}_kernel<{self.type}{switches}>({argument});"
 
     @property
     def symbol(self) -> str:
         """How the mangled name begins."""
-        switches = "".join(f"Lb{int(on)}E" for on in self.on)
-        return f"_ZN8fpn_fast{len(self.kernel.name)}{self.kernel.name}I{(TYPES | INTEGERS)[self.type]}{switches}E"
+        name, switches = f"{self.kernel.name}_kernel", "".join(f"Lb{int(on)}E" for on in self.on)
+        return f"_ZN8fpn_fast{len(name)}{name}I{(TYPES | INTEGERS)[self.type]}{switches}E"
 
     @property
-    def is_vectorised(self) -> bool:
-        on = frozenset(name for name, on in zip(self.kernel.switches, self.on, strict=True) if on)
-        return on != self.kernel.scalar
+    def switched_on(self) -> list[str]:
+        return [name for name, on in zip(self.kernel.switches, self.on, strict=True) if on]
 
     def __str__(self) -> str:
-        on = [name for name, on in zip(self.kernel.switches, self.on, strict=True) if on]
-        return f"{self.kernel.name}<{', '.join([self.type, *on])}>"
+        return f"{self.kernel.name}_kernel<{', '.join([self.type, *self.switched_on])}>"
 
 
 KERNELS = [
-    # 80 registers: three blocks of 256 threads on a multiprocessor, 24 warps to hide the latency of memory.
-    Kernel("top_down.cuh", "top_down_kernel", "Pathway", ("channels_last", "bilinear"), registers=80),
-    Kernel(
-        "top_down_backward.cuh",
-        "top_down_backward_kernel",
-        "GradientPathway",
-        ("channels_last", "bilinear"),
-        registers=80,
-        # Along W every pixel gathers from a range of its own.
-        scalar=frozenset({"bilinear"}),
-        reads_own_writes=True,
-    ),
-    # 28 warps, and 14 for float64.
-    Kernel(
-        "multiscale_roi_align.cuh",
-        "multiscale_roi_align_kernel",
-        "RoiAlignPooling",
-        ("channels_last",),
-        registers=72,
-        more_registers={"double": 96},
-        scalar=frozenset(),
-    ),
-    # 24 warps.
-    Kernel(
-        "multiscale_roi_align_backward.cuh",
-        "multiscale_roi_align_backward_kernel",
-        "RoiAlignGathering",
-        ("channels_last",),
-        registers=80,
-        scalar=frozenset(),
-    ),
-    # 24 warps, and 16 for float64.
-    Kernel(
-        "multiscale_roi_align_max.cuh",
-        "multiscale_roi_align_max_kernel",
-        "RoiAlignMaxPooling",
-        (),
-        registers=80,
-        more_registers={"double": 96},
-        scalar=frozenset(),
-    ),
-    Kernel(
-        "multiscale_roi_align_max.cuh",
-        "multiscale_roi_align_max_backward_kernel",
-        "RoiAlignMaxGathering",
-        (),
-        registers=80,
-        more_registers={"double": 96},
-        scalar=frozenset(),
-    ),
-    Kernel(
-        "roi_lists.cuh",
-        "roi_lists_kernel",
-        "RoiListing",
-        (),
-        registers=64,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    # 40 warps, and 24 for float64.
-    Kernel(
-        "match_anchors.cuh",
-        "match_anchors_kernel",
-        "AnchorMatching",
-        (),
-        registers=48,
-        more_registers={"double": 72},
-        scalar=frozenset(),
-        types=("double", "float"),
-        integer_atomics=True,
-    ),
-    Kernel(
-        "match_anchors.cuh",
-        "match_anchors_low_quality_kernel",
-        "AnchorMatching",
-        (),
-        registers=48,
-        more_registers={"double": 72},
-        scalar=frozenset(),
-        types=("double", "float"),
-        reads_own_writes=True,
-    ),
-    # 40 warps, and 32 for float64.
-    Kernel(
-        "paste_masks.cuh",
-        "paste_masks_kernel",
-        "MaskPasting",
-        ("above",),
-        registers=48,
-        more_registers={"double": 64},
-        gathers=True,
-    ),
-    # 32 warps, and 20 for float64.
-    Kernel(
-        "sigmoid_focal_loss.cuh",
-        "sigmoid_focal_loss_kernel",
-        "FocalLoss",
-        ("gradient",),
-        registers=64,
-        more_registers={"double": 96},
-        # Without a gradient it stores one number for a block.
-        scalar=frozenset(),
-    ),
-    # 32 warps. A thread reads single elements of its columns, and one of a block writes a keypoint.
-    Kernel(
-        "heatmaps_to_keypoints.cuh",
-        "heatmaps_to_keypoints_kernel",
-        "KeypointSearch",
-        (),
-        registers=64,
-        scalar=frozenset(),
-        shared=10 * 1024,
-    ),
-    # Eight bisections side by side: 32 warps.
-    Kernel(
-        "sorted_runs.cuh",
-        "merge_runs_kernel",
-        "RunMerge",
-        (),
-        registers=64,
-        scalar=frozenset(),
-        types=("uint64_t", "unsigned __int128"),
-    ),
-    # Sorts 2048 keys in shared memory, of 16 bytes for float64 and for groups: 24 warps.
-    *(
-        Kernel(
-            "segmented_nms.cuh",
-            name,
-            "NmsSorting",
-            (),
-            registers=80,
-            scalar=frozenset(),
-            types=("double", "float"),
-            reads_own_writes=name != "nms_scores_kernel",
-            shared=33 * 1024,
-        )
-        for name in ("nms_scores_kernel", "nms_groups_kernel")
-    ),
-    # 24 warps, because boxes are moved by group too.
-    Kernel(
-        "segmented_nms.cuh",
-        "nms_order_kernel",
-        "NmsSorting",
-        (),
-        registers=80,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    Kernel(
-        "segmented_nms.cuh",
-        "nms_candidates_kernel",
-        "NmsSorting",
-        (),
-        registers=64,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    Kernel(
-        "segmented_nms.cuh",
-        "nms_output_kernel",
-        "NmsOutput",
-        (),
-        registers=40,
-        scalar=frozenset(),
-        types=("int64_t",),
-    ),
-    # 24 warps.
-    Kernel(
-        "greedy_nms.cuh",
-        "greedy_nms_kernel",
-        "Candidates",
-        (),
-        registers=80,
-        scalar=frozenset(),
-        types=("double", "float"),
-        shared=4 * 1024,
-    ),
-    # Blocks unite in a word what kept boxes of earlier regions overlap. 40 warps, and 32 for float64.
-    Kernel(
-        "greedy_nms.cuh",
-        "nms_pairs_kernel",
-        "NmsRound",
-        (),
-        registers=48,
-        more_registers={"double": 64},
-        scalar=frozenset(),
-        types=("double", "float"),
-        integer_atomics=True,
-        shared=4 * 1024,
-    ),
-    # One block has the multiprocessor to itself: words are read ahead into registers.
-    Kernel(
-        "greedy_nms.cuh",
-        "nms_region_kernel",
-        "NmsRound",
-        (),
-        registers=96,
-        scalar=frozenset(),
-        types=("double", "float"),
-        shared=1024,
-    ),
+    Kernel("top_down", "top_down", "Pathway", ("channels_last", "bilinear"), scalar=None),
+    # Along W every pixel gathers from a range of its own.
+    Kernel("top_down_backward", "top_down_backward", "GradientPathway", ("channels_last", "bilinear"),
+           scalar=frozenset({"bilinear"}), reads_own_writes=True),
+    Kernel("multiscale_roi_align", "multiscale_roi_align", "RoiAlignPooling", ("channels_last",)),
+    Kernel("multiscale_roi_align_backward", "multiscale_roi_align_backward", "RoiAlignGathering", ("channels_last",)),
+    Kernel("multiscale_roi_align_max", "multiscale_roi_align_max", "RoiAlignMaxPooling"),
+    Kernel("multiscale_roi_align_max", "multiscale_roi_align_max_backward", "RoiAlignMaxGathering"),
+    Kernel("roi_lists", "roi_lists", "RoiListing", types=WIDE),
+    Kernel("match_anchors", "match_anchors", "AnchorMatching", types=WIDE, integer_atomics=True),
+    Kernel("match_anchors", "match_anchors_low_quality", "AnchorMatching", types=WIDE, reads_own_writes=True),
+    Kernel("paste_masks", "paste_masks", "MaskPasting", ("above",), scalar=None, gathers=True),
+    # Without a gradient it stores one number for a block.
+    Kernel("sigmoid_focal_loss", "sigmoid_focal_loss", "FocalLoss", ("gradient",)),
+    # A thread reads single elements of its columns, and one of a block writes a keypoint.
+    Kernel("heatmaps_to_keypoints", "heatmaps_to_keypoints", "KeypointSearch", shared=10),
+    Kernel("sorted_runs", "merge_runs", "RunMerge", types=("uint64_t", "unsigned __int128")),
+    # Sorts 2048 keys in shared memory, of 16 bytes for float64 and for groups.
+    Kernel("segmented_nms", "nms_scores", "NmsSorting", types=WIDE, shared=33),
+    Kernel("segmented_nms", "nms_groups", "NmsSorting", types=WIDE, reads_own_writes=True, shared=33),
+    Kernel("segmented_nms", "nms_order", "NmsSorting", types=WIDE),
+    Kernel("segmented_nms", "nms_candidates", "NmsSorting", types=WIDE),
+    Kernel("segmented_nms", "nms_output", "NmsOutput", types=("int64_t",)),
+    Kernel("greedy_nms", "greedy_nms", "Candidates", types=WIDE, shared=4),
+    # Blocks unite in a word what kept boxes of earlier regions overlap.
+    Kernel("greedy_nms", "nms_pairs", "NmsRound", types=WIDE, integer_atomics=True, shared=4),
+    Kernel("greedy_nms", "nms_region", "NmsRound", types=WIDE, shared=1),
     # Counts of logits in shared memory, added up in global memory.
-    Kernel(
-        "top_logits.cuh",
-        "count_logits_kernel",
-        "LogitSelection",
-        (),
-        registers=40,
-        scalar=frozenset(),
-        integer_atomics=True,
-        shared=17 * 1024,
-    ),
+    Kernel("top_logits", "count_logits", "LogitSelection", integer_atomics=True, shared=17),
     # A count gives keys their places in shared memory, which are sorted afterwards. Keys of float64 are of 16 bytes.
-    Kernel(
-        "top_logits.cuh",
-        "select_logits_kernel",
-        "LogitSelection",
-        (),
-        registers=64,
-        more_registers={"double": 80},
-        scalar=frozenset(),
-        integer_atomics=True,
-        shared=33 * 1024,
-    ),
-    # 24 warps: the exponential is made in float64.
-    Kernel(
-        "generate_proposals.cuh",
-        "decode_proposals_kernel",
-        "ProposalDecoding",
-        (),
-        registers=80,
-        scalar=frozenset(),
-    ),
-    Kernel(
-        "head_decoding.cuh",
-        "head_setup_kernel",
-        "HeadSetup",
-        (),
-        registers=32,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    Kernel(
-        "generate_proposals.cuh",
-        "merge_proposals_kernel",
-        "ProposalOutput",
-        (),
-        registers=80,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    # As those of logits, with two exponentials in float64.
-    Kernel(
-        "select_detections.cuh",
-        "count_scores_kernel",
-        "CenteredSelection",
-        (),
-        registers=40,
-        scalar=frozenset(),
-        integer_atomics=True,
-        shared=17 * 1024,
-    ),
-    Kernel(
-        "select_detections.cuh",
-        "select_scores_kernel",
-        "CenteredSelection",
-        (),
-        registers=64,
-        more_registers={"double": 80},
-        scalar=frozenset(),
-        integer_atomics=True,
-        shared=33 * 1024,
-    ),
-    Kernel(
-        "select_detections.cuh",
-        "decode_candidates_kernel",
-        "CandidateDecoding",
-        (),
-        registers=80,
-        scalar=frozenset(),
-    ),
-    Kernel(
-        "select_detections.cuh",
-        "gather_detections_kernel",
-        "DetectionGathering",
-        (),
-        registers=40,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    # 48 warps: exponentials wait for each other.
-    Kernel(
-        "select_box_detections.cuh",
-        "box_probabilities_kernel",
-        "BoxScoring",
-        (),
-        registers=40,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
+    Kernel("top_logits", "select_logits", "LogitSelection", integer_atomics=True, shared=33),
+    Kernel("generate_proposals", "decode_proposals", "ProposalDecoding"),
+    Kernel("head_decoding", "head_setup", "HeadSetup", types=WIDE),
+    Kernel("generate_proposals", "merge_proposals", "ProposalOutput", types=WIDE),
+    Kernel("select_detections", "count_scores", "CenteredSelection", integer_atomics=True, shared=17),
+    Kernel("select_detections", "select_scores", "CenteredSelection", integer_atomics=True, shared=33),
+    Kernel("select_detections", "decode_candidates", "CandidateDecoding"),
+    Kernel("select_detections", "gather_detections", "DetectionGathering", types=WIDE),
+    Kernel("select_box_detections", "box_probabilities", "BoxScoring", types=WIDE),
     # It writes NaN over what earlier kernels wrote, and reads none of it.
-    Kernel(
-        "select_box_detections.cuh",
-        "decode_boxes_kernel",
-        "BoxCandidates",
-        (),
-        registers=80,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    Kernel(
-        "select_box_detections.cuh",
-        "keep_boxes_kernel",
-        "BoxCandidates",
-        (),
-        registers=40,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-    Kernel(
-        "select_box_detections.cuh",
-        "box_detections_kernel",
-        "BoxOutput",
-        (),
-        registers=80,
-        scalar=frozenset(),
-        types=("double", "float"),
-    ),
-]
+    Kernel("select_box_detections", "decode_boxes", "BoxCandidates", types=WIDE),
+    Kernel("select_box_detections", "keep_boxes", "BoxCandidates", types=WIDE),
+    Kernel("select_box_detections", "box_detections", "BoxOutput", types=WIDE),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Code:
-    registers: int
     stack: int
     spills: int
     shared: int
@@ -434,27 +148,18 @@ class Code:
         forbidden = re.compile(r"(ATOM|RED\.|REDG)" + (r".*\.(CAS|B?F\d)" if integers_allowed else ""))
         return sum(n for opcode, n in self.instructions.items() if forbidden.match(opcode))
 
-    def faults(
-        self,
-        *,
-        vectorised: bool,
-        reads_own_writes: bool,
-        registers: int,
-        shared: int,
-        gathers: bool = False,
-        integer_atomics: bool = False,
-    ) -> list[str]:
-        """What keeps this code from being fast, deterministic or right."""
+    def faults(self, kernel: Kernel, switched_on: Iterable[str] = ()) -> list[str]:
+        """What keeps this code of `kernel` from being fast, deterministic or right."""
+        vectorised = frozenset(switched_on) != kernel.scalar
         found = {
-            f"{self.registers} registers, {registers} allowed": self.registers > registers,
-            f"{self.shared} bytes of shared memory, {shared} allowed": self.shared > shared,
+            f"{self.shared} bytes of shared memory, {kernel.shared} KiB allowed": self.shared > 1024 * kernel.shared,
             f"{self.stack} bytes of stack": self.stack > 0,
             f"{self.spills} bytes spilled": self.spills > 0,
             "local memory": self.count("LDL", "STL") > 0,
-            "atomics": self.atomics(integers_allowed=integer_atomics) > 0,
-            "no 16-byte loads": vectorised and not gathers and self.count("LDG.E.128") == 0,
+            "atomics": self.atomics(integers_allowed=kernel.integer_atomics) > 0,
+            "no 16-byte loads": vectorised and not kernel.gathers and self.count("LDG.E.128") == 0,
             "no 16-byte stores": vectorised and self.count("STG.E.128") == 0,
-            "reads its own writes through the constant cache": reads_own_writes
+            "reads its own writes through the constant cache": kernel.reads_own_writes
             and any(opcode.startswith("LDG") and ".CONSTANT" in opcode for opcode in self.instructions),
         }
         return [fault for fault, is_so in found.items() if is_so]
@@ -462,7 +167,7 @@ class Code:
 
 _RESOURCES = re.compile(
     r"Function properties for (?P<name>\S+)\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used (?P<registers>\d+) registers"
+    r"(?P<loads>\d+) bytes spill loads\s+ptxas info\s+: Used \d+ registers"
     r"(?:[^\n]* (?P<shared>\d+) bytes smem)?"
 )
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -476,7 +181,6 @@ def parse(ptxas: str, sass: str) -> dict[str, Code]:
         instructions[name.strip()] = collections.Counter(_INSTRUCTION.findall(body))
     return {
         match["name"]: Code(
-            registers=int(match["registers"]),
             stack=int(match["stack"]),
             spills=int(match["stores"]) + int(match["loads"]),
             shared=int(match["shared"] or 0),
@@ -517,7 +221,7 @@ def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
 
 def unit_of_all() -> str:
     """One for all headers: what they share is compiled once."""
-    lines = [f'#include "{ROOT / "csrc" / "cuda" / header}"' for header in {kernel.header: 0 for kernel in KERNELS}]
+    lines = [f'#include "{ROOT / "csrc" / "cuda" / header}.cuh"' for header in {kernel.header: 0 for kernel in KERNELS}]
     lines += ["namespace fpn_fast {", *(i.declaration for kernel in KERNELS for i in kernel.instances()), "}", ""]
     return "\n".join(lines)
 
@@ -548,15 +252,7 @@ def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
 def test_kernels(kernel, arch):
     faults = []
     for instance, code in compiled(kernel, arch).items():
-        found = code.faults(
-            vectorised=instance.is_vectorised,
-            reads_own_writes=kernel.reads_own_writes,
-            registers=kernel.more_registers.get(instance.type, kernel.registers),
-            shared=kernel.shared,
-            gathers=kernel.gathers,
-            integer_atomics=kernel.integer_atomics,
-        )
-        faults += [f"{instance}: {fault}" for fault in found]
+        faults += [f"{instance}: {fault}" for fault in code.faults(kernel, instance.switched_on)]
     assert not faults, "\n".join(faults)
 
 
@@ -567,13 +263,13 @@ def test_every_kernel_is_here():
         for path in (ROOT / "csrc" / "cuda").glob("*.cuh")
         for name in re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", path.read_text())
     }
-    assert defined == {(kernel.header, kernel.name) for kernel in KERNELS}
+    assert defined == {(f"{kernel.header}.cuh", f"{kernel.name}_kernel") for kernel in KERNELS}
 
 
 def test_every_kernel_is_in_the_table():
     """That `python -m fpn_fast info` prints and a test on a GPU looks through."""
     entries = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    assert {kernel.name for kernel in KERNELS} == set(re.findall(r'"(\w+_kernel)[<"]', entries))
+    assert {f"{kernel.name}_kernel" for kernel in KERNELS} == set(re.findall(r'"(\w+_kernel)[<"]', entries))
 
 
 FAULTY = """
@@ -594,9 +290,9 @@ def test_the_gates_can_fail():
     cuda_toolkit.nvcc()
     cuda_toolkit.cuobjdump()
     (code,) = compile_unit("faulty", FAULTY, "sm_80").values()
-    assert code.faults(vectorised=True, reads_own_writes=True, registers=8, shared=255) == [
-        f"{code.registers} registers, 8 allowed",
-        "256 bytes of shared memory, 255 allowed",
+    kernel = Kernel("faulty", "faulty", "", scalar=None, reads_own_writes=True, shared=0)
+    assert code.faults(kernel) == [
+        "256 bytes of shared memory, 0 KiB allowed",
         "256 bytes of stack",
         "local memory",
         "atomics",

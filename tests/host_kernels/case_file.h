@@ -18,7 +18,9 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/common/feature_map.h"
@@ -169,21 +171,60 @@ class CaseFile {
   std::vector<std::optional<Spread>> spread_;
 };
 
-// Calls `body.template operator()<scalar_t>()` for the type that run.py numbers so.
-template <class Body>
-void dispatch_floating(int64_t type, const Body& body) {
-  switch (type) {
-    case 0:
-      return body.template operator()<double>();
-    case 1:
-      return body.template operator()<float>();
-    case 2:
-      return body.template operator()<fpn_fast::Half>();
-    case 3:
-      return body.template operator()<fpn_fast::BFloat16>();
-    default:
-      fail("unknown type");
-  }
+// As run.py numbers them.
+template <class T>
+constexpr int64_t kTypeNumber = std::is_same_v<T, double>           ? 0
+                                : std::is_same_v<T, float>          ? 1
+                                : std::is_same_v<T, fpn_fast::Half> ? 2
+                                                                    : 3;
+
+// Calls `body.template operator()<T>()` for the type T of `Types` with that number.
+template <class... Types, class Body>
+void dispatch(int64_t type, const Body& body) {
+  if (!((kTypeNumber<Types> == type && (body.template operator()<Types>(), true)) || ...)) fail("unknown type");
+}
+
+// A whole program, `PROGRAM KERNEL CASE_FILE`: `run` gets the kernel's name and the case for the type of the case.
+template <class... Types, class Run>
+int main_of_types(int count, char** arguments, const Run& run) {
+  if (count != 3) fail("usage: PROGRAM KERNEL CASE_FILE");
+  const CaseFile file(arguments[2]);
+  const std::string kernel = arguments[1];
+  dispatch<Types...>(file.numbers.at(0), [&]<class T>() { run.template operator()<T>(kernel, file); });
+  file.write();
+  return 0;
+}
+
+template <class Run>
+int main_of(int count, char** arguments, const Run& run) {
+  return main_of_types<double, float, fpn_fast::Half, fpn_fast::BFloat16>(count, arguments, run);
+}
+
+// How the code that an op launches its kernels with reaches the CPU.
+inline constexpr auto kLaunch = [](auto kernel, const auto& config, const auto& argument) {
+  if (config.blocks == 0) return;
+  launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)}, [&] { kernel(argument); });
+};
+
+// `go(plan(scratch))` in memory of the size that `plan` counts, every byte of which is `fill`: what no kernel wrote
+// shows.
+template <class Scratch, class Plan, class Go>
+void run_planned(int fill, const Plan& plan, const Go& go) {
+  Scratch counting;
+  plan(counting);
+  const Storage memory(counting.bytes());
+  std::memset(memory.data(), fill, memory.bytes());
+  Scratch scratch(memory.data());
+  go(plan(scratch));
+}
+
+using Tensors = std::span<const HostTensor>;
+
+template <class T>
+std::vector<fpn_fast::FeatureMap<T>> maps_of(Tensors tensors) {
+  std::vector<fpn_fast::FeatureMap<T>> maps;
+  for (const auto& tensor : tensors) maps.push_back(tensor.map<T>());
+  return maps;
 }
 
 }  // namespace host_cuda

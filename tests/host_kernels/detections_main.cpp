@@ -6,8 +6,6 @@
 // maps of logits, L of deltas, and L of centerness or none.
 // boxes: numbers: type, whether there are counts, class_top_n or -1. Tensors: score_thresh, nms_thresh, scale_clamp,
 // weights and min_size as one in float64, logits, deltas, boxes, counts and image sizes.
-#include <span>
-
 #include "../../csrc/cuda/select_box_detections.cuh"
 #include "../../csrc/cuda/select_detections.cuh"
 #include "case_file.h"
@@ -15,14 +13,7 @@
 namespace fpn_fast {
 namespace {
 
-using Tensors = std::span<const host_cuda::HostTensor>;
-
-template <class T>
-std::vector<FeatureMap<const T>> maps_of(Tensors tensors) {
-  std::vector<FeatureMap<const T>> maps;
-  for (const auto& tensor : tensors) maps.push_back(tensor.map<const T>());
-  return maps;
-}
+using host_cuda::maps_of, host_cuda::Tensors;
 
 template <class acc_t>
 DetectionTables<acc_t> tables_of(Tensors tensors) {
@@ -39,21 +30,8 @@ BoxCoding<acc_t> coding_of(const double* scalars) {
   return coding;
 }
 
-// `plan(scratch)` is made twice, and launched with memory in which what no kernel wrote shows.
-template <class Plan, class Detect>
-void run_planned(const Plan& plan, const Detect& detect) {
-  Scratch counting;
-  plan(counting);
-  const host_cuda::Storage memory(counting.bytes());
-  // Finite numbers: what is NaN on purpose has been written.
-  std::memset(memory.data(), 0x7f, memory.bytes());
-  Scratch scratch(memory.data());
-  detect(plan(scratch), [](auto kernel, const LaunchConfig& config, const auto& argument) {
-    if (config.blocks == 0) return;
-    host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                      [&] { kernel(argument); });
-  });
-}
+// Finite numbers in the memory: what is NaN on purpose has been written.
+constexpr int kUnwritten = 0x7f;
 
 template <class T>
 void run_maps(const std::vector<int64_t>& numbers, Tensors tensors) {
@@ -62,8 +40,9 @@ void run_maps(const std::vector<int64_t>& numbers, Tensors tensors) {
   const int64_t levels = tensors[1].sizes[0];
   const acc_t threshold = static_cast<acc_t>(scalars[0]);
   DenseHeads<T> heads{};
-  heads.logits = maps_of<T>(tensors.subspan(4, levels)), heads.deltas = maps_of<T>(tensors.subspan(4 + levels, levels));
-  if (numbers.at(2)) heads.centerness = maps_of<T>(tensors.subspan(4 + 2 * levels, levels));
+  heads.logits = maps_of<const T>(tensors.subspan(4, levels)),
+  heads.deltas = maps_of<const T>(tensors.subspan(4 + levels, levels));
+  if (numbers.at(2)) heads.centerness = maps_of<const T>(tensors.subspan(4 + 2 * levels, levels));
   heads.image_sizes = tensors[3].data<const acc_t>();
   heads.anchors = tensors[1].sizes[1], heads.classes = heads.logits[0].channels / heads.anchors;
   heads.pre_nms_top_n = numbers.at(1), heads.max_detections = tensors.last(4)[1].sizes[1];
@@ -79,10 +58,10 @@ void run_maps(const std::vector<int64_t>& numbers, Tensors tensors) {
     heads.stride_y.push_back(static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i]));
     heads.stride_x.push_back(static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i + 1]));
   }
-  run_planned([&](Scratch& scratch) { return plan_detections(scratch, heads); },
-              [&](const auto& plan, const auto& launch) {
-                detect_in_launches(plan, heads.cells, tables_of<acc_t>(tensors), launch);
-              });
+  const auto plan = [&](Scratch& scratch) { return plan_detections(scratch, heads); };
+  host_cuda::run_planned<Scratch>(kUnwritten, plan, [&](const auto& plan) {
+    detect_in_launches(plan, heads.cells, tables_of<acc_t>(tensors), host_cuda::kLaunch);
+  });
 }
 
 template <class acc_t>
@@ -98,34 +77,27 @@ void run_boxes(const std::vector<int64_t>& numbers, Tensors tensors) {
   heads.min_size = static_cast<acc_t>(scalars[7]), heads.coding = coding_of<acc_t>(scalars);
   const auto limit = numbers.at(2) < 0 ? std::nullopt : std::optional(numbers.at(2));
   const auto tables = tables_of<acc_t>(tensors);
-  run_planned(
-      [&](Scratch& scratch) {
-        return plan_boxes(scratch, heads, static_cast<acc_t>(scalars[0]), limit,
-                          make_overlap_rule<acc_t>(scalars[1], NmsConvention::kDivision), tables.room);
-      },
-      [&](const auto& plan, const auto& launch) { detect_in_launches(plan, tables, launch); });
+  const auto plan = [&](Scratch& scratch) {
+    return plan_boxes(scratch, heads, static_cast<acc_t>(scalars[0]), limit,
+                      make_overlap_rule<acc_t>(scalars[1], NmsConvention::kDivision), tables.room);
+  };
+  host_cuda::run_planned<Scratch>(kUnwritten, plan,
+                                  [&](const auto& plan) { detect_in_launches(plan, tables, host_cuda::kLaunch); });
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: detections_main maps|boxes CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  const int64_t type = file.numbers.at(0);
+  const auto run = []<class T>(const auto& kernel, const auto& file) {
+    if (kernel == "maps") return fpn_fast::run_maps<T>(file.numbers, file.tensors);
+    // Boxes are of no half precision.
+    if constexpr (sizeof(T) >= sizeof(float)) fpn_fast::run_boxes<T>(file.numbers, file.tensors);
+  };
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   // All types would take minutes to build.
-  if (type != 1) host_cuda::fail("a sanitizer's build has float32 alone");
-  const bool of_maps = arguments[1] == std::string("maps");
-  of_maps ? fpn_fast::run_maps<float>(file.numbers, file.tensors)
-          : fpn_fast::run_boxes<float>(file.numbers, file.tensors);
+  return host_cuda::main_of_types<float>(count, arguments, run);
 #else
-  if (arguments[1] == std::string("maps")) {
-    host_cuda::dispatch_floating(type, [&]<class T>() { fpn_fast::run_maps<T>(file.numbers, file.tensors); });
-  } else {
-    type == 0 ? fpn_fast::run_boxes<double>(file.numbers, file.tensors)
-              : fpn_fast::run_boxes<float>(file.numbers, file.tensors);
-  }
+  return host_cuda::main_of(count, arguments, run);
 #endif
-  file.write();
 }

@@ -4,8 +4,6 @@
 // scale_clamp, center_offset, center_clamp, weights, means and stds as one in float64, cell anchors [L, A, 4] in
 // float64, strides [L, 2], image sizes [N, 2], L maps of objectness and L of deltas, boxes [N, P, 4], scores [N, P],
 // counts [N].
-#include <span>
-
 #include "../../csrc/cuda/generate_proposals.cuh"
 #include "case_file.h"
 
@@ -13,16 +11,9 @@ namespace fpn_fast {
 namespace {
 
 template <class T>
-std::vector<FeatureMap<const T>> maps_of(std::span<const host_cuda::HostTensor> tensors) {
-  std::vector<FeatureMap<const T>> maps;
-  for (const auto& tensor : tensors) maps.push_back(tensor.map<const T>());
-  return maps;
-}
-
-template <class T>
 void run(const host_cuda::CaseFile& file) {
   using acc_t = acc_type<T>;
-  const std::span<const host_cuda::HostTensor> tensors(file.tensors);
+  const host_cuda::Tensors tensors(file.tensors);
   const double* scalars = tensors[0].data<const double>();
   const auto& flags = file.numbers;
   const int64_t levels = tensors[1].sizes[0], first_output = 4 + 2 * levels;
@@ -50,30 +41,19 @@ void run(const host_cuda::CaseFile& file) {
     cells.push_back({static_cast<acc_t>(cell[0]), static_cast<acc_t>(cell[1]), static_cast<acc_t>(cell[2]),
                      static_cast<acc_t>(cell[3])});
   }
-  const auto objectness = maps_of<T>(tensors.subspan(4, levels)),
-             deltas = maps_of<T>(tensors.subspan(4 + levels, levels));
-  Scratch counting;
-  plan_proposals<T>(counting, arguments, objectness, deltas);
-  const host_cuda::Storage memory(counting.bytes());
-  // What no kernel wrote shows.
-  std::memset(memory.data(), 0xff, memory.bytes());
-  Scratch scratch(memory.data());
-  propose_in_launches<T>(plan_proposals<T>(scratch, arguments, objectness, deltas), cells,
-                         tensors[3].data<const acc_t>(), tensors[first_output].data<Box<acc_t>>(),
-                         tensors[first_output + 1].data<acc_t>(), tensors[first_output + 2].data<int64_t>(),
-                         [](auto kernel, const LaunchConfig& config, const auto& argument) {
-                           if (config.blocks == 0) return;
-                           host_cuda::launch({static_cast<unsigned>(config.blocks)},
-                                             {static_cast<unsigned>(config.threads)}, [&] { kernel(argument); });
-                         });
+  const auto objectness = host_cuda::maps_of<const T>(tensors.subspan(4, levels)),
+             deltas = host_cuda::maps_of<const T>(tensors.subspan(4 + levels, levels));
+  const auto plan = [&](Scratch& scratch) { return plan_proposals<T>(scratch, arguments, objectness, deltas); };
+  host_cuda::run_planned<Scratch>(0xff, plan, [&](const auto& plan) {
+    propose_in_launches<T>(plan, cells, tensors[3].data<const acc_t>(), tensors[first_output].data<Box<acc_t>>(),
+                           tensors[first_output + 1].data<acc_t>(), tensors[first_output + 2].data<int64_t>(),
+                           host_cuda::kLaunch);
+  });
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: generate_proposals_main generate_proposals CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  host_cuda::dispatch_floating(file.numbers.at(0), [&]<class T>() { fpn_fast::run<T>(file); });
-  file.write();
+  return host_cuda::main_of(count, arguments, []<class T>(const auto&, const auto& file) { fpn_fast::run<T>(file); });
 }

@@ -16,19 +16,12 @@ void run(const host_cuda::CaseFile& file) {
   search.boxes = heatmaps.sizes[0], search.keypoints = heatmaps.sizes[1];
   search.height = static_cast<int>(heatmaps.sizes[2]), search.width = static_cast<int>(heatmaps.sizes[3]);
   search.points = file.tensors.at(2).data<float>(), search.scores = file.tensors.at(3).data<float>();
-  search_in_launch(search, [](auto kernel, const LaunchConfig& config, const auto& argument) {
-    if (config.blocks == 0) return;
-    host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                      [&] { kernel(argument); });
-  });
+  search_in_launch(search, host_cuda::kLaunch);
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: heatmaps_to_keypoints_main search CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  host_cuda::dispatch_floating(file.numbers.at(0), [&]<class T>() { fpn_fast::run<T>(file); });
-  file.write();
+  return host_cuda::main_of(count, arguments, []<class T>(const auto&, const auto& file) { fpn_fast::run<T>(file); });
 }

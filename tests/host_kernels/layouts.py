@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .run import storage_bytes
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,16 +55,3 @@ def poisoned(size: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> torch
 def place(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     """`values` in memory laid out so."""
     return poisoned(tuple(values.shape), layout, values.dtype).copy_(values)
-
-
-def only_the_map_was_written(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether the storages differ nowhere but inside the map."""
-    inside = torch.zeros(before.untyped_storage().nbytes() // before.itemsize, dtype=torch.bool)
-    inside.as_strided(before.size(), before.stride(), before.storage_offset()).fill_(True)
-    if not len(inside):
-        return True
-    old, new = (
-        torch.frombuffer(bytearray(storage_bytes(tensor)), dtype=torch.uint8).view(-1, tensor.itemsize)
-        for tensor in (before, after)
-    )
-    return torch.equal(old[~inside], new[~inside])

@@ -37,19 +37,13 @@ void run(const host_cuda::CaseFile& file) {
   const double* corners = tensors.at(1).data<const double>();
   if (first_cell > kMaxCellAnchors) host_cuda::fail("too many cell anchors");
   for (int64_t i = 0; i < 4 * first_cell; ++i) matching.cell_anchor[i] = static_cast<T>(corners[i]);
-  match_in_launches(matching, [](auto kernel, const LaunchConfig& config, const auto& argument) {
-    if (config.blocks == 0) return;
-    host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                      [&] { kernel(argument); });
-  });
+  match_in_launches(matching, host_cuda::kLaunch);
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: match_anchors_main match CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  file.numbers.at(0) == 0 ? fpn_fast::run<double>(file) : fpn_fast::run<float>(file);
-  file.write();
+  return host_cuda::main_of_types<double, float>(
+      count, arguments, []<class T>(const auto&, const auto& file) { fpn_fast::run<T>(file); });
 }

@@ -1,25 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs multi-level RoIAlign or its gradient: multiscale_roi_align_main forward|backward CASE_FILE.
-// Numbers: type, sampling_ratio, aligned, whether levels are given. Tensors: RoIs [K, 5, 1, 1] and
-// scales and thresholds in float64, levels, then the maps finest first and the pooled RoIs, or the RoIs' gradient and
-// the maps'. One of `levels` and `thresholds` is empty.
-#include <span>
-
+// Runs multi-level RoIAlign or its gradient, of averages or of maxima:
+// multiscale_roi_align_main forward|backward|forward_max|backward_max CASE_FILE.
+// Numbers: type, sampling_ratio, aligned, whether levels are given, channels_last. Tensors: RoIs [K, 5] and scales and
+// thresholds in float64, levels, then the maps finest first and the pooled RoIs (and winners), or the RoIs' gradient
+// (and the winners) and the maps'. One of `levels` and `thresholds` is empty.
 #include "../../csrc/cuda/multiscale_roi_align.cuh"
 #include "../../csrc/cuda/multiscale_roi_align_backward.cuh"
+#include "../../csrc/cuda/multiscale_roi_align_max.cuh"
 #include "case_file.h"
 
 namespace fpn_fast {
 namespace {
 
-using Tensors = std::span<const host_cuda::HostTensor>;
-
-template <class T>
-std::vector<FeatureMap<T>> to_maps(Tensors tensors) {
-  std::vector<FeatureMap<T>> maps;
-  for (const auto& tensor : tensors) maps.push_back(tensor.map<T>());
-  return maps;
-}
+using host_cuda::maps_of, host_cuda::Tensors;
 
 template <class acc_t>
 RoiAlignArguments<acc_t> arguments_of(const host_cuda::CaseFile& file, const host_cuda::HostTensor& pooled,
@@ -46,41 +39,46 @@ RoiAlignArguments<acc_t> arguments_of(const host_cuda::CaseFile& file, const hos
 
 template <class Argument>
 void launch(void (*kernel)(Argument), const LaunchConfig& config, const Argument& argument) {
-  if (config.blocks == 0) return;
-  host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                    [&] { kernel(argument); });
+  host_cuda::kLaunch(kernel, config, argument);
 }
 
 // The lists whole, whichever block of the launch after them is run alone: it needs them.
 template <class acc_t>
 void launch(void (*kernel)(RoiListing<acc_t>), const LaunchConfig& config, const RoiListing<acc_t>& argument) {
-  if (config.blocks == 0) return;
   constexpr const char* kOnlyBlock = "HOST_CUDA_ONLY_BLOCK";
   const char* setting = std::getenv(kOnlyBlock);
   const std::string block = setting != nullptr ? setting : "";
   unsetenv(kOnlyBlock);
-  host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                    [&] { kernel(argument); });
+  host_cuda::kLaunch(kernel, config, argument);
   if (!block.empty()) setenv(kOnlyBlock, block.c_str(), 1);
 }
 
 template <class T>
-void run(bool backward, const host_cuda::CaseFile& file) {
-  const Tensors maps = Tensors(file.tensors).subspan(4);
+void run(const std::string& kernel, const host_cuda::CaseFile& file) {
+  const bool backward = kernel.starts_with("backward"), max = kernel.ends_with("max"), last = file.numbers.at(4);
+  const Tensors all = Tensors(file.tensors).subspan(4);
+  // What is pooled, with its winners, comes after the maps or, as a gradient, before them.
+  const size_t count = all.size() - 1 - max;
+  const Tensors maps = backward ? all.last(count) : all.first(count), pooled = backward ? all : all.subspan(count);
+  const auto arguments = arguments_of<acc_type<T>>(file, pooled[0], maps[0]);
   const auto launch_one = [](auto kernel, const LaunchConfig& config, const auto& argument) {
     launch(kernel, config, argument);
   };
-  if (backward) {
-    const auto arguments = arguments_of<acc_type<T>>(file, maps.front(), maps.back());
-    const host_cuda::Storage scratch(
-        roi_lists_bytes<acc_type<T>>(arguments.count, arguments.batch * (maps.size() - 1)));
-    std::memset(scratch.data(), 0xff, scratch.bytes());
-    gather_in_launches<T>(arguments, maps.front().map<const T>(), to_maps<T>(maps.subspan(1)), scratch.data(),
-                          launch_one);
+  if (!backward && max) {
+    return pool_max_in_launch<T>(arguments, maps_of<const T>(maps), pooled[0].map<T>(), pooled[1].map<int>(), last,
+                                 launch_one);
+  }
+  if (!backward) {
+    if (arguments.count > 0) pool_in_launch<T>(arguments, maps_of<const T>(maps), pooled[0].map<T>(), launch_one);
+    return;
+  }
+  const host_cuda::Storage scratch(roi_lists_bytes<acc_type<T>>(arguments.count, arguments.batch * count));
+  std::memset(scratch.data(), 0xff, scratch.bytes());
+  if (max) {
+    gather_max_in_launches<T>(arguments, pooled[0].map<const T>(), pooled[1].map<const int>(), maps_of<T>(maps), last,
+                              scratch.data(), launch_one);
   } else {
-    const auto arguments = arguments_of<acc_type<T>>(file, maps.back(), maps.front());
-    if (arguments.count == 0) return;
-    pool_in_launch<T>(arguments, to_maps<const T>(maps.first(maps.size() - 1)), maps.back().map<T>(), launch_one);
+    gather_in_launches<T>(arguments, pooled[0].map<const T>(), maps_of<T>(maps), scratch.data(), launch_one);
   }
 }
 
@@ -88,9 +86,6 @@ void run(bool backward, const host_cuda::CaseFile& file) {
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: multiscale_roi_align_main forward|backward CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  const bool backward = arguments[1] == std::string("backward");
-  host_cuda::dispatch_floating(file.numbers.at(0), [&]<class T>() { fpn_fast::run<T>(backward, file); });
-  file.write();
+  return host_cuda::main_of(count, arguments,
+                            []<class T>(const auto& kernel, const auto& file) { fpn_fast::run<T>(kernel, file); });
 }

@@ -25,20 +25,14 @@ void run(bool above, const host_cuda::CaseFile& file) {
   } else {
     pasting.values = out.data<T>();
   }
-  paste_in_launch(pasting, [](auto kernel, const LaunchConfig& config, const auto& argument) {
-    if (config.blocks == 0) return;
-    host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                      [&] { kernel(argument); });
-  });
+  paste_in_launch(pasting, host_cuda::kLaunch);
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: paste_masks_main values|above CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  host_cuda::dispatch_floating(file.numbers.at(0),
-                               [&]<class T>() { fpn_fast::run<T>(arguments[1] == std::string("above"), file); });
-  file.write();
+  return host_cuda::main_of(count, arguments, []<class T>(const auto& kernel, const auto& file) {
+    fpn_fast::run<T>(kernel == "above", file);
+  });
 }

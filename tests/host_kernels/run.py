@@ -108,6 +108,59 @@ def run(
         return _decode(Path(case.name).read_bytes(), tensors)
 
 
+def only_the_map_was_written(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether the storages differ nowhere but inside the map."""
+    inside = torch.zeros(before.untyped_storage().nbytes() // before.itemsize, dtype=torch.bool)
+    inside.as_strided(before.size(), before.stride(), before.storage_offset()).fill_(True)
+    if not len(inside):
+        return True
+    old, new = (
+        torch.frombuffer(bytearray(storage_bytes(tensor)), dtype=torch.uint8).view(-1, tensor.itemsize)
+        for tensor in (before, after)
+    )
+    return torch.equal(old[~inside], new[~inside])
+
+
+def outputs_of(
+    program: str,
+    kernel: str,
+    numbers: Sequence[int],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    **options,
+) -> list[torch.Tensor]:
+    """The outputs as `kernel` leaves them. It must have kept the inputs, and all around the outputs, as they were."""
+    results = run(program, kernel, numbers, [*inputs, *outputs], **options)
+    for before, after in zip(inputs, results, strict=False):
+        assert storage_bytes(before) == storage_bytes(after), "an input was written"
+    for before, after in zip(outputs, results[len(inputs) :], strict=True):
+        assert only_the_map_was_written(before, after), "something beside an output was written"
+    return results[len(inputs) :]
+
+
+def check_each_block_alone(
+    program: str,
+    kernel: str,
+    numbers: Sequence[int],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+) -> None:
+    """Each element of the outputs, which hold what no kernel writes, is written by one block, as it is in company."""
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+        return tensor.contiguous().view(integer)
+
+    together = outputs_of(program, kernel, numbers, inputs, outputs)
+    writers = [torch.zeros(each.shape, dtype=torch.int) for each in outputs]
+    for alone in block_by_block(program, kernel, numbers, [*inputs, *outputs]):
+        for before, one, right, count in zip(outputs, alone[len(inputs) :], together, writers, strict=True):
+            written = bits(one) != bits(before)
+            assert torch.equal(bits(one)[written], bits(right)[written])
+            count += written
+    assert all((count == 1).all() for count in writers)
+
+
 def block_by_block(program: str, kernel: str, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> Iterator:
     """The tensors as each block of `kernel`, run alone on those given, leaves them."""
     for block in itertools.count():

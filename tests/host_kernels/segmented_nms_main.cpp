@@ -20,38 +20,27 @@ void run(bool only_sorts, const host_cuda::CaseFile& file) {
   input.batch = tensors.at(1).sizes[0], input.room = tensors.at(1).sizes[1];
   input.offset = convention == NmsConvention::kOffset;
   const auto rule = make_overlap_rule<acc_t>(*tensors.at(0).data<const double>(), convention);
-  Scratch counting;
-  plan_nms(counting, input, rule);
-  const host_cuda::Storage memory(counting.bytes());
-  // What no kernel wrote shows.
-  std::memset(memory.data(), 0xff, memory.bytes());
-  Scratch scratch(memory.data());
-  const NmsPlan<acc_t> plan = plan_nms(scratch, input, rule);
-  const auto launch = [](auto kernel, const LaunchConfig& config, const auto& argument) {
-    if (config.blocks == 0) return;
-    host_cuda::launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)},
-                      [&] { kernel(argument); });
-  };
   int64_t *keep = tensors.at(5).data<int64_t>(), *kept = tensors.at(6).data<int64_t>();
-  if (!only_sorts) return nms_in_launches(plan, tensors.at(5).sizes[1], keep, kept, launch);
-  sort_in_launches(plan, launch);
-  const Candidates<acc_t>& candidates = plan.first.candidates;
-  for (int64_t n = 0; n < input.batch; ++n) {
-    const int *order = plan.first.order + n * candidates.room, *ranks = candidates.ranks;
-    kept[n] = candidates.counts[n];
-    for (int i = 0; i < kept[n]; ++i) {
-      keep[n * input.room + i] = order[ranks != nullptr ? ranks[n * candidates.room + i] : i];
+  const auto plan = [&](Scratch& scratch) { return plan_nms(scratch, input, rule); };
+  host_cuda::run_planned<Scratch>(0xff, plan, [&](const NmsPlan<acc_t>& plan) {
+    if (!only_sorts) return nms_in_launches(plan, tensors.at(5).sizes[1], keep, kept, host_cuda::kLaunch);
+    sort_in_launches(plan, host_cuda::kLaunch);
+    const Candidates<acc_t>& candidates = plan.first.candidates;
+    for (int64_t n = 0; n < input.batch; ++n) {
+      const int *order = plan.first.order + n * candidates.room, *ranks = candidates.ranks;
+      kept[n] = candidates.counts[n];
+      for (int i = 0; i < kept[n]; ++i) {
+        keep[n * input.room + i] = order[ranks != nullptr ? ranks[n * candidates.room + i] : i];
+      }
     }
-  }
+  });
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: segmented_nms_main nms|sort CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  const bool only_sorts = arguments[1] == std::string("sort");
-  file.numbers.at(0) == 0 ? fpn_fast::run<double>(only_sorts, file) : fpn_fast::run<float>(only_sorts, file);
-  file.write();
+  return host_cuda::main_of_types<double, float>(count, arguments, []<class T>(const auto& kernel, const auto& file) {
+    fpn_fast::run<T>(kernel == "sort", file);
+  });
 }

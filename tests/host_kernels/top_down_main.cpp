@@ -2,8 +2,6 @@
 // Runs the top-down merge or its gradient: top_down_main forward|backward CASE_FILE.
 // Numbers: type, Resample, average, channels_last. Tensors: the inputs finest first, then the outputs finest first;
 // laterals and merged maps, or gradients of the merged maps and of the laterals but the finest.
-#include <span>
-
 #include "../../csrc/cuda/top_down.cuh"
 #include "../../csrc/cuda/top_down_backward.cuh"
 #include "case_file.h"
@@ -11,7 +9,7 @@
 namespace fpn_fast {
 namespace {
 
-using Maps = std::span<const host_cuda::HostTensor>;
+using Maps = host_cuda::Tensors;
 
 template <class T>
 std::vector<FeatureMap<T>> marked_maps(Maps tensors, bool channels_last) {
@@ -49,26 +47,24 @@ void gather(Maps inputs, Maps outputs, Resample mode, bool average) {
                                        });
 }
 
+template <class T>
 void run(bool backward, const host_cuda::CaseFile& file) {
   const auto mode = static_cast<Resample>(file.numbers.at(1));
   const bool average = file.numbers.at(2), channels_last = file.numbers.at(3);
   // One merged map fewer than laterals, but as many gradients of laterals as of merged maps.
   const size_t inputs = (file.tensors.size() + !backward) / 2;
   const Maps all(file.tensors), in = all.first(inputs), out = all.subspan(inputs);
-  host_cuda::dispatch_floating(file.numbers.at(0), [&]<class T>() {
-    const auto with_layout = [&]<bool kChannelsLast>() {
-      backward ? gather<T, kChannelsLast>(in, out, mode, average) : merge<T, kChannelsLast>(in, out, mode, average);
-    };
-    channels_last ? with_layout.template operator()<true>() : with_layout.template operator()<false>();
-  });
+  const auto with_layout = [&]<bool kChannelsLast>() {
+    backward ? gather<T, kChannelsLast>(in, out, mode, average) : merge<T, kChannelsLast>(in, out, mode, average);
+  };
+  channels_last ? with_layout.template operator()<true>() : with_layout.template operator()<false>();
 }
 
 }  // namespace
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  if (count != 3) host_cuda::fail("usage: top_down_main forward|backward CASE_FILE");
-  const host_cuda::CaseFile file(arguments[2]);
-  fpn_fast::run(arguments[1] == std::string("backward"), file);
-  file.write();
+  return host_cuda::main_of(count, arguments, []<class T>(const auto& kernel, const auto& file) {
+    fpn_fast::run<T>(kernel == "backward", file);
+  });
 }
