@@ -84,6 +84,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     fpn_fast.triton.multiscale_roi_align.BLOCK_GRAD_BYTES = 32768 * 4
 
 
+# Not before the environment is set, which they read.
+from helpers import devices  # noqa: E402
+from helpers.devices import CPU_AND_GPU  # noqa: E402
+
+from fpn_fast import backends  # noqa: E402
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A GPU's arithmetic with infinities and NaN warns nobody.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -105,6 +112,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    """The backends that are quick on the CPU."""
+    with backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*CPU_AND_GPU[:2], "triton", *CPU_AND_GPU[2:]])
+def every_backend(request, monkeypatch):
+    """Those on the CPU, and those with kernels on a GPU, where `ops` of the test's file then runs."""
+    *device, name = request.param.split("-")
+    if request.param == "triton" and not backends.triton_interprets():
+        pytest.skip("Triton runs on the GPU here")
+    if device:
+        monkeypatch.setattr(request.module, "ops", devices.OpsOn(*device))
+    with backends.use(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -168,6 +168,11 @@ class TestTopDown(HostBattery):
         yield merge(laterals, layouts, case)
         yield gather(grads, laterals, layouts, case)
 
+    @pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
+    def test_offsets_of_more_than_31_bits(self, text, axis):
+        for call in self.calls_of(text):
+            assert all(map(torch.equal, self.outputs(call), self.outputs(call, spread=axis)))
+
     @pytest.mark.parametrize("along_channels", AXES.values(), ids=AXES)
     def test_an_expanded_gradient(self, along_channels):
         """sum().backward() hands on one element with strides of zero."""

@@ -9,7 +9,6 @@ from helpers import battery
 from helpers.battery import Battery, Case, Op
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops.poolers import LevelMapper
 
 from fpn_fast import backends, ops, reference
@@ -397,22 +396,6 @@ def test_autocast_promotes_to_the_widest_and_keeps_boxes():
     assert half.dtype == torch.bfloat16
 
 
-def test_schemas_of_all_namespaces_are_equal():
-    pytest.importorskip("triton")
-    for forms in (_FORWARD, _BACKWARD):
-        assert set(forms) == {"cpp", "triton", "reference"}
-        assert len({str(op._schema).partition("::")[2] for op in forms.values()}) == 1
-
-
-def test_nothing_waits_for_the_device():
-    """No value is looked at: fake tensors have none."""
-    with FakeTensorMode():
-        maps = [torch.empty(2, 8, *size, device="cuda") for size in PYRAMID]
-        pooled = ops.multiscale_roi_align(maps, torch.empty(30, 5, device="cuda"), 7, SCALES)
-        levels = ops.assign_levels(torch.empty(30, 5, device="cuda"), SCALES)
-    assert (pooled.shape, pooled.device.type, levels.shape) == ((30, 8, 7, 7), "cuda", (30,))
-
-
 FEATURES = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)]
 BOX = torch.tensor([[0.0, 0, 0, 4, 4]])
 ERRORS = [
@@ -485,17 +468,3 @@ def test_more_than_2_to_31_elements(device, memory_format):
     grad = torch.autograd.grad(pooled.sum(), feature)[0]
     assert (grad[-1, :, -1, -1] == 1).all()
     assert grad.float().sum() == 256
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_can_be_captured_in_a_graph(backend):
-    maps = CASES[0].inputs(torch.float32, "cuda", torch.channels_last, grad=False)
-    rois, _ = tensors(ROIS, None, "cuda")
-    graph = torch.cuda.CUDAGraph()
-    with backends.use(backend):
-        expected = ops.multiscale_roi_align(maps, rois, 7, SCALES, sampling_ratio=2)
-        with torch.cuda.graph(graph):
-            captured = ops.multiscale_roi_align(maps, rois, 7, SCALES, sampling_ratio=2)
-        graph.replay()
-        assert torch.equal(captured, expected)

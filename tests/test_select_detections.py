@@ -2,16 +2,13 @@
 """`select_detections` and `select_box_detections`: against torchvision, and backend against backend."""
 
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import devices
+from helpers.devices import check_on_a_gpu, not_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 from torchvision.models.detection import _utils, fcos, retinanet, roi_heads, ssd
 
 from fpn_fast import backends, ops
@@ -20,10 +17,6 @@ from fpn_fast.ops.select_detections import _FORWARD as OF_MAPS
 from fpn_fast.reference.generate_proposals import anchors_at
 
 NAN, INF = math.nan, math.inf
-BACKENDS = ["cpp", "reference"]
-GPU = [pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton")]
-# A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of pairs.
-not_interpreted = pytest.mark.parametrize("backend", [*BACKENDS, *GPU], indirect=True)
 FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 SIZES = [(100, 160), (90, 168)]
 PYRAMID = ((25, 42), (13, 21), (7, 11))
@@ -34,27 +27,9 @@ OPTIONS = {"score_thresh": 0.05, "pre_nms_top_n": 200, "nms_thresh": 0.5, "max_d
 Outputs = tuple[torch.Tensor, ...]
 
 
-@pytest.fixture(params=BACKENDS)
-def cpu_backend(request):
-    with backends.use(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=[*BACKENDS, "triton", *GPU])
-def backend(request, monkeypatch):
-    """Backends on the CPU, and those with kernels on a GPU, where `ops` of this file then runs."""
-    *device, name = request.param.split("-")
-    if request.param == "triton" and not backends.triton_interprets():
-        pytest.skip("Triton runs on the GPU here")
-    if device:
-        monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
-    with backends.use(name):
-        yield name
-
-
 def each_backend(call) -> list[Outputs]:
     results = []
-    for name in BACKENDS:
+    for name in ("cpp", "reference"):
         with backends.use(name):
             results.append(call())
     return results
@@ -152,7 +127,7 @@ def check_equal(found, expected, unit):
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torchvisions_retinanet(backend, dtype, form):
+def test_equals_torchvisions_retinanet(every_backend, dtype, form):
     maps = head(dtype, form)
     found = select(maps)
     assert [each.dtype for each in found] == [dtype, dtype, torch.int64, torch.int64]
@@ -162,7 +137,7 @@ def test_equals_torchvisions_retinanet(backend, dtype, form):
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torchvisions_fcos(backend, dtype, form):
+def test_equals_torchvisions_fcos(every_backend, dtype, form):
     maps = head(dtype, form, anchors=1)
     found = select_centered(maps)
     assert found[3].min() > 20
@@ -177,7 +152,7 @@ def test_equals_torchvisions_fcos(backend, dtype, form):
      {"score_thresh": -1.0, "pre_nms_top_n": 50}, {"nms_thresh": 0.0}, {"nms_thresh": 1.0}],
     ids=str,
 )  # fmt: skip
-def test_other_numbers(backend, options):
+def test_other_numbers(every_backend, options):
     """Fewer pairs than are asked for, nothing or everything that is good enough, fewer wanted than are left."""
     maps = head()
     check_equal(select(maps, **options), torchvisions_retinanet(maps, **options), 2**-23)
@@ -185,7 +160,7 @@ def test_other_numbers(backend, options):
 
 @not_interpreted
 @pytest.mark.parametrize("call", [select, select_centered], ids=["deltas", "distances"])
-def test_nothing_wanted(backend, call):
+def test_nothing_wanted(every_backend, call):
     maps = head(anchors=2 if call is select else 1)
     assert not call(maps, pre_nms_top_n=0)[3].any()
     boxes, scores, labels, counts = call(maps, max_detections=0)
@@ -195,7 +170,7 @@ def test_nothing_wanted(backend, call):
 @not_interpreted
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("levels", [1, 2])
-def test_batches_and_levels(backend, batch, levels):
+def test_batches_and_levels(every_backend, batch, levels):
     maps = head(batch=batch, pyramid=PYRAMID[:levels])
     found = select(maps, CELLS[:levels])
     assert (found[0].shape, found[3].shape) == ((batch, 60, 4), (batch,))
@@ -215,7 +190,7 @@ def test_cpp_is_the_reference_bit_for_bit(dtype, form):
 
 
 @not_interpreted
-def test_any_strides(backend):
+def test_any_strides(every_backend):
     """Frames of NaN, and a torchvision head's tables, seen as maps."""
     maps = head()
     expected = select(maps)
@@ -240,7 +215,7 @@ def test_any_strides(backend):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_ties_go_in_the_order_of_place_anchor_and_class(backend):
+def test_ties_go_in_the_order_of_place_anchor_and_class(every_backend):
     """All logits equal: the first pairs of (y, x, anchor, class), and of equal scores the finer level first."""
     maps = head(batch=1)
     maps.logits = [torch.full_like(m, 0.25) for m in maps.logits]
@@ -259,7 +234,7 @@ def test_ties_go_in_the_order_of_place_anchor_and_class(backend):
 
 @not_interpreted
 @pytest.mark.parametrize("call", [select, select_centered], ids=["deltas", "distances"])
-def test_bad_numbers_are_never_selected(backend, call):
+def test_bad_numbers_are_never_selected(every_backend, call):
     """What is left is as if the logits had been low."""
     maps = head(anchors=2 if call is select else 1)
     many = {"pre_nms_top_n": 10**5, "max_detections": 3000}
@@ -278,7 +253,7 @@ def test_bad_numbers_are_never_selected(backend, call):
     assert not any(each.any() for each in call(maps))
 
 
-def test_a_threshold_that_is_hit_exactly(backend):
+def test_a_threshold_that_is_hit_exactly(every_backend):
     logits, deltas, centers = torch.zeros(1, 1, 1, 2), torch.zeros(1, 4, 1, 2), torch.zeros(1, 1, 1, 2)
     arguments = ([logits], [deltas], [[(0, 0, 8, 4)]], [(1, 20)], torch.tensor([[50, 50]]))
     numbers = {"pre_nms_top_n": 5, "nms_thresh": 0.5, "max_detections": 5}
@@ -336,7 +311,7 @@ def torchvisions_ssd(these, class_top_n, **options):
 
 @pytest.mark.parametrize("counts", [[70, 70], [70, 33], [0, 12]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torchvisions_roi_heads(backend, dtype, counts):
+def test_equals_torchvisions_roi_heads(every_backend, dtype, counts):
     these = tables(dtype)
     found = select_boxes(these, torch.tensor(counts))
     assert [each.dtype for each in found] == [dtype, dtype, torch.int64, torch.int64]
@@ -346,7 +321,7 @@ def test_equals_torchvisions_roi_heads(backend, dtype, counts):
 
 
 @pytest.mark.parametrize("class_top_n", [0, 1, 9, 1000])
-def test_equals_torchvisions_ssd(backend, class_top_n):
+def test_equals_torchvisions_ssd(every_backend, class_top_n):
     these = tables(shared=True)
     found = select_boxes(these, class_top_n=class_top_n, min_size=0.0)
     check_equal(found, torchvisions_ssd(these, class_top_n), 2**-21)
@@ -358,7 +333,7 @@ def test_equals_torchvisions_ssd(backend, class_top_n):
     [{"max_detections": 3}, {"max_detections": 0}, {"score_thresh": 0.9}, {"score_thresh": 1.0}, {"nms_thresh": 0.0}],
     ids=str,
 )
-def test_other_numbers_of_boxes(backend, options):
+def test_other_numbers_of_boxes(every_backend, options):
     these = tables()
     check_equal(select_boxes(these, **options), torchvisions_roi_heads(these, [70, 70], **options), 2**-21)
 
@@ -384,7 +359,7 @@ def test_cpp_is_the_reference_bit_for_bit_of_boxes(dtype, class_top_n, shared):
 
 
 @not_interpreted
-def test_bad_tables_are_never_selected(backend):
+def test_bad_tables_are_never_selected(every_backend):
     """A NaN, an infinite logit, delta or corner; minus infinity is the logit of a class that cannot be."""
     these, counts = tables(batch=1, boxes=8), torch.tensor([8])
     good = select_boxes(these, counts, nms_thresh=1.0)
@@ -401,7 +376,7 @@ def test_bad_tables_are_never_selected(backend):
     assert not (found[2] == 3).any()
 
 
-def test_a_size_that_is_hit_exactly(backend):
+def test_a_size_that_is_hit_exactly(every_backend):
     logits, deltas = torch.tensor([[[0.0, 3.0]]]), torch.zeros(1, 1, 4)
     arguments = (logits, deltas, torch.tensor([[[2.0, 2.0, 10.0, 6.0]]]), None, torch.tensor([[50, 50]]))
     for least, count in ((4, 1), (4.001, 0)):
@@ -458,62 +433,21 @@ def test_anything(data):
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
-def raw_maps(backend):
+def raw_maps():
     maps = head(pyramid=PYRAMID[1:], anchors=1)
     cells = torch.tensor([table[:1] for table in CELLS[1:]]).flatten().tolist()
-    return OF_MAPS[backend], (
+    return OF_MAPS["cpp"], (
         maps.logits, maps.deltas, maps.centers, cells, [7, 8, 14, 15], torch.tensor(SIZES).float(), 0.2, 30, 0.5, 20,
         [1.0] * 4, 4.0, True,
     )  # fmt: skip
 
 
-def raw_boxes(backend):
+def raw_boxes():
     these = tables()
-    return OF_BOXES[backend], (
+    return OF_BOXES["cpp"], (
         these.logits, these.deltas, these.boxes, torch.tensor([70, 9]), torch.tensor(SIZES).float(), 0.05, 0.01, 7, 0.5,
         20, [10.0, 10.0, 5.0, 5.0], 4.0,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("raw", [raw_maps, raw_boxes])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_opcheck(cpu_backend, device, raw):
-    op, arguments = raw(cpu_backend)
-    torch.library.opcheck(op, tree_map_only(torch.Tensor, lambda t: devices.moved(t, device), arguments))
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(cpu_backend, dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda maps: select(maps, CELLS[:2]), fullgraph=True, dynamic=dynamic)
-    for pyramid in (PYRAMID[:2], ((9, 8), (5, 7))):
-        maps = head(pyramid=pyramid)
-        assert all(torch.equal(a, b) for a, b in zip(compiled(maps), select(maps, CELLS[:2]), strict=True))
-    compiled = torch.compile(select_boxes, fullgraph=True, dynamic=dynamic)
-    for boxes in (70, 31):
-        these = tables(boxes=boxes)
-        assert all(torch.equal(a, b) for a, b in zip(compiled(these), select_boxes(these), strict=True))
-
-
-def test_nothing_waits_for_the_device():
-    """No value is looked at: fake tensors have none."""
-    with FakeTensorMode():
-        maps = [[torch.empty(2, channels, *size, device="cuda") for size in PYRAMID] for channels in (10, 8, 2)]
-        found = select(SimpleNamespace(logits=maps[0], deltas=maps[1]), centerness=maps[2])
-        sizes = ((2, 70, 6), (2, 70, 24), (2, 70, 4))
-        these = SimpleNamespace(
-            **{n: torch.empty(s, device="cuda") for n, s in zip(("logits", "deltas", "boxes"), sizes, strict=True)}
-        )
-        of_boxes = select_boxes(these, torch.empty(2, dtype=torch.int32, device="cuda"))
-    assert [tuple(each.shape) for each in found] == [(2, 60, 4), (2, 60), (2, 60), (2,)]
-    assert [tuple(each.shape) for each in of_boxes] == [(2, 50, 4), (2, 50), (2, 50), (2,)]
-    assert {each.device.type for each in (*found, *of_boxes)} == {"cuda"}
-
-
-@pytest.mark.parametrize("forms", [OF_MAPS, OF_BOXES], ids=["maps", "boxes"])
-def test_schemas_of_all_namespaces_are_equal(forms):
-    assert set(forms) == {*BACKENDS, "triton"}
-    assert len({str(op._schema).partition("::")[2] for op in forms.values()}) == 1
 
 
 def test_autocast_promotes_and_gradients_are_not_kept():
@@ -552,7 +486,7 @@ FENCES = [
 
 @pytest.mark.parametrize(("raw", "place", "value", "message"), FENCES)
 def test_second_fence_holds_behind_the_python_checks(raw, place, value, message):
-    op, arguments = raw("cpp")
+    op, arguments = raw()
     with pytest.raises(RuntimeError, match=message):
         op(*arguments[:place], value(arguments), *arguments[place + 1 :])
 
@@ -615,21 +549,6 @@ def test_errors_of_boxes(change, error, message):
         ops.select_box_detections(*positional, torch.tensor(SIZES), **arguments)
 
 
-def same_on_a_gpu(name, call, *tensors):
-    """`call(*tensors)` of tensors of the CPU, there and twice by `name` on a GPU, bit for bit and with no wait."""
-    expected = call(*tensors)
-    here = tree_map_only(torch.Tensor, lambda t: t.cuda(), tensors)
-    with backends.use(name):
-        call(*here)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            results = [call(*here) for _ in range(2)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for found in results:
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
-
-
 LARGE = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
 
 
@@ -655,7 +574,7 @@ def test_a_gpu_selects_what_the_cpu_does(name, dtype, form, options, centered):
     call = lambda logits, deltas, centers, sizes: ops.select_detections(  # noqa: E731
         logits, deltas, cells, strides, sizes, centerness=centers, **options
     )
-    same_on_a_gpu(name, call, maps.logits, maps.deltas, maps.centers if centered else (), torch.tensor(SIZES).float())
+    check_on_a_gpu(name, call, maps.logits, maps.deltas, maps.centers if centered else (), torch.tensor(SIZES).float())
 
 
 @pytest.mark.gpu
@@ -671,33 +590,4 @@ def test_a_gpu_selects_of_boxes_what_the_cpu_does(name, boxes, classes, class_to
         logits, deltas, boxes, counts, sizes, **options
     )
     counts = torch.tensor([boxes, boxes // 2])
-    same_on_a_gpu(name, call, these.logits, these.deltas, these.boxes, counts, torch.tensor(SIZES).float())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("of_boxes", [False, True], ids=["maps", "boxes"])
-@pytest.mark.parametrize("name", ["cpp", "triton"])
-def test_can_be_captured_in_a_graph(name, of_boxes):
-    sizes = torch.tensor(SIZES).float().cuda()
-    made = lambda seed: vars(tables(seed=seed) if of_boxes else head(seed=seed))  # noqa: E731
-    inputs = tree_map_only(torch.Tensor, lambda t: t.cuda(), made(0))
-    if of_boxes:
-        tensors = [inputs["logits"], inputs["deltas"], inputs["boxes"], None, sizes]
-        call = lambda: ops.select_box_detections(*tensors, **BOX_OPTIONS)  # noqa: E731
-    else:
-        call = lambda: ops.select_detections(  # noqa: E731
-            inputs["logits"], inputs["deltas"], CELLS, STRIDES, sizes, **OPTIONS
-        )
-    with backends.use(name):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        # Other numbers than when it was captured.
-        for field, new in made(5).items():
-            for mine, other in zip(
-                [inputs[field]] if of_boxes else inputs[field], [new] if of_boxes else new, strict=True
-            ):
-                mine.copy_(other)
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+    check_on_a_gpu(name, call, these.logits, these.deltas, these.boxes, counts, torch.tensor(SIZES).float())

@@ -1,19 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from helpers.focal_losses import ALPHA, CASES, DTYPES, accumulated, check
-from torch._subclasses.fake_tensor import FakeTensorMode
+from helpers.devices import without_synchronising
+from helpers.focal_losses import ALPHA, CASES, DTYPES, check
 from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
-from fpn_fast import backends, ops, reference
-from fpn_fast.ops._schemas import FOCAL_TILE
+from fpn_fast import ops, reference
 from fpn_fast.ops.sigmoid_focal_loss import _OP
-
-
-@pytest.fixture(params=["cpp", "reference"])
-def backend(request):
-    with backends.use(request.param):
-        yield request.param
 
 
 def one_hot(labels, classes):
@@ -62,16 +55,10 @@ def test_triton_is_the_float64_truth(name, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_cuda_is_the_float64_truth_without_a_wait(name, dtype):
+def test_cuda_is_the_float64_truth_without_synchronising(name, dtype):
     inputs = CASES[name].inputs(DTYPES[dtype])
     there = [each.cuda() for each in inputs]
-    _OP["cpp"](*there, ALPHA, True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        parts, gradient = _OP["cpp"](*there, ALPHA, True)
-        again = _OP["cpp"](*there, ALPHA, True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    (parts, gradient), again = without_synchronising(lambda: _OP["cpp"](*there, ALPHA, True), 2)
     check(parts.cpu(), gradient.cpu(), inputs)
     assert torch.equal(parts, again[0])
     assert torch.equal(gradient, again[1])
@@ -107,19 +94,6 @@ def test_every_weight_is_1_and_any_integer_and_any_strides(backend):
     assert all(map(torch.equal, found, expected))
 
 
-def test_does_not_depend_on_threads():
-    inputs = CASES["tiles_and_a_rest"].inputs(torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(_OP["cpp"](*inputs, ALPHA, True))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(map(torch.equal, *results))
-
-
 @pytest.mark.parametrize(("anchors", "classes"), [(0, 5), (4, 0), (0, 0)])
 def test_nothing(backend, anchors, classes):
     loss, gradient = loss_and_gradient(torch.zeros(anchors, classes), torch.zeros(anchors, dtype=torch.int64))
@@ -148,38 +122,6 @@ def test_derivatives(backend):
     assert not ops.sigmoid_focal_loss(leaf.detach(), labels).requires_grad
     with torch.no_grad():
         assert not ops.sigmoid_focal_loss(leaf, labels).requires_grad
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(backend, dynamic):
-    compiled = torch.compile(loss_and_gradient_of_leaf, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for name in ("one_tile", "tiles_and_a_rest"):
-        inputs = CASES[name].inputs(torch.float32)
-        results = []
-        for function in (compiled, loss_and_gradient_of_leaf):
-            leaf = inputs[0].clone().requires_grad_()
-            loss = function(leaf, *inputs[1:])
-            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
-
-
-def loss_and_gradient_of_leaf(logits, labels, weights):
-    return ops.sigmoid_focal_loss(logits, labels, weights)
-
-
-@pytest.mark.parametrize("namespace", ["cpp", "reference"])
-def test_op_checks(namespace):
-    inputs = CASES["one_tile"].inputs(torch.float32)
-    torch.library.opcheck(_OP[namespace], (*inputs, ALPHA, True))
-    torch.library.opcheck(_OP[namespace], (*inputs, ALPHA, False))
-
-
-def test_never_waits_for_a_gpu():
-    with FakeTensorMode():
-        logits = torch.empty(2 * FOCAL_TILE, 9, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        loss = ops.sigmoid_focal_loss(logits, torch.empty(2 * FOCAL_TILE, device="cuda", dtype=torch.int64))
-        assert (loss.shape, loss.dtype, loss.device.type) == ((), accumulated(torch.bfloat16), "cuda")
 
 
 LOGITS, LABELS, WEIGHTS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.zeros(4)

@@ -5,9 +5,6 @@ import math
 from contextlib import nullcontext
 
 import pytest
-import test_generate_proposals
-import test_nms
-import test_select_detections
 import torch
 from helpers import devices
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -144,30 +141,6 @@ def test_nothing_there_and_nothing_wanted():
             ),
             torch.zeros(shape), torch.zeros(*shape[:2], 4), torch.ones(*shape[:2], 4), SIZES[: shape[0]],
         )  # fmt: skip
-
-
-RAW = {
-    "generate_proposals": test_generate_proposals.raw,
-    "select_detections": test_select_detections.raw_maps,
-    "select_box_detections": test_select_detections.raw_boxes,
-    "segmented_nms": lambda backend: test_nms.raw(backend)[0],
-}
-
-
-@pytest.mark.parametrize("op", RAW)
-def test_opcheck(op):
-    function, arguments = RAW[op]("triton")
-    torch.library.opcheck(function, tree_map_only(torch.Tensor, lambda t: devices.moved(t, DEVICE), arguments))
-
-
-@pytest.mark.parametrize("op", RAW)
-def test_compiles_in_one_graph(op):
-    function, arguments = RAW[op]("triton")
-    arguments = tree_map_only(torch.Tensor, lambda t: devices.moved(t, DEVICE), arguments)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *given: function(*given), fullgraph=True, backend="aot_eager")
-    found, expected = compiled(*arguments), function(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 class NothingIsCopied(TorchDispatchMode):

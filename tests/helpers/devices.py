@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fpn_fast import ops
+from fpn_fast import backends, ops
+
+CPU_AND_GPU = ["cpp", "reference", *(pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton"))]
+# A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of boxes.
+not_interpreted = pytest.mark.parametrize("every_backend", CPU_AND_GPU, indirect=True)
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
@@ -32,3 +38,22 @@ class OpsOn:
             return tree_map_only(Tensor, lambda t: t.cpu(), function(*arguments, **options))
 
         return call
+
+
+def without_synchronising(call: Callable[..., Any], runs: int = 1) -> list[Any]:
+    """What `call()` gives on a GPU in each run but a first one; an error where it synchronises with the host."""
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return [call() for _ in range(runs)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_on_a_gpu(name: str, call: Callable[..., Any], *tensors: Any) -> None:
+    """`call(*tensors)` on the CPU, and twice by backend `name` on a GPU: bit for bit, and without synchronising."""
+    expected = call(*tensors)
+    here = tree_map_only(Tensor, lambda t: t.cuda(), tensors)
+    with backends.use(name):
+        for found in without_synchronising(lambda: call(*here), 2):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))

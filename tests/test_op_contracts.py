@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op promises alike: shapes without data, torch.compile, any strides and threads, CUDA graphs.
+
+The ops' own files test their values; merges and RoI pooling also pass helpers/battery.py.
+"""
+
+import sys
+from itertools import chain
+
+import pytest
+import torch
+from helpers import calls, devices
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fpn_fast import backends, ops
+
+EVERYTHING = (*calls.RECIPES, *calls.VARIANTS)
+# Those with results whose number the values decide, and those that the battery tests as much.
+OF_ANY_LENGTH = (calls.nms, calls.batched_nms)
+IN_THE_BATTERY = (calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align, calls.assign_levels)
+PADDED = [recipe for recipe in EVERYTHING if recipe not in OF_ANY_LENGTH]
+OTHERS = [recipe for recipe in PADDED if recipe not in IN_THE_BATTERY]
+SELECTIONS = (calls.generate_proposals, calls.select_detections, calls.select_box_detections, calls.segmented_nms)
+
+
+def of(recipes):
+    return pytest.mark.parametrize("recipe", recipes, ids=lambda recipe: recipe.__name__)
+
+
+# Triton's interpreter takes seconds for a call: those that most is built on.
+of_others = pytest.mark.parametrize(
+    ("backend", "recipe"),
+    [(name, recipe) for recipe in OTHERS for name in ("cpp", "reference")] + [("triton", each) for each in SELECTIONS],
+    ids=lambda value: getattr(value, "__name__", value),
+    indirect=["backend"],
+)
+
+
+def call_of(recipe, size=1, dtype=torch.float32, seed=0):
+    call = recipe(torch.Generator().manual_seed(seed), dtype, size)
+    if recipe is calls.sigmoid_focal_loss:
+        call.arguments["logits"].requires_grad_()
+    return call
+
+
+def results(call) -> list[Tensor]:
+    """Outputs, and the gradient where there is one."""
+    found = tree_leaves(call.op(**call.arguments))
+    leaves = [each for each in tree_leaves(call.arguments) if isinstance(each, Tensor) and each.requires_grad]
+    grads = torch.autograd.grad(found[0], leaves) if leaves and found[0].requires_grad else ()
+    return [*(each.detach() for each in found), *grads]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@of(PADDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors_follow_real_ones(recipe, dtype):
+    """Shapes and types follow from shapes and types: no value is looked at, which a GPU would have to be asked for."""
+    call = call_of(recipe, dtype=dtype)
+    real = tree_leaves(call.op(**call.arguments))
+    with FakeTensorMode():
+        empty = lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda", requires_grad=t.requires_grad)  # noqa: E731
+        fake = tree_leaves(call.op(**tree_map_only(Tensor, empty, call.arguments)))
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.dtype, a.device.type, a.requires_grad) == (b.shape, b.dtype, "cuda", b.requires_grad)
+
+
+class Recorded(TorchDispatchMode):
+    """The calls of registered ops of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace.startswith("fpn_fast"):
+            self.calls.append((function, arguments, options or {}))
+        return function(*arguments, **(options or {}))
+
+
+@of_others
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(backend, recipe, device):
+    """Schema, fake tensors, autograd and compilation of the registered ops that a call runs."""
+    if (backend, device) == ("triton", "cpu") and not backends.triton_interprets():
+        pytest.skip("Triton runs on the GPU here")
+    call = call_of(recipe)
+    arguments = tree_map_only(Tensor, lambda t: devices.moved(t, device), call.arguments)
+    with Recorded() as recorded:
+        call.op(**arguments)
+    assert recorded.calls
+    for function, given, options in recorded.calls:
+        torch.library.opcheck(function, given, options)
+
+
+@of_others
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_in_one_graph(backend, recipe, dynamic):
+    torch._dynamo.reset()
+    inductor = backend == "cpp" and dynamic
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    call = call_of(recipe)
+    compiled = torch.compile(call.op, fullgraph=True, dynamic=dynamic, backend="inductor" if inductor else "aot_eager")
+    for size in (1, 2) if backend != "triton" else (1,):
+        call = call_of(recipe, size)
+        call.arguments = tree_map_only(Tensor, lambda t: t.to(device), call.arguments)
+        expected = results(call)
+        call.op = compiled
+        assert same(results(call), expected)
+
+
+def registered() -> dict[str, dict[str, OpOverload]]:
+    """The registered ops of each module, by backend."""
+    modules = [(name, module) for name, module in sys.modules.items() if name.startswith("fpn_fast.ops.")]
+    return {
+        f"{name}.{field}": value
+        for name, module in modules
+        for field, value in vars(module).items()
+        if isinstance(value, dict) and value and all(isinstance(each, OpOverload) for each in value.values())
+    }
+
+
+def test_schemas_of_all_backends_are_equal():
+    pytest.importorskip("triton")
+    assert len(registered()) > 10
+    for name, forms in registered().items():
+        # The merge is plain PyTorch where it is the reference that serves it.
+        missing = {"reference"} if ".top_down." in name else set()
+        assert set(forms) == {"cpp", "triton", "reference"} - missing, name
+        assert len({str(op._schema).partition("::")[2] for op in forms.values()}) == 1, name
+
+
+def strided(tensor: Tensor, last: bool) -> Tensor:
+    """The same values with NaN, or -1, between them and around them; maps also in channels_last."""
+    if tensor.dim() == 0:
+        return tensor
+    filler = float("nan") if tensor.is_floating_point() else -1
+    frame = tensor.new_full([2 + size for size in tensor.shape[:-1]] + [2 * tensor.shape[-1] + 1], filler)
+    if last and tensor.dim() == 4:
+        frame = frame.contiguous(memory_format=torch.channels_last)
+    return frame[(*[slice(1, -1)] * (tensor.dim() - 1), slice(1, None, 2))].copy_(tensor.detach())
+
+
+@of([*OTHERS, *OF_ANY_LENGTH])
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+def test_any_strides(backend, recipe, last):
+    """And what decides between candidates has no gradient, whatever its inputs have."""
+    call = call_of(recipe)
+    expected = call.op(**call.arguments)
+    arguments = tree_map_only(Tensor, lambda t: strided(t, last), call.arguments)
+    if call.sums is None or recipe in (calls.paste_masks, calls.paste_masks_above):
+        leaves = [each for each in tree_leaves(arguments) if isinstance(each, Tensor) and each.is_floating_point()]
+        for each in leaves:
+            each.requires_grad_()
+    found = call.op(**arguments)
+    assert same(tree_leaves(found), tree_leaves(expected))
+    assert not any(each.requires_grad for each in tree_leaves(found))
+
+
+@of([*OTHERS, *OF_ANY_LENGTH])
+def test_repeats_bit_for_bit_on_any_number_of_threads(backend, recipe):
+    """Also in memory that holds NaN when the op is given it: every element is written."""
+    call, threads, runs = call_of(recipe, 12), torch.get_num_threads(), []
+    try:
+        for count in (threads, 1, 3):
+            torch.set_num_threads(count)
+            runs.append(results(call))
+            blocks = [torch.full_like(each, float("nan")) for each in runs[0] if each.is_floating_point()]
+            del blocks
+    finally:
+        torch.set_num_threads(threads)
+    assert same(runs[1], runs[0])
+    assert same(runs[2], runs[0])
+
+
+@pytest.mark.gpu
+@of(PADDED)
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_can_be_captured_in_a_graph(name, recipe):
+    """And replayed on other values than when it was captured."""
+    call, other = (call_of(recipe, 14, seed=seed).arguments for seed in (0, 5))
+    call, other = (tree_map_only(Tensor, lambda t: t.detach().cuda(), each) for each in (call, other))
+    op = call_of(recipe).op
+    with backends.use(name):
+        op(**call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = op(**call)
+        for mine, new in zip(tree_leaves(call), tree_leaves(other), strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
+        graph.replay()
+        assert same(tree_leaves(captured), tree_leaves(op(**call)))
+
+
+def test_every_op_is_here():
+    names = {recipe.__name__ for recipe in chain(PADDED, OF_ANY_LENGTH)}
+    assert names >= set(ops.__all__) - {"AnchorGrid", "pad_boxes"}
