@@ -11,8 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import mmcv_stand_in
-
-from fpn_fast.testing import tolerances
+from helpers.modules import assert_none_worse, outputs_and_gradients
 
 mmcv_stand_in.install()
 
@@ -54,19 +53,10 @@ NECKS = [
 ]
 
 
-def outputs_and_gradients(module, arguments, leaves):
+def results(module, arguments, leaves):
     found = module(*arguments)
-    found = list(found) if isinstance(found, tuple) else [found]
-    generator = torch.Generator().manual_seed(4)
-    seeds = [torch.randint(-8, 9, out.shape, generator=generator).to(out) / 8 for out in found]
     leaves = [each for each in [*leaves, *module.parameters()] if each.requires_grad]
-    return found + [grad for grad in torch.autograd.grad(found, leaves, seeds, allow_unused=True) if grad is not None]
-
-
-def check(ours, theirs, exact):
-    assert len(ours) == len(theirs) == len(exact)
-    for a, b, c in zip(ours, theirs, exact, strict=True):
-        tolerances.assert_not_worse(a, b, c, size=43)
+    return outputs_and_gradients(found if isinstance(found, tuple) else [found], leaves)
 
 
 @pytest.mark.parametrize("cfg", NECKS, ids=str)
@@ -82,13 +72,13 @@ def test_necks(cfg):
     swapped, wide = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
     assert len(fpn_fast.accelerate(swapped).swapped) == 1
     exact_maps = inputs(sizes, torch.float64)
-    exact = outputs_and_gradients(wide, (exact_maps,), exact_maps)
+    exact = results(wide, (exact_maps,), exact_maps)
     maps = inputs(sizes)
-    expected = outputs_and_gradients(theirs, (maps,), maps)
+    expected = results(theirs, (maps,), maps)
     for module in (ours, swapped, registered):
         maps = inputs(sizes)
-        found = outputs_and_gradients(module, (maps,), maps)
-        check(found, expected, exact)
+        found = results(module, (maps,), maps)
+        assert_none_worse(found, expected, exact, size=43)
     fpn_fast.restore(swapped)
     assert type(swapped) is type(theirs)
 
@@ -123,12 +113,12 @@ def test_extractors(cfg, factor):
     swapped, registered = copy.deepcopy(theirs), MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
     assert len(fpn_fast.accelerate(swapped).swapped) == 1
     wide = maps(torch.float64)
-    exact = outputs_and_gradients(theirs, (wide, rois().double(), factor), wide)
+    exact = results(theirs, (wide, rois().double(), factor), wide)
     plain = maps()
-    expected = outputs_and_gradients(theirs, (plain, rois(), factor), plain)
+    expected = results(theirs, (plain, rois(), factor), plain)
     for module in (ours, swapped, registered):
         taken = maps()
-        check(outputs_and_gradients(module, (taken, rois(), factor), taken), expected, exact)
+        assert_none_worse(results(module, (taken, rois(), factor), taken), expected, exact, size=43)
 
 
 @pytest.mark.parametrize("name", GENERATORS)

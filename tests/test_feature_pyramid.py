@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
-import io
-import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 import torchvision
+from helpers.modules import COPIES, run_without_torchvision
 from torch import nn
 from torchvision.ops import feature_pyramid_network as torchvisions
 
-import fpn_fast
 from fpn_fast import backends
 from fpn_fast.nn import FeaturePyramidNetwork, _standalone
 
@@ -119,23 +115,6 @@ def test_autocast_compile_and_channels_last():
     assert all(o.is_contiguous(memory_format=torch.channels_last) for o in last(inputs).values())
 
 
-@pytest.mark.parametrize("round_trip", ["deepcopy", "pickle", "save"])
-def test_copies(round_trip):
-    ours = build(FeaturePyramidNetwork, "p6p7_from_p5", "batch_norm").eval()
-    if round_trip == "deepcopy":
-        again = copy.deepcopy(ours)
-    elif round_trip == "pickle":
-        again = pickle.loads(pickle.dumps(ours))
-    else:
-        buffer = io.BytesIO()
-        torch.save(ours, buffer)
-        buffer.seek(0)
-        again = torch.load(buffer, weights_only=False)
-    assert type(again) is FeaturePyramidNetwork
-    for a, b in zip(again(features()).values(), ours(features()).values(), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_every_backend_serves_the_module(backend):
     if backends.problem(backend, "cpu"):
@@ -147,22 +126,20 @@ def test_every_backend_serves_the_module(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies(copied):
+    ours = build(FeaturePyramidNetwork, "p6p7_from_p5", "batch_norm").eval()
+    again = copied(ours)
+    assert type(again) is FeaturePyramidNetwork
+    for a, b in zip(again(features()).values(), ours(features()).values(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_works_without_torchvision():
-    """In a process where torchvision cannot be imported."""
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "import torch, fpn_fast\n"
+    found = run_without_torchvision(
         "fpn = fpn_fast.nn.FeaturePyramidNetwork([8, 16], 4, fpn_fast.nn.LastLevelMaxPool())\n"
         "out = fpn({'a': torch.rand(1, 8, 8, 8), 'b': torch.rand(1, 16, 4, 4)})\n"
         "print([(k, tuple(v.shape)) for k, v in out.items()], str(fpn_fast.accelerate(fpn)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     shapes = "[('a', (1, 4, 8, 8)), ('b', (1, 4, 4, 4)), ('pool', (1, 4, 2, 2))]"
-    assert done.stdout.strip() == f"{shapes} fpn_fast: nothing in this model has a fused form"
-
-
-def test_doctest_of_the_module():
-    import doctest
-
-    result = doctest.testmod(fpn_fast.nn.feature_pyramid)
-    assert (result.failed, result.attempted) == (0, 4)
+    assert found == [f"{shapes} fpn_fast: nothing in this model has a fused form"]

@@ -5,11 +5,10 @@ import copy
 
 import pytest
 import torch
+from helpers import small_detectors
 from torch import nn
-from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection._utils import BoxCoder, Matcher, SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -206,65 +205,25 @@ def test_masks_and_keypoints_of_each_image():
     assert repr(fast) == repr(plain)
 
 
-def mask_rcnn():
-    torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
-    few = {"rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 60, "rpn_batch_size_per_image": 64,
-           "box_batch_size_per_image": 32, "box_detections_per_img": 8}  # fmt: skip
+@pytest.mark.parametrize("exact", [True, False], ids=["matching_and_pasting", "everything"])
+def test_mask_rcnn_trains_and_detects_the_same(exact):
+    """With an image that has no object; where only the matching and the pasting are ours, bit for bit."""
+    plain = small_detectors.detector("mask")
     # A low threshold, so that random weights detect something.
-    return MaskRCNN(backbone, num_classes=4, min_size=64, max_size=96, box_score_thresh=0.01, **few)
-
-
-def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, *size, generator=generator, dtype=torch.float64) for size in ((90, 120), (110, 100))]
-    targets = []
-    for i, image in enumerate(images):
-        boxes = boxes_of(6, i, torch.float64).clamp(max=88)
-        boxes = boxes[(boxes[:, 2:] - boxes[:, :2] > 1).all(1)]
-        masks = torch.zeros(len(boxes), *image.shape[1:], dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[y1:y2, x1:x2] = 1
-        targets.append({"boxes": boxes, "labels": torch.arange(len(boxes)) % 3 + 1, "masks": masks})
-    targets[1] = {key: value[:0] for key, value in targets[1].items()}
-    return images, targets
-
-
-@pytest.mark.parametrize("swapped", ["matching_and_pasting", "everything"])
-def test_mask_rcnn_trains_and_detects_the_same(swapped):
-    """In float64, where rounding is too little to change a decision."""
-    plain = mask_rcnn().double()
+    plain.roi_heads.score_thresh = 0.01
     fast = copy.deepcopy(plain)
-    if swapped == "everything":
-        names = [entry.name for entry in fpn_fast.accelerate(fast).swapped]
-        assert {"transform", "roi_heads"} <= set(names)
-    else:
+    if exact:
         for module in (fast.transform, fast.roi_heads):
             module.__class__ = getattr(fpn_fast.nn, type(module).__name__)
-    images, targets = batch()
-    losses, grads = [], []
-    for model in (plain, fast):
-        torch.manual_seed(5)
-        losses.append(model.train()(images, copy.deepcopy(targets)))
-        sum(losses[-1].values()).backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    exact = swapped == "matching_and_pasting"
-    for name in losses[0]:
-        assert torch.equal(losses[0][name], losses[1][name]) or not exact
-        torch.testing.assert_close(losses[1][name], losses[0][name], rtol=1e-12, atol=1e-13)
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-9, atol=1e-11 * grad.abs().max().item(), msg=name)
-    found = [model.eval()(images) for model in (plain, fast)]
-    assert sum(len(detection["boxes"]) for detection in found[0]) > 0
-    for theirs, ours in zip(*found, strict=True):
-        assert theirs.keys() == ours.keys()
-        for key in theirs:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-10, atol=1e-10)
+    else:
+        assert {"transform", "roi_heads"} <= {entry.name for entry in fpn_fast.accelerate(fast).swapped}
+    images, targets = small_detectors.training_batch()
+    targets[1] = {key: value[:0] for key, value in targets[1].items()}
+    small_detectors.check_same(fast, plain, (images, targets), exact=exact)
 
 
 def test_report_and_undoing():
-    model = mask_rcnn()
+    model = small_detectors.detector("mask")
     swapped = {entry.name: entry.module for entry in fpn_fast.accelerate(model).swapped}
     assert swapped["transform"] == "torchvision.GeneralizedRCNNTransform"
     assert swapped["roi_heads"] == "torchvision.RoIHeads"

@@ -2,7 +2,6 @@
 """mmdetection's necks, extractors and proposals against plain statements of what they do; see also against_mmdet.py."""
 
 import copy
-import doctest
 import io
 import math
 
@@ -11,9 +10,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import plain_proposals
-from torch import nn
+from helpers.modules import assert_none_worse, outputs_and_gradients, with_drawn_biases
 
-import fpn_fast
 from fpn_fast import backends
 from fpn_fast.nn import mmdet
 from fpn_fast.nn.mmdet.conv_module import ConvModule
@@ -43,12 +41,8 @@ def inputs(sizes=ODD, dtype=torch.float32):
 
 def neck(kind="FPN", seed=3, **options):
     torch.manual_seed(seed)
-    made = mmdet.build_neck({"type": kind, "in_channels": CHANNELS, "out_channels": 8, "num_outs": 4, **options})
-    # Biases are drawn as zeros, which would hide that one is not used.
-    for name, parameter in made.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    return made
+    config = {"type": kind, "in_channels": CHANNELS, "out_channels": 8, "num_outs": 4, **options}
+    return with_drawn_biases(mmdet.build_neck(config))
 
 
 def plain(neck, maps):
@@ -76,30 +70,23 @@ def plain(neck, maps):
     return tuple(outs)
 
 
-def results(forward, module, maps):
-    """Outputs, and the gradients of all maps and parameters."""
-    outs = forward(maps)
-    assert isinstance(outs, tuple)
-    generator = torch.Generator().manual_seed(4)
-    seeds = [torch.randint(-8, 9, out.shape, generator=generator).to(out) / 8 for out in outs]
-    leaves = [*maps, *module.parameters()]
-    return list(outs), torch.autograd.grad(outs, leaves, seeds, allow_unused=True)
-
-
 def check_forward_and_backward(module, sizes=ODD, exact_forward=True):
     twin, wide = copy.deepcopy(module), copy.deepcopy(module).double()
-    outs, grads = results(module, module, inputs(sizes))
-    plain_outs, plain_grads = results(lambda maps: plain(twin, maps), twin, inputs(sizes))
-    exact_outs, exact_grads = results(lambda maps: plain(wide, maps), wide, inputs(sizes, torch.float64))
-    assert len(outs) == module.num_outs
-    for out, expected, exact in zip(outs, plain_outs, exact_outs, strict=True):
+    results = []
+    for forward, own, dtype in (
+        (module, module, torch.float32),
+        (lambda maps: plain(twin, maps), twin, torch.float32),
+        (lambda maps: plain(wide, maps), wide, torch.float64),
+    ):
+        maps = inputs(sizes, dtype)
+        outs = forward(maps)
+        assert isinstance(outs, tuple)
+        assert len(outs) == module.num_outs
+        results.append(outputs_and_gradients(outs, [*maps, *own.parameters()]))
+    for out, expected in zip(results[0][: module.num_outs], results[1], strict=False):
         if exact_forward:
             tolerances.assert_exact(out, expected)
-        tolerances.assert_not_worse(out, expected, exact, size=43)
-    for grad, expected, exact in zip(grads, plain_grads, exact_grads, strict=True):
-        assert (grad is None) == (expected is None)
-        if grad is not None:
-            tolerances.assert_not_worse(grad, expected, exact, size=43)
+    assert_none_worse(*results, size=43)
     # Statistics of normalisations.
     for a, b in zip(module.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -310,17 +297,12 @@ def test_generic_extractor_is_mmdetections(backend, aggregation, factor):
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     maps = [torch.randn(2, 2, *size, generator=generator, requires_grad=True) for size in ODD]
-    seed = torch.randint(-8, 9, (9, channels, 3, 3), generator=generator) / 8
-    found = []
-    for forward in (
-        lambda: extractor(maps, rois(), factor),
-        lambda: generic(maps, rois(), aggregation, factor, torch.float32),
-        lambda: generic(maps, rois(), aggregation, factor, torch.float64),
-    ):
-        out = forward()
-        found.append([out, *torch.autograd.grad(out, maps, seed.to(out.dtype))])
-    for out, expected, exact in zip(*found, strict=True):
-        tolerances.assert_not_worse(out, expected, exact, size=43)
+    found = [
+        outputs_and_gradients([out], maps)
+        for out in (extractor(maps, rois(), factor), *(generic(maps, rois(), aggregation, factor, dtype) for dtype in (
+            torch.float32, torch.float64)))
+    ]  # fmt: skip
+    assert_none_worse(*found, size=43)
 
 
 def test_generic_extractor_of_no_rois_fewer_maps_and_max():
@@ -509,10 +491,3 @@ def predict(change):
     return mmdet.predict_proposals(
         maps[:1], maps[1:], generator, mmdet.DeltaXYWHBBoxCoder(), [(8, 8)], {**CONFIG, **change}
     )
-
-
-@pytest.mark.parametrize("module", ["config", "necks", "proposals", "roi_extractors"])
-def test_doctests(module):
-    result = doctest.testmod(getattr(fpn_fast.nn.mmdet, module))
-    assert result.failed == 0
-    assert result.attempted > 0

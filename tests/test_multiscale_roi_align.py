@@ -374,11 +374,7 @@ def test_any_rois_on_any_maps(data):
     torch.testing.assert_close(outputs[0], same, rtol=unit, atol=8 * max(unit / 8, torch.finfo(torch.float32).eps))
     seed = torch.randn_like(same)
     leaves = [m.detach().requires_grad_() for m in maps]
-    for a, b in zip(
-        torch.autograd.grad(outputs, maps, [seed]),
-        plain_grads(leaves, [seed], case.options),
-        strict=True,
-    ):
+    for a, b in zip(torch.autograd.grad(outputs, maps, [seed]), plain_grads(leaves, [seed], case.options), strict=True):
         # At most six RoIs, each of which reads a pixel with weights that sum to the bins that it is in.
         bound = 6 * 81 * max(unit, torch.finfo(torch.float32).eps)
         torch.testing.assert_close(a, b, rtol=unit, atol=bound)

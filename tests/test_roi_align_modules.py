@@ -2,24 +2,17 @@
 """The RoI pooling modules against the libraries that they replace, or a plain statement of what those do."""
 
 import copy
-import doctest
-import io
-import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
-from torch import nn
+from helpers import small_detectors
+from helpers.modules import COPIES, assert_none_worse, outputs_and_gradients, run_without_torchvision
+from helpers.small_detectors import NAMES
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.ops.poolers import LevelMapper, initLevelMapper
 
 import fpn_fast
@@ -29,7 +22,6 @@ from fpn_fast.nn.detectron2 import ROIPooler
 from fpn_fast.nn.mmdet import SingleRoIExtractor
 from fpn_fast.testing import tolerances
 
-NAMES = ["0", "1", "2", "3"]
 SIZES = [(25, 43), (13, 22), (7, 11), (4, 6)]
 SHAPES = [(100, 170), (96, 160), (100, 140)]
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -64,12 +56,6 @@ def boxes(dtype=torch.float32, counts=(14, 0, 9)):
     return found
 
 
-def grads(pooled, features):
-    # Quarters, the same in every type.
-    seed = torch.randint(-8, 9, pooled.shape, generator=torch.Generator().manual_seed(3)) / 4
-    return torch.autograd.grad(pooled, features, seed.to(pooled.dtype))
-
-
 def everything(dtype):
     return pyramid(dtype, grad=True), boxes(dtype)
 
@@ -80,12 +66,11 @@ def assert_same_pooling(ours, theirs, dtype, names=NAMES, shapes=SHAPES, make=ev
     for module, kind in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
         maps, rois = make(kind)
         pooled = module(maps, rois, shapes)
-        results.append([pooled, *grads(pooled, [map for name, map in maps.items() if name in names])])
+        results.append(outputs_and_gradients([pooled], [map for name, map in maps.items() if name in names]))
     assert ours.scales == theirs.scales
     assert vars(ours.map_levels) == vars(theirs.map_levels)
-    for out, plain, exact in zip(*results, strict=True):
-        assert out.dtype == dtype
-        tolerances.assert_not_worse(out, plain, exact, size=SIZE)
+    assert results[0][0].dtype == dtype
+    assert_none_worse(*results, size=SIZE)
     return results[0][0]
 
 
@@ -294,10 +279,8 @@ def test_compiles_whole():
     for counts in ((4, 0, 3), (9, 2, 1), (6, 1, 8)):
         maps, rois = pyramid(grad=True), boxes(counts=counts)
         features = list(maps.values())[:4]
-        pooled, expected = compiled(maps, rois, SHAPES), ours(maps, rois, SHAPES)
-        assert torch.equal(pooled, expected)
-        for a, b in zip(grads(pooled, features), grads(expected, features), strict=True):
-            assert torch.equal(a, b)
+        found, expected = (outputs_and_gradients([m(maps, rois, SHAPES)], features) for m in (compiled, ours))
+        assert all(map(torch.equal, found, expected))
     assert ours.scales == SCALES
 
 
@@ -308,32 +291,22 @@ def test_compiles_whole_with_levels_given_and_one_map():
     ):
         torch._dynamo.reset()
         module, arguments = build()
-        pooled, expected = torch.compile(module, fullgraph=True)(*arguments), module(*arguments)
-        assert torch.equal(pooled, expected)
-        maps = arguments[0]
-        features = [maps["1"]] if isinstance(maps, dict) else maps
-        for a, b in zip(grads(pooled, features), grads(expected, features), strict=True):
-            assert torch.equal(a, b)
+        features = [arguments[0]["1"]] if isinstance(arguments[0], dict) else arguments[0]
+        both = torch.compile(module, fullgraph=True), module
+        found, expected = (outputs_and_gradients([each(*arguments)], features) for each in both)
+        assert all(map(torch.equal, found, expected))
 
 
 # As modules
 
 
-@pytest.mark.parametrize("round_trip", ["deepcopy", "pickle", "save"])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("called", [False, True])
-def test_copies(called, round_trip):
+def test_copies(called, copied):
     ours = MultiScaleRoIAlign(NAMES, 3, 2)
     if called:
         ours(pyramid(), boxes(), SHAPES)
-    if round_trip == "deepcopy":
-        again = copy.deepcopy(ours)
-    elif round_trip == "pickle":
-        again = pickle.loads(pickle.dumps(ours))
-    else:
-        buffer = io.BytesIO()
-        torch.save(ours, buffer)
-        buffer.seek(0)
-        again = torch.load(buffer, weights_only=False)
+    again = copied(ours)
     assert type(again) is MultiScaleRoIAlign
     assert again.scales == ours.scales == (SCALES if called else None)
     assert torch.equal(again(pyramid(), boxes(), SHAPES), ours(pyramid(), boxes(), SHAPES))
@@ -361,10 +334,7 @@ def test_the_standalone_level_mapper_is_torchvisions():
 
 
 def test_works_without_torchvision():
-    """In a process where torchvision cannot be imported."""
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "import torch, fpn_fast\n"
+    found = run_without_torchvision(
         "from fpn_fast import nn\n"
         "pooler = nn.MultiScaleRoIAlign(['a', 'b'], 3, 2)\n"
         "maps = {'a': torch.rand(1, 8, 16, 16), 'b': torch.rand(1, 8, 8, 8)}\n"
@@ -373,21 +343,7 @@ def test_works_without_torchvision():
         "print(nn.RoIAlign(2, 0.25, 2)(maps['a'], boxes).shape)\n"
         "print(nn.detectron2.ROIPooler(2, (1 / 4, 1 / 8), 0, 'ROIAlign')(list(maps.values()), boxes).shape)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "torch.Size([1, 8, 3, 3]) [0.25, 0.125] [0]",
-        "torch.Size([1, 8, 2, 2])",
-        "torch.Size([1, 8, 2, 2])",
-    ]
-
-
-@pytest.mark.parametrize(
-    "module", [fpn_fast.nn.roi_align, fpn_fast.nn.detectron2.poolers, fpn_fast.nn.mmdet.roi_extractors]
-)
-def test_doctests(module):
-    result = doctest.testmod(module)
-    assert result.failed == 0
-    assert result.attempted >= 3
+    assert found == ["torch.Size([1, 8, 3, 3]) [0.25, 0.125] [0]", *["torch.Size([1, 8, 2, 2])"] * 2]
 
 
 # RoIAlign
@@ -407,10 +363,8 @@ def test_roi_align_equals_torchvisions(ratio, aligned, as_list):
         feature = pyramid()["0"].to(dtype).requires_grad_()
         rois = [box.to(dtype) for box in boxes()]
         rois = rois if as_list else rois_of(rois)
-        pooled = kind(*arguments)(feature, rois)
-        results.append((pooled, *grads(pooled, [feature])))
-    for out, plain, exact in zip(*results, strict=True):
-        tolerances.assert_not_worse(out, plain, exact, size=SIZE)
+        results.append(outputs_and_gradients([kind(*arguments)(feature, rois)], [feature]))
+    assert_none_worse(*results, size=SIZE)
     module = torchvision.ops.RoIAlign(*arguments)
     assert len(fpn_fast.accelerate(module).swapped) == 1
     assert torch.equal(module(pyramid()["0"], boxes()), results[0][0])
@@ -419,105 +373,24 @@ def test_roi_align_equals_torchvisions(ratio, aligned, as_list):
 # Whole detectors
 
 
-def backbone():
-    widths, strides = (3, 8, 8, 8, 8), (4, 2, 2, 2)
-    layers = [nn.Sequential(nn.Conv2d(widths[i], widths[i + 1], 3, strides[i], padding=1), nn.ReLU()) for i in range(4)]
-    return BackboneWithFPN(nn.Sequential(*layers), dict(zip(NAMES, NAMES, strict=True)), [8] * 4, 16)
-
-
-DETECTORS = {
-    "faster": (FasterRCNN, ["box_roi_pool"]),
-    "mask": (MaskRCNN, ["box_roi_pool", "mask_roi_pool"]),
-    "keypoint": (KeypointRCNN, ["box_roi_pool", "keypoint_roi_pool"]),
-}
-
-
-def detector(kind):
-    torch.manual_seed(0)
-    # Few RoIs and narrow heads, for machines with few cores.
-    options = {
-        "min_size": 64,
-        "max_size": 96,
-        "rpn_post_nms_top_n_train": 40,
-        "rpn_post_nms_top_n_test": 40,
-        "box_batch_size_per_image": 16,
-        "box_detections_per_img": 10,
-        # Boxes of pictures this small are of several levels.
-        "box_roi_pool": torchvision.ops.MultiScaleRoIAlign(NAMES, 7, 2, canonical_scale=40),
-        "box_head": TwoMLPHead(16 * 7 * 7, 32),
-        "box_predictor": FastRCNNPredictor(32, 3),
-    }
-    if kind is KeypointRCNN:
-        options |= {"keypoint_head": KeypointRCNNHeads(16, (16,)), "keypoint_predictor": KeypointRCNNPredictor(16, 3)}
-    if kind is MaskRCNN:
-        options |= {"mask_head": MaskRCNNHeads(16, (16,), 1), "mask_predictor": MaskRCNNPredictor(16, 16, 3)}
-    return kind(backbone(), **options)
-
-
-def float32_keypoints(roi_heads, arguments):
-    """torchvision resizes keypoints to the type of the images, and then takes float32 only."""
-    for target in arguments[3] or ():
-        target["keypoints"] = target["keypoints"].float()
-
-
-def training_batch(dtype):
-    generator = torch.Generator().manual_seed(1)
-    sizes = [(60, 90), (64, 70)]
-    images = [torch.rand(3, *size, generator=generator, dtype=dtype) for size in sizes]
-    found = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
-    points = torch.tensor(
-        [[[10.0, 9, 1], [30, 40, 1], [20, 20, 0]], [[25, 12, 1], [50, 40, 1], [30, 30, 1]]], dtype=dtype
-    )
-    targets = []
-    for size in sizes:
-        masks = torch.zeros(2, *size, dtype=torch.uint8)
-        masks[0, 5:45, 5:40] = masks[1, 10:50, 20:60] = 1
-        targets.append({"boxes": found, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": points})
-    return images, targets
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_detectors_compute_the_same(name):
-    """In float64: rounding, some 1e-13 of the pooled features, cannot change a decision, and hides nothing else."""
-    kind, poolers = DETECTORS[name]
-    plain = detector(kind).double()
-    plain.roi_heads.register_forward_pre_hook(float32_keypoints)
+@pytest.mark.parametrize(
+    ("kind", "poolers"),
+    [("faster", ["box"]), ("mask", ["box", "mask"]), ("keypoint", ["box", "keypoint"])],
+    ids=["faster", "mask", "keypoint"],
+)
+def test_detectors_compute_the_same(kind, poolers):
+    plain = small_detectors.detector(kind)
     fast = copy.deepcopy(plain)
     report = fpn_fast.accelerate(fast)
     pooled = [entry.name for entry in report.swapped if entry.name.startswith("roi_heads.")]
-    assert pooled == [f"roi_heads.{pooler}" for pooler in poolers]
-    results = []
-    for model in (fast, plain):
-        torch.manual_seed(5)
-        losses = model(*training_batch(torch.float64))
-        sum(losses.values()).backward()
-        with torch.no_grad():
-            found = model.eval()(training_batch(torch.float64)[0])
-        results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, found))
-    (losses, gradients, found), (losses_plain, gradients_plain, found_plain) = results
-    assert losses.keys() == losses_plain.keys()
-    # What comes after the poolers may enlarge an error a thousandfold, hardly more.
-    for key in losses:
-        torch.testing.assert_close(losses[key], losses_plain[key], rtol=1e-10, atol=0)
-    assert gradients.keys() == gradients_plain.keys()
-    # The bias of a softmax over a map has no gradient but rounding: one scale for all.
-    scale = max(gradient.abs().max().item() for gradient in gradients_plain.values())
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, gradients_plain[key], rtol=0, atol=1e-10 * scale, msg=key)
-    assert sum(len(each["boxes"]) for each in found_plain) > 0
-    for a, b in zip(found, found_plain, strict=True):
-        assert a.keys() == b.keys()
-        for key in b:
-            scale = b[key].abs().max().item() if b[key].is_floating_point() and b[key].numel() else 0
-            # Keypoints are float32 whatever the model is: a rounding of that.
-            close = torch.finfo(torch.float32).eps if key == "keypoints" else 1e-10
-            torch.testing.assert_close(a[key], b[key], rtol=0, atol=close * scale, msg=key)
+    assert pooled == [f"roi_heads.{pooler}_roi_pool" for pooler in poolers]
+    small_detectors.check_same(fast, plain, small_detectors.training_batch())
 
 
 def test_a_detector_is_built_with_ours():
     pooler = MultiScaleRoIAlign(NAMES, 7, 2)
-    assert FasterRCNN(backbone(), num_classes=3, box_roi_pool=pooler).roi_heads.box_roi_pool is pooler
-    assert MaskRCNN(backbone(), num_classes=3, mask_roi_pool=pooler).roi_heads.mask_roi_pool is pooler
+    assert FasterRCNN(small_detectors.backbone(), num_classes=3, box_roi_pool=pooler).roi_heads.box_roi_pool is pooler
+    assert MaskRCNN(small_detectors.backbone(), num_classes=3, mask_roi_pool=pooler).roi_heads.mask_roi_pool is pooler
 
 
 # detectron2 and mmdetection, by what their sources say. Where a rounding of theirs is not the subject all is float64.
@@ -571,11 +444,9 @@ def assert_pools_as(module, statement, dtype):
         (lambda maps: statement(maps, torch.float64), torch.float64),
     ):
         maps = [map.to(dtype).to(kind).requires_grad_() for map in list(pyramid().values())[:4]]
-        pooled = function(maps)
-        results.append([pooled, *grads(pooled, maps)])
-    for out, plain, exact in zip(*results, strict=True):
-        assert out.dtype == dtype
-        tolerances.assert_not_worse(out, plain, exact, size=SIZE)
+        results.append(outputs_and_gradients([function(maps)], maps))
+    assert results[0][0].dtype == dtype
+    assert_none_worse(*results, size=SIZE)
     return results[0][0], results[2][0]
 
 

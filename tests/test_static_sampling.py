@@ -7,17 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import small_detectors
 from torch import Tensor, nn
-
-pytest.importorskip("torchvision")
-
-from torchvision.models.detection import FasterRCNN, MaskRCNN, fcos_resnet50_fpn, keypointrcnn_resnet50_fpn
+from torchvision.models.detection import fcos_resnet50_fpn, keypointrcnn_resnet50_fpn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork
 
 import fpn_fast
 from fpn_fast.bench.counting import count
@@ -82,39 +76,11 @@ def test_every_subset_is_as_likely_as_any_other(kind: int) -> None:
     assert ((included[1:] * included[:-1]).sum(1).mean() - size * share).abs() < DEVIATIONS / math.sqrt(DRAWS) * size
 
 
-class TinyBackbone(nn.Module):
-    """Two strided convolutions and a pyramid over them."""
-
-    out_channels = 16
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 7, 4, 3), nn.Conv2d(16, 16, 3, 2, 1)
-        self.fpn = FeaturePyramidNetwork([16, 16], 16)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        finest = self.first(images)
-        maps: dict[str, Tensor] = self.fpn({"0": finest, "1": self.second(finest.relu())})
-        return maps
-
-
 def detector(masks: bool, boxes_per_image: int = 512) -> Any:
-    torch.manual_seed(0)
-    parts: dict[str, Any] = {
-        "rpn_anchor_generator": AnchorGenerator(((16,), (32,)), ((0.5, 1.0, 2.0),) * 2),
-        "min_size": 64,
-        "max_size": 128,
-        "rpn_post_nms_top_n_train": 200,
-        # Everything there is, so that nothing is left to chance.
-        "rpn_batch_size_per_image": 4096,
-        "box_batch_size_per_image": boxes_per_image,
-        "box_positive_fraction": 0.5,
-        "box_head": TwoMLPHead(16 * 49, 64),
-        "box_predictor": FastRCNNPredictor(64, 4),
-    }
-    if masks:
-        parts |= {"mask_head": MaskRCNNHeads(16, (8,), 1), "mask_predictor": MaskRCNNPredictor(8, 8, 4)}
-    return (MaskRCNN if masks else FasterRCNN)(TinyBackbone(), **parts).train()
+    # Everything there is, so that nothing is left to chance.
+    everything = {"rpn_batch_size_per_image": 4096, "box_batch_size_per_image": boxes_per_image}
+    shares = {"box_positive_fraction": 0.5, "rpn_post_nms_top_n_train": 200}
+    return small_detectors.detector("mask" if masks else "faster", **everything, **shares).float().train()
 
 
 def batch_of(counts: list[int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -125,7 +91,7 @@ def batch_of(counts: list[int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         corners = torch.rand(boxes, 2, generator=generator) * 30
         sizes = 10 + torch.rand(boxes, 2, generator=generator) * 24
         masks = (torch.rand(boxes, 64, 80, generator=generator) < 0.5).to(torch.uint8)
-        labels = torch.randint(1, 4, (boxes,), generator=generator)
+        labels = torch.randint(1, 3, (boxes,), generator=generator)
         targets.append({"boxes": torch.cat([corners, corners + sizes], 1), "labels": labels, "masks": masks})
     return images, targets
 

@@ -139,11 +139,7 @@ def outputs_of(
 
 
 def check_each_block_alone(
-    program: str,
-    kernel: str,
-    numbers: Sequence[int],
-    inputs: Sequence[torch.Tensor],
-    outputs: Sequence[torch.Tensor],
+    program: str, kernel: str, numbers: Sequence[int], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
 ) -> None:
     """Each element of the outputs, which hold what no kernel writes, is written by one block, as it is in company."""
 
