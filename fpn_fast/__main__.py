@@ -32,8 +32,8 @@ def gather() -> dict[str, Any]:
         "backends": {
             device: {name: backends.problem(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
         },
-        "remarks": {
-            device: {name: backends.remarks(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
+        "notes": {
+            device: {name: backends.notes(name, device) for name in backends.BACKENDS} for device in ("cpu", "cuda")
         },
         "build": _library.build_facts() if _library.problems["cpu"] is None else None,
         "kernels": None,
@@ -57,8 +57,8 @@ def render(facts: dict[str, Any]) -> str:
     for device, problems in facts["backends"].items():
         lines.append(f"backends for {device} tensors:")
         for name, p in problems.items():
-            remarks = "".join(f"; {remark}" for remark in facts["remarks"][device][name])
-            lines.append(f"  {name:<9} {f'available{remarks}' if p is None else f'not available: {p}'}")
+            state = "; ".join(["available", *facts["notes"][device][name]]) if p is None else f"not available: {p}"
+            lines.append(f"  {name:<9} {state}")
     if facts["kernels"] is not None:
         lines.append(f"{'kernel':<64} registers  shared B  local B  occupancy")
         for k in facts["kernels"]:

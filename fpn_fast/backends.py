@@ -14,16 +14,17 @@ each thread.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-from fpn_fast import _library
+from fpn_fast import _library, _log
 
 BACKENDS = ("cpp", "triton", "reference")
-
 
 # Looked up here, because torch.compile may be what asks first, and torch 2.11's does not follow the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -68,12 +69,12 @@ def _parse(name: str, source: str) -> str:
 
 
 _requested = _parse(os.environ.get("FPN_FAST_BACKEND", "auto"), "FPN_FAST_BACKEND")
-# Choices by (requested, device type, op): the answer cannot change while the process lives.
+# Choices by (requested, device type, op) that were made and logged: they cannot change while the process lives.
 _chosen: dict[tuple[str, str, str | None], str] = {}
 # (backend, device type) -> the ops that have no kernel there.
 _missing: dict[tuple[str, str], set[str]] = {}
-# (op, backend) -> what of the op torch's own operators do there.
-_shared: dict[tuple[str, str], str] = {}
+# (op, backend) -> the part of the op that torch's own operators compute there.
+_torch_parts: dict[tuple[str, str], str] = {}
 
 
 def requested() -> str:
@@ -81,14 +82,17 @@ def requested() -> str:
     return _requested
 
 
-def problem(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot serve tensors of `device_type`, with what would help; None where it can."""
-    return _PROBLEMS[_parse(backend, "backend")](device_type)
+def problem(backend: str, device_type: str, op: str | None = None) -> str | None:
+    """Why `backend` cannot serve tensors of `device_type`, or `op` on them, with what would help; None where it can."""
+    found = _PROBLEMS[_parse(backend, "backend")](device_type)
+    if found is None and op in _missing.get((backend, device_type), ()):
+        found = f"it has no kernel of {op} for {device_type} tensors"
+    return found
 
 
-def available(device_type: str) -> list[str]:
-    """The backends that can serve tensors of `device_type`, best first."""
-    return [name for name in BACKENDS if problem(name, device_type) is None]
+def available(device_type: str, op: str | None = None) -> list[str]:
+    """The backends that can serve tensors of `device_type`, or `op` on them, best first."""
+    return [name for name in BACKENDS if problem(name, device_type, op) is None]
 
 
 def declare_missing(op: str, backend: str, device_type: str) -> None:
@@ -96,14 +100,22 @@ def declare_missing(op: str, backend: str, device_type: str) -> None:
     _missing.setdefault((backend, device_type), set()).add(op)
 
 
-def declare_shared(op: str, backend: str, by_torch: str) -> None:
-    """Says what of `op` on `backend` torch's own operators do, such as "sorting"; called where the op is registered."""
-    _shared[op, backend] = by_torch
+def declare_torch_part(op: str, backend: str, part: str) -> None:
+    """Says which part of `op` on `backend` torch's own operators compute, such as "sorting"; called likewise."""
+    _torch_parts[op, backend] = part
 
 
-def has_form(op: str, backend: str, device_type: str) -> bool:
-    """Whether `backend` has a kernel of `op` for tensors of `device_type`, if it serves them at all."""
-    return op not in _missing.get((backend, device_type), ())
+def notes(backend: str, device_type: str, op: str | None = None) -> list[str]:
+    """What `backend` leaves to others for tensors of `device_type`: of `op`, or of all ops."""
+    if op is not None:
+        return [f"{_torch_parts[op, backend]} by torch's own operators"] if (op, backend) in _torch_parts else []
+    missing = sorted(_missing.get((backend, device_type), ()))
+    found = [f"without kernels of {', '.join(missing)}"] if missing else []
+    parts: dict[str, list[str]] = {}
+    for (name, where), part in sorted(_torch_parts.items()):
+        if where == backend:
+            parts.setdefault(part, []).append(name)
+    return found + [f"{part} of {', '.join(names)} by torch's own operators" for part, names in parts.items()]
 
 
 def choose(device_type: str, op: str | None = None) -> str:
@@ -113,55 +125,83 @@ def choose(device_type: str, op: str | None = None) -> str:
         BackendUnavailableError: a backend was asked for by name and cannot serve this device.
     """
     key = (_requested, device_type, op)
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = _choose(*key)
+    return _chosen.get(key) or _choose(*key)
+
+
+def choose_for(tensor: Tensor, op: str) -> str:
+    """:func:`choose` for the device of `tensor`, and a line in the log the first time."""
+    # Asking a device for its type's name costs more than the choice.
+    device_type = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
+    return _chosen.get((_requested, device_type, op)) or _serve(tensor, device_type, op)
+
+
+def _serve(tensor: Tensor, device_type: str, op: str) -> str:
+    """The first calls of :func:`choose_for`; all of them while DEBUG lines are written."""
+    found = choose(device_type, op)
+    if found == "reference" != _requested and device_type in ("cpu", "cuda"):
+        text = "%s runs by the reference on %s tensors, in plain PyTorch: %s"
+        _log.once(logging.WARNING, (op, device_type), text, op, device_type, _reasons(device_type, op, found))
+    if _log.debugs():
+        kind = (device_type, str(tensor.dtype).removeprefix("torch."), _memory_format(tensor))
+        reasons = _reasons(device_type, op, found)
+        _log.once(logging.DEBUG, (op, *kind, found), "%s on %s: %s (%s)", op, " ".join(kind), found, reasons)
+    else:
+        _chosen[_requested, device_type, op] = found
     return found
 
 
-def choose_for(tensor: Tensor, op: str | None = None) -> str:
-    """:func:`choose` for the device of `tensor`; asking a device for its type's name costs more than the choice."""
-    return choose("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type, op)
+def _reasons(device_type: str, op: str, found: str) -> str:
+    """Why `found` was chosen and none before it."""
+    if _requested == found:
+        return "asked for by name"
+    before = BACKENDS[: BACKENDS.index(found)] if _requested == "auto" else (_requested,)
+    reasons = [f"not {name}: {problem(name, device_type, op) or 'its interpreter is for tests'}" for name in before]
+    return "; ".join(reasons) or "the first that has a kernel"
 
 
-def beats_torchvision(tensor: Tensor, op: str) -> bool:
-    """Whether a module should call `op` for tensors like `tensor` and not do as torchvision does.
+def _memory_format(tensor: Tensor) -> str:
+    if tensor.is_contiguous():
+        return "contiguous"
+    is_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return "channels_last" if is_last else "strided"
 
-    Not where the op has no kernel and would run by the reference, unless a backend was asked for by name.
+
+def has_kernel(tensor: Tensor, op: str) -> bool:
+    """Whether a backend has a kernel of `op` for tensors like `tensor`, or one was asked for by name.
+
+    Where it has none, a module runs its original library's code, which is faster than the reference.
     """
-    return _requested != "auto" or choose_for(tensor, op) != "reference"
+    return _requested != "auto" or choose(tensor.device.type, op) != "reference"
+
+
+def falls_back(module: object, tensor: Tensor, op: str, *, known: bool = True) -> bool:
+    """Whether `module` runs its original library's code instead of `op`, with a warning in the log the first time.
+
+    known: whether the op knows the settings of the module and the dtypes of its inputs.
+    """
+    if known and has_kernel(tensor, op):
+        return False
+    kind, device_type = type(module), tensor.device.type
+    reason = f"no backend here has a kernel of {op}" if known else f"{op} does not know its settings or dtypes"
+    text = "%s runs its original library's code on %s tensors: %s"
+    _log.once(logging.WARNING, (kind, op, device_type, known), text, kind.__name__, device_type, reason)
+    return True
 
 
 def _choose(name: str, device_type: str, op: str | None) -> str:
     if name == "auto":
         # The interpreter is for testing kernels, never the faster choice.
-        usable = [b for b in available(device_type) if b != "triton" or device_type == "cuda"]
-        return next(b for b in usable if op is None or has_form(op, b, device_type))
-    reason = problem(name, device_type)
-    if reason is not None:
+        return next(b for b in available(device_type, op) if b != "triton" or device_type == "cuda")
+    if (reason := problem(name, device_type)) is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve {device_type} tensors: {reason}")
-    return name if op is None or has_form(op, name, device_type) else "reference"
-
-
-def remarks(backend: str, device_type: str, op: str | None = None) -> list[str]:
-    """What of `op`, or of all ops, `backend` leaves to others for tensors of `device_type`."""
-    if op is not None:
-        return [f"{_shared[op, backend]} by torch's own operators"] if (op, backend) in _shared else []
-    missing = sorted(_missing.get((backend, device_type), ()))
-    found = [f"without kernels of {', '.join(missing)}"] if missing else []
-    shared: dict[str, list[str]] = {}
-    for (name, where), by_torch in sorted(_shared.items()):
-        if where == backend:
-            shared.setdefault(by_torch, []).append(name)
-    return found + [f"{by_torch} of {', '.join(names)} by torch's own operators" for by_torch, names in shared.items()]
+    return name if problem(name, device_type, op) is None else "reference"
 
 
 def explain(device_type: str = "cpu", op: str | None = None) -> str:
     """One line a backend: which serves tensors of `device_type` now, which could, and why the others cannot.
 
-    op: an op's name, such as "segmented_nms", for the backends that serve this one; without it, each line names the ops
-        that its backend has no kernel of and leaves to the reference. Either way a line says what of an op with a
-        kernel torch's own operators do.
+    op: the name of an op, such as "segmented_nms". Without it, each line names the ops that its backend has no kernel
+        of; these run by the reference. Each line also says which parts of an op torch's own operators compute.
     """
     try:
         taken: str | None = choose(device_type, op)
@@ -170,14 +210,9 @@ def explain(device_type: str = "cpu", op: str | None = None) -> str:
     of = "" if op is None else f"{op} of "
     lines = [f"{of}{device_type} tensors, backend asked for: {_requested}"]
     for name in BACKENDS:
-        reason = problem(name, device_type)
-        missing = sorted(_missing.get((name, device_type), ()))
-        if reason is None and op in missing:
-            reason = f"it has no kernel of {op} for {device_type} tensors, which runs by another backend"
-        state = "taken" if name == taken else "available" if reason is None else f"not available: {reason}"
-        if reason is None:
-            state += "".join(f"; {remark}" for remark in remarks(name, device_type, op))
-        lines.append(f"  {name:<9} {state}")
+        reason = problem(name, device_type, op)
+        states = ["taken" if name == taken else "available", *notes(name, device_type, op)]
+        lines.append(f"  {name:<9} {'; '.join(states) if reason is None else f'not available: {reason}'}")
     return "\n".join(lines)
 
 

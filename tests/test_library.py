@@ -108,6 +108,34 @@ def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
     assert python("-c", code.format("choose('cpu')")).stdout == "cpp\n"
 
 
+BROKEN_IMPORT = """
+import sys
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{name}":
+            raise ImportError("planted", name=name)
+
+sys.meta_path.insert(0, Refuses())
+import fpn_fast.{package}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("torchvision.models.detection.fcos", "nn"),
+        ("fpn_fast.nn.roi_heads", "nn"),
+        ("torchvision.ops.poolers", "nn"),
+        ("fpn_fast.verify.checks.torchvision_modules", "verify.checks"),
+    ],
+)
+def test_an_import_that_fails_is_not_taken_for_torchvisions_absence(name, package):
+    done = python("-c", BROKEN_IMPORT.format(name=name, package=package))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ImportError: planted"
+
+
 def test_torch_compile_may_be_what_asks_for_a_backend_first(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})
     compiled = torch.compile(lambda maps: fpn_fast.ops.top_down(maps)[0], fullgraph=True, backend="eager")

@@ -152,13 +152,9 @@ def providers(
     if device_type == "cuda":
         found += [Provider(name, function) for name, function in op.on_gpu.items()]
     for backend in ("cpp", "triton"):
-        has_form = backends.has_form(op.kernel or case.op, backend, device_type)
+        has_kernel = backends.problem(backend, device_type, op.kernel or case.op) is None
         # On a CPU Triton kernels run in an interpreter, which is for tests.
-        if (
-            backends.problem(backend, device_type) is None
-            and has_form
-            and (backend != "triton" or device_type == "cuda")
-        ):
+        if has_kernel and (backend != "triton" or device_type == "cuda"):
             found.append(Provider(backend, op.fused, backend))
     return [provider for provider in found if names is None or provider.name in names]
 

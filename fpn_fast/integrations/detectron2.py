@@ -65,7 +65,7 @@ class RPN(rpn.RPN):
     ) -> tuple[list[Any], dict[str, Tensor]]:
         """detectron2's: images with image_sizes, maps by name, targets -> Instances of each image, losses."""
         maps = [features[name] for name in self.in_features]
-        if not self._is_usual(maps):
+        if backends.falls_back(self, maps[0], "generate_proposals", known=self._knows_anchors()):
             return super().forward(images, features, gt_instances)
         logits, deltas = self.rpn_head(maps)
         generator = self.anchor_generator
@@ -108,13 +108,12 @@ class RPN(rpn.RPN):
             known = self._cells = (tables, [table.tolist() for table in tables])
         return known[1]
 
-    def _is_usual(self, maps: Sequence[Tensor]) -> bool:
-        """Whether the op knows how anchors are made and coded, and has a kernel for the maps."""
+    def _knows_anchors(self) -> bool:
+        """Whether the op knows how anchors are made and coded."""
         generator = self.anchor_generator
         if type(generator) is not DefaultAnchorGenerator or type(self.box2box_transform) is not Box2BoxTransform:
             return False
-        same = len({len(table) for table in generator.cell_anchors}) == 1
-        return same and backends.beats_torchvision(maps[0], "generate_proposals")
+        return len({len(table) for table in generator.cell_anchors}) == 1
 
 
 FUSED: dict[type, type] = {fpn.FPN: FPN, poolers.ROIPooler: ROIPooler, rpn.RPN: RPN}

@@ -103,7 +103,8 @@ class RPNHead(rpn_head.RPNHead):
     ) -> Sequence[InstanceData]:
         """Maps [N, A, H_l, W_l] and [N, 4A, H_l, W_l] -> of each image bboxes [K, 4], scores [K] and labels [K]."""
         config = self.test_cfg if cfg is None else cfg
-        if rescale or not with_nms or not self._is_usual(config, cls_scores):
+        known = not rescale and with_nms and self._knows_anchors(config)
+        if backends.falls_back(self, cls_scores[0], "generate_proposals", known=known):
             return super().predict_by_feat(
                 cls_scores, bbox_preds, score_factors, batch_img_metas, cfg, rescale=rescale, with_nms=with_nms
             )
@@ -114,8 +115,8 @@ class RPNHead(rpn_head.RPNHead):
             for boxes, scores in proposals_of_images(*found)
         ]
 
-    def _is_usual(self, config: Mapping[str, Any], maps: Sequence[Tensor]) -> bool:
-        """Whether the op knows all of this, and has a kernel for the maps."""
+    def _knows_anchors(self, config: Mapping[str, Any]) -> bool:
+        """Whether the op knows how anchors are made and coded, and every setting of the configuration."""
         priors, coder = self.prior_generator, self.bbox_coder
         if type(priors) is not AnchorGenerator or type(coder) is not DeltaXYWHBBoxCoder:
             return False
@@ -125,7 +126,7 @@ class RPNHead(rpn_head.RPNHead):
             check_config(config)
         except ValueError:
             return False
-        return len(set(priors.num_base_priors)) == 1 and backends.beats_torchvision(maps[0], "generate_proposals")
+        return len(set(priors.num_base_priors)) == 1
 
 
 FUSED: dict[type, type] = {

@@ -23,22 +23,10 @@ __all__ = [
 
 # These subclass torchvision's classes. An ImportError of another cause must reach the user.
 if importlib.util.find_spec("torchvision") is not None:
-    from fpn_fast.nn.dense_detectors import FCOS as FCOS
-    from fpn_fast.nn.dense_detectors import SSD as SSD
-    from fpn_fast.nn.dense_detectors import RetinaNet as RetinaNet
-    from fpn_fast.nn.region_proposal import AnchorGenerator as AnchorGenerator
-    from fpn_fast.nn.region_proposal import RegionProposalNetwork as RegionProposalNetwork
-    from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform as GeneralizedRCNNTransform
-    from fpn_fast.nn.roi_heads import RoIHeads as RoIHeads
-    from fpn_fast.nn.static_detector import StaticDetector as StaticDetector
+    from fpn_fast.nn.dense_detectors import FCOS, SSD, RetinaNet
+    from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
+    from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
+    from fpn_fast.nn.static_detector import StaticDetector
 
-    __all__ += [
-        "FCOS",
-        "SSD",
-        "AnchorGenerator",
-        "GeneralizedRCNNTransform",
-        "RegionProposalNetwork",
-        "RetinaNet",
-        "RoIHeads",
-        "StaticDetector",
-    ]
+    __all__ += ["FCOS", "SSD", "AnchorGenerator", "GeneralizedRCNNTransform", "RegionProposalNetwork"]
+    __all__ += ["RetinaNet", "RoIHeads", "StaticDetector"]

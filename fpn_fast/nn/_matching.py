@@ -44,8 +44,8 @@ def match_images(
 
 
 def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> bool:
-    usual = type(matcher) is Matcher and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
-    return usual and backends.beats_torchvision(boxes, "match_anchors")
+    known = type(matcher) is Matcher and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
+    return not backends.falls_back(matcher, boxes, "match_anchors", known=known)
 
 
 def _matches(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: Tensor) -> Tensor:

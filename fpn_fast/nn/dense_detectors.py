@@ -69,7 +69,8 @@ class _DenseDetector(nn.Module):
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images [C, H, W] -> losses by name in training, otherwise per image a dict of "boxes", "scores", "labels"."""
-        if self.training or targets is not None or not images or not self._is_usual(images[0]):
+        theirs = self.training or targets is not None or not images
+        if theirs or backends.falls_back(self, images[0], "select_detections", known=self._knows_anchors()):
             return super().forward(images, targets)
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, _ = self.transform(images)
@@ -117,13 +118,9 @@ class _DenseDetector(nn.Module):
             **self._coding(maps),
         )
 
-    def _is_usual(self, image: Tensor) -> bool:
-        """Whether the op supports this anchor generator and box coder, and has a kernel for the device."""
-        return (
-            type(self.anchor_generator) in (AnchorGenerator, FusedAnchorGenerator)
-            and self._knows_coder()
-            and backends.beats_torchvision(image, "select_detections")
-        )
+    def _knows_anchors(self) -> bool:
+        """Whether the op supports this anchor generator and box coder."""
+        return type(self.anchor_generator) in (AnchorGenerator, FusedAnchorGenerator) and self._knows_coder()
 
 
 class RetinaNet(_DenseDetector, retinanet.RetinaNet):
@@ -153,8 +150,8 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
             else:
                 matches.append(_matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own_anchors))
         logits = head_outputs["cls_logits"]
-        usual = self._knows_head() and backends.beats_torchvision(logits, "sigmoid_focal_loss")
-        if not usual or logits.dtype not in (torch.float32, torch.float64) or len(matches) != len(logits):
+        known = self._knows_head() and logits.dtype in (torch.float32, torch.float64) and len(matches) == len(logits)
+        if backends.falls_back(self, logits, "sigmoid_focal_loss", known=known):
             return self.head.compute_loss(targets, head_outputs, anchors, matches)
         labels = [target["labels"] for target in targets]
         return {
@@ -204,7 +201,7 @@ class SSD(ssd.SSD):
     ) -> list[dict[str, Tensor]]:
         """ "cls_logits" [N, M, classes] and "bbox_regression" [N, M, 4] -> torchvision's dict per image."""
         logits = head_outputs["cls_logits"]
-        if type(self.box_coder) is not BoxCoder or not backends.beats_torchvision(logits, "select_box_detections"):
+        if backends.falls_back(self, logits, "select_box_detections", known=type(self.box_coder) is BoxCoder):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         return lists_of(
             ops.select_box_detections(

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 
 from torch import Tensor
 
 from fpn_fast.nn._pyramid import merge_pyramid
 
-try:
+if importlib.util.find_spec("torchvision") is not None:
     # torchvision's models check isinstance, so its classes are the base where it is installed.
     from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
     from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork as _Base
-except ImportError:
+else:
     from fpn_fast.nn._standalone import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
     from fpn_fast.nn._standalone import FeaturePyramidNetwork as _Base
 

@@ -93,7 +93,7 @@ class RegionProposalNetwork(_RegionProposalBase):
             TypeError: see the op.
         """
         maps = list(features.values())
-        if not self._is_usual() or not backends.beats_torchvision(maps[0], "generate_proposals"):
+        if backends.falls_back(self, maps[0], "generate_proposals", known=self._knows_anchors()):
             return super().forward(images, features, targets)
         if self.training and targets is None:
             raise ValueError("targets must have the boxes of each image in training, got None")
@@ -113,7 +113,7 @@ class RegionProposalNetwork(_RegionProposalBase):
         Raises:
             TypeError: the anchor generator or box coder is a class of your own; others: the op's.
         """
-        if not self._is_usual():
+        if not self._knows_anchors():
             raise TypeError(
                 "proposals() needs an AnchorGenerator and a BoxCoder of torchvision or fpn_fast, got "
                 f"{type(self.anchor_generator).__name__} and {type(self.box_coder).__name__}"
@@ -148,7 +148,7 @@ class RegionProposalNetwork(_RegionProposalBase):
         """Labels [M] and matched boxes [M, 4] per image, equal to torchvision's, without an IoU matrix."""
         return _matching.assign_targets_to_anchors(self.proposal_matcher, self.box_similarity, anchors, targets)
 
-    def _is_usual(self) -> bool:
+    def _knows_anchors(self) -> bool:
         """Whether the op supports this anchor generator and box coder."""
         return (
             type(self.anchor_generator) in (AnchorGenerator, _AnchorGeneratorBase) and type(self.box_coder) is BoxCoder

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,12 @@ from torch import Tensor
 from fpn_fast import ops
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
-try:
+if importlib.util.find_spec("torchvision") is not None:
     # torchvision's models check isinstance, so its classes are the base where it is installed.
     from torchvision.ops import MultiScaleRoIAlign as _MultiScaleBase
     from torchvision.ops import RoIAlign as _RoIAlignBase
     from torchvision.ops.poolers import LevelMapper
-except ImportError:
+else:
     from fpn_fast.nn._standalone import LevelMapper
     from fpn_fast.nn._standalone import MultiScaleRoIAlign as _MultiScaleBase
     from fpn_fast.nn._standalone import RoIAlign as _RoIAlignBase

@@ -44,7 +44,7 @@ class RoIHeads(roi_heads.RoIHeads):
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Maps by name, boxes [R_n, 4] and (height, width) per image -> (detections, losses), like torchvision's."""
         theirs = self.training or targets is not None or not self.has_keypoint()
-        if theirs or not backends.beats_torchvision(features[next(iter(features))], "heatmaps_to_keypoints"):
+        if theirs or backends.falls_back(self, features[next(iter(features))], "heatmaps_to_keypoints"):
             return super().forward(features, proposals, image_shapes, targets)
         pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         logits, deltas = self.box_predictor(pooled)
@@ -78,8 +78,8 @@ class RoIHeads(roi_heads.RoIHeads):
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """[R, classes], [R, 4 * classes] and proposals [R_n, 4] per image -> boxes, scores and labels per image."""
-        usual = type(self.box_coder) is BoxCoder and box_regression.shape[-1] == 4 * class_logits.shape[-1]
-        if not usual or not backends.beats_torchvision(class_logits, "select_box_detections"):
+        known = type(self.box_coder) is BoxCoder and box_regression.shape[-1] == 4 * class_logits.shape[-1]
+        if backends.falls_back(self, class_logits, "select_box_detections", known=known):
             return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         lengths = [len(boxes) for boxes in proposals]
         logits, deltas = (pad_sequence(each.split(lengths), True) for each in (class_logits, box_regression))
@@ -175,9 +175,9 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
         return result
 
     def _pasted(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        if backends.beats_torchvision(boxes, "paste_masks"):
-            return ops.paste_masks(masks, boxes, size)
-        return transform.paste_masks_in_image(masks, boxes, size)
+        if backends.falls_back(self, boxes, "paste_masks"):
+            return transform.paste_masks_in_image(masks, boxes, size)
+        return ops.paste_masks(masks, boxes, size)
 
 
 def _float32_quotient(a: int, b: int) -> float:

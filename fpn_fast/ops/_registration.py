@@ -37,7 +37,7 @@ def _is_defined(backend: str, qualified: str) -> bool:
     return hasattr(getattr(torch.ops, namespace), name)
 
 
-def _declare_missing_forms(name: str, defined: set[str]) -> None:
+def _declare_missing(name: str, defined: set[str]) -> None:
     """Tells `backends` where this op has no kernel although the backend could serve the device."""
     for device_type, key in _DISPATCH_KEYS.items():
         if _library.problems[device_type] is None:
@@ -79,7 +79,7 @@ def register_op(
         if backward is not None:
             torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)
         found[backend] = getattr(getattr(torch.ops, namespace), name).default
-    _declare_missing_forms(name, set(found))
+    _declare_missing(name, set(found))
     return found
 
 

@@ -159,7 +159,7 @@ def _check_rois(
 
 
 def _pool(features: list[Tensor], rois: Tensor, levels: Tensor | None, *numbers: Any) -> Tensor:
-    backend = backends.choose_for(features[0])
+    backend = backends.choose_for(features[0], "multiscale_roi_align")
     if not traced() and records_gradient(features):
         return _MultiScaleRoIAlign.apply(backend, rois, levels, numbers, *features)
     return call_kernel(_FORWARD[backend], features, rois, levels, *numbers)

@@ -78,7 +78,7 @@ def _merge(laterals: list[Tensor], mode: str, align_corners: bool, scale_factor:
     if scale_factor is not None:
         _check_scale_factor(laterals, scale_factor)
     average = fuse == "avg"
-    backend = backends.choose_for(laterals[0])
+    backend = backends.choose_for(laterals[0], "top_down")
     if backend == "reference":
         return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
     if not traced() and records_gradient(laterals):

@@ -20,7 +20,7 @@ def register(name: str, function: Callable[..., Any], by_torch: str | None = Non
     by_torch: what of it torch's own operators do, for `backends.explain`.
     """
     if by_torch is not None:
-        backends.declare_shared(name, "triton", by_torch)
+        backends.declare_torch_part(name, "triton", by_torch)
     _library.define(name + SCHEMAS[name])
     for device in ("CUDA", "CPU") if backends.triton_interprets() else ("CUDA",):
         _library.impl(name, function, device)

@@ -77,10 +77,8 @@ def devices() -> list[str]:
 
 def targets(check: Check, wanted: Sequence[str], device: str) -> list[str]:
     """The backends that have a part in `check` on `device`."""
-    found = [name for name in wanted if backends.problem(name, device) is None]
-    if check.backends is not None:
-        found = [name for name in found if name in check.backends]
-    return [name for name in found if any(backends.has_form(op, name, device) for op in check.ops)]
+    found = [name for name in wanted if check.backends is None or name in check.backends]
+    return [name for name in found if any(backends.problem(name, device, op) is None for op in check.ops)]
 
 
 def _rows(plan: Plan) -> Iterator[tuple[Check, torch.dtype, str, list[Row]]]:

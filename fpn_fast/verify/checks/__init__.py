@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +68,5 @@ from fpn_fast.verify.checks import (  # noqa: E402, F401
     selection,
 )
 
-# Without torchvision there are no modules that need it.
-with contextlib.suppress(ImportError):
+if importlib.util.find_spec("torchvision") is not None:
     from fpn_fast.verify.checks import torchvision_modules  # noqa: F401
