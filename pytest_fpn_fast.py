@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pytest plugin: the fixture ``assert_parity``, and the marker ``fpn_fast_parity`` with options for it.
+"""pytest plugin: the fixture ``assert_parity`` and the marker ``fpn_fast_parity``, which takes its options.
 
-Outside of the package, which pytest would import, and torch with it, before a project's own conftest.py.
+It is a module outside the package: pytest imports a plugin before a project's conftest.py, and must not import torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ _MARKER = "fpn_fast_parity"
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        f"{_MARKER}(**options): checks parity with fpn_fast; the options of fpn_fast.testing.assert_parity are for the "
-        "fixture assert_parity",
+        f"{_MARKER}(**options): checks parity with fpn_fast; the options go to fpn_fast.testing.assert_parity",
     )
 
 
@@ -29,7 +28,7 @@ def assert_parity(request: pytest.FixtureRequest) -> Callable[..., None]:
     from fpn_fast import testing
 
     options: dict[str, Any] = {}
-    # The farthest first, so that a test's own marker has the last word.
+    # The outermost marker first, so that a test's own marker wins.
     for marker in reversed(list(request.node.iter_markers(_MARKER))):
         if marker.args:
             raise pytest.UsageError(f"{_MARKER} takes options by name, got {marker.args}")

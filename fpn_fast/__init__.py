@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels for Feature Pyramid Networks, behind drop-in modules.
+"""Fused kernels for Feature Pyramid Network detectors, behind drop-in modules.
 
 >>> import fpn_fast
 >>> report = fpn_fast.accelerate(model)  # a torchvision detector, in place  # doctest: +SKIP
@@ -26,7 +26,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "StaticDetector":
-        # Asked for alone, as it needs torchvision.
+        # Not imported above, because it needs torchvision.
         from fpn_fast.nn.static_detector import StaticDetector
 
         return StaticDetector

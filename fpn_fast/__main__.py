@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fpn_fast``, or ``fpn-fast``: ``info``, what this installation has, what it lacks, and how to get it;
-``verify``, whether it computes what it should; and ``bench``, how fast."""
+"""``python -m fpn_fast``, or ``fpn-fast``: the commands ``info``, ``verify`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from fpn_fast.verify import command as verify
 
 
 def gather() -> dict[str, Any]:
-    """Everything that ``info`` prints, as plain data."""
+    """The facts that ``info`` prints, as plain data."""
     facts: dict[str, Any] = {
         "fpn_fast": __version__,
         "python": platform.python_version(),
@@ -70,11 +69,13 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fpn_fast", description=__doc__)
+    """Runs a command and returns the exit code."""
+    description = "Shows what this installation has (info), whether it is correct (verify) and how fast it is (bench)."
+    parser = argparse.ArgumentParser(prog="python -m fpn_fast", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="what this installation has, what it lacks, and how to get it")
-    info.add_argument("--json", action="store_true", help="plain data instead of a table")
+    summary = "prints versions, the build, and which backends can run, with what the others need"
+    info = commands.add_parser("info", help=summary, description=summary.capitalize() + ".")
+    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     info.set_defaults(run=_info)
     verify.add_arguments(commands)
     bench.add_arguments(commands)

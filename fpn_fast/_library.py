@@ -73,7 +73,7 @@ def kernel_attributes() -> list[dict[str, Any]]:
 
 
 def _other_cuda(name: str) -> str | None:
-    """Why the file `name` cannot be loaded beside this torch's CUDA runtime, whose major version it must share."""
+    """Why the file `name` cannot be loaded: it is built for another CUDA major version than torch."""
     with path(name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         needed = re.search(rb"libcudart\.so\.(\d+)", content)
         built = needed[1].decode() if needed else None
@@ -81,7 +81,7 @@ def _other_cuda(name: str) -> str | None:
         return None
     return (
         f"fpn_fast's CUDA kernels are built for CUDA {built}, and torch {torch.__version__} for CUDA "
-        f"{torch.version.cuda}; install a torch for CUDA {built}, or build fpn_fast again beside this torch with "
+        f"{torch.version.cuda}; install a torch for CUDA {built}, or build fpn_fast for this torch with "
         "`pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
     )
 
@@ -98,8 +98,8 @@ def _load(name: str, absent: str) -> str | None:
 
 problems["cpu"] = _load(
     "_C",
-    "the package was installed without its compiled library (no C++ compiler at the time); install g++ or clang++ and "
-    "run `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout",
+    "fpn_fast was installed without its compiled library, because there was no C++ compiler; install g++ or clang++ "
+    "and run `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout",
 )
 if problems["cpu"] is not None:
     problems["cuda"] = problems["cpu"]
@@ -107,11 +107,11 @@ elif torch.version.cuda is None:
     problems["cuda"] = "this torch is built without CUDA; install a CUDA build of torch"
 elif path("_C_cuda").exists() and (other := _other_cuda("_C_cuda")):
     problems["cuda"] = other
-    # Whoever has a GPU would otherwise learn it from a slow run.
+    # With a GPU, the only other sign would be a slow run.
     logging.getLogger("fpn_fast").warning(other)
 else:
     problems["cuda"] = _load(
         "_C_cuda",
-        "the compiled library has no CUDA kernels (no CUDA toolkit when it was built); install the CUDA toolkit of "
-        f"torch's version ({torch.version.cuda}) or set CUDA_HOME, and build again with FPN_FAST_CUDA=1",
+        "fpn_fast was built without CUDA kernels, because there was no CUDA toolkit; install CUDA toolkit "
+        f"{torch.version.cuda} or set CUDA_HOME to it, and build again with FPN_FAST_CUDA=1",
     )

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend serves a call, and why.
 
-- ``cpp``: the compiled library; C++ on CPU tensors, CUDA on CUDA tensors.
-- ``triton``: for a GPU without a compiler; on CPU tensors only under ``TRITON_INTERPRET=1``, for testing.
-- ``reference``: plain PyTorch, on any device.
+- ``cpp``: the compiled library: C++ for CPU tensors, CUDA for CUDA tensors.
+- ``triton``: Triton kernels, for a GPU without a compiler. On CPU tensors they need ``TRITON_INTERPRET=1``, for tests.
+- ``reference``: plain PyTorch on any device.
 
-``auto`` takes the first of these that can serve the call. An op that a backend has no kernel for runs by the reference
-there, also where the backend was asked for by name; :func:`explain` says which ops. Choose with :func:`use`, or with
-``FPN_FAST_BACKEND`` in the environment when the package is imported. The choice is one for the process, not one for
-each thread.
+``auto`` takes the first of these that has a kernel of the op. With a backend asked for by name, an op without a kernel
+there runs by the reference. :func:`explain` says which backend serves an op and why, and so does the logger
+``fpn_fast``. Choose with :func:`use`, or with ``FPN_FAST_BACKEND`` in the environment at import. The choice holds for
+the whole process, not for one thread.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fpn_fast import _library, _log
 
 BACKENDS = ("cpp", "triton", "reference")
 
-# Looked up here, because torch.compile may be what asks first, and torch 2.11's does not follow the look-up.
+# Looked up at import: the first call may be under torch.compile, and torch 2.11's does not trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot serve the call; the message says why and what would help."""
+    """A backend was asked for by name and cannot serve the call. The message says why and what would help."""
 
 
 def _cpp_problem(device_type: str) -> str | None:
@@ -83,7 +83,7 @@ def requested() -> str:
 
 
 def problem(backend: str, device_type: str, op: str | None = None) -> str | None:
-    """Why `backend` cannot serve tensors of `device_type`, or `op` on them, with what would help; None where it can."""
+    """Why `backend` cannot serve tensors of `device_type`, or `op` on them, and what would help. None where it can."""
     found = _PROBLEMS[_parse(backend, "backend")](device_type)
     if found is None and op in _missing.get((backend, device_type), ()):
         found = f"it has no kernel of {op} for {device_type} tensors"
@@ -96,17 +96,17 @@ def available(device_type: str, op: str | None = None) -> list[str]:
 
 
 def declare_missing(op: str, backend: str, device_type: str) -> None:
-    """Says that `op` has no kernel on `backend` for tensors of `device_type`; called where the op is registered."""
+    """Records, at registration, that `backend` has no kernel of `op` for tensors of `device_type`."""
     _missing.setdefault((backend, device_type), set()).add(op)
 
 
 def declare_torch_part(op: str, backend: str, part: str) -> None:
-    """Says which part of `op` on `backend` torch's own operators compute, such as "sorting"; called likewise."""
+    """Records, at registration, which part of `op` torch's own operators compute on `backend`, such as "sorting"."""
     _torch_parts[op, backend] = part
 
 
 def notes(backend: str, device_type: str, op: str | None = None) -> list[str]:
-    """What `backend` leaves to others for tensors of `device_type`: of `op`, or of all ops."""
+    """The parts of `op`, or of all ops, that `backend` leaves to others for tensors of `device_type`."""
     if op is not None:
         return [f"{_torch_parts[op, backend]} by torch's own operators"] if (op, backend) in _torch_parts else []
     missing = sorted(_missing.get((backend, device_type), ()))
@@ -119,7 +119,7 @@ def notes(backend: str, device_type: str, op: str | None = None) -> list[str]:
 
 
 def choose(device_type: str, op: str | None = None) -> str:
-    """The backend that serves a call on `device_type`; for an op that it has no kernel of, the reference.
+    """The backend that serves a call on `device_type`, which is the reference for an op without a kernel.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot serve this device.
@@ -129,14 +129,14 @@ def choose(device_type: str, op: str | None = None) -> str:
 
 
 def choose_for(tensor: Tensor, op: str) -> str:
-    """:func:`choose` for the device of `tensor`, and a line in the log the first time."""
-    # Asking a device for its type's name costs more than the choice.
+    """:func:`choose` for the device of `tensor`. The first call writes a line to the log."""
+    # Reading a device's type costs more than the choice.
     device_type = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
     return _chosen.get((_requested, device_type, op)) or _serve(tensor, device_type, op)
 
 
 def _serve(tensor: Tensor, device_type: str, op: str) -> str:
-    """The first calls of :func:`choose_for`; all of them while DEBUG lines are written."""
+    """The first call of :func:`choose_for`, and every call while DEBUG lines are written."""
     found = choose(device_type, op)
     if found == "reference" != _requested and device_type in ("cpu", "cuda"):
         text = "%s runs by the reference on %s tensors, in plain PyTorch: %s"
@@ -167,17 +167,15 @@ def _memory_format(tensor: Tensor) -> str:
 
 
 def has_kernel(tensor: Tensor, op: str) -> bool:
-    """Whether a backend has a kernel of `op` for tensors like `tensor`, or one was asked for by name.
-
-    Where it has none, a module runs its original library's code, which is faster than the reference.
-    """
+    """Whether a backend has a kernel of `op` for the device of `tensor`, or was asked for by name."""
     return _requested != "auto" or choose(tensor.device.type, op) != "reference"
 
 
 def falls_back(module: object, tensor: Tensor, op: str, *, known: bool = True) -> bool:
-    """Whether `module` runs its original library's code instead of `op`, with a warning in the log the first time.
+    """Whether `module` has to run its original library's code instead of `op`. Warns in the log the first time.
 
-    known: whether the op knows the settings of the module and the dtypes of its inputs.
+    It has to where the op has no kernel, because that code is faster than the reference, and where the op does not
+    know the settings of the module or the dtypes of its inputs: ``known=False``.
     """
     if known and has_kernel(tensor, op):
         return False
@@ -198,10 +196,15 @@ def _choose(name: str, device_type: str, op: str | None) -> str:
 
 
 def explain(device_type: str = "cpu", op: str | None = None) -> str:
-    """One line a backend: which serves tensors of `device_type` now, which could, and why the others cannot.
+    """One line per backend: which one serves tensors of `device_type`, which others could, and why the rest cannot.
 
-    op: the name of an op, such as "segmented_nms". Without it, each line names the ops that its backend has no kernel
-        of; these run by the reference. Each line also says which parts of an op torch's own operators compute.
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``.
+        op: the name of an op, such as ``"segmented_nms"``. Without it, each line names the ops that the backend has no
+            kernel of. Each line also says which parts of an op torch's own operators compute.
+
+    >>> print(explain("cpu", "nms").splitlines()[0])
+    nms of cpu tensors, backend asked for: auto
     """
     try:
         taken: str | None = choose(device_type, op)
@@ -218,11 +221,15 @@ def explain(device_type: str = "cpu", op: str | None = None) -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Asks for a backend inside a ``with`` block: ``auto``, ``cpp``, ``triton`` or ``reference``.
+    """Uses one backend inside a ``with`` block: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Raises:
         ValueError: `name` is none of these.
-        BackendUnavailableError: no device type on this machine can be served by it.
+        BackendUnavailableError: the backend serves no device on this machine.
+
+    >>> with use("reference"):
+    ...     choose("cpu")
+    'reference'
     """
     global _requested
     _parse(name, "backend")

@@ -360,7 +360,7 @@ def test_what_has_no_fused_form_is_left_or_refused():
     extractor = {"out_channels": 8, "featmap_strides": STRIDES}
     pooled = {"type": "SingleRoIExtractor", **extractor, "roi_layer": {"type": "RoIPool", "output_size": 3}}
     assert [e.note for e in fpn_fast.accelerate(MODELS.build(copy.deepcopy(pooled))).left] == [
-        "its layers are RoIPool, which has no fused form"
+        "its layers are RoIPool, which has no fused implementation"
     ]
     plugin = {"type": "ConvModule", "in_channels": 8, "out_channels": 8, "kernel_size": 1}
     generic = {"type": "GenericRoIExtractor", **extractor, "roi_layer": LAYER, "pre_cfg": plugin}

@@ -151,7 +151,7 @@ def test_modules_by_themselves_and_models_without_one():
     other = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 1))
     before = {name: (type(module), dict(vars(module))) for name, module in other.named_modules()}
     report = fpn_fast.accelerate(other)
-    assert str(report) == "fpn_fast: nothing in this model has a fused form"
+    assert str(report) == "fpn_fast: this model has no module with a fused implementation"
     assert report.as_dict() == {"swapped": [], "left": [], "limits": []}
     assert {name: (type(module), dict(vars(module))) for name, module in other.named_modules()} == before
     generator = AnchorGenerator()
@@ -389,7 +389,7 @@ def test_bfloat16(kind):
 def test_torchscript_is_for_what_is_not_swapped_and_the_report_says_so(kind):
     plain, fast = pair(kind)
     scripted = torch.jit.script(plain)
-    assert str(fpn_fast.accelerate(scripted)) == "fpn_fast: nothing in this model has a fused form"
+    assert str(fpn_fast.accelerate(scripted)) == "fpn_fast: this model has no module with a fused implementation"
     _, expected = scripted(batch()[0])
     check_detections(detect(fast), expected)
     (limit,) = fpn_fast.accelerate(fast).limits

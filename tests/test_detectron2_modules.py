@@ -316,7 +316,7 @@ def test_what_has_no_fused_form_is_left(integration):
 
     model = detector(pooler_type="ROIPool", output_size=3)
     report = fpn_fast.accelerate(model)
-    assert [e.note for e in report.left] == ["its layers are RoIPool, which has no fused form"]
+    assert [e.note for e in report.left] == ["its layers are RoIPool, which has no fused implementation"]
     oblong = detector(output_size=(3, 5))
     assert "detectron2 makes its output_size (3, 5) square" in fpn_fast.accelerate(oblong).left[0].note
     # An RPN whose anchors are made in another way takes detectron2's steps.

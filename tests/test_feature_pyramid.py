@@ -142,4 +142,4 @@ def test_works_without_torchvision():
         "print([(k, tuple(v.shape)) for k, v in out.items()], str(fpn_fast.accelerate(fpn)))\n"
     )
     shapes = "[('a', (1, 4, 8, 8)), ('b', (1, 4, 4, 4)), ('pool', (1, 4, 2, 2))]"
-    assert found == [f"{shapes} fpn_fast: nothing in this model has a fused form"]
+    assert found == [f"{shapes} fpn_fast: this model has no module with a fused implementation"]

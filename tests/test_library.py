@@ -101,7 +101,7 @@ def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(
         r"fpn_fast's CUDA kernels are built for CUDA \d+, and torch \S+ for CUDA 9\.2; install a torch for CUDA \d+, "
-        r"or build fpn_fast again beside this torch with `pip install .*` in a checkout",
+        r"or build fpn_fast for this torch with `pip install .*` in a checkout",
         line,
     )
     assert done.stdout == line + "\n"

@@ -65,7 +65,7 @@ def test_without_a_compiler_the_package_still_works(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     text = install_and_use(wheel, tmp_path, "import fpn_fast.__main__ as m; m.main(['info'])")
     assert text.split()[1:3] == ["reference", "64.0"]
-    assert "cpp       not available: the package was installed without its compiled library" in text
+    assert "cpp       not available: fpn_fast was installed without its compiled library" in text
     assert "install g++ or clang++" in text
     site = tmp_path / "site"
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`accelerate()`: swaps what a detector has that we have a fused form of.
+"""`accelerate()` replaces the modules of a detector by fused ones, and `restore()` undoes it.
 
-A swap changes a module's class in place. Parameters, buffers, hooks, the module's identity and every reference to it
-stay as they are, checkpoints go both ways, and undoing it is changing the class back.
+Both change the class of a module in place. Its parameters, buffers and hooks and all references to it stay, and
+checkpoints load both ways.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Entry:
-    """One module: its name in the model, its class, and what was done or why it was left."""
+    """One module: its name in the model, its class, and what was done with it or why nothing was."""
 
     name: str
     module: str
     note: str
 
 
-#: What a model with fused modules in it cannot do that it could before.
 _LIMIT = "torch.jit.script: no longer; script the model before accelerate(), or after restore()"
 
 
 @dataclass
 class Report:
-    """What :func:`accelerate` or :func:`restore` did, and what the model cannot do any more (`limits`).
+    """The modules that were swapped, those that were left unchanged, and what the model can no longer do (`limits`).
 
-    Printed, a table; ``as_dict()``, plain data.
+    ``print`` shows it as a table; ``as_dict()`` gives plain data.
     """
 
     swapped: list[Entry] = field(default_factory=list)
@@ -49,36 +48,31 @@ class Report:
     def __str__(self) -> str:
         rows = [("swapped", *vars(e).values()) for e in self.swapped] + [("left", *vars(e).values()) for e in self.left]
         if not rows:
-            return "fpn_fast: nothing in this model has a fused form"
+            return "fpn_fast: this model has no module with a fused implementation"
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
         return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines, *self.limits])
 
 
-#: Each has a module here, which imports the library.
+#: Each has a module in this package, which imports the library.
 _LIBRARIES = ("detectron2", "mmdet", "torchvision")
 
 
 def __getattr__(name: str) -> Any:
-    """Its modules, imported when they are asked for: ``fpn_fast.integrations.mmdet.register()``."""
+    """Imports a module of this package at its first use, such as ``fpn_fast.integrations.mmdet.register()``."""
     if name in _LIBRARIES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _fused(model: nn.Module) -> dict[type, type]:
-    """Class -> its fused class, of the libraries whose classes `model` is made of: no other is imported."""
+    """Class -> fused class, for the libraries that `model` has classes of. No other library is imported."""
     roots = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
     fused: dict[type, type] = {}
     for library in _LIBRARIES:
         if library in roots:
             fused |= __getattr__(library).FUSED
     return fused
-
-
-def _problem(module: nn.Module, fused: type) -> str | None:
-    """Why `module` must be left although its class has a fused one, which knows."""
-    return fused.problem(module) if hasattr(fused, "problem") else None
 
 
 def _qualified(kind: type) -> str:
@@ -91,20 +85,32 @@ def _check_model(model: nn.Module) -> None:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Swaps, in place, every module of `model` that has a fused form; the model computes the same.
+    """Swaps every module of `model` that has a fused implementation, in place. The model computes the same.
 
-    Weights, hooks and references stay; calling it again changes nothing; :func:`restore` undoes it. Subclasses of a
-    known module are left, because they may compute something else.
+    Weights, hooks and references stay. A second call changes nothing, and :func:`restore` undoes it. Subclasses of the
+    libraries' modules stay unchanged, because they may compute something else.
+
+    Args:
+        model: a detector of torchvision, detectron2 or mmdetection, or any module that contains their modules.
+
+    Returns:
+        What was swapped, and what was left with the reason.
 
     Raises:
         TypeError: `model` is not a module.
+
+    >>> import torchvision
+    >>> pyramid = torchvision.ops.FeaturePyramidNetwork([8, 8], 4)
+    >>> print(accelerate(pyramid).swapped[0].note)
+    now fpn_fast.FeaturePyramidNetwork
     """
     _check_model(model)
     fused = _fused(model)
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)
-        if kind in fused and (reason := _problem(module, fused[kind])):
+        # A fused class may refuse some settings of the class that it replaces.
+        if kind in fused and (reason := getattr(fused[kind], "problem", lambda _: None)(module)):
             report.left.append(Entry(name, _qualified(kind), reason))
         elif kind in fused:
             module.__class__ = fused[kind]
@@ -120,9 +126,12 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Undoes :func:`accelerate`, in place: every fused module becomes what it replaced, with its weights of now.
+    """Undoes :func:`accelerate`, in place: every fused module gets its library's class back and keeps its weights.
 
-    Modules that were built as fused ones become the library's too. Raises TypeError if `model` is not a module.
+    Modules that were built as fused ones get their library's class too.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
     _check_model(model)
     originals = {new: old for old, new in _fused(model).items()}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accelerate() swaps in a model of detectron2, and names for its configurations. Imports detectron2.
+"""The classes that accelerate() swaps in a detectron2 model, and names for its configurations. Imports detectron2.
 
-Beside :mod:`fpn_fast.nn.detectron2`, whose modules need it not, here are its own classes with what those compute.
+They are subclasses of detectron2's own. :mod:`fpn_fast.nn.detectron2` has the modules that do not need detectron2.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from fpn_fast.nn.detectron2.poolers import PoolerForward
 
 
 class FPN(FPNForward, fpn.FPN):
-    """detectron2's FPN, its merge by :func:`fpn_fast.ops.top_down`."""
+    """detectron2's FPN with the merge by :func:`fpn_fast.ops.top_down`."""
 
 
 class ROIPooler(PoolerForward, poolers.ROIPooler):
-    """detectron2's ROIPooler by :func:`fpn_fast.ops.multiscale_roi_align`; boxes stay float32."""
+    """detectron2's ROIPooler by :func:`fpn_fast.ops.multiscale_roi_align`. Boxes stay float32."""
 
     strict = False
     level_poolers: nn.ModuleList
 
     @staticmethod
     def problem(module: Any) -> str | None:
-        """Why `module`, which may be of the class that this one replaces, must be left; None: it need not."""
+        """Why `module`, of the class that this one replaces, has to stay unchanged; None where it can be swapped."""
         if any(type(pooler) is not ROIAlign for pooler in module.level_poolers):
-            return f"its layers are {type(module.level_poolers[0]).__name__}, which has no fused form"
+            return f"its layers are {type(module.level_poolers[0]).__name__}, which has no fused implementation"
         if len(module.level_poolers) > 1 and module.output_size[0] != module.output_size[1]:
-            return f"detectron2 makes its output_size {tuple(module.output_size)} square, the fused form does not"
+            return f"detectron2 makes its output_size {tuple(module.output_size)} square, the fused pooler does not"
         return None
 
     def _sampling(self) -> tuple[Sequence[float], int, bool]:
@@ -51,19 +51,19 @@ class ROIPooler(PoolerForward, poolers.ROIPooler):
 
 
 class RPN(rpn.RPN):
-    """detectron2's RPN, its proposals by :func:`fpn_fast.ops.generate_proposals`, anchors in memory for losses only.
+    """detectron2's RPN with proposals by :func:`fpn_fast.ops.generate_proposals`. Only losses need anchors in memory.
 
-    Another anchor generator or box transform, and a device for which the op has no kernel, are served by detectron2's
-    own steps. Where a prediction is not finite, training goes on without it; detectron2 raises.
+    It runs detectron2's own code with an anchor generator or box transform of your own, and on a device without a
+    kernel. detectron2 raises where a prediction is not finite; here training goes on without that prediction.
     """
 
-    # (tensors, the numbers in them)
+    # (tensors, their values)
     _cells: tuple[list[Tensor], list[Any]] | None = None
 
     def forward(
         self, images: Any, features: dict[str, Tensor], gt_instances: list[Any] | None = None
     ) -> tuple[list[Any], dict[str, Tensor]]:
-        """detectron2's: images with image_sizes, maps by name, targets -> Instances of each image, losses."""
+        """Images with image_sizes, maps by name and targets -> Instances per image and losses, like detectron2's."""
         maps = [features[name] for name in self.in_features]
         if backends.falls_back(self, maps[0], "generate_proposals", known=self._knows_anchors()):
             return super().forward(images, features, gt_instances)
@@ -72,7 +72,7 @@ class RPN(rpn.RPN):
         padded = find_top_rpn_proposals(
             logits,
             deltas,
-            SimpleNamespace(cell_anchors=self._numbers(), strides=generator.strides, offset=generator.offset),
+            SimpleNamespace(cell_anchors=self._cell_values(), strides=generator.strides, offset=generator.offset),
             images.image_sizes,
             pre_nms_topk=self.pre_nms_topk[self.training],
             post_nms_topk=self.post_nms_topk[self.training],
@@ -82,7 +82,7 @@ class RPN(rpn.RPN):
             scale_clamp=self.box2box_transform.scale_clamp,
         )
         losses = self._losses(maps, logits, deltas, gt_instances) if self.training else {}
-        # Last, so that a GPU works on the losses meanwhile.
+        # The last step synchronises, so the GPU computes the losses meanwhile.
         found = zip(images.image_sizes, proposals_of_images(*padded), strict=True)
         return [
             Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=scores) for size, (boxes, scores) in found
@@ -100,8 +100,8 @@ class RPN(rpn.RPN):
         flat_deltas = [map.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for map in deltas]
         return self.losses(anchors, flat_logits, labels, flat_deltas, boxes)
 
-    def _numbers(self) -> list[Any]:
-        """The cell anchors. They are where the model is: a GPU is waited for when they are new, not at every call."""
+    def _cell_values(self) -> list[Any]:
+        """The cell anchors as lists. Reading them from a GPU synchronises, so they are read again only if replaced."""
         tables = list(self.anchor_generator.cell_anchors)
         known = self._cells
         if known is None or any(a is not b for a, b in zip(known[0], tables, strict=True)):
@@ -120,30 +120,31 @@ FUSED: dict[type, type] = {fpn.FPN: FPN, poolers.ROIPooler: ROIPooler, rpn.RPN: 
 
 
 def build_fast_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
-    """detectron2's build_resnet_fpn_backbone, with the merge in one call."""
+    """detectron2's build_resnet_fpn_backbone with the fused FPN."""
     backbone = fpn.build_resnet_fpn_backbone(cfg, input_shape)
     backbone.__class__ = FPN
     return backbone
 
 
 def build_fast_retinanet_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
-    """detectron2's build_retinanet_resnet_fpn_backbone, with the merge in one call."""
+    """detectron2's build_retinanet_resnet_fpn_backbone with the fused FPN."""
     backbone = fpn.build_retinanet_resnet_fpn_backbone(cfg, input_shape)
     backbone.__class__ = FPN
     return backbone
 
 
 def build_fast_rpn(cfg: Any, input_shape: Any) -> RPN:
-    """detectron2's RPN, with its proposals in one call."""
+    """The fused RPN of a detectron2 configuration."""
     return RPN(cfg, input_shape)
 
 
 def register() -> list[str]:
-    """Puts the modules into detectron2's registries, for configurations: MODEL.BACKBONE.NAME and
-    MODEL.PROPOSAL_GENERATOR.NAME.
+    """Registers the modules in detectron2, for MODEL.BACKBONE.NAME and MODEL.PROPOSAL_GENERATOR.NAME.
 
-    Returns the names. Calling it again changes nothing. Poolers have no registry there: :func:`fpn_fast.accelerate`
-    swaps them.
+    A second call changes nothing. detectron2 has no registry of poolers; :func:`fpn_fast.accelerate` swaps those.
+
+    Returns:
+        The registered names.
     """
     names = []
     for registry, builders in (

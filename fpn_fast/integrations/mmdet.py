@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accelerate() swaps in a model of mmdetection, and names for its configurations. Imports mmdetection.
+"""The classes that accelerate() swaps in an mmdetection model, and names for its configurations. Imports mmdetection.
 
-Beside :mod:`fpn_fast.nn.mmdet`, whose modules need it not, here are its own classes with what those compute.
+They are subclasses of mmdetection's own. :mod:`fpn_fast.nn.mmdet` has the modules that do not need mmdetection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fpn_fast.nn.mmdet.roi_extractors import LAYER_KEYS, GenericForward, SingleF
 
 
 class _Checked:
-    """Refuses what has no fused form when it is built; accelerate() asks beforehand."""
+    """A module that raises ValueError when it is built with unsupported settings; accelerate() asks before it swaps."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -37,7 +37,7 @@ class _Checked:
 
     @staticmethod
     def problem(module: Any) -> str | None:
-        """Why `module`, which may be of the class that this one replaces, must be left; None: it need not."""
+        """Why `module`, of the class that this one replaces, has to stay unchanged; None where it can be swapped."""
         raise NotImplementedError
 
 
@@ -52,11 +52,11 @@ class _Neck(_Checked):
 
 
 class FPN(_Neck, FPNForward, fpn.FPN):
-    """mmdetection's FPN, its merge by :func:`fpn_fast.ops.top_down`."""
+    """mmdetection's FPN with the merge by :func:`fpn_fast.ops.top_down`."""
 
 
 class PAFPN(_Neck, PAFPNForward, pafpn.PAFPN):
-    """mmdetection's PAFPN, its merge by :func:`fpn_fast.ops.top_down`."""
+    """mmdetection's PAFPN with the merge by :func:`fpn_fast.ops.top_down`."""
 
 
 class _Extractor(_Checked):
@@ -65,9 +65,9 @@ class _Extractor(_Checked):
     @staticmethod
     def problem(module: Any) -> str | None:
         if any(type(layer) is not RoIAlign for layer in module.roi_layers):
-            return f"its layers are {type(module.roi_layers[0]).__name__}, which has no fused form"
+            return f"its layers are {type(module.roi_layers[0]).__name__}, which has no fused implementation"
         if getattr(module, "with_pre", False) or getattr(module, "with_post", False):
-            return "it has a pre_module or post_module, which have no fused form"
+            return "it has a pre_module or post_module, which have no fused implementation"
         return None
 
     def _layer(self) -> dict[str, Any]:
@@ -75,20 +75,20 @@ class _Extractor(_Checked):
 
 
 class SingleRoIExtractor(_Extractor, SingleForward, single_level_roi_extractor.SingleRoIExtractor):
-    """mmdetection's SingleRoIExtractor by :func:`fpn_fast.ops.multiscale_roi_align`; RoIs stay float32."""
+    """mmdetection's SingleRoIExtractor by :func:`fpn_fast.ops.multiscale_roi_align`. RoIs stay float32."""
 
     strict = False
 
 
 class GenericRoIExtractor(_Extractor, GenericForward, generic_roi_extractor.GenericRoIExtractor):
-    """mmdetection's GenericRoIExtractor by :func:`fpn_fast.ops.multiscale_roi_align`; RoIs stay float32."""
+    """mmdetection's GenericRoIExtractor by :func:`fpn_fast.ops.multiscale_roi_align`. RoIs stay float32."""
 
 
 class RPNHead(rpn_head.RPNHead):
-    """mmdetection's RPNHead, its proposals by :func:`fpn_fast.ops.generate_proposals`, without anchors in memory.
+    """mmdetection's RPNHead with proposals by :func:`fpn_fast.ops.generate_proposals`, without anchors in memory.
 
-    An anchor generator, coder or configuration that the op does not know, and a device for which it has no kernel, are
-    served by mmdetection's own steps. Proposals are float32 for half precision.
+    It runs mmdetection's own code with an anchor generator, coder or configuration that the op does not support, and on
+    a device without a kernel. Proposals of half precision maps are float32.
     """
 
     def predict_by_feat(
@@ -101,7 +101,7 @@ class RPNHead(rpn_head.RPNHead):
         rescale: bool = False,
         with_nms: bool = True,
     ) -> Sequence[InstanceData]:
-        """Maps [N, A, H_l, W_l] and [N, 4A, H_l, W_l] -> of each image bboxes [K, 4], scores [K] and labels [K]."""
+        """Maps [N, A, H_l, W_l] and [N, 4A, H_l, W_l] -> bboxes [K, 4], scores [K] and labels [K] per image."""
         config = self.test_cfg if cfg is None else cfg
         known = not rescale and with_nms and self._knows_anchors(config)
         if backends.falls_back(self, cls_scores[0], "generate_proposals", known=known):
@@ -139,10 +139,12 @@ FUSED: dict[type, type] = {
 
 
 def register() -> list[str]:
-    """Puts the modules into mmdetection's registry, for configurations, as FastFPN, FastPAFPN and so on.
+    """Registers the modules in mmdetection as FastFPN, FastPAFPN and so on, for its configurations.
 
-    Returns these names. Calling it again changes nothing. What a module has no fused form of is a ValueError when it is
-    built.
+    A second call changes nothing. Building a module with unsupported settings raises ValueError.
+
+    Returns:
+        The registered names.
     """
     names = []
     for fused in FUSED.values():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parity for the tests of a project that swaps our modules in: :func:`assert_parity`, the pytest plugin's fixture too,
-and the tolerances that it, ``verify`` and our own tests have in common."""
+"""Checks for the tests of your project: :func:`assert_parity`, which is also the fixture of the pytest plugin.
+
+:mod:`fpn_fast.testing.tolerances` has the rules that it, ``verify`` and the tests of this package judge by.
+"""
 
 from fpn_fast.testing.parity import assert_parity
 

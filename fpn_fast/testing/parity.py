@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a fused module or function computes what the one computes that it replaces."""
+"""A check that a fused module or function computes the same as the one that it replaces."""
 
 from __future__ import annotations
 
@@ -29,31 +29,33 @@ def assert_parity(
     seed: int = 0,
     **keywords: Any,
 ) -> None:
-    """Passes if `fast` gives what `reference` gives, for the same inputs and weights; else says where it does not.
+    """Checks that `fast` gives the same outputs and gradients as `reference` for the same inputs and weights.
 
     Args:
-        fast, reference: modules or functions. Modules are copied, and fast's copy loads reference's ``state_dict``: the
-            two need not share weights, and neither changes.
-        inputs, keywords: what both are called with: tensors, and lists, tuples and dicts of them.
-        gradients: whether to compare gradients too: of all parameters, and of the inputs that require a gradient, for
-            the same random gradients of the outputs. One that is missing counts as zero.
-        autocast: a type to run both under autocast with.
-        compile: whether `fast` goes through :func:`torch.compile`; a text names the compiler's backend.
-        exact: every bit has to be equal.
-        rtol, atol: bounds on ``|fast - reference|``, as in :func:`torch.testing.assert_close`, instead of the derived
-            one; one of them alone leaves the other 0.
-        seed: of random numbers that the two draw, and of the gradients of the outputs.
-
-    Integers and booleans have to be equal; so have shapes, types and the structure of the outputs. Floating-point
-    numbers are compared with the reference in float64: fast may be off from it by twice the error that the reference
-    itself makes in the inputs' type, and one unit of that type: the rule of this package's own tests. Errors count as
-    shares of the largest number of a tensor, and the reference's largest one of all outputs bounds each output, that of
-    all gradients each gradient. A reference that cannot run in float64, or decides otherwise there, has no such bound:
-    then give rtol and atol.
+        fast, reference: modules or functions. Modules are copied, and the copy of `fast` loads the ``state_dict`` of
+            `reference`. So the two need not share weights, and neither changes.
+        inputs, keywords: the arguments of both: tensors, and lists, tuples and dicts of them.
+        gradients: whether to compare the gradients of all parameters, and of the inputs that require a gradient, for
+            the same random gradients of the outputs. A missing gradient counts as zero. True by default.
+        autocast: a dtype to run both with under autocast. None by default.
+        compile: whether `fast` goes through :func:`torch.compile`; a string names the compiler's backend. False by
+            default.
+        exact: whether every value has to be equal. False by default.
+        rtol, atol: bounds on ``|fast - reference|`` instead of the derived one, as in
+            :func:`torch.testing.assert_close`. If you give one of them, the other is 0.
+        seed: of random numbers that the two draw, and of the gradients of the outputs. 0 by default.
 
     Raises:
-        AssertionError: which tensor differs, where, by how much and how much it may.
+        AssertionError: which tensor differs, where, by how much, and how much is allowed. ``python -O`` keeps it.
         ValueError: exact with rtol or atol, or a reference that gives no bound.
+
+    Note:
+        Shapes, dtypes, the structure of the outputs, integers and booleans have to be equal. Floating-point values are
+        compared with the reference in float64. The error of `fast` may be twice the error of the reference in the
+        inputs' dtype, plus one unit of that dtype, as in this package's own tests. Both errors are shares of the
+        largest value of a tensor. The reference's largest error of all outputs bounds each output, and its largest
+        error of all gradients bounds each gradient. A reference that cannot run in float64, or decides otherwise
+        there, has no such bound; then give rtol and atol.
 
     >>> from fpn_fast import nn
     >>> import torch
@@ -62,7 +64,7 @@ def assert_parity(
     >>> assert_parity(pyramid, copy.deepcopy(pyramid), maps)
     """
     if exact and (rtol is not None or atol is not None):
-        raise ValueError("exact leaves no room for rtol and atol")
+        raise ValueError("exact=True allows no rtol and no atol; leave one or the other out")
     fast, reference = _same_weights(fast, reference)
     call = fast
     if compile:
@@ -128,7 +130,7 @@ def _run(
     device: str,
     seeds: dict[str, Tensor] | None = None,
 ) -> _Results:
-    """`call` of fresh leaves; owner: has the parameters, if it is a module."""
+    """Runs `call` on fresh leaves. owner: the module that has the parameters, or a function."""
     fresh = lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad) if _is_tensor(leaf) else leaf  # noqa: E731
     inputs, keywords = tree_map(fresh, inputs), tree_map(fresh, dict(keywords))
     with torch.random.fork_rng(), torch.set_grad_enabled(gradients):
@@ -149,7 +151,7 @@ def _run(
         seeds = {
             name: torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for name, leaf in named.items()
         }
-    # What has another shape is reported as that.
+    # Another shape is reported as such, not as another gradient.
     differentiable = {n: leaf for n, leaf in differentiable.items() if n in seeds and seeds[n].shape == leaf.shape}
     if differentiable and leaves:
         grads = torch.autograd.grad(
@@ -171,7 +173,9 @@ def _check_structure(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
         missing, more = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
         if not missing and not more:
             raise AssertionError(f"fast gives {list(ours)}, the reference the same in another order: {list(theirs)}")
-        raise AssertionError(f"fast lacks {missing or 'nothing'} of the reference, and {more or 'nothing'} beside it")
+        raise AssertionError(
+            f"fast lacks {missing or 'none'} of the reference's outputs, and gives {more or 'none'} more"
+        )
     for name, actual in ours.items():
         expected = theirs[name]
         if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
@@ -202,10 +206,10 @@ def _in_float64(
             wide, wide, tree_map(widen, inputs), tree_map(widen, dict(keywords)), gradients, None, seed, device, seeds
         ).tensors
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"the reference cannot run in float64 ({error}): give rtol and atol, or exact=True") from error
+        raise ValueError(f"the reference cannot run in float64 ({error}); give rtol and atol, or exact=True") from error
 
 
-#: Sizes of maps up to which weights in float64 have errors of their own, far below any but float64's.
+#: The largest map side that the errors of float64 weights are allowed for.
 _SIZE = 2048
 
 
@@ -214,22 +218,20 @@ def _kind(name: str) -> str:
 
 
 def _own_errors(plain: dict[str, Tensor], truth: dict[str, Tensor], autocast: torch.dtype | None) -> dict[str, float]:
-    """The largest error of the reference's outputs, and of its gradients, as a share of the largest number."""
+    """The largest error of the reference's outputs, and of its gradients, as a share of the largest value."""
     shares: dict[str, float] = {}
     for name, expected in plain.items():
         wide = truth.get(name)
         if wide is None or wide.shape != expected.shape:
-            raise ValueError(
-                f"{name}: the reference gives something else in float64: give rtol and atol, or exact=True"
-            )
+            raise ValueError(f"{name}: the reference has another shape in float64; give rtol and atol, or exact=True")
         dtype = autocast or expected.dtype
         error, largest = tolerances.difference(expected, wide).max().item(), _largest(wide)
         share = error / largest if largest else error / torch.finfo(dtype).smallest_normal
-        # A rounding of every step stays far below, a decision that differs does not.
+        # Roundings stay far below this; a different decision, such as another order of boxes, does not.
         if not share <= math.sqrt(torch.finfo(dtype).eps):
             raise ValueError(
-                f"{name}: the reference is off from itself in float64 by {error:.3e}, where the largest number is "
-                f"{largest:.3e}, too much to bound anything by: give rtol and atol, or exact=True"
+                f"{name}: the reference is off from itself in float64 by {error:.3e} at a largest value of "
+                f"{largest:.3e}, which is too much for a bound; give rtol and atol, or exact=True"
             )
         shares[_kind(name)] = max(shares.get(_kind(name), 0.0), share)
     return shares

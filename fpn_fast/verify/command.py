@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fpn_fast verify``: its arguments, and what it exits with."""
+"""``python -m fpn_fast verify``: its arguments and exit code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fpn_fast.verify.run import Plan, devices, name_of, read_shapes, run
 
 CASES, QUICK_CASES, SHAPE_CASES = 24, 6, 2
 
-SUMMARY = "checks every op and module on this machine against the reference"
+SUMMARY = "checks every op and module on this machine"
 _DESCRIPTION = """\
-Checks every op and module, forward and backward, on every backend and device present, on a seeded random sample of
-shapes, types, memory formats and edge cases: against the reference in float64 for values, with the tolerances of the
-package's own tests, and against the reference's decisions for what selects. Exits with 0 if all passed, 1 if not,
-2 for bad arguments."""
+Checks every op and module, forward and backward, on every backend and device of this machine. The cases are a seeded
+random sample of shapes, dtypes, memory formats and edge cases. Values are compared with the reference in float64, by
+the tolerances of fpn_fast's own tests. Decisions, such as which boxes are kept, have to equal the reference's.
+The exit code is 0 if every case passed, 1 if one failed, and 2 for bad arguments."""
 _EPILOG = """\
 Of the cases of a row, the table shows:
   worst ulp  the largest error, in units in the last place of the type
@@ -31,10 +31,10 @@ Of the cases of a row, the table shows:
   bound      how large that error may be
   decisions  how many differ from the reference's: what is kept, matched, or above a threshold
 
-A file for --shapes has sizes by op, each entry checked with --cases random contents and options:
+A file for --shapes lists sizes by op. Each entry is checked with --cases random contents and options:
   {"top_down": [{"batch": 2, "channels": 256, "sizes": [[200, 336], [100, 168], [50, 84], [25, 42]]}],
    "multiscale_roi_align": [{"sizes": [[200, 336], [100, 168]], "rois": 512, "output_size": 7}]}
-Sizes that an entry leaves out are drawn. What each op knows:
+Sizes that an entry leaves out are drawn at random. The sizes of each op:
 """
 
 
@@ -56,30 +56,43 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--ops", nargs="+", metavar="OP", choices=list(CHECKS), help="only these; one of them all: %(choices)s"
+        "--ops",
+        nargs="+",
+        metavar="OP",
+        choices=list(CHECKS),
+        help="check only these ops and modules; by default all: %(choices)s",
     )
-    parser.add_argument("--backends", nargs="+", choices=backends.BACKENDS, help="only these; by default all present")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases: under a minute on two cores")
     parser.add_argument(
-        "--cases", type=int, metavar="N", help=f"cases of each op, backend and type; {CASES} by default"
+        "--backends",
+        nargs="+",
+        choices=backends.BACKENDS,
+        help="check only these backends; by default all that this machine has",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random sample; 0 by default")
-    parser.add_argument("--shapes", type=Path, metavar="FILE", help="JSON of your own sizes: only these are checked")
-    parser.add_argument("--case", metavar="OP/BACKEND/DEVICE/TYPE/NUMBER", help="one case alone, as a failure names it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes all results as JSON")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="also writes JUnit XML")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also writes a Markdown table")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"check {QUICK_CASES} cases; takes about a minute on two cores"
+    )
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help=f"number of cases per op, backend and dtype; {CASES} by default"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random sample; 0 by default")
+    parser.add_argument("--shapes", type=Path, metavar="FILE", help="check only the sizes in this JSON file; see below")
+    parser.add_argument(
+        "--case", metavar="OP/BACKEND/DEVICE/TYPE/NUMBER", help="run one case; a failure prints this name"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE as JSON")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write the results to FILE as JUnit XML")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to FILE as Markdown")
     parser.set_defaults(run=verify, parser=parser)
     return parser
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Runs ``verify`` with parsed arguments; returns the exit code."""
+    """Runs ``verify`` with parsed arguments and returns the exit code."""
     try:
         plan = _plan(options)
         for path in (options.json, options.junit, options.markdown):
             if path is not None and not path.parent.is_dir():
-                raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
+                raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
     except ValueError as error:
         # Exits with 2.
         options.parser.error(str(error))
@@ -103,7 +116,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> Plan:
     if options.quick and options.cases is not None:
-        raise ValueError("--quick has a number of cases of its own; leave out --cases or --quick")
+        raise ValueError("--quick and --cases both set the number of cases; leave out one of them")
     if options.cases is not None and options.cases < 1:
         raise ValueError(f"--cases must be at least 1, got {options.cases}")
     if options.seed < 0:
@@ -120,7 +133,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     only = None
     if options.case is not None:
         if options.ops or options.backends or options.quick or options.cases or options.seed:
-            raise ValueError("--case says all by itself: leave out --ops, --backends, --quick, --cases and --seed")
+            raise ValueError("--case names one case; leave out --ops, --backends, --quick, --cases and --seed")
         only = _parse_case(options.case)
         ops = [only[0]]
     return Plan(ops, wanted, options.seed, options.cases or default, shapes, only)

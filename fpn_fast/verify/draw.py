@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random cases from a seed: the same numbers on every device and for every backend."""
+"""Random cases from a seed: the same values on every device and for every backend."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fpn_fast._memory_format import memory_format
 
 T = TypeVar("T")
 NAN, INF = float("nan"), float("inf")
-#: How a map lies in memory; a view lies in a larger map of NaN, so that what is read outside of it shows.
+#: Memory layouts of a map. A view lies in a larger map of NaN, so that a read outside of it shows.
 LAYOUTS = ("contiguous", "channels_last", "view", "channels_last view", "transposed")
 
 
 class Draw:
-    """What one case is drawn from.
+    """The source of one case.
 
-    name, dtype and number make the numbers; `number` also says which of its flavours a check shows, in turn.
-    small: for backends that are slow whatever the size, sizes are cut down.
-    given: sizes that a user has asked for, which are not drawn.
+    name, dtype, number: the seed. The number also selects a check's flavour, each in its turn.
+    small: whether to draw smaller sizes, for slow backends.
+    given: sizes that a user has asked for instead of random ones.
     """
 
     def __init__(
         self, name: str, number: int, dtype: torch.dtype, device: str, *, small: bool = False, given: Any = None
     ) -> None:
-        # The text of a type: its hash is not the same in every process.
+        # A string seeds the same in every process, a hash does not.
         self.random = random.Random(f"{name} {dtype} {number}")
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(62))
         self.number, self.dtype, self.device, self.small = number, dtype, device, small
@@ -37,7 +37,7 @@ class Draw:
 
     @property
     def wide(self) -> torch.dtype:
-        """The type in which boxes are kept beside features of `dtype`."""
+        """The dtype of boxes that go with features of `dtype`."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def flavour(self, *names: str) -> str:
@@ -45,11 +45,11 @@ class Draw:
         return names[self.number % len(names)]
 
     def size(self, key: str, draw: Callable[[], T]) -> T:
-        """What the user gave as `key`, or else what `draw` draws."""
+        """The size that the user gave as `key`, or a drawn one."""
         return self.given[key] if key in self.given else draw()
 
     def integer(self, low: int, high: int) -> int:
-        """From low to high, both included."""
+        """An integer from low to high, both included."""
         return self.random.randint(low, high)
 
     def chance(self, probability: float) -> bool:
@@ -59,12 +59,12 @@ class Draw:
         return self.random.choice(values)
 
     def channels(self) -> int:
-        """Whole vectors and what is left of them, and both."""
+        """A number of channels: a multiple of a vector's width, less than one vector, or more with a remainder."""
         counts = (1, 3, 4, 7) if self.small else (1, 3, 4, 8, 11, 16, 19, 33, 64, 67)
         return self.size("channels", lambda: self.choice(counts))
 
     def pyramid(self, levels: int) -> list[tuple[int, int]]:
-        """(H, W) of each map, finest first: doubled, a little more or less than doubled, or of any ratio."""
+        """(H, W) per map, finest first, in ratios of 2, about 2, or any."""
         if "sizes" in self.given:
             return [(int(height), int(width)) for height, width in self.given["sizes"]]
         largest = 12 if self.small else 48
@@ -85,19 +85,19 @@ class Draw:
         return self.choice(names or LAYOUTS)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal float64 numbers, on the CPU."""
+        """Standard normal float64 values on the CPU."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, *shape: int) -> Tensor:
-        """float64 numbers between 0 and 1, on the CPU."""
+        """Uniform float64 values from 0 to 1 on the CPU."""
         return torch.rand(shape, generator=self.generator, dtype=torch.float64)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """int64 numbers from low to high, both included, on the CPU."""
+        """int64 values from low to high, both included, on the CPU."""
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def place(self, tensor: Tensor, layout: str = "contiguous") -> Tensor:
-        """`tensor` in this case's type, on its device and in `layout`, detached."""
+        """`tensor` in this case's dtype, on its device and in `layout`, detached."""
         tensor = tensor.to(self.dtype).to(self.device)
         if tensor.dim() != 4 or layout == "contiguous":
             return tensor.contiguous()
@@ -117,12 +117,12 @@ class Draw:
         return [self.place(self.normal(batch, channels, *size), layout) for size in sizes]
 
     def seeds(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of `outputs`: dense, transposed, or one number expanded, as a sum of them gives."""
+        """Gradients of `outputs`: dense, transposed, or one value expanded, like the gradient of a sum."""
         kind = self.choice(("dense", "dense", "transposed", "expanded"))
         made = []
         for output in outputs:
             if kind == "expanded":
-                # A power of two: errors of sums of another number add up, in whatever order they are summed.
+                # A power of two, whose multiples are exact: rounding errors of equal terms would add up.
                 number = torch.tensor(self.choice((1.0, 0.5, -2.0)), dtype=output.dtype, device=self.device)
                 made.append(number.expand(output.shape))
                 continue
@@ -132,12 +132,12 @@ class Draw:
 
 
 def form_of(maps: Sequence[Tensor], layout: str) -> torch.memory_format | None:
-    """The memory format in which results for maps of `layout` come; None where none is promised."""
+    """The memory format of results for maps of `layout`; None where none is promised."""
     return memory_format(maps[0]) if layout in ("contiguous", "channels_last") else None
 
 
 def text_of(maps: Sequence[Tensor]) -> str:
-    """Maps in words: ``2x16x[25x42, 13x21]``."""
+    """The shapes of maps as text: ``2x16x[25x42, 13x21]``."""
     if not maps:
         return "no maps"
     sizes = ", ".join("x".join(map(str, m.shape[2:])) for m in maps)

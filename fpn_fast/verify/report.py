@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``verify`` prints and writes: a bar while it runs, a table, JSON, JUnit XML and Markdown."""
+"""The output of ``verify``: a progress bar, a table, JSON, JUnit XML and Markdown."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fpn_fast.verify.run import Failure, Row
 _HEADER = ("op", "backend", "device", "type", "cases", "worst ulp", "error", "bound", "decisions", "result")
 _LEFT = 4
 _WIDTH = 24
-#: Failed cases whose message is printed for each row; JSON has them all.
+#: Failed cases that are printed per row; JSON has them all.
 _PRINTED_FAILURES = 3
 
 
 class Progress:
-    """A bar on a terminal, redrawn at most ten times a second; elsewhere nothing."""
+    """A bar on a terminal, redrawn at most ten times a second. Elsewhere it prints nothing."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._shown = stream, 0.0
@@ -44,14 +44,14 @@ class Progress:
             self.clear()
 
     def clear(self) -> None:
-        """Takes the bar away, so that nothing of it stays behind or stands in what is printed."""
+        """Removes the bar before anything else is printed."""
         if self._wanted:
             self._stream.write("\r" + " " * 110 + "\r")
             self._stream.flush()
 
 
 def environment() -> dict[str, Any]:
-    """What the figures belong to."""
+    """The versions and the machine that the figures belong to."""
     return {
         "fpn_fast": __version__,
         "library": str(_library.path("_C")) if _library.problems["cpu"] is None else None,
@@ -70,7 +70,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, aligned, and below them the notes and the failed cases."""
+    """The rows as aligned text, and the notes below them."""
     lines = [_HEADER, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
     last = len(_HEADER) - 1
@@ -93,7 +93,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def failures(rows: Sequence[Row], options: str) -> str:
-    """Each failed case with the command that runs it alone; options: what that needs beside ``--case``."""
+    """Each failed case with the command that runs it alone. options: more arguments of that command."""
     text = []
     for row in rows:
         for failure in row.failures[:_PRINTED_FAILURES]:
@@ -105,7 +105,7 @@ def failures(rows: Sequence[Row], options: str) -> str:
 
 
 def command(failure: Failure, options: str) -> str:
-    """One line that runs a failed case alone."""
+    """The command that runs a failed case alone."""
     return f"python -m fpn_fast verify --case '{failure.case}'{options}"
 
 
@@ -119,7 +119,7 @@ def summary(rows: Sequence[Row], seconds: float) -> str:
 
 
 def as_json(rows: Sequence[Row], settings: dict[str, Any], seconds: float, options: str) -> dict[str, Any]:
-    """All that was found, as plain data. Infinite errors are written as null."""
+    """All results as plain data. Infinite errors become null."""
     finite = lambda value: value if value < float("inf") else None  # noqa: E731
     return {
         "environment": environment(),
@@ -147,7 +147,7 @@ def as_json(rows: Sequence[Row], settings: dict[str, Any], seconds: float, optio
 
 
 def as_junit(rows: Sequence[Row], seconds: float, options: str) -> str:
-    """A test suite with a test for each row, for the CI systems that read JUnit's XML."""
+    """One test per row, as JUnit XML for CI systems."""
     suite = ET.Element(
         "testsuite",
         name="fpn_fast verify",
@@ -165,7 +165,7 @@ def as_junit(rows: Sequence[Row], seconds: float, options: str) -> str:
         if row.failures:
             first = row.failures[0]
             body = "\n".join(f"{f.text}\n{f.message}\n{command(f, options)}" for f in row.failures)
-            # XML has no control characters, whatever an exception's message has.
+            # XML allows no control characters, which an exception's message may have.
             ET.SubElement(test, "failure", message=_printable(first.message)).text = _printable(body)
     return ET.tostring(suite, encoding="unicode", xml_declaration=True)
 
@@ -175,7 +175,7 @@ def _printable(text: str) -> str:
 
 
 def as_markdown(rows: Sequence[Row], seconds: float, options: str) -> str:
-    """A table for a pull request's summary."""
+    """A table for the summary of a pull request."""
     align = ["---" if i < _LEFT else "---:" for i in range(len(_HEADER) - 1)] + ["---"]
     lines = [_HEADER, align, *(_cells(row) for row in rows)]
     text = ["| " + " | ".join(line) + " |" for line in lines]

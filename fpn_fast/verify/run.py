@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases on every backend and device, and gathers what they measured."""
+"""Runs cases on every backend and device and gathers the results."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,15 +21,15 @@ from fpn_fast.verify.checks import CHECKS, Check
 from fpn_fast.verify.draw import Draw
 from fpn_fast.verify.trial import Measure, Trial
 
-#: Triton's interpreter takes a thousand times a kernel's time; these many cases show that a kernel computes.
+#: Triton's interpreter takes a thousand times a kernel's time, so few cases have to do.
 INTERPRETED_CASES = 3
-#: Cases of one seed; another seed begins where these end.
+#: Cases of one seed. The next seed begins where these end.
 _PER_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that broke a rule or raised; case: what ``--case`` runs it alone by; text: the case in words."""
+    """A case that broke a rule or raised. case: its name for ``--case``; text: the case in words."""
 
     case: str
     text: str
@@ -39,7 +38,7 @@ class Failure:
 
 @dataclass
 class Row:
-    """All cases of one op, backend, device and type. note: why there are fewer than asked for, or none."""
+    """All cases of one op, backend, device and dtype. note: why there are fewer cases than asked for, or none."""
 
     op: str
     backend: str
@@ -57,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: numbers of cases for each check; `only` is one case, (op, backend, device, dtype, number)."""
+    """What to run. cases: number of cases per row; only: one case, (op, backend, device, dtype, number)."""
 
     ops: Sequence[str]
     backends: Sequence[str]
@@ -76,13 +75,13 @@ def devices() -> list[str]:
 
 
 def targets(check: Check, wanted: Sequence[str], device: str) -> list[str]:
-    """The backends that have a part in `check` on `device`."""
+    """The backends that have a kernel for `check` on `device`."""
     found = [name for name in wanted if check.backends is None or name in check.backends]
     return [name for name in found if any(backends.problem(name, device, op) is None for op in check.ops)]
 
 
 def _rows(plan: Plan) -> Iterator[tuple[Check, torch.dtype, str, list[Row]]]:
-    """The rows of the table, those together whose cases are the same ones."""
+    """The rows of the table, grouped by those that share their cases."""
     for op, device in itertools.product(plan.ops, devices()):
         check = CHECKS[op]
         names = targets(check, plan.backends, device)
@@ -111,7 +110,7 @@ def _numbers(plan: Plan, check: Check, rows: list[Row]) -> list[int]:
 
 
 def run(plan: Plan, progress: Callable[[int, int, str], None] = lambda done, total, text: None) -> list[Row]:
-    """Runs `plan`. progress: called before each case with the cases done, all of them, and where it is."""
+    """Runs `plan`. progress: called before each case with the number of cases done, the total, and the op."""
     work = [(*group, _numbers(plan, group[0], group[3])) for group in _rows(plan)]
     total = sum(len(rows) * len(numbers) for *_, rows, numbers in work)
     done = 0
@@ -155,7 +154,7 @@ def _run_case(
 
 @contextlib.contextmanager
 def _exact_arithmetic() -> Iterator[None]:
-    """Convolutions without TF32, and no warnings about arithmetic with infinities and NaN."""
+    """Turns off TF32 in convolutions, and warnings about arithmetic with infinities and NaN."""
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -168,9 +167,9 @@ def _exact_arithmetic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unwritten_shows() -> Iterator[None]:
-    """Outputs that nobody has written yet hold NaN, or the largest integer: PyTorch's deterministic mode does that."""
+    """Fills new tensors with NaN or the largest integer by PyTorch's deterministic mode: unwritten elements show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # Not the public function, which imports a compiler for seconds to tell it the same.
+    # The public function imports the compiler, which takes seconds.
     _torch_private.set_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -179,7 +178,7 @@ def _unwritten_shows() -> Iterator[None]:
 
 
 class _Expected:
-    """The truth of one case, found once for all backends: float64 on the CPU, and plain PyTorch on the device."""
+    """The right results of one case for all backends: in float64 on the CPU, and by plain PyTorch on the device."""
 
     def __init__(self, on_cpu: Trial, trial: Trial) -> None:
         self.trial = trial
@@ -229,7 +228,7 @@ def _gradients(trial: Trial, inputs: list[Tensor], seeds: list[Tensor]) -> Seque
 
 
 def _wrong_form(outputs: list[Tensor], plain: list[Tensor], form: torch.memory_format | None) -> str | None:
-    """What is wrong with the number of outputs, their shapes, types or memory format."""
+    """What is wrong with the number of outputs, their shapes, dtypes or memory format; None if nothing is."""
     got, wanted = ([(tuple(o.shape), name_of(o.dtype)) for o in each] for each in (outputs, plain))
     if got != wanted:
         return f"outputs are {got}, not {wanted}"
@@ -240,17 +239,17 @@ def _wrong_form(outputs: list[Tensor], plain: list[Tensor], form: torch.memory_f
 
 
 def read_shapes(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """A user's sizes: ``{"top_down": [{"batch": 2, "channels": 256, "sizes": [[200, 336], [100, 168]]}], ...}``.
+    """Reads a user's sizes: ``{"top_down": [{"batch": 2, "channels": 256, "sizes": [[200, 336], [100, 168]]}]}``.
 
     Raises:
-        ValueError: the file is not there or no such JSON; an op or a key is unknown, or a number no positive integer.
+        ValueError: there is no such file, or it is not such JSON; an op, a key or a size is not valid.
     """
     try:
         shapes = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(shapes, dict) or not shapes:
-        raise ValueError(f"{path} must hold an object, from names of ops to lists of sizes")
+        raise ValueError(f"{path} must hold an object that maps names of ops to lists of sizes")
     for op, entries in shapes.items():
         if op not in CHECKS:
             raise ValueError(f"{path}: there is no op {op!r}; there are {', '.join(CHECKS)}")
@@ -266,8 +265,8 @@ def read_shapes(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _are_sizes(key: str, value: Any) -> bool:
-    """Whether `value` is what `key` may be: pairs for sizes, a pair, or a number that is not negative."""
-    number = lambda v, least: type(v) is int and v >= least and math.isfinite(v)  # noqa: E731
+    """Whether `value` is valid for `key`: a list of pairs, a pair, or an integer that is not negative."""
+    number = lambda v, least: type(v) is int and v >= least  # noqa: E731
     pair = lambda v: isinstance(v, list) and len(v) == 2 and all(number(n, 1) for n in v)  # noqa: E731
     if key == "sizes":
         return isinstance(value, list) and bool(value) and all(pair(v) for v in value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checked call, the rules by which its results are judged, and what judging finds."""
+"""One case, the rules for its results, and the measure of a result."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from fpn_fast.testing import tolerances
 from fpn_fast.testing.tolerances import Error
 
-#: An element smaller than this share of the largest one of its tensor has the unit of that share: what cancels has no
-#: unit of its own.
+#: Smaller elements, as a share of the largest of their tensor, count with the unit in the last place of this share:
+#: where terms cancel, the result's own unit says nothing.
 SMALLEST_SHARE = 2.0**-3
 
 
@@ -23,7 +23,7 @@ class Measure:
     """The worst of one result, or of all results of many cases.
 
     error: the error closest to its bound, which decides; ulp: the largest error in units in the last place of the
-    truth, in the result's type; decisions: how many decisions differ.
+    truth, in the result's dtype; decisions: how many decisions differ.
     """
 
     error: Error = field(default_factory=Error)
@@ -36,7 +36,7 @@ class Measure:
         return Measure(error, max(self.ulp, other.ulp), self.decisions + other.decisions)
 
 
-#: Judges a result by plain PyTorch's in its type, and the truth: float64.
+#: Judges a result by plain PyTorch's result in its dtype and the truth in float64.
 Rule = Callable[[Tensor, Tensor, Tensor], Measure]
 
 
@@ -102,16 +102,16 @@ def decided(rtol: float = 0.0, atol: float = 0.0) -> Rule:
 
 @dataclass
 class Trial:
-    """One case of an op or module: a call and the truth that it is measured by.
+    """One case of an op or module.
 
-    inputs: the tensors that `call` and `plain` take as a list: with a gradient rule, those to differentiate by.
-    call: what is checked; plain: the same by the reference, of inputs of any floating-point type and on any device.
-    rules: for each output. They compare with plain in the inputs' type, and with plain in float64.
-    gradient_rules: a rule for each input, given the gradients of the outputs, and those of the inputs that plain gives
-        in its type and in float64; None: there is no gradient.
-    plain_gradients: given inputs and the gradients of the outputs, those of the inputs; by default autograd's.
-    decisions: whether the outputs are decisions, which plain is asked for on the CPU, not on the outputs' device.
-    form: the memory format that [N, C, H, W] outputs have to have.
+    inputs: the tensors that `call` and `plain` take as a list. With gradient rules, they are differentiated.
+    call: the checked call; plain: the same by the reference, for inputs of any floating-point dtype on any device.
+    rules: a rule per output. It compares with plain in the inputs' dtype and in float64.
+    gradient_rules: a rule per input, from the gradients of the outputs, and those of the inputs by plain in the inputs'
+        dtype and in float64. None where there is no gradient.
+    plain_gradients: the gradients of the inputs, from inputs and the gradients of the outputs; by default autograd's.
+    decisions: whether the outputs are decisions. Then plain runs on the CPU.
+    form: the memory format that [N, C, H, W] outputs must have.
     """
 
     text: str

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``verify`` checks. To add an op, write a function from a :class:`~fpn_fast.verify.draw.Draw` to a
-:class:`~fpn_fast.verify.trial.Trial` and put :func:`register` on it; modules of this package are imported below."""
+"""The checks of ``verify``, one per op and module.
+
+To add one, write a function from a :class:`~fpn_fast.verify.draw.Draw` to a :class:`~fpn_fast.verify.trial.Trial`,
+decorate it with :func:`register`, and import its module below.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Check:
-    """An op or module as ``verify`` knows it.
+    """The check of an op or module.
 
-    draw: makes case after case; ops: the registered ops behind it, without whose kernels a backend has no part in it;
-    backends: None, or the only ones that make a difference; keys: the sizes that a user's file may give it.
+    draw: makes a case; ops: the registered ops behind it, of which a backend needs a kernel to be checked;
+    backends: the only ones to check, None for all; keys: the sizes that a user's file may set.
     """
 
     name: str
@@ -45,7 +48,7 @@ def register(
     backends: Sequence[str] | None = None,
     **options: Any,
 ) -> Callable[[Callable[..., Trial]], Callable[..., Trial]]:
-    """Puts a function that draws trials into CHECKS as `name`; options are handed to it. ops: by default (name,)."""
+    """Adds a function that draws trials to CHECKS as `name`. options: its keywords; ops: by default (name,)."""
 
     def add(function: Callable[..., Trial]) -> Callable[..., Trial]:
         draw = (lambda d: function(d, **options)) if options else function
@@ -56,7 +59,7 @@ def register(
     return add
 
 
-# They register themselves, and so need what is above.
+# These modules register their checks, with the names above.
 from fpn_fast.verify.checks import (  # noqa: E402, F401
     detections,
     feature_pyramid,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last step of a detector: decisions on the maps of a dense head, and on scored boxes."""
+"""The last step of a detector: decisions on the maps of a dense head and on scored boxes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def select_detections(draw: Draw) -> Trial:
     )
     deltas = head_maps(draw, batch, anchors, sizes, flavour)[1]
     logits = head_maps(draw, batch, anchors * classes, sizes, flavour)[0]
-    # FCOS's form: distances that are not negative, weighted by how near the centre is.
+    # FCOS codes boxes as distances, which are not negative, and has a centerness.
     centered = draw.chance(0.4)
     centerness = head_maps(draw, batch, anchors, sizes, flavour)[0] if centered else []
     if centered:

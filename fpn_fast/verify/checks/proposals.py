@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Region proposals: decisions on maps of a head, and the boxes that are left, bit for bit."""
+"""Region proposals: the decisions on the maps of a head, and the kept boxes, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEYS = ("batch", "anchors", "sizes")
 
 
 def boxes_rule(dtype: torch.dtype) -> Rule:
-    """Bit for bit; but float64 has no exponential of more digits to round, and corners are of at most 2,048 pixels."""
+    """Equal, but in float64 within a unit: nothing wider rounds its exponential. Corners are at most 2,048 pixels."""
     unit = 2.0**-51 if dtype == torch.float64 else 0.0
     return decided(rtol=unit, atol=2**11 * unit)
 
@@ -27,7 +27,7 @@ def boxes_rule(dtype: torch.dtype) -> Rule:
 def head_maps(
     draw: Draw, batch: int, anchors: int, sizes: list[tuple[int, int]], flavour: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits [N, A, H, W] and deltas [N, 4A, H, W] of each level; scores that all differ, or of a few numbers."""
+    """Logits [N, A, H, W] and deltas [N, 4A, H, W] per level. With the flavour "ties", many scores are equal."""
     logits, deltas = [], []
     for size in sizes:
         score, code = draw.normal(batch, anchors, *size) * 3 - 1, draw.normal(batch, 4 * anchors, *size) * 0.3
@@ -44,7 +44,7 @@ def head_maps(
 
 
 def cell_anchors(draw: Draw, levels: int, anchors: int, *, whole: bool = False) -> list[list[tuple[float, ...]]]:
-    """For each level `anchors` boxes about the origin."""
+    """`anchors` boxes around the origin per level."""
     tables: list[list[tuple[float, ...]]] = []
     for level in range(levels):
         sides = [(draw.random.uniform(4, 12), draw.random.uniform(4, 12)) for _ in range(anchors)]

@@ -76,7 +76,7 @@ def _threshold_boxes(draw: Draw, count: int, maps: int, rule: dict[str, Any]) ->
 
 @dataclass
 class Scene:
-    """A pyramid and RoIs on it. sizes: (H, W) of each map; rois: [K, 5] in the type beside features, on the device."""
+    """A pyramid and RoIs on it. sizes: (H, W) of each map; rois: [K, 5] on the device."""
 
     batch: int
     sizes: list[tuple[int, int]]

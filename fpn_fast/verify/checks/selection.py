@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-maximum suppression and anchor matching: decisions, on scenes without ties, full of them, and of bad numbers."""
+"""Non-maximum suppression and anchor matching, on scenes without ties, full of ties, and with NaN and infinities."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _BAD = (NAN, INF, -INF, 1e30)
 
 
 def whole_boxes(draw: Draw, count: int, side: int = 8) -> Tensor:
-    """[count, 4] float64 of few whole numbers, so that overlaps and thresholds are often equal."""
+    """[count, 4] float64 boxes with small integer corners, so that overlaps often equal each other and thresholds."""
     corners = draw.integers(0, side, count, 2, 2).sort(1).values
     return corners.flatten(1).double()
 
 
 def spoil(draw: Draw, values: Tensor, share: float = 0.05) -> Tensor:
-    """`values` with some numbers that are none, or too large."""
+    """`values` with a share of them NaN, infinite or huge."""
     bad = torch.tensor(_BAD, dtype=values.dtype)[draw.integers(0, len(_BAD) - 1, *values.shape)]
     return torch.where(draw.uniform(*values.shape) < share, bad, values)
 

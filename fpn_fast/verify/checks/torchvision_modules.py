@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules that need torchvision, against torchvision's own arithmetic or the reference behind the same module."""
+"""The modules that subclass torchvision's, against torchvision's own code or the reference behind the same module."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def postprocess(draw: Draw) -> Trial:
 
 
 class _Pyramid(torch.nn.Module):
-    """Maps of zeros in the sizes that a backbone would give; what counts is the head's."""
+    """A backbone that gives maps of zeros; only their sizes count."""
 
     out_channels = 1
 
@@ -169,7 +169,7 @@ class _Pyramid(torch.nn.Module):
 
 
 class _GivenDenseHead(torch.nn.Module):
-    """A head whose outputs are random numbers from a seed, and whose losses are the matches that they are made from."""
+    """A head with random outputs from a seed, whose losses are the matches that it is given."""
 
     def __init__(self, draw: Draw, anchors: list[int], numbers: dict[str, int]) -> None:
         super().__init__()
