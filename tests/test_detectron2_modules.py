@@ -332,10 +332,10 @@ def test_what_has_no_fused_form_is_left(integration):
 def test_cell_anchors_are_read_once(integration):
     model = detector().eval()
     fpn_fast.accelerate(model)
-    first = model.proposal_generator._numbers()
-    assert model.proposal_generator._numbers() is first
+    first = model.proposal_generator._cell_values()
+    assert model.proposal_generator._cell_values() is first
     model.proposal_generator.anchor_generator.cell_anchors[0] = torch.zeros(6, 4)
-    assert model.proposal_generator._numbers()[0] == [[0.0] * 4] * 6
+    assert model.proposal_generator._cell_values()[0] == [[0.0] * 4] * 6
 
 
 def test_register_names_them_in_the_registries(integration, monkeypatch):
