@@ -108,7 +108,7 @@ def check_equal(found, expected, unit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_equals_torchvisions_rpn(backend, dtype, form, trained):
     objectness, deltas = head(dtype, form, trained=trained)
-    found = propose(objectness, deltas, **TORCHVISION)
+    found = propose(objectness, deltas, **vars(TORCHVISION))
     assert (found[0].dtype, found[1].dtype, found[2].dtype) == (dtype, dtype, torch.int64)
     check_equal(found, as_torchvision(objectness, deltas), torch.finfo(dtype).eps)
 
@@ -143,7 +143,9 @@ def test_batches_and_levels(backend, batch, levels):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, DETECTRON2, MMDET, {"center_clamp": 3.7}], ids=str
+    "options",
+    [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, vars(DETECTRON2), vars(MMDET), {"center_clamp": 3.7}],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_cpp_is_the_reference_bit_for_bit(dtype, options):
@@ -248,7 +250,7 @@ def numbers_of_libraries(library, dtype=torch.float64):
     objectness, deltas = head(dtype, batch=1, trained=True)
     # Scales that both clamps change.
     deltas = [m * 10 for m in deltas]
-    return objectness, deltas, library
+    return objectness, deltas, vars(library)
 
 
 def in_steps(objectness, deltas, size, decoded, valid, scores, threshold, product, pre=200, post=150):
@@ -290,7 +292,7 @@ def test_detectron2s_formulas(backend):
 
     expected = in_steps(objectness, deltas, SIZES[0], decoded,
                         lambda b: ((b[:, 2:] - b[:, :2]) > 0).all(1), lambda s: s, 0.7, False)  # fmt: skip
-    found = propose(objectness, deltas, weights=(2, 2, 4, 4), center_offset=0.5, **options)
+    found = propose(objectness, deltas, **{**options, "weights": (2, 2, 4, 4), "center_offset": 0.5})
     assert (found[1] > 1).any()
     check_equal(found, expected, 2**-52)
 
@@ -316,7 +318,7 @@ def test_mmdetections_formulas(backend, center_clamp):
                         lambda b: ((b[:, 2:] - b[:, :2]) > 0).all(1), torch.sigmoid, 0.7, True)  # fmt: skip
     if center_clamp != INF:
         options = {**options, "clamp": "max", "center_clamp": center_clamp}
-    found = propose(objectness, deltas, means=means, stds=stds, **options)
+    found = propose(objectness, deltas, **{**options, "means": means, "stds": stds})
     check_equal(found, expected, 2**-52)
 
 
@@ -356,11 +358,11 @@ def test_any_maps(data):
     objectness, deltas = maps(2, 8), maps(8, 4)
     cells = [[(-9.0, -7.0, 9.0, 7.0), (0.0, 0.0, 5.0, 6.0)]] * len(pyramid)
     options = {
+        **vars(draw(st.sampled_from([TORCHVISION, DETECTRON2, MMDET]))),
         "pre_nms_top_n": draw(st.integers(0, 70)),
         "post_nms_top_n": draw(st.integers(0, 70)),
         "nms_thresh": draw(st.sampled_from([-0.5, 0.0, 0.4, 0.7])),
         "center_clamp": draw(st.sampled_from([INF, 32.0, 0.0])),
-        **draw(st.sampled_from([TORCHVISION, DETECTRON2, MMDET])),
     }
     results = []
     for name in BACKENDS:

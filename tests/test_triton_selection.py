@@ -65,10 +65,10 @@ def oracle_of(dtype):
 
 
 PROPOSALS = [
-    {**TORCHVISION, "pre_nms_top_n": 40, "score_thresh": 0.05},
-    {**DETECTRON2, "pre_nms_top_n": 12, "center_offset": 0.5, "weights": (2.0, 2.0, 4.0, 4.0)},
-    {**MMDET, "pre_nms_top_n": 1000, "means": (0.1, -0.1, 0.05, 0.0), "stds": (0.5, 0.5, 2.0, 2.0)},
-    {**TORCHVISION, "pre_nms_top_n": 25, "center_clamp": 5.0, "min_size": 4.0},
+    {**vars(TORCHVISION), "pre_nms_top_n": 40, "score_thresh": 0.05},
+    {**vars(DETECTRON2), "pre_nms_top_n": 12, "center_offset": 0.5, "weights": (2.0, 2.0, 4.0, 4.0)},
+    {**vars(MMDET), "pre_nms_top_n": 1000, "means": (0.1, -0.1, 0.05, 0.0), "stds": (0.5, 0.5, 2.0, 2.0)},
+    {**vars(TORCHVISION), "pre_nms_top_n": 25, "center_clamp": 5.0, "min_size": 4.0},
 ]
 
 

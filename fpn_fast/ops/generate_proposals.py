@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,17 +26,34 @@ from fpn_fast.ops._heads import (
 from fpn_fast.ops._registration import register_op
 from fpn_fast.ops.nms import CONVENTIONS
 
-#: The knobs with which :func:`generate_proposals` is each library's; cell anchors and strides are the caller's, with
-#: that library's own rounding and order. detectron2 ranks and returns logits, and its anchors' offset is 0 by default.
-TORCHVISION: dict[str, Any] = {}
-DETECTRON2: dict[str, Any] = {"min_size": 0.0, "strict_size": True, "scores": "logit"}
-MMDET: dict[str, Any] = {
-    "min_size": 0.0,
-    "strict_size": True,
-    "clamp": "symmetric",
-    "center": "mean",
-    "convention": "mmcv",
-}
+
+@dataclass(frozen=True)
+class ProposalRule:
+    """How a library selects proposals: keywords of :func:`generate_proposals` and, as defaults, torchvision's.
+
+    >>> sorted(name for name, value in vars(DETECTRON2).items() if value != getattr(TORCHVISION, name))
+    ['min_size', 'scores', 'strict_size']
+    """
+
+    score_thresh: float = 0.0
+    min_size: float = 1e-3
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+    means: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
+    stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+    scale_clamp: float = math.log(1000 / 16)
+    clamp: str = "max"
+    center: str = "corner"
+    center_clamp: float = math.inf
+    center_offset: float = 0.0
+    strict_size: bool = False
+    scores: str = "probability"
+    convention: str = "torchvision"
+
+
+#: Pass one with ``**vars(DETECTRON2)``. Cell anchors and strides follow the library's own rounding and order.
+TORCHVISION = ProposalRule()
+DETECTRON2 = ProposalRule(min_size=0.0, strict_size=True, scores="logit")
+MMDET = ProposalRule(min_size=0.0, strict_size=True, clamp="symmetric", center="mean", convention="mmcv")
 
 
 def generate_proposals(
@@ -48,19 +66,19 @@ def generate_proposals(
     pre_nms_top_n: int,
     post_nms_top_n: int,
     nms_thresh: float,
-    score_thresh: float = 0.0,
-    min_size: float = 1e-3,
-    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    means: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
-    stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    scale_clamp: float = math.log(1000 / 16),
-    clamp: str = "max",
-    center: str = "corner",
-    center_clamp: float = math.inf,
-    center_offset: float = 0.0,
-    strict_size: bool = False,
-    scores: str = "probability",
-    convention: str = "torchvision",
+    score_thresh: float = TORCHVISION.score_thresh,
+    min_size: float = TORCHVISION.min_size,
+    weights: Sequence[float] = TORCHVISION.weights,
+    means: Sequence[float] = TORCHVISION.means,
+    stds: Sequence[float] = TORCHVISION.stds,
+    scale_clamp: float = TORCHVISION.scale_clamp,
+    clamp: str = TORCHVISION.clamp,
+    center: str = TORCHVISION.center,
+    center_clamp: float = TORCHVISION.center_clamp,
+    center_offset: float = TORCHVISION.center_offset,
+    strict_size: bool = TORCHVISION.strict_size,
+    scores: str = TORCHVISION.scores,
+    convention: str = TORCHVISION.convention,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The proposals of a batch of images, from the maps of the head; anchors are never in memory.
 
@@ -91,7 +109,7 @@ def generate_proposals(
         scores: "probability", or "logit" (detectron2): what levels are merged by, and what is returned.
         convention: "torchvision" or "mmcv": how overlap is compared, see :func:`segmented_nms`.
 
-    ``**TORCHVISION``, ``**DETECTRON2`` and ``**MMDET`` of this module name each library's knobs.
+    Defaults are torchvision's. ``**vars(DETECTRON2)`` and ``**vars(MMDET)`` of this module give each library's.
 
     Returns:
         (boxes [N, P, 4], scores [N, P], counts [N]), P = post_nms_top_n: float32 (float64 for float64 maps) and int64.

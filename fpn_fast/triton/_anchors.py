@@ -8,8 +8,8 @@ What is computed here decides, so that kernels that call it are compiled without
 import triton
 import triton.language as tl
 
+from fpn_fast.triton._arguments import decode_float
 from fpn_fast.triton._resample import divide
-from fpn_fast.triton.multiscale_roi_align import scale_of
 
 
 @triton.jit
@@ -72,10 +72,10 @@ def anchor_at(cell, cells, y, x, stride_y, stride_x, offset, ACC: tl.constexpr):
     y1, x2, y2 = x1, x1, x1
     for i in tl.static_range(len(cells)):
         here = cell == i
-        x1 = tl.where(here, scale_of(cells[i][0], ACC), x1)
-        y1 = tl.where(here, scale_of(cells[i][1], ACC), y1)
-        x2 = tl.where(here, scale_of(cells[i][2], ACC), x2)
-        y2 = tl.where(here, scale_of(cells[i][3], ACC), y2)
+        x1 = tl.where(here, decode_float(cells[i][0], ACC), x1)
+        y1 = tl.where(here, decode_float(cells[i][1], ACC), y1)
+        x2 = tl.where(here, decode_float(cells[i][2], ACC), x2)
+        y2 = tl.where(here, decode_float(cells[i][3], ACC), y2)
     shift_y = (y.to(ACC) + offset) * stride_y.to(ACC)
     shift_x = (x.to(ACC) + offset) * stride_x.to(ACC)
     return shift_x + x1, shift_y + y1, shift_x + x2, shift_y + y2
@@ -104,8 +104,8 @@ def decode_side(
 
 @triton.jit
 def code_of(delta, weight, mean, std, ACC: tl.constexpr):
-    weight = tl.full(delta.shape, scale_of(weight, ACC), ACC)
-    return divide(delta, weight, ACC) * scale_of(std, ACC) + scale_of(mean, ACC)
+    weight = tl.full(delta.shape, decode_float(weight, ACC), ACC)
+    return divide(delta, weight, ACC) * decode_float(std, ACC) + decode_float(mean, ACC)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def decode(
     dy = code_of(dy, coding[1], coding[5], coding[9], ACC)
     dw = code_of(dw, coding[2], coding[6], coding[10], ACC)
     dh = code_of(dh, coding[3], coding[7], coding[11], ACC)
-    scale_clamp, center_clamp = scale_of(coding[12], ACC), scale_of(coding[13], ACC)
+    scale_clamp, center_clamp = decode_float(coding[12], ACC), decode_float(coding[13], ACC)
     left, right = decode_side(x1, x2, dx, dw, scale_clamp, center_clamp, SYMMETRIC, MEAN, ACC)
     top, bottom = decode_side(y1, y2, dy, dh, scale_clamp, center_clamp, SYMMETRIC, MEAN, ACC)
     return left, top, right, bottom

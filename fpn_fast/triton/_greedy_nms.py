@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fpn_fast.reference.nms import _threshold
 from fpn_fast.triton._anchors import box_at
+from fpn_fast.triton._arguments import decode_float, encode_float
 from fpn_fast.triton._resample import divide
 from fpn_fast.triton._roi_align import EXACT
-from fpn_fast.triton.multiscale_roi_align import _scale_argument, scale_of
 
 # 64 x 64 pairs at a time, 16 to a thread.
 CHUNK = 64
@@ -78,7 +78,7 @@ def greedy_nms_kernel(
     bounds = offsets + own * (segments + 1) + tl.program_id(0) % segments
     begin = (tl.load(bounds) + region * REGION).to(tl.int32)
     end = tl.minimum(begin + REGION, tl.load(bounds + 1).to(tl.int32))
-    boxes, kept, threshold = boxes + own * room * 4, kept + own * room, scale_of(threshold, ACC)
+    boxes, kept, threshold = boxes + own * room * 4, kept + own * room, decode_float(threshold, ACC)
     within = tl.arange(0, CHUNK)
     for first in range(begin, end, CHUNK):
         place = first + within
@@ -112,7 +112,7 @@ def nms_removal_kernel(
     if GROUPED:
         bounds += tl.load(numbers + own * room + (tl.program_id(0) % blocks) * CHUNK)
     begin = (tl.load(bounds) + region * REGION).to(tl.int32)
-    boxes, kept, threshold = boxes + own * room * 4, kept + own * room, scale_of(threshold, ACC)
+    boxes, kept, threshold = boxes + own * room * 4, kept + own * room, decode_float(threshold, ACC)
     later = (place >= begin + REGION) & (place < tl.load(bounds + 1))
     alive = tl.load(kept + place, mask=later, other=0) > 0
     if tl.max(alive.to(tl.int32), axis=0) > 0:
@@ -130,7 +130,7 @@ def suppress(
     room], int64, the segment of each box, None for one of each list; longest: no segment has more boxes.
     """
     (lists, room), segments, dtype = kept.shape, offsets.size(1) - 1, boxes.dtype
-    threshold = _scale_argument(iou_threshold if mmcv else _threshold(iou_threshold, dtype), dtype)
+    threshold = encode_float(iou_threshold if mmcv else _threshold(iou_threshold, dtype), dtype)
     constants = {
         "PRODUCT": mmcv,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,

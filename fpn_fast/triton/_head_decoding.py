@@ -27,8 +27,8 @@ from fpn_fast.triton._anchors import (
     is_large_enough,
     logistic,
 )
+from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._roi_align import EXACT
-from fpn_fast.triton.multiscale_roi_align import _encoded, _scale_argument, decoded, scale_of
 
 # 4 elements to a thread of 4 warps, in both kernels; of boxes, 1 to a thread.
 BLOCK_RANKS = 512
@@ -42,8 +42,8 @@ LOWEST_RANK = tl.constexpr(-(2**63 - 1))
 @triton.jit
 def value_at(map, strides, image, channel, y, x, mask, ACC: tl.constexpr):
     """Elements of a map of any strides, in type ACC."""
-    offset = image * decoded(strides[0]).to(tl.int64) + channel * decoded(strides[1]).to(tl.int64)
-    offset += y * decoded(strides[2]).to(tl.int64) + x * decoded(strides[3]).to(tl.int64)
+    offset = image * decode_int(strides[0]).to(tl.int64) + channel * decode_int(strides[1]).to(tl.int64)
+    offset += y * decode_int(strides[2]).to(tl.int64) + x * decode_int(strides[3]).to(tl.int64)
     return tl.load(map + offset, mask=mask, other=0.0).to(ACC)
 
 
@@ -58,7 +58,7 @@ def square_root(x, ACC: tl.constexpr):
 @triton.jit
 def number_at(maps, strides, shape, image, index, mask, CENTERED: tl.constexpr, ACC: tl.constexpr):
     """(number, finite) of pairs of an anchor and a class: the logit, or CENTERED the score; what they are ranked by."""
-    channels, classes, width = decoded(shape[0]), decoded(shape[1]), decoded(shape[2])
+    channels, classes, width = decode_int(shape[0]), decode_int(shape[1]), decode_int(shape[2])
     channel, place = index % channels, index // channels
     y, x = place // width, place % width
     number = value_at(maps[0], strides[0], image, channel, y, x, mask, ACC)
@@ -107,7 +107,7 @@ def decode_head_kernel(
     score = number
     if not CENTERED:
         score = logistic(number, ACC)
-    threshold = scale_of(score_thresh, ACC)
+    threshold = decode_float(score_thresh, ACC)
     if PROPOSALS:
         valid = valid & (score >= threshold)
         if LOGITS_OUT:
@@ -115,7 +115,7 @@ def decode_head_kernel(
     else:
         valid = valid & (score > threshold)
 
-    channels, classes, width = decoded(shape[0]), decoded(shape[1]), decoded(shape[2])
+    channels, classes, width = decode_int(shape[0]), decode_int(shape[1]), decode_int(shape[2])
     place, label = index // channels, index % channels % classes
     anchor = index % channels // classes
     y, x = place // width, place % width
@@ -125,7 +125,7 @@ def decode_head_kernel(
     d3 = value_at(maps[2], strides[2], image, 4 * anchor + 3, y, x, exists, ACC)
     valid = valid & is_finite(d0, d1, d2, d3)
     x1, y1, x2, y2 = anchor_at(
-        anchor, cells, y, x, decoded(shape[3]), decoded(shape[4]), scale_of(coding[14], ACC), ACC
+        anchor, cells, y, x, decode_int(shape[3]), decode_int(shape[4]), decode_float(coding[14], ACC), ACC
     )
     if DISTANCES:
         x1, y1, x2, y2 = decode_distances(x1, y1, x2, y2, d0, d1, d2, d3)
@@ -134,7 +134,7 @@ def decode_head_kernel(
     valid = valid & is_finite(x1, y1, x2, y2)
     height, width_of_image = tl.load(image_sizes + 2 * image), tl.load(image_sizes + 2 * image + 1)
     x1, y1, x2, y2 = clip(x1, y1, x2, y2, height, width_of_image)
-    valid = valid & is_large_enough(x1, y1, x2, y2, scale_of(min_size, ACC), STRICT_SIZE)
+    valid = valid & is_large_enough(x1, y1, x2, y2, decode_float(min_size, ACC), STRICT_SIZE)
     store_boxes(boxes, scores, image * room + row, x1, y1, x2, y2, score, valid, exists)
     if not PROPOSALS:
         tl.store(labels + image * room + row, label.to(tl.int64), mask=exists)
@@ -173,7 +173,7 @@ def decode_boxes_kernel(
     valid = valid & is_finite(x1, y1, x2, y2)
     height, width = tl.load(image_sizes + 2 * image), tl.load(image_sizes + 2 * image + 1)
     x1, y1, x2, y2 = clip(x1, y1, x2, y2, height, width)
-    valid = valid & is_large_enough(x1, y1, x2, y2, scale_of(min_size, ACC), False)
+    valid = valid & is_large_enough(x1, y1, x2, y2, decode_float(min_size, ACC), False)
     store_boxes(boxes, scores, image * count + index, x1, y1, x2, y2, score, valid, index < count)
 
 
@@ -188,7 +188,7 @@ def coding_of(
 ) -> tuple[float | int, ...]:
     """The kernels' argument `coding`."""
     numbers = (*weights, *means, *stds, scale_clamp, center_clamp, center_offset)
-    return tuple(_scale_argument(number, dtype) for number in numbers)
+    return tuple(encode_float(number, dtype) for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,14 @@ def best_of_levels(
         "num_warps": NUM_WARPS,
         **EXACT,
     }
-    thresholds = _scale_argument(score_thresh, dtype), _scale_argument(min_size, dtype)
-    corners = [_scale_argument(number, dtype) for number in cell_anchors]
+    thresholds = encode_float(score_thresh, dtype), encode_float(min_size, dtype)
+    corners = [encode_float(number, dtype) for number in cell_anchors]
     anchors = len(corners) // 4 // levels
     for i, count in enumerate(counts):
         maps = (logits[i], centerness[i] if centerness else logits[i], deltas[i])
-        layout = tuple(tuple(map(_encoded, each.stride())) for each in maps)
+        layout = tuple(tuple(map(encode_int, each.stride())) for each in maps)
         channels, _, width = logits[i].shape[1:]
-        shape = tuple(map(_encoded, (channels, channels // anchors, width, *strides[2 * i : 2 * i + 2])))
+        shape = tuple(map(encode_int, (channels, channels // anchors, width, *strides[2 * i : 2 * i + 2])))
         cells = tuple(tuple(corners[j : j + 4]) for j in range(4 * anchors * i, 4 * anchors * (i + 1), 4))
         with torch.cuda.device_of(image_sizes):
             ranks = torch.empty(
@@ -287,7 +287,7 @@ def decode_boxes(
     classes, blocks = pairs // max(boxes.size(1), 1), triton.cdiv(pairs, BLOCK_BOXES)
     with torch.cuda.device_of(boxes):
         decode_boxes_kernel[batch * blocks,](
-            boxes, deltas, given, image_sizes, coding, _scale_argument(min_size, dtype), found, scores, pairs, classes,
+            boxes, deltas, given, image_sizes, coding, encode_float(min_size, dtype), found, scores, pairs, classes,
             blocks,
             SHARED=deltas.size(2) == 4, ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=BLOCK_BOXES,
             num_warps=NUM_WARPS, **EXACT,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fpn_fast.triton import register
 from fpn_fast.triton._anchors import anchor_at, box_at, is_finite
+from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._resample import divide
 from fpn_fast.triton._roi_align import EXACT
-from fpn_fast.triton.multiscale_roi_align import _encoded, _scale_argument, decoded, scale_of
 
 # One warp, 4 anchors to a thread: a maximum over them needs no other warp.
 BLOCK = 128
@@ -35,13 +35,13 @@ def made_anchor(index, levels, cells, offset, ACC: tl.constexpr):
     width, stride_y, stride_x = count, count, count
     for i in tl.static_range(len(levels)):
         # Levels without cells begin where the next one does.
-        here = index >= decoded(levels[i][0])
-        rest = tl.where(here, index - decoded(levels[i][0]), rest)
-        first_cell = tl.where(here, decoded(levels[i][1]), first_cell)
-        count = tl.where(here, decoded(levels[i][2]), count)
-        width = tl.where(here, decoded(levels[i][3]), width)
-        stride_y = tl.where(here, decoded(levels[i][4]), stride_y)
-        stride_x = tl.where(here, decoded(levels[i][5]), stride_x)
+        here = index >= decode_int(levels[i][0])
+        rest = tl.where(here, index - decode_int(levels[i][0]), rest)
+        first_cell = tl.where(here, decode_int(levels[i][1]), first_cell)
+        count = tl.where(here, decode_int(levels[i][2]), count)
+        width = tl.where(here, decode_int(levels[i][3]), width)
+        stride_y = tl.where(here, decode_int(levels[i][4]), stride_y)
+        stride_x = tl.where(here, decode_int(levels[i][5]), stride_x)
     cell, place = first_cell + rest % count, rest // count
     return anchor_at(cell, cells, place // width, place % width, stride_y, stride_x, offset, ACC)
 
@@ -58,7 +58,7 @@ def anchors_of(
     if STORED:
         x1, y1, x2, y2 = box_at(anchors, image * image_stride + index, exists)
     else:
-        x1, y1, x2, y2 = made_anchor(tl.where(exists, index, 0), levels, cells, scale_of(offset, ACC), ACC)
+        x1, y1, x2, y2 = made_anchor(tl.where(exists, index, 0), levels, cells, decode_float(offset, ACC), ACC)
     exists = exists & is_finite(x1, y1, x2, y2)
     infinity = float("inf")
     x1, y1 = tl.where(exists, x1, infinity), tl.where(exists, y1, infinity)
@@ -116,7 +116,7 @@ def match_anchors_kernel(
     # Nothing but a higher IoU than 0 takes the first one's place.
     match = tl.where(match < 0, first, match)
     if not LOW_QUALITY:
-        match = code_of(best, match, scale_of(high, ACC), scale_of(low, ACC))
+        match = code_of(best, match, decode_float(high, ACC), decode_float(low, ACC))
     match = tl.where(exists & (first >= 0), match, BELOW_LOW_THRESHOLD)
     tl.store(matches + image * M + index, match.to(tl.int64), mask=index < M)
     tl.store(ious + image * M + index, best, mask=index < M)
@@ -145,7 +145,7 @@ def match_anchors_low_quality_kernel(
         # One that no anchor overlaps has a highest IoU of 0, which is that of every anchor.
         if is_finite(gx1, gy1, gx2, gy2) & (wanted <= bound):
             restored = restored | (box_iou(gx1, gy1, gx2, gy2, x1, y1, x2, y2, ACC) == wanted)
-    code = code_of(best, match, scale_of(high, ACC), scale_of(low, ACC))
+    code = code_of(best, match, decode_float(high, ACC), decode_float(low, ACC))
     tl.store(matches + image * M + index, code, mask=(match >= 0) & ~restored)
 
 
@@ -168,7 +168,7 @@ def match_anchors(
     levels, count, first_cell = [], 0, 0
     for i, each in enumerate(cells):
         height, width = sizes[2 * i : 2 * i + 2]
-        levels.append(tuple(map(_encoded, (count, first_cell, each, width, *strides[2 * i : 2 * i + 2]))))
+        levels.append(tuple(map(encode_int, (count, first_cell, each, width, *strides[2 * i : 2 * i + 2]))))
         count, first_cell = count + each * height * width, first_cell + each
     if anchors is not None:
         count = anchors.size(-2)
@@ -176,14 +176,14 @@ def match_anchors(
     if matches.numel() == 0:
         return matches, ious
     highest = gt_boxes.new_zeros((n, g), dtype=torch.int64 if dtype == torch.float64 else torch.int32)
-    corners = tuple(_scale_argument(number, dtype) for number in cell_anchors)
+    corners = tuple(encode_float(number, dtype) for number in cell_anchors)
     differ = anchors is not None and anchors.dim() == 3
     blocks = triton.cdiv(count, BLOCK)
     arguments = (
         gt_boxes, gt_counts, gt_boxes if anchors is None else anchors, count if differ else 0,
         gt_counts if anchor_counts is None else anchor_counts, tuple(levels),
         tuple(corners[i : i + 4] for i in range(0, len(corners), 4)),
-        *(_scale_argument(number, dtype) for number in (offset, high_threshold, low_threshold)),
+        *(encode_float(number, dtype) for number in (offset, high_threshold, low_threshold)),
         highest, matches, ious, count, g, blocks,
     )  # fmt: skip
     constants = {

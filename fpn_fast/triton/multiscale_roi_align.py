@@ -14,7 +14,6 @@ of a row (channels_first).
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from fpn_fast._memory_format import is_channels_last, memory_format
 from fpn_fast.triton import register
+from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._roi_align import (
     EXACT,
     bin_weight,
@@ -56,26 +56,10 @@ BLOCK_ROIS = 512
 
 
 @triton.jit
-def decoded(number):
-    """See :func:`_encoded`."""
-    return (number - 3) >> 1
-
-
-@triton.jit
 def roi_at(rois, k):
     """(image, x1, y1, x2, y2) of RoIs k, of a scalar or a vector."""
     row = rois + k.to(tl.int64) * 5
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-
-
-@triton.jit
-def scale_of(number, ACC: tl.constexpr):
-    """See :func:`_scale_argument`."""
-    if ACC == tl.float64:
-        # Zero arrives as an int32.
-        return number.to(tl.int64).to(tl.float64, bitcast=True)
-    else:
-        return number
 
 
 @triton.jit(do_not_specialize=["batch", "count", "C", "sampling_ratio"])
@@ -95,19 +79,19 @@ def multiscale_roi_align_kernel(
         given = tl.load(levels + k)
     level, image = locate_roi(image, x1, y1, x2, y2, given, thresholds, batch, LEVELS, HAS_LEVELS)
 
-    feature, scale = features[0], scale_of(scales[0], ACC)
-    height, width = decoded(geometry[0][0]), decoded(geometry[0][1])
-    stride_n, stride_c = decoded(geometry[0][2]).to(tl.int64), decoded(geometry[0][3]).to(tl.int64)
-    stride_h, stride_w = decoded(geometry[0][4]).to(tl.int64), decoded(geometry[0][5]).to(tl.int64)
+    feature, scale = features[0], decode_float(scales[0], ACC)
+    height, width = decode_int(geometry[0][0]), decode_int(geometry[0][1])
+    stride_n, stride_c = decode_int(geometry[0][2]).to(tl.int64), decode_int(geometry[0][3]).to(tl.int64)
+    stride_h, stride_w = decode_int(geometry[0][4]).to(tl.int64), decode_int(geometry[0][5]).to(tl.int64)
     for i in tl.static_range(1, LEVELS):
         here = level == i
-        feature, scale = tl.where(here, features[i], feature), tl.where(here, scale_of(scales[i], ACC), scale)
-        height = tl.where(here, decoded(geometry[i][0]), height)
-        width = tl.where(here, decoded(geometry[i][1]), width)
-        stride_n = tl.where(here, decoded(geometry[i][2]).to(tl.int64), stride_n)
-        stride_c = tl.where(here, decoded(geometry[i][3]).to(tl.int64), stride_c)
-        stride_h = tl.where(here, decoded(geometry[i][4]).to(tl.int64), stride_h)
-        stride_w = tl.where(here, decoded(geometry[i][5]).to(tl.int64), stride_w)
+        feature, scale = tl.where(here, features[i], feature), tl.where(here, decode_float(scales[i], ACC), scale)
+        height = tl.where(here, decode_int(geometry[i][0]), height)
+        width = tl.where(here, decode_int(geometry[i][1]), width)
+        stride_n = tl.where(here, decode_int(geometry[i][2]).to(tl.int64), stride_n)
+        stride_c = tl.where(here, decode_int(geometry[i][3]).to(tl.int64), stride_c)
+        stride_h = tl.where(here, decode_int(geometry[i][4]).to(tl.int64), stride_h)
+        stride_w = tl.where(here, decode_int(geometry[i][5]).to(tl.int64), stride_w)
     if UNIT_C:
         C = multiple(C, VEC)
         stride_n, stride_h, stride_w = multiple(stride_n, VEC), multiple(stride_h, VEC), multiple(stride_w, VEC)
@@ -189,7 +173,7 @@ def multiscale_roi_align_backward_kernel(
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [batch, C, H, W], the gradient of map `level`: Wy^T G Wx / samples, summed over its RoIs."""
-    scale = scale_of(scale, ACC)
+    scale = decode_float(scale, ACC)
     if CHANNELS_LAST:
         C = multiple(C, VEC)
     else:
@@ -260,17 +244,6 @@ def multiscale_roi_align_backward_kernel(
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=(y < H) & (x < W) & (channels < C))
 
 
-def _encoded(number: int) -> int:
-    """An integer in a tuple argument. Triton compiles a variant for each pattern of those that are 1 or multiples of
-    16, and maps have any sizes; these are odd and greater than 1."""
-    return 2 * number + 3
-
-
-def _scale_argument(scale: float, dtype: torch.dtype) -> float | int:
-    """A scale, which the launcher rounds to float32; where it may not, its bits."""
-    return struct.unpack("q", struct.pack("d", scale))[0] if dtype == torch.float64 else scale
-
-
 def _constants(
     tensor: Tensor, pooled: tuple[int, int], levels: Tensor | None, maps: int, sampling_ratio: int, aligned: bool
 ) -> dict[str, object]:
@@ -332,8 +305,8 @@ def multiscale_roi_align(
     with torch.cuda.device_of(first):
         multiscale_roi_align_kernel[count * triton.cdiv(bins, block_bins), triton.cdiv(channels, block_c)](
             tuple(features),
-            tuple(tuple(map(_encoded, (*feature.shape[2:], *feature.stride()))) for feature in features),
-            tuple(_scale_argument(scale, first.dtype) for scale in scales),
+            tuple(tuple(map(encode_int, (*feature.shape[2:], *feature.stride()))) for feature in features),
+            tuple(encode_float(scale, first.dtype) for scale in scales),
             tuple(thresholds),
             rois, rois if levels is None else levels, out, batch, count, channels, sampling_ratio,
             CHANNELS_LAST=channels_last, UNIT_C=unit_c, VEC=_vector_width(features) if unit_c else 1,
@@ -377,7 +350,7 @@ def multiscale_roi_align_backward(
         with torch.cuda.device_of(out):
             multiscale_roi_align_backward_kernel[tiles, triton.cdiv(channels, block_c)](
                 grad, *grad.stride(), rois, rois if levels is None else levels, tuple(thresholds), out,
-                batch, count, channels, height, width, level, _scale_argument(scales[level], grad.dtype),
+                batch, count, channels, height, width, level, encode_float(scales[level], grad.dtype),
                 sampling_ratio, CHANNELS_LAST=channels_last, UNIT_C=unit_c, VEC=vec,
                 TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block_c, BLOCK_K=BLOCK_ROIS,
                 num_warps=NUM_WARPS_BACKWARD, **constants,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fpn_fast._memory_format import is_channels_last, memory_format
 from fpn_fast.triton import register
+from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._roi_align import (
     bins_near_pixel,
     locate_roi,
@@ -24,14 +25,7 @@ from fpn_fast.triton._roi_align import (
     sample_taps,
     samples_near_map,
 )
-from fpn_fast.triton.multiscale_roi_align import (
-    _constants,
-    _encoded,
-    _scale_argument,
-    decoded,
-    roi_at,
-    scale_of,
-)
+from fpn_fast.triton.multiscale_roi_align import _constants, roi_at
 
 # Elements of a program: 4 to a thread of 4 warps.
 BLOCK = 512
@@ -43,19 +37,19 @@ WINNER_MASK = tl.constexpr((1 << 15) - 1)
 @triton.jit
 def map_of(features, geometry, scales, level, LEVELS: tl.constexpr, ACC: tl.constexpr):
     """(feature, scale, height, width, stride_n, stride_c, stride_h, stride_w) of map `level`; of the first for -1."""
-    feature, scale = features[0], scale_of(scales[0], ACC)
-    height, width = decoded(geometry[0][0]), decoded(geometry[0][1])
-    stride_n, stride_c = decoded(geometry[0][2]).to(tl.int64), decoded(geometry[0][3]).to(tl.int64)
-    stride_h, stride_w = decoded(geometry[0][4]).to(tl.int64), decoded(geometry[0][5]).to(tl.int64)
+    feature, scale = features[0], decode_float(scales[0], ACC)
+    height, width = decode_int(geometry[0][0]), decode_int(geometry[0][1])
+    stride_n, stride_c = decode_int(geometry[0][2]).to(tl.int64), decode_int(geometry[0][3]).to(tl.int64)
+    stride_h, stride_w = decode_int(geometry[0][4]).to(tl.int64), decode_int(geometry[0][5]).to(tl.int64)
     for i in tl.static_range(1, LEVELS):
         here = level == i
-        feature, scale = tl.where(here, features[i], feature), tl.where(here, scale_of(scales[i], ACC), scale)
-        height = tl.where(here, decoded(geometry[i][0]), height)
-        width = tl.where(here, decoded(geometry[i][1]), width)
-        stride_n = tl.where(here, decoded(geometry[i][2]).to(tl.int64), stride_n)
-        stride_c = tl.where(here, decoded(geometry[i][3]).to(tl.int64), stride_c)
-        stride_h = tl.where(here, decoded(geometry[i][4]).to(tl.int64), stride_h)
-        stride_w = tl.where(here, decoded(geometry[i][5]).to(tl.int64), stride_w)
+        feature, scale = tl.where(here, features[i], feature), tl.where(here, decode_float(scales[i], ACC), scale)
+        height = tl.where(here, decode_int(geometry[i][0]), height)
+        width = tl.where(here, decode_int(geometry[i][1]), width)
+        stride_n = tl.where(here, decode_int(geometry[i][2]).to(tl.int64), stride_n)
+        stride_c = tl.where(here, decode_int(geometry[i][3]).to(tl.int64), stride_c)
+        stride_h = tl.where(here, decode_int(geometry[i][4]).to(tl.int64), stride_h)
+        stride_w = tl.where(here, decode_int(geometry[i][5]).to(tl.int64), stride_w)
     return feature, scale, height, width, stride_n, stride_c, stride_h, stride_w
 
 
@@ -152,7 +146,7 @@ def multiscale_roi_align_max_backward_kernel(
     ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [batch, C, H, W], the gradient of map `level`: what the winners that read a pixel give it."""
-    scale = scale_of(scale, ACC)
+    scale = decode_float(scale, ACC)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < batch.to(tl.int64) * C * H * W
     # Past the end, the first element again: it reads what is there, and is not stored.
@@ -228,8 +222,8 @@ def multiscale_roi_align_max(
     with torch.cuda.device_of(first):
         multiscale_roi_align_max_kernel[rois.size(0) * blocks,](
             tuple(features),
-            tuple(tuple(map(_encoded, (*feature.shape[2:], *feature.stride()))) for feature in features),
-            tuple(_scale_argument(scale, first.dtype) for scale in scales),
+            tuple(tuple(map(encode_int, (*feature.shape[2:], *feature.stride()))) for feature in features),
+            tuple(encode_float(scale, first.dtype) for scale in scales),
             tuple(thresholds),
             rois, rois if levels is None else levels, out, winners, batch, channels, sampling_ratio, blocks,
             CHANNELS_LAST=is_channels_last(first), BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -265,7 +259,7 @@ def multiscale_roi_align_max_backward(
             multiscale_roi_align_max_backward_kernel[triton.cdiv(out.numel(), BLOCK),](
                 grad, *grad.stride(), winners, *winners.stride(), rois, rois if levels is None else levels,
                 tuple(thresholds), out, batch, count, channels, height, width, level,
-                _scale_argument(scales[level], grad.dtype), sampling_ratio,
+                encode_float(scales[level], grad.dtype), sampling_ratio,
                 CHANNELS_LAST=channels_last, BLOCK=BLOCK, num_warps=NUM_WARPS, **constants,
             )  # fmt: skip
     return outs

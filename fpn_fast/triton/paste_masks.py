@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_fast.triton import register
+from fpn_fast.triton._arguments import decode_float, encode_float
 from fpn_fast.triton._resample import BILINEAR, bilinear_source
 from fpn_fast.triton._roi_align import EXACT
-from fpn_fast.triton.multiscale_roi_align import _scale_argument, scale_of
 
 # Pixels of a program: 8 to a thread of 4 warps.
 BLOCK = 1024
@@ -57,7 +57,7 @@ def paste_masks_kernel(
     begin = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     index = begin + tl.arange(0, BLOCK)
     y, x = (index // W).to(tl.int32), (index % W).to(tl.int32)
-    corners, scale = boxes + k * 4, scale_of(box_scale, BOX)
+    corners, scale = boxes + k * 4, decode_float(box_scale, BOX)
     left, right = grow_axis(tl.load(corners), tl.load(corners + 2), scale)
     top, bottom = grow_axis(tl.load(corners + 1), tl.load(corners + 3), scale)
     inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom) & (index < H.to(tl.int64) * W)
@@ -73,7 +73,7 @@ def paste_masks_kernel(
         lower += x_weight_hi * read(mask, y_hi, x_hi, padding, size, inside, ACC)
         value = y_weight_lo * upper + y_weight_hi * lower
     if ABOVE:
-        result = tl.where(inside & (value > scale_of(threshold, ACC)), 1, 0).to(tl.uint8)
+        result = tl.where(inside & (value > decode_float(threshold, ACC)), 1, 0).to(tl.uint8)
     else:
         result = tl.where(inside, value, 0.0).to(out.dtype.element_ty)
     tl.store(out + k * H * W + index, result, mask=index < H.to(tl.int64) * W)
@@ -93,8 +93,8 @@ def paste_masks(
     types = {torch.float64: tl.float64, torch.float32: tl.float32}
     with torch.cuda.device_of(masks):
         paste_masks_kernel[count * blocks,](
-            masks, boxes, _scale_argument((size + 2 * padding) / size, boxes.dtype),
-            _scale_argument(threshold or 0.0, accumulate), out if threshold is None else out.view(torch.uint8),
+            masks, boxes, encode_float((size + 2 * padding) / size, boxes.dtype),
+            encode_float(threshold or 0.0, accumulate), out if threshold is None else out.view(torch.uint8),
             size, padding, height, width, blocks,
             ABOVE=threshold is not None, BOX=types[boxes.dtype], ACC=types[accumulate], BLOCK=BLOCK,
             num_warps=NUM_WARPS, **EXACT,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fpn_fast.ops._schemas import FOCAL_TILE
 from fpn_fast.triton import register
-from fpn_fast.triton.multiscale_roi_align import _scale_argument, scale_of
+from fpn_fast.triton._arguments import decode_float, encode_float
 
 # 16 elements to a thread.
 NUM_WARPS = 8
@@ -53,7 +53,7 @@ def sigmoid_focal_loss_kernel(
     # Not tl.maximum, which may drop a NaN.
     cross_entropy = tl.where(x < 0, 0.0, x) + log_of_one_and(e, ACC)
     weight = tl.load(weights + row, mask=inside, other=0.0)
-    share = scale_of(alpha, ACC)
+    share = decode_float(alpha, ACC)
     factor = weight * tl.where(own, share, 1 - share) * p * p
     tl.store(parts + tl.program_id(0), tl.sum(tl.where(inside, factor * cross_entropy, 0.0)))
     if GRADIENT:
@@ -75,7 +75,7 @@ def sigmoid_focal_loss(
     if tiles:
         with torch.cuda.device_of(logits):
             sigmoid_focal_loss_kernel[tiles,](
-                logits, labels, weights, _scale_argument(alpha, weights.dtype), parts, gradient,
+                logits, labels, weights, encode_float(alpha, weights.dtype), parts, gradient,
                 logits.numel(), logits.size(1), GRADIENT=with_gradient,
                 ACC=tl.float64 if weights.dtype == torch.float64 else tl.float32, TILE=FOCAL_TILE, num_warps=NUM_WARPS,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -148,6 +149,13 @@ def find_top_rpn_proposals(
 
     Source: detectron2/modeling/proposal_generator/proposal_utils.py, rpn.py.
     """
+    rule = dataclasses.replace(
+        DETECTRON2,
+        min_size=min_box_size,
+        weights=box2box_weights,
+        scale_clamp=scale_clamp,
+        center_offset=anchor_generator.offset,
+    )
     return ops.generate_proposals(
         pred_objectness_logits,
         pred_anchor_deltas,
@@ -157,8 +165,5 @@ def find_top_rpn_proposals(
         pre_nms_top_n=pre_nms_topk,
         post_nms_top_n=post_nms_topk,
         nms_thresh=nms_thresh,
-        weights=box2box_weights,
-        scale_clamp=scale_clamp,
-        center_offset=anchor_generator.offset,
-        **{**DETECTRON2, "min_size": min_box_size},
+        **vars(rule),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -215,9 +216,10 @@ def predict_proposals(
     _check_clip_border(bbox_coder.clip_border)
     nms = check_config(cfg)
     nms_pre, min_size = cfg.get("nms_pre", -1), cfg.get("min_bbox_size", -1)
-    options = {**MMDET, "min_size": min_size if min_size >= 0 else -math.inf}
+    least = min_size if min_size >= 0 else -math.inf
+    rule = dataclasses.replace(MMDET, min_size=least, means=bbox_coder.means, stds=bbox_coder.stds)
     if bbox_coder.add_ctr_clamp:
-        options.update(clamp="max", center_clamp=bbox_coder.ctr_clamp)
+        rule = dataclasses.replace(rule, clamp="max", center_clamp=bbox_coder.ctr_clamp)
     return ops.generate_proposals(
         cls_scores,
         bbox_preds,
@@ -227,9 +229,7 @@ def predict_proposals(
         pre_nms_top_n=nms_pre if nms_pre > 0 else max(map[0].numel() for map in cls_scores),
         post_nms_top_n=cfg["max_per_img"],
         nms_thresh=nms["iou_threshold"],
-        means=bbox_coder.means,
-        stds=bbox_coder.stds,
-        **options,
+        **vars(rule),
     )
 
 

@@ -66,7 +66,7 @@ def generate_proposals(draw: Draw) -> Trial:
     image = torch.stack([draw.integers(30, 120, batch), draw.integers(30, 120, batch)], 1).to(draw.device)
     most = sum(anchors * h * w for h, w in sizes)
     options: dict[str, Any] = {
-        **draw.choice((TORCHVISION, DETECTRON2, MMDET)),
+        **vars(draw.choice((TORCHVISION, DETECTRON2, MMDET))),
         "pre_nms_top_n": draw.choice((draw.integer(0, 40), draw.integer(1, most + 5))),
         "post_nms_top_n": draw.choice((draw.integer(0, 20), draw.integer(1, most + 5))),
         "nms_thresh": draw.choice((-0.5, 0.3, 0.5, 0.7, 1.0)),
