@@ -43,7 +43,7 @@ def build_facts() -> dict[str, str] | None:
 
 
 class _KernelAttributes(ctypes.Structure):
-    """csrc/cuda/kernel_attributes.h: struct KernelAttributes."""
+    """csrc/cuda/kernel_table.cu: struct KernelAttributes."""
 
     _fields_ = (
         ("name", ctypes.c_char * 128),

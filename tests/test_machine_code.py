@@ -119,7 +119,7 @@ KERNELS = [
     # A count gives keys their places in shared memory, which are sorted afterwards. Keys of float64 are of 16 bytes.
     Kernel("top_logits", "select_logits", "LogitSelection", integer_atomics=True, shared=33),
     Kernel("generate_proposals", "decode_proposals", "ProposalDecoding"),
-    Kernel("head_decoding", "head_setup", "HeadSetup", types=WIDE),
+    Kernel("head_setup", "head_setup", "HeadSetup", types=WIDE),
     Kernel("generate_proposals", "merge_proposals", "ProposalOutput", types=WIDE),
     Kernel("select_detections", "count_scores", "CenteredSelection", integer_atomics=True, shared=17),
     Kernel("select_detections", "select_scores", "CenteredSelection", integer_atomics=True, shared=33),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Anchors by arithmetic, and boxes from anchors and a head's deltas. What torchvision, detectron2 and mmdetection do
-// differently is data (the cell anchors, strides, offset, weights) or one of the switches of `BoxCoding`.
+// Anchors computed from their position, and boxes decoded from anchors and a head's deltas. Where torchvision,
+// detectron2 and mmdetection differ, the difference is data (cell anchors, strides, offset, weights) or a switch of
+// `BoxCoding`.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +15,15 @@ namespace fpn_fast {
 
 template <class acc_t>
 struct BoxCoding {
-  acc_t weight[4], mean[4], std[4];  // a delta is divided by its weight, times std, plus mean
-  acc_t scale_clamp;                 // largest logarithm of a change of size
-  bool symmetric_clamp;              // and the largest of its inverse
-  bool mean_center;                  // (x1 + x2) / 2, not x1 + width / 2: these round differently
-  acc_t center_clamp;                // farthest that a centre moves, in pixels; may be infinite
-  acc_t center_offset;               // of the first anchor, in strides
+  acc_t weight[4], mean[4], std[4];  // delta / weight * std + mean
+  acc_t scale_clamp;                 // largest log of a change of size
+  bool symmetric_clamp;              // the log is also clamped at -scale_clamp
+  bool mean_center;                  // (x1 + x2) / 2 instead of x1 + width / 2, which rounds differently
+  acc_t center_clamp;                // largest move of the centre, in pixels; may be infinite
+  acc_t center_offset;               // position of the first anchor, in strides
 };
 
-// The anchor made of `cell`, centred about the origin, at a place of the head's map.
+// The anchor at position (y, x) of the head's map. `cell` is centred at the origin.
 template <class acc_t>
 HOST_DEVICE Box<acc_t> anchor_at(const BoxCoding<acc_t>& coding, const Box<acc_t>& cell, int64_t y, int64_t x,
                                  acc_t stride_y, acc_t stride_x) {
@@ -51,7 +52,7 @@ HOST_DEVICE Side<acc_t> decode_side(const BoxCoding<acc_t>& coding, acc_t lo, ac
   return {subtract(moved, reach), add(moved, reach)};
 }
 
-// `deltas` are (dx, dy, dw, dh), finite.
+// `deltas` are (dx, dy, dw, dh) and finite.
 template <class acc_t>
 HOST_DEVICE Box<acc_t> decode(const BoxCoding<acc_t>& coding, const Box<acc_t>& anchor, const acc_t* deltas) {
   acc_t code[4];
@@ -63,8 +64,8 @@ HOST_DEVICE Box<acc_t> decode(const BoxCoding<acc_t>& coding, const Box<acc_t>& 
   return {across.lo, down.lo, across.hi, down.hi};
 }
 
-// `distances` are (left, top, right, bottom) from the anchor's centre, in its sides, finite: torchvision's
-// BoxLinearCoder.
+// `distances` are (left, top, right, bottom) from the anchor's centre, in units of its sides, and finite. Source:
+// torchvision's BoxLinearCoder.
 template <class acc_t>
 HOST_DEVICE Box<acc_t> decode_distances(const Box<acc_t>& anchor, const acc_t* distances) {
   const acc_t half = acc_t(0.5);
@@ -85,7 +86,7 @@ HOST_DEVICE Box<acc_t> clip(const Box<acc_t>& box, acc_t height, acc_t width) {
   return {clamp(box.x1, width), clamp(box.y1, height), clamp(box.x2, width), clamp(box.y2, height)};
 }
 
-// Both sides at least `min_size`, or where `strict` longer.
+// Whether both sides are at least `min_size`, or with `strict` longer.
 template <class acc_t>
 HOST_DEVICE bool is_large_enough(const Box<acc_t>& box, acc_t min_size, bool strict) {
   const acc_t width = subtract(box.x2, box.x1), height = subtract(box.y2, box.y1);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a head says of given boxes: logits of classes and deltas.
+// A box head's predictions for given boxes: class logits and deltas.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@ template <class acc_t>
 struct BoxHeads {
   const acc_t *logits, *deltas;  // [batch, room, classes]; [batch, room, 4] or [batch, room, 4 * classes]
   const Box<acc_t>* boxes;       // [batch, room]
-  const int64_t* counts;         // [batch], or null: all
+  const int64_t* counts;         // [batch], or null: `room` boxes per image
   const acc_t* image_sizes;      // [batch, 2], height and width
   int64_t batch, room, classes;
-  bool own_deltas;  // for each class
+  bool own_deltas;  // one set of deltas per class
   acc_t min_size;
   BoxCoding<acc_t> coding;
 
@@ -28,7 +28,7 @@ struct BoxHeads {
   }
 };
 
-// The clipped box of a class; one whose x1 is NaN where a number is not finite or a side too short.
+// The clipped box of a class. Its x1 is NaN where a value is not finite or a side is shorter than min_size.
 template <class acc_t>
 HOST_DEVICE Box<acc_t> decoded_box(const BoxHeads<acc_t>& heads, int64_t image, int64_t box, int64_t label) {
   const Box<acc_t> none{std::numeric_limits<acc_t>::quiet_NaN(), 0, 0, 0};

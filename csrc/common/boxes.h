@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Boxes, and when two of them overlap too much.
+// Boxes, and the rule by which one suppresses another.
 //
 // Note [Overlap without division]
-// torchvision's rule is `intersection / union > threshold`, divided and compared in the boxes' type. A quotient that is
-// rounded to more than the threshold was more than (1 - eps) of it before, so `intersection >= slope * union` with a
-// slope a little below the threshold holds wherever the rule does. Kernels test that first, for many boxes at once, and
-// divide only where it holds: the decision stays torchvision's, bit for bit.
+// torchvision suppresses a box where `intersection / union > threshold`, divided and compared in the boxes' type. A
+// quotient that rounds to more than the threshold was above (1 - eps) of it before rounding. So `intersection >= slope
+// * union`, with a slope slightly below the threshold, holds wherever the rule does. Kernels test this first, for many
+// boxes at once, and divide only where it holds. The decisions equal torchvision's bit for bit.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 
 namespace fpn_fast {
 
-// As in fpn_fast/ops/nms.py.
+// The values are those of fpn_fast/ops/nms.py.
 enum class NmsConvention : int { kDivision = 0, kProduct = 1, kOffset = 2 };
 
 template <class acc_t>
@@ -24,7 +24,7 @@ struct Box {
   acc_t x1, y1, x2, y2;
 };
 
-// Written without isfinite: a difference with itself is zero for finite numbers alone.
+// `value - value` is zero for finite values only.
 template <class acc_t>
 HOST_DEVICE bool is_finite(acc_t value) {
   return subtract(value, value) == 0;
@@ -52,24 +52,25 @@ template <class acc_t>
 struct OverlapRule {
   acc_t threshold;
   acc_t slope, floor;  // Note [Overlap without division]
-  bool product;        // compare intersection with threshold * union: mmcv's rule
+  bool product;        // mmcv's rule: compares the intersection with threshold * union
 };
 
 template <class acc_t>
 OverlapRule<acc_t> make_overlap_rule(double threshold, NmsConvention convention) {
   OverlapRule<acc_t> rule{static_cast<acc_t>(threshold), 0, 0, convention == NmsConvention::kProduct};
-  // torchvision compares a quotient with a double: with the largest number of the boxes' type that is not above it.
+  // torchvision compares the quotient with a double. The largest value of the boxes' type that is not above that double
+  // decides alike.
   if (!rule.product && rule.threshold > threshold) {
     rule.threshold = std::nextafter(rule.threshold, -std::numeric_limits<acc_t>::infinity());
   }
-  // Boxes that do not touch have a quotient above a threshold below zero, and a product above a union below zero.
+  // With a threshold below zero, boxes that do not touch pass too: their quotient is 0.
   const bool must_touch = rule.threshold >= 0 && !rule.product;
   if (rule.threshold >= 0) rule.slope = rule.threshold * (1 - 16 * std::numeric_limits<acc_t>::epsilon());
   rule.floor = must_touch ? std::numeric_limits<acc_t>::denorm_min() : -std::numeric_limits<acc_t>::infinity();
   return rule;
 }
 
-// Whether `overlaps` can hold; NaN says it can.
+// Whether `overlaps` can be true. True for NaN.
 template <class acc_t>
 HOST_DEVICE bool may_overlap(const OverlapRule<acc_t>& rule, acc_t shared, acc_t united) {
   const acc_t bound = multiply(rule.slope, united);

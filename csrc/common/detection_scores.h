@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of a dense head, and from which logit on they pass a threshold.
+// Scores of a dense head, and the lowest logits that pass a score threshold.
 #pragma once
 
 #include <cmath>
@@ -13,14 +13,14 @@
 
 namespace fpn_fast {
 
-// FCOS: the root of the product of two probabilities.
+// FCOS: the square root of the product of the class and centre probabilities.
 template <class acc_t>
 HOST_DEVICE acc_t centered_score(acc_t logit, acc_t center_probability) {
   return square_root(multiply(logistic(logit), center_probability));
 }
 
-// The lowest logit whose probability is above `score_thresh`; infinity where there is none. By bisection of the
-// numbers themselves, so that a comparison of logits decides what a comparison of probabilities would.
+// The lowest logit whose probability is above `score_thresh`, or infinity. It is found by bisection over the
+// floating-point values, so comparing logits decides exactly as comparing probabilities would.
 template <class acc_t>
 acc_t lowest_passing_logit(acc_t score_thresh) {
   using Bits = OrderedBits<acc_t>;
@@ -34,12 +34,13 @@ acc_t lowest_passing_logit(acc_t score_thresh) {
   return from_ordered_bits(passes);
 }
 
-// A logit below which no score with this centre is `lowest_score`: a bound, lower than need be by some rounding.
+// A lower bound of the logits whose score with this centre probability reaches `lowest_score`, minus a margin for
+// rounding.
 template <class acc_t>
 acc_t logit_bound(acc_t lowest_score, acc_t center_probability) {
   constexpr double kSlack = 1e-5;
   const double least = double(lowest_score) * double(lowest_score) / double(center_probability) * (1 - kSlack);
-  // NaN, where the centre's probability is 0 and so is the lowest score, takes no part in either.
+  // 0 / 0 is NaN and fails the second comparison.
   if (lowest_score <= 0 || !(least > 0)) return -std::numeric_limits<acc_t>::infinity();
   if (least >= 1) return std::numeric_limits<acc_t>::infinity();
   const double bound = std::log(least / (1 - least));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The padded detections that kernels write, on any device.
+// The padded detections that kernels write.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arithmetic that no compiler contracts to a fused multiply-add, for values that decide something (a level, whether a
-// sample is on the map, how many samples there are): every backend then decides alike. The CPU build contracts nothing.
+// Arithmetic that no compiler contracts to a fused multiply-add. Values that decide something (a level, whether a
+// sample is on the map, the number of samples) use it, so that every backend decides alike. The CPU build contracts
+// nothing.
 #pragma once
 
 #include <cmath>
@@ -21,26 +22,16 @@ HOST_DEVICE double divide(double a, double b) { return __ddiv_rn(a, b); }
 HOST_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 HOST_DEVICE double square_root(double a) { return __dsqrt_rn(a); }
 #else
-template <class acc_t>
-HOST_DEVICE acc_t multiply(acc_t a, acc_t b) {
-  return a * b;
-}
-template <class acc_t>
-HOST_DEVICE acc_t add(acc_t a, acc_t b) {
-  return a + b;
-}
-template <class acc_t>
-HOST_DEVICE acc_t subtract(acc_t a, acc_t b) {
-  return a - b;
-}
-template <class acc_t>
-HOST_DEVICE acc_t divide(acc_t a, acc_t b) {
-  return a / b;
-}
-template <class acc_t>
-HOST_DEVICE acc_t square_root(acc_t a) {
-  return std::sqrt(a);
-}
+HOST_DEVICE float multiply(float a, float b) { return a * b; }
+HOST_DEVICE double multiply(double a, double b) { return a * b; }
+HOST_DEVICE float add(float a, float b) { return a + b; }
+HOST_DEVICE double add(double a, double b) { return a + b; }
+HOST_DEVICE float subtract(float a, float b) { return a - b; }
+HOST_DEVICE double subtract(double a, double b) { return a - b; }
+HOST_DEVICE float divide(float a, float b) { return a / b; }
+HOST_DEVICE double divide(double a, double b) { return a / b; }
+HOST_DEVICE float square_root(float a) { return std::sqrt(a); }
+HOST_DEVICE double square_root(double a) { return std::sqrt(a); }
 #endif
 
 }  // namespace fpn_fast

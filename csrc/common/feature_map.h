@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a kernel knows of a tensor [N, C, H, W]: a pointer, sizes and strides.
+// A kernel's view of a tensor [N, C, H, W].
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct FeatureMap {
   // access.
   bool vectorised = false;
 
-  // 64-bit before the products: P2 of a large batch passes 2^31 elements.
+  // Indices are 64-bit before they are multiplied: P2 of a large batch exceeds 2^31 elements.
   HOST_DEVICE T* at(int64_t n, int64_t c, int64_t y, int64_t x) const {
     return data + n * stride_n + c * stride_c + y * stride_h + x * stride_w;
   }
@@ -30,12 +30,12 @@ HOST_DEVICE FeatureMap<const T> read_only(const FeatureMap<T>& map) {
           map.stride_n, map.stride_c, map.stride_h, map.stride_w, map.vectorised};
 }
 
-// Elements in one 16-byte access, the widest a GPU thread can make.
+// Elements of one 16-byte access, the widest of a GPU thread.
 template <class T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
-// Decides whether `map` can be accessed 16 bytes at a time along C (channels_last) or W (channels_first). A size of one
-// leaves its stride unused, and torch puts any number there.
+// Sets whether `map` can be accessed 16 bytes at a time along C (channels_last) or W (channels_first). A dimension of
+// size one has an arbitrary stride in torch, so that stride is ignored.
 template <class T>
 void mark_vectorised(FeatureMap<T>& map, bool along_channels) {
   constexpr int kElements = kVec<T>;

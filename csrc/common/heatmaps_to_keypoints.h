@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A heatmap resized to its box, and its highest position. The order of operations, and that each is rounded on its own,
-// make every backend find the same position: see fpn_fast/reference/heatmaps_to_keypoints.py.
+// A heatmap resized to its box, and its peak. Every backend uses this order of operations and rounds after each, so
+// that all find the same position: fpn_fast/reference/heatmaps_to_keypoints.py.
 #pragma once
 
 #include <cmath>
@@ -12,19 +12,19 @@
 
 namespace fpn_fast {
 
-// A box with a longer side gives zeros: positions stay in 32 bits, and no box takes for ever.
+// A box with a longer side gives zeros. This keeps positions in 32 bits and bounds the time of a box.
 constexpr int kLongestSide = 8192;
 
-// One side of a box and as many pixels as cover it; none, where it is no side or too long.
+// One side of a box and the number of pixels that cover it. There are none if the side is too long or not finite.
 template <class T>
 struct BoxSide {
-  T lo, step;  // where it begins, and how long a pixel is
+  T lo, step;  // start of the side, and length of a pixel
   int pixels;
 
   HOST_DEVICE BoxSide(T begin, T end) : lo(begin), step(0), pixels(0) {
     const T extent = subtract(end, begin);
     const T length = extent > 1 ? extent : T(1);
-    // Written so that NaN fails.
+    // A NaN fails this test.
     constexpr T kLargest = std::numeric_limits<T>::max();
     if (!(std::fabs(begin) <= kLargest && std::fabs(end) <= kLargest && length <= kLongestSide)) return;
     pixels = static_cast<int>(length);
@@ -43,7 +43,7 @@ struct KeypointBox {
   HOST_DEVICE explicit KeypointBox(const T* corners) : x(corners[0], corners[2]), y(corners[1], corners[3]) {}
   HOST_DEVICE bool empty() const { return x.pixels == 0 || y.pixels == 0; }
 
-  // `position` counts pixels of the box in row-major order.
+  // `position` is the row-major index of a pixel of the box.
   HOST_DEVICE void keypoint(int position, float* point) const {
     point[0] = static_cast<float>(x.centre_of(position % x.pixels));
     point[1] = static_cast<float>(y.centre_of(position / x.pixels));
@@ -51,14 +51,14 @@ struct KeypointBox {
   }
 };
 
-// Four pixels that a resized one reads, from `first` on, and what it takes of each.
+// The four source pixels of a resized pixel, from `first` on, and their weights.
 template <class acc_t>
 struct CubicTaps {
   int first;
   acc_t weights[4];
 };
 
-// Keys' cubic with a = -0.75, at up to one pixel and from one to two.
+// Keys' cubic kernel with a = -0.75: up to a distance of one pixel, and from one to two.
 template <class acc_t>
 HOST_DEVICE acc_t cubic_near(acc_t x) {
   const acc_t inner = subtract(multiply(acc_t(1.25), x), acc_t(2.25));
@@ -71,7 +71,7 @@ HOST_DEVICE acc_t cubic_far(acc_t x) {
   return add(multiply(inner, x), acc_t(3));
 }
 
-// Of pixel `pixel`; scale = size / pixels of the box. Taps outside of [0, size) are those at the edge.
+// The taps of pixel `pixel`; scale = size / pixels of the box. Clamp taps outside [0, size) with `clamp_tap`.
 template <class acc_t>
 HOST_DEVICE CubicTaps<acc_t> cubic_taps(int pixel, acc_t scale, int size) {
   const acc_t source = subtract(multiply(scale, add(static_cast<acc_t>(pixel), acc_t(0.5))), acc_t(0.5));
@@ -95,13 +95,13 @@ HOST_DEVICE acc_t blend(const acc_t (&weights)[4], acc_t a, acc_t b, acc_t c, ac
   return add(add(two, multiply(weights[2], c)), multiply(weights[3], d));
 }
 
-// The highest position so far.
+// A value and its position.
 template <class acc_t>
 struct Peak {
   acc_t value;
   int position;
 
-  // A NaN is higher than any number; of equals the first is.
+  // A NaN ranks above every value. Of equal values the first ranks higher.
   HOST_DEVICE bool is_below(const Peak& other) const {
     const bool nan = value != value, other_nan = other.value != other.value;
     if (nan || other_nan) return other_nan && (!nan || other.position < position);
@@ -109,7 +109,7 @@ struct Peak {
   }
 };
 
-// That of no positions. Were all -inf, the first would be the highest.
+// The start of a search. `first` is the result where every value is -inf.
 template <class acc_t>
 HOST_DEVICE Peak<acc_t> no_peak(int first = 0) {
   return {-std::numeric_limits<acc_t>::infinity(), first};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Marks maths that CPU code, CUDA kernels and CUDA kernels run on the host all share.
+// Marks functions that the CPU library, the CUDA kernels and the host-run kernels of the tests share.
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #else

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which map of a pyramid a RoI is pooled from.
+// The pyramid level that a RoI is pooled from.
 //
 // Note [Levels by area]
-// The libraries' rules are floor(k0 + log2(sqrt(w * h) / s0)), each with its own epsilon. A rule never decreases with
-// the area, so it is a list of areas at which the next level begins. fpn_fast/ops/levels.py finds them once with the
-// rule itself; here they are compared, and no two devices can disagree about a logarithm.
+// The libraries use floor(k0 + log2(sqrt(w * h) / s0)), each with its own epsilon. This never decreases with the area,
+// so it equals a list of areas at which the next level begins. fpn_fast/ops/levels.py finds these areas once, with the
+// rule itself. Comparing areas avoids logarithms, whose last bit differs between devices.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,16 @@
 
 namespace fpn_fast {
 
-// Maps that one call takes: P2 to P9.
+// Maps of one call: P2 to P9.
 constexpr int kMaxRoiLevels = 8;
 
 struct LevelRule {
-  int levels;  // maps
+  int levels;  // number of maps
   int thresholds;
-  float threshold[kMaxRoiLevels];  // ascending areas, in float32 as the libraries compute them
+  float threshold[kMaxRoiLevels];  // ascending areas, in float32 like the libraries'
 };
 
-// A RoI's map and image; level -1: none, its row is zero.
+// A RoI with its level and image. Its output is zero at level -1.
 template <class acc_t>
 struct Roi {
   acc_t x1, y1, x2, y2;
@@ -31,12 +31,12 @@ struct Roi {
   int level;
 };
 
-// `row` is (image, x1, y1, x2, y2). `given` is null where the rule decides, and the RoI's own level otherwise.
+// `row` is (image, x1, y1, x2, y2). `given` points to the RoI's level, or is null: the rule decides.
 template <class acc_t>
 HOST_DEVICE Roi<acc_t> locate_roi(const acc_t* row, const int64_t* given, const LevelRule& rule, int64_t batch) {
   Roi<acc_t> roi{row[1], row[2], row[3], row[4], 0, -1};
   const acc_t image = row[0];
-  // Written so that NaN fails.
+  // A NaN fails this test.
   if (!(image > -1 && image < static_cast<acc_t>(batch))) return roi;
   if (roi.x1 != roi.x1 || roi.y1 != roi.y1 || roi.x2 != roi.x2 || roi.y2 != roi.y2) return roi;
   roi.image = static_cast<int64_t>(image);
@@ -51,7 +51,7 @@ HOST_DEVICE Roi<acc_t> locate_roi(const acc_t* row, const int64_t* given, const 
   const float width = subtract(static_cast<float>(roi.x2), static_cast<float>(roi.x1));
   const float height = subtract(static_cast<float>(roi.y2), static_cast<float>(roi.y1));
   const float area = multiply(width, height);
-  // Inverted along one axis, or infinite along one and empty along the other: the logarithm is of no number.
+  // NaN or negative where a RoI is inverted along one axis, or infinite along one and empty along the other.
   if (!(area >= 0)) return roi;
   int level = 0;
   for (int i = 0; i < rule.thresholds; ++i) level += area >= rule.threshold[i];

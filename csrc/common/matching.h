@@ -2,12 +2,12 @@
 // Matching of anchors to ground truths by IoU.
 //
 // Note [Matching without the matrix]
-// A low-quality match needs, for each ground truth, the highest IoU that it has with any anchor: a maximum over the
-// matrix's rows, where the best ground truth of an anchor is one over its columns. Both are found in one pass that
-// keeps one number for each row and each column. A second pass finds the anchors that reach a row's maximum. Its
-// IoUs are the first's, bit for bit, and an anchor's own best IoU bounds them all, so it looks at few.
-// Boxes that do not overlap have an IoU of 0, and nothing but a higher one counts: leaving out ground truths that a
-// group of anchors does not reach changes nothing.
+// A low-quality match needs the highest IoU of each ground truth with any anchor: a maximum over the rows of the IoU
+// matrix. The best ground truth of an anchor is a maximum over its columns. One pass finds both and keeps one value per
+// row and column. A second pass finds the anchors that reach a row's maximum: it recomputes the same IoUs bit for bit.
+// An anchor's own best IoU bounds all of its IoUs, so this pass skips the ground truths whose maximum is higher.
+// Boxes that do not overlap have an IoU of 0, and only a higher IoU changes a match. So a group of anchors can skip the
+// ground truths that it does not reach.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace fpn_fast {
 constexpr int64_t kBelowLowThreshold = -1;
 constexpr int64_t kBetweenThresholds = -2;
 
-// inter / ((area of a + area of b) - inter), torchvision's operations in its order; NaN where both are empty.
+// inter / ((area of a + area of b) - inter) in torchvision's order of operations. NaN where both areas are 0.
 template <class T>
 HOST_DEVICE T box_iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   const T inter = intersection(a, b);
@@ -44,11 +44,11 @@ struct MatchRule {
   }
 };
 
-// One level of a pyramid whose anchors are not stored.
+// One level of a pyramid. Its anchors are not stored.
 struct AnchorLevel {
-  int64_t first;       // of its anchors among all
-  int64_t first_cell;  // of its cell anchors among all
-  int cells;           // anchors at each position
+  int64_t first;       // index of its first anchor
+  int64_t first_cell;  // index of its first cell anchor
+  int cells;           // anchors per position
   int64_t height, width;
   int64_t stride_y, stride_x;
 };

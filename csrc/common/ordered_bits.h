@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Numbers as integers in the same order, for sorting and selecting. Zero and minus zero are one number.
+// Floating-point values as integers in the same order, for sorting and selecting. Zero and minus zero are equal.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +50,8 @@ struct RankKeyType<double> {
   using type = unsigned __int128;
 };
 
-// A number and its index as one integer, of which the largest comes first: higher numbers, then lower indices. That of
-// a finite number is not zero.
+// A value and its index as one integer. Larger keys come first: higher values, then lower indices. The key of a finite
+// value is not zero.
 template <class acc_t>
 using RankKey = typename RankKeyType<acc_t>::type;
 

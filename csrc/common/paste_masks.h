@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a mask lies in its image, along one axis.
+// The position of a mask in its image, along one axis.
 #pragma once
 
 #include <cmath>
@@ -11,23 +11,23 @@
 
 namespace fpn_fast {
 
-// A box with a corner farther from the image's origin gives an empty mask: sizes stay in 32 bits.
+// A corner farther from the image's origin gives an empty mask. This keeps sizes in 32 bits.
 constexpr double kFarthestCorner = 1 << 29;
 
-// The first and last pixel of the box, its own, grown about the centre and cut to integers. False: it is no box, for
-// its corners are too far away or no numbers.
+// The first and last pixel of a side, grown about its centre and truncated to integers. False: a corner is too far away
+// or not finite.
 template <class T>
 HOST_DEVICE bool grow_axis(T lo, T hi, T scale, int& first, int& last) {
   const T half = multiply(multiply(subtract(hi, lo), T(0.5)), scale);
   const T centre = multiply(add(hi, lo), T(0.5));
   const T begin = subtract(centre, half), end = add(centre, half);
-  // Written so that NaN fails.
+  // A NaN fails this test.
   if (!(fabs(begin) <= kFarthestCorner && fabs(end) <= kFarthestCorner)) return false;
   first = static_cast<int>(begin), last = static_cast<int>(end);
   return true;
 }
 
-// The first and last pixels of a grown box along each axis; none, from 0 to -1, where it is no box.
+// The first and last pixel of a grown box along each axis. An invalid box is empty: 0 to -1.
 struct GrownBox {
   int left = 0, right = -1, top = 0, bottom = -1;
 };
@@ -41,10 +41,10 @@ HOST_DEVICE GrownBox grow_box(const T* corners, T scale) {
   return found ? box : GrownBox{};
 }
 
-// The part of the image that the box covers, empty where there is none, and the mask of `size` pixels resized to it.
+// The part of the image that the box covers, and the mask of `size` pixels resized to it.
 template <class acc_t>
 struct PasteAxis {
-  int origin;  // the box's first pixel, in the image or not
+  int origin;  // the box's first pixel, which may lie outside the image
   Range pixels;
   Axis<acc_t> axis;
 

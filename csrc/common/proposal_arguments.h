@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels know of a call of `generate_proposals` beside its maps.
+// The arguments of `generate_proposals` that do not depend on the device.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "anchors.h"
-#include "boxes.h"
+#include "head_decoding.h"
 
 namespace fpn_fast {
 
-// P2 to P9.
-constexpr int kMaxProposalLevels = 8;
-
-template <class acc_t>
+template <class T>
 struct ProposalArguments {
+  using acc_t = acc_type<T>;
+
+  std::vector<FeatureMap<const T>> objectness;
+  std::vector<Box<acc_t>> cells;  // [levels, head.anchors]
+  HeadDecoding<T> head;           // its `cells` are set on the device
   int64_t pre_nms_top_n, post_nms_top_n;
   acc_t score_thresh, min_size;
   bool strict_size, logits_out;
   OverlapRule<acc_t> rule;
-  BoxCoding<acc_t> coding;
-  acc_t stride_y[kMaxProposalLevels], stride_x[kMaxProposalLevels];
 };
 
 }  // namespace fpn_fast

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Resampling along one axis, forward (which source a pixel reads) and inverse (which pixels read a source).
+// Resampling along one axis: forward (the source of a pixel) and inverse (the pixels that read a source).
 //
 // Note [Axis resampling]
-// Both modes have a source index that never decreases with the destination, so the pixels that read one source are a
-// range, and a gradient can be gathered instead of scattered. The range's ends come from an estimate that is then
-// corrected with `source_floor` itself: forward and inverse agree exactly whatever float rounding does.
-// `nearest` is PyTorch's float32 formula min(floor(dst * float32(in / out)), in - 1), whatever the data's type; integer
-// arithmetic gives other indices for pairs such as 26 -> 44. `bilinear` is PyTorch's too: source coordinate
-// max(scale * (dst + offset) - offset, 0), with offset 1/2 (align_corners=False) or 0 (align_corners=True).
+// In both modes the source index never decreases with the destination. So the pixels that read one source form a range,
+// and a gradient can be gathered instead of scattered. The ends of the range are estimated and then corrected with
+// `source_floor` itself, so forward and inverse agree exactly, whatever the rounding.
+// `nearest` is PyTorch's float32 formula min(floor(dst * float32(in / out)), in - 1), whatever the data's type. Integer
+// arithmetic gives other indices for sizes such as 26 -> 44. `bilinear` is PyTorch's source coordinate max(scale * (dst
+// + offset) - offset, 0), with offset 1/2 (align_corners=False) or 0 (align_corners=True).
 #pragma once
 
 #include <algorithm>
@@ -22,9 +22,9 @@ enum class Resample : int { kNearest = 0, kBilinear = 1, kBilinearAlignCorners =
 template <class acc_t>
 struct Axis {
   int in, out;
-  acc_t scale;    // sources per destination
-  acc_t inverse;  // destinations per source; 0 where scale is
-  acc_t offset;   // of a pixel's centre from its index
+  acc_t scale;    // source pixels per destination pixel
+  acc_t inverse;  // destination pixels per source pixel; 0 where scale is 0
+  acc_t offset;   // from a pixel's index to its centre
 };
 
 struct Range {
@@ -75,7 +75,7 @@ HOST_DEVICE int source_floor(const Axis<acc_t>& axis, int dst) {
   return nearest_source(axis, dst);
 }
 
-// The first destination whose source is at least `src`; `axis.out` where there is none.
+// The first destination whose source is at least `src`, or `axis.out`.
 template <bool kBilinear, class acc_t>
 HOST_DEVICE int first_target(const Axis<acc_t>& axis, int src) {
   if (src <= 0) return 0;
@@ -95,7 +95,7 @@ HOST_DEVICE Range targets(const Axis<acc_t>& axis, int src) {
   return {first_target<kBilinear>(axis, first), first_target<kBilinear>(axis, src + 1)};
 }
 
-// The weight with which `dst` reads `src`; at the border both taps are the same pixel and their weights add.
+// The weight with which `dst` reads `src`. At the border both taps are the same pixel, and their weights add.
 template <class acc_t>
 HOST_DEVICE acc_t bilinear_weight(const Axis<acc_t>& axis, int dst, int src) {
   const Taps<acc_t> taps = bilinear_source(axis, dst);

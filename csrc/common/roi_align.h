@@ -2,9 +2,9 @@
 // RoIAlign along one axis.
 //
 // Note [RoIAlign is separable]
-// A bin is the mean over a grid of samples, each bilinear. The weights, the border and the rule for samples outside the
-// map act on each axis alone, so out = Wy F Wx^T / count and its gradient dF = Wy^T G Wx / count, where a row of Wy
-// holds the summed weights with which one bin reads each row of the map. What follows makes those rows.
+// A bin is the mean over a grid of bilinear samples. The weights, the border and the rule for samples outside the map
+// act on each axis separately. So out = Wy F Wx^T / count, and the gradient is dF = Wy^T G Wx / count. A row of Wy
+// holds the summed weights with which one bin reads each row of the map. This file computes those weights.
 #pragma once
 
 #include <cmath>
@@ -16,22 +16,22 @@
 
 namespace fpn_fast {
 
-// An adaptive grid has a sample for each pixel of a bin. A bin larger than this has none: the mean of what it reads,
-// over as many samples outside of every map, is zero but for rounding.
+// An adaptive grid has one sample per pixel of a bin. A bin larger than this has no samples: almost all of its samples
+// would lie outside the map, and their mean is zero up to rounding.
 constexpr int kMaxAdaptiveSamples = 1 << 20;
 
-// How far float rounding can move the first or last sample on the map from its estimate: coordinates of a bin below
-// 2^20 pixels err by less than two, and samples are more than half a pixel apart.
+// The largest distance, in samples, between the first or last sample on the map and its estimate. Coordinates of a bin
+// below 2^20 pixels have an error below two pixels, and samples are more than half a pixel apart.
 constexpr int kSampleMargin = 8;
 
 template <class acc_t>
 struct RoiAxis {
-  acc_t start, bin;  // of the RoI's first bin, and the size of each, in pixels of the map
-  int samples;       // in a bin
-  int size;          // of the map
+  acc_t start, bin;  // of the RoI's first bin, and the length of a bin, in pixels of the map
+  int samples;       // per bin
+  int size;          // of the map, in pixels
 };
 
-// [lo, hi] in image pixels, on a map of `size` pixels and `scale` pixels per image pixel.
+// [lo, hi] is in image pixels; `scale` is map pixels per image pixel; `size` is the map's.
 template <class acc_t>
 HOST_DEVICE RoiAxis<acc_t> make_roi_axis(acc_t lo, acc_t hi, acc_t scale, int size, int pooled, int sampling_ratio,
                                          bool aligned) {
@@ -46,7 +46,7 @@ HOST_DEVICE RoiAxis<acc_t> make_roi_axis(acc_t lo, acc_t hi, acc_t scale, int si
   return axis;
 }
 
-// One over the samples of a bin, in both axes.
+// One over the samples of a bin along both axes.
 template <class acc_t>
 HOST_DEVICE acc_t inverse_count(const RoiAxis<acc_t>& rows, const RoiAxis<acc_t>& cols) {
   const acc_t count = static_cast<acc_t>(rows.samples) * static_cast<acc_t>(cols.samples);
@@ -59,11 +59,12 @@ HOST_DEVICE acc_t sample_coordinate(const RoiAxis<acc_t>& axis, int bin, int sam
   return add(add(axis.start, multiply(static_cast<acc_t>(bin), axis.bin)), within);
 }
 
-// The pixels that a sample reads, and whether it is on the map; one up to a pixel outside reads the border.
+// Sets the pixels that a sample reads; false if it is outside the map. A sample up to one pixel outside reads the
+// border.
 template <class acc_t>
 HOST_DEVICE bool sample_taps(const RoiAxis<acc_t>& axis, int bin, int sample, Taps<acc_t>& taps) {
   acc_t coordinate = sample_coordinate(axis, bin, sample);
-  // Written so that NaN fails.
+  // A NaN fails this test.
   if (!(coordinate >= -1 && coordinate <= axis.size)) return false;
   coordinate = coordinate > 0 ? coordinate : acc_t(0);
   const int floor = static_cast<int>(coordinate);
@@ -76,7 +77,7 @@ HOST_DEVICE bool sample_taps(const RoiAxis<acc_t>& axis, int bin, int sample, Ta
   return true;
 }
 
-// Samples of `bin` that can lie in [lo, hi]: all of them but for large grids.
+// A range with all samples of `bin` that lie in [lo, hi]. For a small grid it is the whole grid.
 template <class acc_t>
 HOST_DEVICE Range samples_between(const RoiAxis<acc_t>& axis, int bin, int lo, int hi) {
   if (axis.samples <= 2 * kSampleMargin || !(axis.bin > 0)) return {0, axis.samples};
@@ -88,7 +89,7 @@ HOST_DEVICE Range samples_between(const RoiAxis<acc_t>& axis, int bin, int lo, i
   return {clamped((lo - base) * per_pixel - kSampleMargin), clamped((hi - base) * per_pixel + kSampleMargin)};
 }
 
-// Samples of `bin` that can be on the map; an adaptive grid may be far larger than that.
+// A range with all samples of `bin` that lie on the map. An adaptive grid can be far larger.
 template <class acc_t>
 HOST_DEVICE Range samples_near_map(const RoiAxis<acc_t>& axis, int bin) {
   return samples_between(axis, bin, -1, axis.size);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels know of a call of multi-level RoIAlign beside its maps.
+// The arguments of multi-level RoIAlign that do not depend on the device, except its maps.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace fpn_fast {
 
-// What every RoI shares. `levels` is null where the rule decides.
+// `levels` [count] is null where the rule decides.
 template <class acc_t>
 struct RoiAlignArguments {
   const acc_t* rois;  // [count, 5]
@@ -22,14 +22,14 @@ struct RoiAlignArguments {
   acc_t scale[kMaxRoiLevels];
 };
 
-// RoI `k`: its map and image.
+// The level and image of RoI `k`.
 template <class acc_t>
 HOST_DEVICE Roi<acc_t> locate_roi(const RoiAlignArguments<acc_t>& arguments, int64_t k) {
   const int64_t* given = arguments.levels != nullptr ? arguments.levels + k : nullptr;
   return locate_roi(arguments.rois + 5 * k, given, arguments.rule, arguments.batch);
 }
 
-// The axes of a RoI that has a map, of `height` rows or `width` columns.
+// The axes of a RoI on a map with `height` rows or `width` columns. The RoI must have a level.
 template <class acc_t>
 HOST_DEVICE RoiAxis<acc_t> roi_rows(const RoiAlignArguments<acc_t>& arguments, const Roi<acc_t>& roi, int height) {
   return make_roi_axis(roi.y1, roi.y2, arguments.scale[roi.level], height, arguments.pooled_height,

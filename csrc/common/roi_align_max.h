@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// RoIAlign whose bins are the largest of their samples: mmcv's pool_mode "max".
+// RoIAlign with the largest sample per bin: mmcv's pool_mode "max".
 //
 // Note [Winners]
-// Samples are compared row after row, and one replaces the one before only where it is larger: the first of equal ones
-// wins, NaN never does. A sample off the map counts as zero and has no gradient. Of a grid that is far larger than the
-// map only samples_near_map is looked at. Where it leaves out samples, all off the map, it keeps some on that side,
-// which stand for them.
-//
-// The gradient goes to the pixels of the winner alone, so the forward pass keeps its row and column in the bin, the low
-// 15 bits of each: samples_near_map holds fewer than 2^15 along an axis, which tells which one is meant.
-//
-// Comparisons decide where gradients go, so values are computed without fused multiply-adds, in one order, everywhere.
+// Samples are compared row by row, and a sample replaces the winner only if it is larger. So the first of equal samples
+// wins, and a NaN never wins. A sample outside the map is zero and has no gradient. For a grid far larger than the map,
+// only samples_near_map is compared. Where this range omits samples, they are outside the map, and so are some of those
+// that remain on that side.
+// The gradient goes to the pixels of the winner alone. The forward pass therefore stores the low 15 bits of the
+// winner's row and column in the bin. samples_near_map has fewer than 2^15 samples along an axis, so the low bits
+// identify one.
+// The comparisons decide where gradients go. So values are computed in one order and without fused multiply-adds on
+// every backend.
 #pragma once
 
 #include <limits>
@@ -24,21 +24,21 @@ namespace fpn_fast {
 constexpr int kWinnerMask = (1 << 15) - 1;
 constexpr int kNoWinner = -1;
 
-// Pixels along an axis of a map: samples lie more than half a pixel apart where there are more of them than the
+// Largest map, in pixels along an axis. Samples are more than half a pixel apart wherever their number exceeds the
 // margins.
 constexpr int kMaxWinnerSize = 16000;
 static_assert(2 * (kMaxWinnerSize + 1) + 2 * kSampleMargin < kWinnerMask);
 
 HOST_DEVICE int winner_at(int row, int col) { return (row & kWinnerMask) << 16 | (col & kWinnerMask); }
 
-// The sample along one axis of `bin` that `winner` (its column), or `winner >> 16` (its row), ends on.
+// The winner's sample along one axis of `bin`. Pass `winner` for the columns and `winner >> 16` for the rows.
 template <class acc_t>
 HOST_DEVICE int winning_sample(const RoiAxis<acc_t>& axis, int bin, int winner) {
   const int first = samples_near_map(axis, bin).begin;
   return first + ((winner - first) & kWinnerMask);
 }
 
-// Of the pixels a, b above c, d.
+// The sample between the pixels a, b (above) and c, d (below).
 template <class acc_t>
 HOST_DEVICE acc_t bilinear_value(const Taps<acc_t>& y, const Taps<acc_t>& x, acc_t a, acc_t b, acc_t c, acc_t d) {
   const acc_t above = add(multiply(x.weight_lo, a), multiply(x.weight_hi, b));
@@ -52,8 +52,8 @@ struct LargestSample {
   int winner;
 };
 
-// Of bin (ph, pw). `pixel(y, x)` is a pixel's value. Zero where nothing wins: without samples, or with none but NaN and
-// negative infinity.
+// The largest sample of bin (ph, pw). `pixel(y, x)` returns a pixel. The value is zero where no sample wins: there is
+// none, or all are NaN or -inf.
 template <class acc_t, class Pixel>
 HOST_DEVICE LargestSample<acc_t> largest_sample(const RoiAxis<acc_t>& rows, const RoiAxis<acc_t>& cols, int ph, int pw,
                                                 const Pixel& pixel) {
@@ -77,15 +77,15 @@ HOST_DEVICE LargestSample<acc_t> largest_sample(const RoiAxis<acc_t>& rows, cons
   return largest;
 }
 
-// The bins with samples that can read `pixel`; a few more, never fewer.
+// A range with all bins that have samples that read `pixel`.
 template <class acc_t>
 HOST_DEVICE Range bins_near_pixel(const RoiAxis<acc_t>& axis, int pooled, int pixel) {
   if (!(axis.bin > 0)) return {0, pooled};
-  // A sample reads pixels less than one away. Its coordinate is a sum of these terms, each rounded to 24 bits.
+  // A sample reads pixels less than one pixel away. Its coordinate is a sum of these terms, each rounded to 24 bits.
   const acc_t magnitude = (axis.start < 0 ? -axis.start : axis.start) + axis.bin * static_cast<acc_t>(pooled) + 1;
   const acc_t margin = 1 + magnitude * acc_t(0x1p-20);
   const auto clamped = [&](acc_t bin) { return bin > 0 ? (bin < pooled ? static_cast<int>(bin) : pooled) : 0; };
-  // A thousandth of a bin for the rounding of the quotient, which is at most 1024 bins.
+  // 2^-10 bins cover the rounding of the quotient, which is at most 1024.
   return {clamped((pixel - margin - axis.start) / axis.bin - acc_t(0x1p-10)),
           clamped((pixel + margin - axis.start) / axis.bin + 1 + acc_t(0x1p-10))};
 }
@@ -95,7 +95,7 @@ template <class acc_t>
 HOST_DEVICE acc_t winner_weight(const RoiAxis<acc_t>& axis, int bin, int winner, int pixel) {
   Taps<acc_t> taps;
   if (!sample_taps(axis, bin, winning_sample(axis, bin, winner), taps)) return 0;
-  // Past the border both taps are one pixel, and the second weighs nothing.
+  // Beyond the border both taps are the same pixel, and the weight of the second is 0.
   return taps.lo == pixel ? taps.weight_lo : taps.hi == pixel ? taps.weight_hi : acc_t(0);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Storage types and the type each is accumulated in. Half and BFloat16 are bit patterns of our own so that one kernel
-// source serves CUDA, the CPU library and CUDA kernels run on the host, with no torch or CUDA header behind it.
+// Storage types and their accumulation types. Half and BFloat16 are plain bit patterns, so that the CUDA kernels, the
+// CPU library and the host-run kernels share one source without torch or CUDA headers.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ HOST_DEVICE float to_acc(Half value) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Shifted into place the exponent is 112 too small, for subnormals as well: one exact multiplication mends both.
+  // After the shift the exponent is 112 too small, also for subnormals. One exact multiplication corrects both.
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
   const uint32_t scaled = bits_of_float(float_from_bits(magnitude) * 0x1p112f);
@@ -64,7 +64,7 @@ HOST_DEVICE float to_acc(Half value) {
 #endif
 }
 
-// Round to nearest even, once. `Rounded<T>::from` is the only place where an accumulator becomes a stored value.
+// Rounds to nearest even, once. Only `Rounded<T>::from` turns an accumulator into a stored value.
 template <class T>
 struct Rounded {
   HOST_DEVICE static T from(acc_type<T> value) { return value; }
@@ -92,7 +92,7 @@ struct Rounded<Half> {
     const uint32_t bits = bits_of_float(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Adding a half aligns the value's last bit with a subnormal half's, 2^-24, and rounds it on the way.
+    // Adding 0.5 aligns the value's last bit with that of a subnormal half, 2^-24, and rounds it.
     const uint32_t subnormal = bits_of_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Candidates of a batch of images, and the detections that class-aware suppression leaves of them.
+// Candidates of a batch of images, and the detections that remain after class-aware suppression.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct Candidate {
   int64_t label;
 };
 
-// `found[n * parts + i]` are candidates of image n; those of equal scores count in their order.
+// `found[n * parts + i]` holds candidates of image n. Candidates of equal scores keep their order.
 template <class acc_t>
 void detect(const std::vector<std::vector<Candidate<acc_t>>>& found, int64_t parts, double nms_thresh,
             const Detections& detections) {
@@ -35,10 +35,10 @@ void detect(const std::vector<std::vector<Candidate<acc_t>>>& found, int64_t par
       for (const auto& each : found[i]) boxes[at] = each.box, scores[at] = each.score, labels[at++] = each.label;
     }
   }
-  int64_t* kept = static_cast<int64_t*>(detections.counts.data_ptr());
-  segmented_nms(boxes.data(), scores.data(), labels.data(), counts.data(), batch, most, nms_thresh, room,
-                NmsConvention::kDivision, keep.data(), kept);
-  const auto tables = detection_tables<acc_t>(detections);
+  const auto tables = detections.tables<acc_t>();
+  const NmsInput<acc_t> input{boxes.data(), scores.data(), labels.data(), counts.data(), batch, most, false};
+  suppress_segments(input, make_overlap_rule<acc_t>(nms_thresh, NmsConvention::kDivision), room, keep.data(),
+                    tables.counts);
   for (int64_t i = 0; i < batch * room; ++i) {
     const int64_t source = i / room * most + keep[i];
     if (keep[i] < 0) {

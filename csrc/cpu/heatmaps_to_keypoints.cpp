@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keypoints of heatmaps on the CPU. A task is a heatmap. Its rows are resized along x once each, and four of them at a
-// time are blended into a row of the box, which is searched at once: the resized map is never there as a whole.
+// Keypoints of heatmaps on the CPU. A task is one heatmap. Each row is resized along x once, and four resized rows are
+// blended into a row of the box, which is searched immediately. The whole resized map is never stored.
 #include "../torch/heatmaps_to_keypoints.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
-#include <tuple>
 #include <vector>
 
 #include "../common/heatmaps_to_keypoints.h"
@@ -16,11 +15,11 @@
 namespace fpn_fast {
 namespace {
 
-// Columns that are searched side by side: two vectors of float32 where they are of 256 bits.
+// Columns that are searched together: two 256-bit vectors of float32.
 constexpr int kLanes = 16;
 
-// The four rows of a heatmap that a row of its box reads, resized along x. There are a multiple of kLanes columns: the
-// last one goes on.
+// The four heatmap rows, resized along x, that a row of the box reads. The number of columns is rounded up to a
+// multiple of kLanes by repeating the last one.
 template <class acc_t>
 class ResizedRows {
  public:
@@ -37,7 +36,7 @@ class ResizedRows {
     }
   }
 
-  // Takes `source` in as the last of the four, for the first.
+  // Replaces the oldest row by `source`.
   template <class S>
   HOST_DEVICE void push(const S* source) {
     std::rotate(rows_.begin(), rows_.begin() + 1, rows_.end());
@@ -51,11 +50,11 @@ class ResizedRows {
     }
   }
 
-  // The row of the box with these weights, into `row`, and its highest number; NaN if it has one.
+  // Writes the row of the box with these weights to `row`. Returns its highest value, or NaN if it has one.
   HOST_DEVICE acc_t blend_rows(const acc_t (&weights)[4], acc_t* row) const {
     const acc_t *a = rows_[0].data(), *b = rows_[1].data(), *c = rows_[2].data(), *d = rows_[3].data();
     acc_t highest[kLanes];
-    // Zero while there is no NaN, in the width of the values, so that lanes stay lanes.
+    // Not zero after a NaN. It has the values' type, so that the loop vectorises.
     acc_t nan[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) highest[lane] = -std::numeric_limits<acc_t>::infinity(), nan[lane] = 0;
     for (int column = 0; column < columns_; column += kLanes) {
@@ -90,7 +89,7 @@ HOST_DEVICE Peak<acc_t> find_peak(const S* heatmap, int height, int width, int b
   const acc_t scale = divide(static_cast<acc_t>(height), static_cast<acc_t>(box_height));
   row.resize(rows.columns());
   Peak<acc_t> peak = no_peak<acc_t>();
-  // The first row reads four of which none is there.
+  // The first row of the box needs four new rows.
   int first = cubic_taps(0, scale, height).first - 4;
   for (int y = 0; y < box_height; ++y) {
     const CubicTaps<acc_t> taps = cubic_taps(y, scale, height);
@@ -111,9 +110,9 @@ void find_all(const Tensor& heatmaps, const Tensor& boxes, float* keypoints, flo
   using acc_t = acc_type<S>;
   const int64_t per_box = heatmaps.size(1), count = heatmaps.size(0) * per_box;
   const int height = static_cast<int>(heatmaps.size(2)), width = static_cast<int>(heatmaps.size(3));
-  const S* maps = static_cast<const S*>(heatmaps.data_ptr());
-  const B* corners = static_cast<const B*>(boxes.data_ptr());
-  // A box has more pixels than its heatmap, most of the time.
+  const S* maps = data<const S>(heatmaps);
+  const B* corners = data<const B>(boxes);
+  // Most boxes have more pixels than their heatmap.
   parallel_tasks(count, int64_t{4} * height * width, [&](const auto& next) {
     ResizedRows<acc_t> rows;
     std::vector<acc_t> row;
@@ -134,22 +133,18 @@ void find_all(const Tensor& heatmaps, const Tensor& boxes, float* keypoints, flo
   });
 }
 
-std::tuple<Tensor, Tensor> heatmaps_to_keypoints_cpu(Tensor heatmaps, Tensor boxes) {
-  auto [keypoints, scores] = empty_keypoints(heatmaps, boxes);
-  if (scores.numel() == 0) return {keypoints, scores};
-  float *points = static_cast<float*>(keypoints.data_ptr()), *heights = static_cast<float*>(scores.data_ptr());
-  dispatch_floating(heatmaps.scalar_type(), "heatmaps_to_keypoints", [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    boxes.scalar_type() == ScalarType::Double ? find_all<S, double>(heatmaps, boxes, points, heights)
-                                              : find_all<S, float>(heatmaps, boxes, points, heights);
-  });
-  return {keypoints, scores};
-}
+struct Cpu {
+  template <class S>
+  static void run(const Tensor& heatmaps, const Tensor& boxes, float* keypoints, float* scores) {
+    dispatch_boxes(boxes.scalar_type(),
+                   [&](auto tag) { find_all<S, typename decltype(tag)::type>(heatmaps, boxes, keypoints, scores); });
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("heatmaps_to_keypoints", TORCH_BOX(&heatmaps_to_keypoints_cpu));
+  library.impl("heatmaps_to_keypoints", TORCH_BOX(&heatmaps_to_keypoints<Cpu>));
 }
 
 }  // namespace fpn_fast

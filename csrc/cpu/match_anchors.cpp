@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Anchor matching on the CPU: see Note [Matching without the matrix]. A task is a block of anchors, made or loaded
-// once for all images; ground truths that the block does not reach are left out.
+// Anchor matching on the CPU: Note [Matching without the matrix]. A task is a block of anchors, which is computed or
+// loaded once for all images. It skips the ground truths that it does not reach.
 #include "../torch/match_anchors.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <mutex>
-#include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -19,16 +17,16 @@
 namespace fpn_fast {
 namespace {
 
-// Anchors of a block: in a P2 of three anchors a cell, 85 columns. Few enough to reach few ground truths, and for all
-// that is known of them to stay in the fastest cache.
+// Anchors of a block: 85 columns of a P2 with three anchors per position. A block of this size reaches few ground
+// truths and fits into the L1 cache.
 constexpr int kBlock = 256;
 
-// As wide as the numbers that it goes with: one comparison then chooses both.
+// As wide as T, so that one comparison mask selects both.
 template <class T>
 using Index = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
 
-// One array for each coordinate, so that anchors are compared eight at a time. What is no anchor (not finite, beyond
-// its image's count, or the end of the last block) is an empty box, whose IoU is 0.
+// One array per coordinate, so that eight anchors are compared at a time. An entry without an anchor (not finite,
+// beyond its image's count, or beyond the last anchor) is an empty box with an IoU of 0.
 template <class T>
 struct Block {
   T x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
@@ -58,7 +56,7 @@ HOST_DEVICE T extreme(const T (&values)[kBlock]) {
   return result;
 }
 
-// A ground truth, with its place among those of its image.
+// A ground truth and its index in its image.
 template <class T>
 struct GroundTruth {
   Box<T> box;
@@ -68,15 +66,19 @@ struct GroundTruth {
 
 template <class T>
 struct Matching {
-  const T* anchors;              // boxes; null: made of `levels`
-  const int64_t* anchor_counts;  // null: all exist
+  const T* gt_boxes;             // [images, gts_per_image, 4]
+  const int64_t* gt_counts;      // [images]
+  const T* anchors;              // boxes, or null: computed from `levels`
+  const int64_t* anchor_counts;  // [images], or null: all exist
   int64_t images, anchors_per_image;
-  bool anchors_differ;  // from image to image
+  int gts_per_image;
+  bool anchors_differ;  // between images
   std::vector<AnchorLevel> levels;
   std::vector<T> cell_anchors;
-  BoxCoding<T> coding;  // of which the offset alone matters
+  BoxCoding<T> coding;  // only its offset is used
   MatchRule<T> rule;
-  // The finite ground truths of all images, those of image n from first[n] on, and the highest IoU of each.
+  // The finite ground truths of all images: image n has [first[n], first[n + 1]). `highest` holds the highest IoU of
+  // each.
   std::vector<GroundTruth<T>> gts;
   std::vector<int64_t> first;
   std::vector<T> highest;
@@ -85,28 +87,23 @@ struct Matching {
 
   int64_t blocks() const { return (anchors_per_image + kBlock - 1) / kBlock; }
 
-  HOST_DEVICE int64_t existing(int64_t image) const {
-    return anchor_counts == nullptr ? anchors_per_image : anchor_counts[image];
-  }
-
   HOST_DEVICE void load(int64_t image, int64_t begin, Block<T>& block) const {
     block.count = static_cast<int>(std::min<int64_t>(kBlock, anchors_per_image - begin));
-    anchors != nullptr ? load_boxes(image, begin, block) : make_boxes(image, begin, block);
+    const int64_t exist = (anchor_counts == nullptr ? anchors_per_image : anchor_counts[image]) - begin;
+    anchors != nullptr ? load_boxes(image, begin, exist, block) : make_boxes(begin, exist, block);
     for (int i = block.count; i < kBlock; ++i) block.put(i, {0, 0, 0, 0}, false);
     block.around = {extreme<false>(block.x1), extreme<false>(block.y1), extreme<true>(block.x2),
                     extreme<true>(block.y2)};
   }
 
-  HOST_DEVICE void load_boxes(int64_t image, int64_t begin, Block<T>& block) const {
+  HOST_DEVICE void load_boxes(int64_t image, int64_t begin, int64_t exist, Block<T>& block) const {
     const T* source = anchors + 4 * ((anchors_differ ? image * anchors_per_image : 0) + begin);
-    const int64_t exist = existing(image) - begin;
     for (int i = 0; i < block.count; ++i, source += 4) {
       block.put(i, {source[0], source[1], source[2], source[3]}, i < exist);
     }
   }
 
-  HOST_DEVICE void make_boxes(int64_t image, int64_t begin, Block<T>& block) const {
-    const int64_t exist = existing(image) - begin;
+  HOST_DEVICE void make_boxes(int64_t begin, int64_t exist, Block<T>& block) const {
     int made = 0;
     for (const AnchorLevel& level : levels) {
       if (made == block.count) break;
@@ -129,7 +126,7 @@ struct Matching {
     }
   }
 
-  // The best ground truth of each anchor of `block`; raises `highest`, which holds this thread's maxima.
+  // Finds the best ground truth of each anchor of `block`, and raises the maxima of this thread, `best_of_gts`.
   HOST_DEVICE void match(int64_t image, const Block<T>& block, int64_t begin, T* best_of_gts) const {
     const int64_t end = first[image + 1];
     T best[kBlock] = {}, iou[kBlock];
@@ -142,7 +139,7 @@ struct Matching {
       FPN_FAST_IVDEP
       for (int i = 0; i < kBlock; ++i) {
         iou[i] = box_iou(gt.box, gt.area, block.box(i), block.area[i]);
-        // Strictly: the first of equals stays. NaN is above nothing.
+        // The first of equal IoUs stays, because the comparison is strict. It is false for NaN.
         match[i] = iou[i] > best[i] ? index : match[i];
         best[i] = iou[i] > best[i] ? iou[i] : best[i];
       }
@@ -158,18 +155,17 @@ struct Matching {
     const bool none = first[image] == end;
     for (int i = 0; i < block.count; ++i) {
       ious[at + i] = best[i];
-      // With low-quality matches the codes have to wait for the second pass.
+      // With low-quality matches the second pass writes the codes.
       const int64_t code = rule.low_quality ? match[i] : rule.code(best[i], match[i]);
       matches[at + i] = none || !block.valid[i] ? kBelowLowThreshold : code;
     }
   }
 
-  // Codes of one block from its matches: those that reach the highest IoU of a ground truth stay.
-  HOST_DEVICE void restore(int64_t image, int64_t begin, bool all, Block<T>& block, int64_t& loaded) const {
+  // Replaces the matches of one block by codes, except where an anchor reaches the highest IoU of a ground truth.
+  HOST_DEVICE void restore(int64_t image, int64_t begin, Block<T>& block, int64_t& loaded) const {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, anchors_per_image - begin));
     const T* best = ious + image * anchors_per_image + begin;
     int64_t* codes = matches + image * anchors_per_image + begin;
-    if (all) return;
     const T top = *std::max_element(best, best + count);
     Index<T> restored[kBlock] = {};
     for (int64_t g = first[image]; g < first[image + 1]; ++g) {
@@ -186,7 +182,7 @@ struct Matching {
       }
     }
     for (int i = 0; i < count; ++i) {
-      // -1 already: no anchor, or no ground truth.
+      // -1 already marks no anchor or no ground truth.
       if (!restored[i] && codes[i] >= 0) codes[i] = rule.code(best[i], codes[i]);
     }
   }
@@ -203,12 +199,12 @@ struct Matching {
           match(image, block, b * kBlock, best_of_gts.data());
         }
       }
-      // A maximum does not depend on which thread took which task.
+      // A maximum does not depend on the order of the threads.
       const std::lock_guard<std::mutex> lock(merging);
       for (size_t g = 0; g < gts.size(); ++g) highest[g] = std::max(highest[g], best_of_gts[g]);
     });
     if (!rule.low_quality) return;
-    // A ground truth that no anchor overlaps has a highest IoU of 0, which is that of every anchor.
+    // If no anchor overlaps a ground truth, its highest IoU is 0, and every anchor reaches it.
     std::vector<char> all(images);
     for (int64_t image = 0; image < images; ++image) {
       all[image] = std::any_of(highest.begin() + first[image], highest.begin() + first[image + 1],
@@ -218,57 +214,39 @@ struct Matching {
       Block<T> block;
       for (int64_t b = next(); b < blocks(); b = next()) {
         int64_t loaded = -1;
-        for (int64_t image = 0; image < images; ++image) restore(image, b * kBlock, all[image], block, loaded);
+        for (int64_t image = 0; image < images; ++image) {
+          if (!all[image]) restore(image, b * kBlock, block, loaded);
+        }
       }
     });
   }
 };
 
-template <class T>
-void collect(const Tensor& boxes, const Tensor& counts, Matching<T>& matching) {
-  const T* box = static_cast<const T*>(boxes.data_ptr());
-  const int64_t* count = static_cast<const int64_t*>(counts.data_ptr());
-  for (int64_t image = 0; image < boxes.size(0); ++image) {
-    matching.first.push_back(static_cast<int64_t>(matching.gts.size()));
-    for (int64_t g = 0; g < boxes.size(1); ++g, box += 4) {
-      const Box<T> gt{box[0], box[1], box[2], box[3]};
-      if (g < count[image] && is_finite(gt)) matching.gts.push_back({gt, area(gt), static_cast<int>(g)});
-    }
-  }
-  matching.first.push_back(static_cast<int64_t>(matching.gts.size()));
-  matching.highest.assign(matching.gts.size(), T(0));
-}
+struct Cpu {
+  template <class T>
+  using Matching = fpn_fast::Matching<T>;
 
-std::tuple<Tensor, Tensor> match_anchors_cpu(Tensor gt_boxes, Tensor gt_counts, std::optional<Tensor> anchors,
-                                             std::optional<Tensor> anchor_counts, std::vector<double> cell_anchors,
-                                             std::vector<int64_t> cells, std::vector<int64_t> sizes,
-                                             std::vector<int64_t> strides, double offset, double high_threshold,
-                                             double low_threshold, bool allow_low_quality_matches) {
-  check_match_anchors(gt_boxes, gt_counts, anchors, anchor_counts);
-  const std::vector<AnchorLevel> levels = anchor_levels(cell_anchors, cells, sizes, strides);
-  const int64_t count = anchor_count(anchors, levels);
-  MatchOutputs outputs = empty_matches(gt_boxes, count);
-  const auto run = [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    Matching<T> matching{};
-    matching.anchors = optional_data<T>(anchors);
-    matching.anchor_counts = optional_data<int64_t>(anchor_counts);
-    matching.images = gt_boxes.size(0), matching.anchors_per_image = count;
-    matching.anchors_differ = anchors.has_value() && anchors->dim() == 3;
-    matching.levels = levels, matching.coding.center_offset = static_cast<T>(offset);
-    for (const double each : cell_anchors) matching.cell_anchors.push_back(static_cast<T>(each));
-    matching.rule = {static_cast<T>(high_threshold), static_cast<T>(low_threshold), allow_low_quality_matches};
-    matching.matches = static_cast<int64_t*>(outputs.matches.data_ptr());
-    matching.ious = static_cast<T*>(outputs.ious.data_ptr());
-    collect(gt_boxes, gt_counts, matching);
+  template <class T>
+  static void run(Matching<T>& matching, const std::vector<AnchorLevel>& levels,
+                  const std::vector<double>& cell_anchors, const Tensor&) {
+    matching.levels = levels;
+    matching.cell_anchors.assign(cell_anchors.begin(), cell_anchors.end());
+    const T* box = matching.gt_boxes;
+    for (int64_t image = 0; image < matching.images; ++image) {
+      matching.first.push_back(static_cast<int64_t>(matching.gts.size()));
+      for (int g = 0; g < matching.gts_per_image; ++g, box += 4) {
+        const Box<T> gt{box[0], box[1], box[2], box[3]};
+        if (g < matching.gt_counts[image] && is_finite(gt)) matching.gts.push_back({gt, area(gt), g});
+      }
+    }
+    matching.first.push_back(static_cast<int64_t>(matching.gts.size()));
+    matching.highest.assign(matching.gts.size(), T(0));
     matching.run();
-  };
-  gt_boxes.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : run(TypeTag<float>{});
-  return {outputs.matches, outputs.ious};
-}
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("match_anchors", TORCH_BOX(&match_anchors_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("match_anchors", TORCH_BOX(&match_anchors<Cpu>)); }
 
 }  // namespace fpn_fast

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Multi-level RoIAlign on the CPU. Each RoI's taps are found once for all channels, equal pixels merged. Two loop nests
-// serve every layout:
-//   - pixels (channels_last): a bin is the weighted sum of its pixels' channel vectors, whose accumulators stay in
-//     registers; a task is a run of RoIs;
-//   - planes (channels_first, and any other strides): a task is a plane of one channel, which stays in the core's cache
-//     while all RoIs of its image read it: rows are blended into one vector along W, which the columns' taps then read.
+// Multi-level RoIAlign on the CPU. The taps of each RoI are computed once for all channels, and taps of the same pixel
+// are merged. Two loop nests serve all memory formats:
+//   - pixels (channels_last): a bin is a weighted sum of its pixels' channel vectors, with the accumulators in
+//     registers. A task is a range of RoIs.
+//   - planes (channels_first, and any other strides): a task is a plane of one channel, which stays in cache while all
+//     RoIs of its image read it. Its rows are blended into one vector along W, which the column taps then read.
 #include "../torch/multiscale_roi_align.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <vector>
 
 #include "pack.h"
@@ -76,21 +75,7 @@ HOST_DEVICE void pool_pixels(const FeatureMap<const T>& map, const RoiTaps<acc_t
   }
 }
 
-// A RoI's columns on its map, in whole packs where the map is wide enough.
-template <class acc_t>
-struct Span {
-  int first, width;
-  bool packed;
-
-  HOST_DEVICE Span(const AxisTaps<acc_t>& cols, int map_width, bool adjacent) {
-    const int packs = (cols.last - cols.first) / kPackLanes + 1;
-    packed = adjacent && packs * kPackLanes <= map_width;
-    first = packed ? std::min(cols.first, map_width - packs * kPackLanes) : cols.first;
-    width = packed ? packs * kPackLanes : cols.last - first + 1;
-  }
-};
-
-// One channel of a RoI. `blended` has room for a row of the widest map.
+// Pools one channel of a RoI. `blended` has room for a row of the widest map.
 template <class T, class acc_t = acc_type<T>>
 HOST_DEVICE void pool_plane(const FeatureMap<const T>& map, const RoiTaps<acc_t>& roi, const FeatureMap<T>& out,
                             int64_t k, int64_t c, acc_t* blended) {
@@ -116,8 +101,8 @@ HOST_DEVICE void pool_plane(const FeatureMap<const T>& map, const RoiTaps<acc_t>
   }
 }
 
-// kPackLanes channels of a RoI, from `c` on: rows are blended as vectors along W, columns as vectors of channels.
-// `blended` has room for a row of the widest map, a pack an element; `pooled` for the bins, and a pack more.
+// Pools kPackLanes channels of a RoI, from `c` on. Rows are blended as vectors along W, columns as vectors of channels.
+// `blended` has room for a row of packs of the widest map, `pooled` for the bins and one pack more per channel.
 template <class T, class acc_t = acc_type<T>>
 HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t>& roi, const Span<acc_t>& span,
                              const FeatureMap<T>& out, int64_t k, int64_t c, acc_t* blended, acc_t* pooled) {
@@ -128,7 +113,7 @@ HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t
     const Tap<acc_t>* rows = roi.rows.taps + roi.rows.begin[ph];
     const int count = roi.rows.begin[ph + 1] - roi.rows.begin[ph];
     for (int x = 0; x < span.width; x += kPackLanes) {
-      // Channels innermost: their sums do not wait for each other.
+      // Channels are the inner loop, because their sums are independent.
       Pack<acc_t> sums[kPackLanes];
       FPN_FAST_UNROLL
       for (auto& sum : sums) sum = Pack<acc_t>{};
@@ -159,7 +144,7 @@ HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t
         sums[i] = sum * roi.inverse_count;
       }
       transpose<acc_t>(sums);
-      // What a pack has beyond the row is overwritten by the next row, or lies in the spare pack.
+      // The next row overwrites what a pack holds beyond this row; after the last row it lies in the spare pack.
       FPN_FAST_UNROLL
       for (int channel = 0; channel < kPackLanes; ++channel) {
         store_pack<acc_t>(pooled + channel * row_of_bins + ph * out.width + pw, sums[channel]);
@@ -176,78 +161,65 @@ HOST_DEVICE void pool_planes(const FeatureMap<const T>& map, const RoiTaps<acc_t
 
 template <class T>
 void clear_row(const FeatureMap<T>& out, int64_t k) {
-  // The output is dense in either format.
+  // The output is dense in both memory formats.
   std::memset(out.at(k, 0, 0, 0), 0, sizeof(T) * out.channels * out.height * out.width);
 }
 
-template <class T, class acc_t = acc_type<T>>
-void pool(const std::vector<FeatureMap<const T>>& maps, const RoiAlignArguments<acc_t>& arguments,
-          const FeatureMap<T>& out) {
-  const RoiTapTable<acc_t> rois(arguments, map_sizes(maps));
-  const int64_t bins = int64_t{out.height} * out.width;
-  if (channels_adjacent(out)) {
-    parallel_rows(rois.size(), 8 * bins * out.channels, [&](int64_t begin, int64_t end) {
-      std::vector<PixelTap<T>> taps;
-      for (int64_t k = begin; k < end; ++k) {
-        rois[k].reads_nothing() ? clear_row(out, k) : pool_pixels(maps[rois[k].level], rois[k], out, k, taps);
-      }
-    });
-    return;
-  }
-  for (int64_t k = 0; k < rois.size(); ++k) {
-    if (rois[k].reads_nothing()) clear_row(out, k);
-  }
-  int widest = 0;
-  for (const auto& map : maps) widest = std::max(widest, map.width);
-  auto images = rois_by_image(rois, arguments.batch);
-  for (auto& image : images) {
-    // Down each map: what one RoI read is still in cache for the next.
-    std::sort(image.begin(), image.end(), [&](int64_t a, int64_t b) {
-      return std::pair(rois[a].level, rois[a].rows.first) < std::pair(rois[b].level, rois[b].rows.first);
-    });
-  }
-  const int64_t rois_per_image = rois.size() / std::max<int64_t>(arguments.batch, 1) + 1;
-  // A task is a group of channels of an image, whose planes stay in cache.
-  const int64_t groups = (out.channels + kPackLanes - 1) / kPackLanes;
-  parallel_rows(arguments.batch * groups, 64 * bins * rois_per_image, [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> blended(kPackLanes * (widest + kPackLanes)), pooled(kPackLanes * (bins + kPackLanes));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % groups * kPackLanes, last = std::min(first + kPackLanes, out.channels);
-      for (const int64_t k : images[task / groups]) {
-        const RoiTaps<acc_t>& roi = rois[k];
-        const FeatureMap<const T>& map = maps[roi.level];
-        const Span<acc_t> span(roi.cols, map.width, map.stride_w == 1 && last - first == kPackLanes);
-        if (span.packed) {
-          pool_planes(map, roi, span, out, k, first, blended.data(), pooled.data());
-        } else {
-          for (int64_t c = first; c < last; ++c) {
-            pool_plane(map, roi, out, k, c, blended.data());
+struct Cpu {
+  template <class T, class acc_t = acc_type<T>>
+  static void pool(const RoiAlignArguments<acc_t>& arguments, const std::vector<FeatureMap<const T>>& maps,
+                   const FeatureMap<T>& out, const Tensor&) {
+    const RoiTapTable<acc_t> rois(arguments, map_sizes(maps));
+    const int64_t bins = int64_t{out.height} * out.width;
+    if (channels_adjacent(out)) {
+      parallel_rows(rois.size(), 8 * bins * out.channels, [&](int64_t begin, int64_t end) {
+        std::vector<PixelTap<T>> taps;
+        for (int64_t k = begin; k < end; ++k) {
+          rois[k].reads_nothing() ? clear_row(out, k) : pool_pixels(maps[rois[k].level], rois[k], out, k, taps);
+        }
+      });
+      return;
+    }
+    for (int64_t k = 0; k < rois.size(); ++k) {
+      if (rois[k].reads_nothing()) clear_row(out, k);
+    }
+    int widest = 0;
+    for (const auto& map : maps) widest = std::max(widest, map.width);
+    auto images = rois_by_image(rois, arguments.batch);
+    for (auto& image : images) {
+      // From top to bottom of each map: a RoI finds in cache what the RoI before it read.
+      std::sort(image.begin(), image.end(), [&](int64_t a, int64_t b) {
+        return std::pair(rois[a].level, rois[a].rows.first) < std::pair(rois[b].level, rois[b].rows.first);
+      });
+    }
+    const int64_t rois_per_image = rois.size() / std::max<int64_t>(arguments.batch, 1) + 1;
+    // A task is a group of channels of an image, whose planes fit into cache.
+    const int64_t groups = (out.channels + kPackLanes - 1) / kPackLanes;
+    parallel_rows(arguments.batch * groups, 64 * bins * rois_per_image, [&](int64_t begin, int64_t end) {
+      std::vector<acc_t> blended(kPackLanes * (widest + kPackLanes)), pooled(kPackLanes * (bins + kPackLanes));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % groups * kPackLanes, last = std::min(first + kPackLanes, out.channels);
+        for (const int64_t k : images[task / groups]) {
+          const RoiTaps<acc_t>& roi = rois[k];
+          const FeatureMap<const T>& map = maps[roi.level];
+          const Span<acc_t> span(roi.cols, map.width, map.stride_w == 1 && last - first == kPackLanes);
+          if (span.packed) {
+            pool_planes(map, roi, span, out, k, first, blended.data(), pooled.data());
+          } else {
+            for (int64_t c = first; c < last; ++c) {
+              pool_plane(map, roi, out, k, c, blended.data());
+            }
           }
         }
       }
-    }
-  });
-}
-
-Tensor multiscale_roi_align_cpu(std::vector<Tensor> features, Tensor rois, std::optional<Tensor> levels,
-                                int64_t pooled_height, int64_t pooled_width, std::vector<double> scales,
-                                std::vector<double> thresholds, int64_t sampling_ratio, bool aligned) {
-  Tensor pooled = empty_pooled(features, rois, levels, pooled_height, pooled_width, scales, thresholds, sampling_ratio);
-  if (pooled.numel() == 0) return pooled;
-  dispatch_floating(features[0].scalar_type(), "multiscale_roi_align", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    pool<T>(to_feature_maps<const T>(features),
-            roi_align_arguments<acc_type<T>>(rois, levels, features[0].size(0), features[0].size(1), pooled_height,
-                                             pooled_width, scales, thresholds, sampling_ratio, aligned),
-            to_feature_map<T>(pooled));
-  });
-  return pooled;
-}
+    });
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align_cpu));
+  library.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align<Cpu>));
 }
 
 }  // namespace fpn_fast

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient of multi-level RoIAlign on the CPU. Nothing is scattered between threads: a task owns a row of a map
-// (channels_last) or a plane of all maps (channels_first), clears it while it is in the core's cache, and adds the RoIs
-// that read it in ascending order, so that the sums do not depend on the number of threads.
+// Gradient of multi-level RoIAlign on the CPU. Threads do not scatter into shared memory: a task owns a row of a map
+// (channels_last) or a plane of all maps (channels_first), clears it, and adds the RoIs that read it in ascending
+// order. So the sums do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -24,7 +23,7 @@ struct RowReader {
   acc_t weight;
 };
 
-// The readers of every row of every map of every image, ascending in RoI and bin.
+// The readers of every row of every map of every image, in ascending order of RoI and bin.
 template <class acc_t>
 class RowReaders {
  public:
@@ -90,7 +89,8 @@ void gather_rows(const FeatureMap<const T>& grad, const RoiTapTable<acc_t>& rois
   for (size_t level = 0; level < maps.size(); ++level) {
     const FeatureMap<T>& map = maps[level];
     const int64_t elements = map.width * map.channels, rows = map.batch * map.height;
-    // Threads take runs of tasks, RoIs crowd in places: neighbouring rows go to different runs.
+    // Each thread takes consecutive tasks, and RoIs are not spread evenly. So neighbouring rows go to different
+    // threads.
     const int64_t half = (rows + 1) / 2;
     parallel_rows(rows, 8 * elements, [&](int64_t begin, int64_t end) {
       std::vector<acc_t> buffer(std::is_same_v<T, acc_t> ? 0 : elements);
@@ -113,34 +113,31 @@ void gather_rows(const FeatureMap<const T>& grad, const RoiTapTable<acc_t>& rois
   }
 }
 
-// One channel of a RoI. `spread` has room for a row of the widest map; the plane of sums has `width` columns.
+// Adds one channel of a RoI to a plane of `width` columns. `spread` has room for a row of the widest map.
 template <class T, class acc_t = acc_type<T>>
 HOST_DEVICE void add_plane(const FeatureMap<const T>& grad, const RoiTaps<acc_t>& roi, int64_t k, int64_t c,
                            acc_t* sums, int width, acc_t* spread) {
-  const int packs = (roi.cols.last - roi.cols.first) / kPackLanes + 1;
-  const bool packed = packs * kPackLanes <= width;
-  const int first = packed ? std::min(roi.cols.first, width - packs * kPackLanes) : roi.cols.first;
-  const int span = packed ? packs * kPackLanes : roi.cols.last - first + 1;
+  const Span<acc_t> columns(roi.cols, width, true);
   for (int ph = 0; ph < grad.height; ++ph) {
     const T* bins = grad.at(k, c, ph, 0);
-    std::fill_n(spread, span, acc_t(0));
+    std::fill_n(spread, columns.width, acc_t(0));
     for (int pw = 0; pw < grad.width; ++pw) {
       const acc_t value = to_acc(bins[pw * grad.stride_w]) * roi.inverse_count;
       for (int j = roi.cols.begin[pw]; j < roi.cols.begin[pw + 1]; ++j) {
-        spread[roi.cols.taps[j].pixel - first] += roi.cols.taps[j].weight * value;
+        spread[roi.cols.taps[j].pixel - columns.first] += roi.cols.taps[j].weight * value;
       }
     }
     for (int i = roi.rows.begin[ph]; i < roi.rows.begin[ph + 1]; ++i) {
       const acc_t weight = roi.rows.taps[i].weight;
-      acc_t* row = sums + int64_t{roi.rows.taps[i].pixel} * width + first;
-      if (packed) {
-        for (int x = 0; x < span; x += kPackLanes) {
+      acc_t* row = sums + int64_t{roi.rows.taps[i].pixel} * width + columns.first;
+      if (columns.packed) {
+        for (int x = 0; x < columns.width; x += kPackLanes) {
           Pack<acc_t> total, values;
           load_pack(row + x, total), load_pack(spread + x, values);
           store_pack<acc_t>(row + x, total + weight * values);
         }
       } else {
-        for (int x = 0; x < span; ++x) row[x] += weight * spread[x];
+        for (int x = 0; x < columns.width; ++x) row[x] += weight * spread[x];
       }
     }
   }
@@ -187,30 +184,19 @@ void gather_planes(const FeatureMap<const T>& grad, const RoiTapTable<acc_t>& ro
   });
 }
 
-std::vector<Tensor> multiscale_roi_align_backward_cpu(Tensor grad, Tensor rois, std::optional<Tensor> levels,
-                                                      int64_t batch, std::vector<int64_t> sizes,
-                                                      std::vector<double> scales, std::vector<double> thresholds,
-                                                      int64_t sampling_ratio, bool aligned, bool channels_last) {
-  std::vector<Tensor> grads =
-      empty_feature_grads(grad, rois, levels, batch, sizes, scales, thresholds, sampling_ratio, channels_last);
-  if (grads[0].numel() == 0) return grads;
-  dispatch_floating(grad.scalar_type(), "multiscale_roi_align_backward", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto maps = to_feature_maps<T>(grads);
-    const RoiTapTable<acc_type<T>> table(
-        roi_align_arguments<acc_type<T>>(rois, levels, batch, grad.size(1), grad.size(2), grad.size(3), scales,
-                                         thresholds, sampling_ratio, aligned),
-        map_sizes(maps));
-    const auto grad_map = to_feature_map<const T>(grad);
-    channels_last&& grad.size(1) > 1 ? gather_rows<T>(grad_map, table, maps) : gather_planes<T>(grad_map, table, maps);
-  });
-  return grads;
-}
+struct Cpu {
+  template <class T>
+  static void gather(const RoiAlignArguments<acc_type<T>>& arguments, const FeatureMap<const T>& grad,
+                     const std::vector<FeatureMap<T>>& maps, bool channels_last, const Tensor&) {
+    const RoiTapTable<acc_type<T>> rois(arguments, map_sizes(maps));
+    channels_last&& grad.channels > 1 ? gather_rows<T>(grad, rois, maps) : gather_planes<T>(grad, rois, maps);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("multiscale_roi_align_backward", TORCH_BOX(&multiscale_roi_align_backward_cpu));
+  library.impl("multiscale_roi_align_backward", TORCH_BOX(&multiscale_roi_align_backward<Cpu>));
 }
 
 }  // namespace fpn_fast

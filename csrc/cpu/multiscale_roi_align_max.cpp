@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Multi-level RoIAlign in max mode on the CPU, and its gradient: Note [Winners] in common/roi_align_max.h. Forward, a
-// task is a RoI. Backward, nothing is scattered between threads: a task owns a plane of one channel of all maps, and
-// adds the RoIs of its image in ascending order.
+// Multi-level RoIAlign in max mode on the CPU, and its gradient: Note [Winners] in common/roi_align_max.h. A task of
+// the forward pass is a RoI. A task of the backward pass owns a plane of one channel of all maps, and adds the RoIs of
+// its image in ascending order, so that threads do not share sums.
 #include "../torch/multiscale_roi_align_max.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "parallel.h"
@@ -43,29 +41,6 @@ void pool_roi(const std::vector<FeatureMap<const T>>& maps, const RoiAlignArgume
   }
 }
 
-std::tuple<Tensor, Tensor> multiscale_roi_align_max_cpu(std::vector<Tensor> features, Tensor rois,
-                                                        std::optional<Tensor> levels, int64_t pooled_height,
-                                                        int64_t pooled_width, std::vector<double> scales,
-                                                        std::vector<double> thresholds, int64_t sampling_ratio,
-                                                        bool aligned) {
-  const auto [pooled, winners] =
-      empty_pooled_max(features, rois, levels, pooled_height, pooled_width, scales, thresholds, sampling_ratio);
-  if (pooled.numel() == 0) return {pooled, winners};
-  const auto winner_map = to_feature_map<int>(winners);
-  dispatch_floating(features[0].scalar_type(), "multiscale_roi_align_max", [&, &pooled = pooled](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto maps = to_feature_maps<const T>(features);
-    const auto arguments =
-        roi_align_arguments<acc_type<T>>(rois, levels, features[0].size(0), features[0].size(1), pooled_height,
-                                         pooled_width, scales, thresholds, sampling_ratio, aligned);
-    const auto pooled_map = to_feature_map<T>(pooled);
-    parallel_rows(arguments.count, 16 * pooled.numel() / arguments.count, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) pool_roi<T>(maps, arguments, k, pooled_map, winner_map);
-    });
-  });
-  return {pooled, winners};
-}
-
 template <class acc_t>
 struct LocatedRoi {
   int64_t k;
@@ -73,7 +48,7 @@ struct LocatedRoi {
   RoiAxis<acc_t> rows, cols;
 };
 
-// The RoIs of each image that have a map, ascending.
+// The RoIs with a level, per image, in ascending order.
 template <class T, class acc_t = acc_type<T>>
 std::vector<std::vector<LocatedRoi<acc_t>>> located_rois(const RoiAlignArguments<acc_t>& arguments,
                                                          const std::vector<FeatureMap<T>>& maps) {
@@ -87,7 +62,7 @@ std::vector<std::vector<LocatedRoi<acc_t>>> located_rois(const RoiAlignArguments
   return images;
 }
 
-// One channel of a RoI. The plane of sums has `width` columns.
+// Adds one channel of a RoI to a plane of `width` columns.
 template <class T, class acc_t = acc_type<T>>
 void add_roi(const FeatureMap<const T>& grad, const FeatureMap<const int>& winners, const LocatedRoi<acc_t>& roi,
              int64_t c, acc_t* sums, int width) {
@@ -100,7 +75,7 @@ void add_roi(const FeatureMap<const T>& grad, const FeatureMap<const int>& winne
       if (!sample_taps(roi.cols, pw, winning_sample(roi.cols, pw, winner), x)) continue;
       const acc_t value = to_acc(*grad.at(roi.k, c, ph, pw));
       const auto add_to = [&](int row, int col, acc_t weight) {
-        // A NaN reaches the pixels that are read, and no others.
+        // Only the pixels that a bin reads receive its NaN.
         if (weight != 0) sums[int64_t{row} * width + col] += weight * value;
       };
       add_to(y.lo, x.lo, y.weight_lo * x.weight_lo), add_to(y.lo, x.hi, y.weight_lo * x.weight_hi);
@@ -109,54 +84,47 @@ void add_roi(const FeatureMap<const T>& grad, const FeatureMap<const int>& winne
   }
 }
 
-template <class T, class acc_t = acc_type<T>>
-void gather_planes(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
-                   const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& maps) {
-  std::vector<int64_t> first{0};
-  for (const auto& map : maps) first.push_back(first.back() + int64_t{map.height} * map.width);
-  const auto images = located_rois<T>(arguments, maps);
-  parallel_rows(arguments.batch * arguments.channels, 8 * first.back(), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> sums(first.back());
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t n = plane / arguments.channels, c = plane % arguments.channels;
-      std::fill(sums.begin(), sums.end(), acc_t(0));
-      for (const LocatedRoi<acc_t>& roi : images[n]) {
-        add_roi(grad, winners, roi, c, sums.data() + first[roi.level], maps[roi.level].width);
-      }
-      for (size_t level = 0; level < maps.size(); ++level) {
-        const acc_t* sum = sums.data() + first[level];
-        for (int y = 0; y < maps[level].height; ++y) {
-          for (int x = 0; x < maps[level].width; ++x) *maps[level].at(n, c, y, x) = Rounded<T>::from(*sum++);
+struct Cpu {
+  template <class T>
+  static void pool(const RoiAlignArguments<acc_type<T>>& arguments, const std::vector<FeatureMap<const T>>& maps,
+                   const FeatureMap<T>& pooled, const FeatureMap<int>& winners, bool, const Tensor&) {
+    parallel_rows(arguments.count, 16 * pooled.channels * pooled.height * pooled.width,
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t k = begin; k < end; ++k) pool_roi<T>(maps, arguments, k, pooled, winners);
+                  });
+  }
+
+  template <class T, class acc_t = acc_type<T>>
+  static void gather(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
+                     const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& maps, bool,
+                     const Tensor&) {
+    std::vector<int64_t> first{0};
+    for (const auto& map : maps) first.push_back(first.back() + int64_t{map.height} * map.width);
+    const auto images = located_rois<T>(arguments, maps);
+    parallel_rows(arguments.batch * arguments.channels, 8 * first.back(), [&](int64_t begin, int64_t end) {
+      std::vector<acc_t> sums(first.back());
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t n = plane / arguments.channels, c = plane % arguments.channels;
+        std::fill(sums.begin(), sums.end(), acc_t(0));
+        for (const LocatedRoi<acc_t>& roi : images[n]) {
+          add_roi(grad, winners, roi, c, sums.data() + first[roi.level], maps[roi.level].width);
+        }
+        for (size_t level = 0; level < maps.size(); ++level) {
+          const acc_t* sum = sums.data() + first[level];
+          for (int y = 0; y < maps[level].height; ++y) {
+            for (int x = 0; x < maps[level].width; ++x) *maps[level].at(n, c, y, x) = Rounded<T>::from(*sum++);
+          }
         }
       }
-    }
-  });
-}
-
-std::vector<Tensor> multiscale_roi_align_max_backward_cpu(Tensor grad, Tensor winners, Tensor rois,
-                                                          std::optional<Tensor> levels, int64_t batch,
-                                                          std::vector<int64_t> sizes, std::vector<double> scales,
-                                                          std::vector<double> thresholds, int64_t sampling_ratio,
-                                                          bool aligned, bool channels_last) {
-  std::vector<Tensor> grads =
-      empty_feature_grads(grad, rois, levels, batch, sizes, scales, thresholds, sampling_ratio, channels_last);
-  check_winners(winners, grad, sizes);
-  if (grads[0].numel() == 0) return grads;
-  dispatch_floating(grad.scalar_type(), "multiscale_roi_align_max_backward", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto arguments = roi_align_arguments<acc_type<T>>(rois, levels, batch, grad.size(1), grad.size(2),
-                                                            grad.size(3), scales, thresholds, sampling_ratio, aligned);
-    gather_planes<T>(arguments, to_feature_map<const T>(grad), to_feature_map<const int>(winners),
-                     to_feature_maps<T>(grads));
-  });
-  return grads;
-}
+    });
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("multiscale_roi_align_max", TORCH_BOX(&multiscale_roi_align_max_cpu));
-  library.impl("multiscale_roi_align_max_backward", TORCH_BOX(&multiscale_roi_align_max_backward_cpu));
+  library.impl("multiscale_roi_align_max", TORCH_BOX(&multiscale_roi_align_max<Cpu>));
+  library.impl("multiscale_roi_align_max_backward", TORCH_BOX(&multiscale_roi_align_max_backward<Cpu>));
 }
 
 }  // namespace fpn_fast

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Eight accumulators at a time: what a compiler does not make of loops whose sums live through other loops.
+// Eight accumulators as one vector, for sums that live across inner loops, where compilers do not vectorise.
 #pragma once
 
 #include <cstring>
@@ -26,11 +26,11 @@ HOST_DEVICE void store_pack(T* target, const Pack<acc_type<T>>& pack) {
   for (int i = 0; i < kPackLanes; ++i) target[i] = Rounded<T>::from(pack[i]);
 }
 
-// The low or high halves of each 128-bit lane of `a` and `b`, interleaved: what one instruction does.
+// Interleaves the low or high halves of each 128-bit lane of `a` and `b`, in one instruction.
 #define FPN_FAST_INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
 #define FPN_FAST_INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 
-// Rows become columns.
+// Transposes 8 rows in place.
 template <class acc_t>
 HOST_DEVICE void transpose(Pack<acc_t> (&rows)[kPackLanes]) {
   static_assert(kPackLanes == 8);

@@ -10,7 +10,7 @@
 
 namespace fpn_fast {
 
-// Elements a task should have before a second thread pays for its wake-up.
+// Fewest elements of a task that pay for waking a second thread.
 constexpr int64_t kGrainElements = 32768;
 
 template <class Body>
@@ -20,7 +20,7 @@ void parallel_rows(int64_t rows, int64_t elements_per_row, const Body& body) {
                               [&](int64_t begin, int64_t end) { run_with_best_isa([&] { body(begin, end); }); });
 }
 
-// Whether the channels of a pixel can be walked as one vector.
+// Whether the channels of a pixel are contiguous.
 template <class T>
 bool channels_adjacent(const FeatureMap<T>& map) {
   return map.stride_c == 1 && map.channels > 1;

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mask pasting on the CPU. A task is a mask. Rows of the mask are resized along x once each, then blended along
-// y for each row of the image; a byte of the output is written once, and few masks are larger than their zeros.
+// Mask pasting on the CPU. A task is one mask. Each mask row is resized along x once and blended along y for each row
+// of the image. Every byte of the output is written once; most of them are zeros outside the box.
 #include "../torch/paste_masks.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "../common/paste_masks.h"
@@ -30,7 +29,7 @@ struct StoreAbove {
   HOST_DEVICE void operator()(bool* target, acc_t value) const { *target = value > threshold; }
 };
 
-// One mask with its padding, and the two of its rows that the current row of the image blends, resized along x.
+// A padded mask, and the two of its rows, resized along x, that the current row of the image blends.
 template <class acc_t>
 struct Resized {
   std::vector<acc_t> padded, rows[2];
@@ -50,7 +49,7 @@ struct Resized {
     for (int i = 0; i < 2; ++i) rows[i].resize(columns.size()), held[i] = -1;
   }
 
-  // Row `row` of the mask into slot `slot`.
+  // Stores the resized row `row` in slot `slot`.
   HOST_DEVICE void hold(int slot, int row, int stride) {
     if (held[slot] == row) return;
     if (held[1 - slot] == row) {
@@ -79,7 +78,7 @@ HOST_DEVICE void paste(const S* mask, int size, int padding, const PasteAxis<acc
   for (int row = first; row < last; ++row) {
     const Taps<acc_t> taps = y.taps(row);
     resized.hold(0, taps.lo, size + 2 * padding);
-    // At the mask's end both taps are one row, and its second weight is 0.
+    // At the end of the mask both taps are the same row, and the second weight is 0.
     if (taps.hi != taps.lo) resized.hold(1, taps.hi, size + 2 * padding);
     const acc_t* upper = resized.rows[0].data();
     const acc_t* lower = resized.rows[taps.hi != taps.lo].data();
@@ -94,13 +93,13 @@ HOST_DEVICE void paste(const S* mask, int size, int padding, const PasteAxis<acc
 }
 
 template <class S, class T, class B, class Store>
-void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Store& store, Tensor& out) {
+void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Store& store, const Tensor& out) {
   using acc_t = acc_type<S>;
   const int size = static_cast<int>(masks.size(3));
   const int64_t height = out.size(2), width = out.size(3);
-  const S* mask = static_cast<const S*>(masks.data_ptr());
-  const B* box = static_cast<const B*>(boxes.data_ptr());
-  T* target = static_cast<T*>(out.data_ptr());
+  const S* mask = data<const S>(masks);
+  const B* box = data<const B>(boxes);
+  T* target = data<T>(out);
   const B scale = static_cast<B>(static_cast<double>(size + 2 * padding) / size);
   parallel_tasks(masks.size(0), height * width, [&](const auto& next) {
     Resized<acc_t> resized;
@@ -114,29 +113,24 @@ void paste_all(const Tensor& masks, const Tensor& boxes, int padding, const Stor
   });
 }
 
-Tensor paste_masks_cpu(Tensor masks, Tensor boxes, int64_t height, int64_t width, int64_t padding,
-                       std::optional<double> threshold) {
-  Tensor out = empty_pasted(masks, boxes, height, width, padding, threshold.has_value());
-  if (out.numel() == 0) return out;
-  const auto with_boxes = [&](auto mask_tag, auto box_tag) {
-    using S = typename decltype(mask_tag)::type;
-    using B = typename decltype(box_tag)::type;
+struct Cpu {
+  template <class S>
+  static void run(const Tensor& masks, const Tensor& boxes, int padding, const std::optional<double>& threshold,
+                  const Tensor& out) {
     using acc_t = acc_type<S>;
-    if (threshold.has_value()) {
-      paste_all<S, bool, B>(masks, boxes, static_cast<int>(padding), StoreAbove<acc_t>{static_cast<acc_t>(*threshold)},
-                            out);
-    } else {
-      paste_all<S, S, B>(masks, boxes, static_cast<int>(padding), StoreValue<acc_t>{}, out);
-    }
-  };
-  dispatch_floating(masks.scalar_type(), "paste_masks", [&](auto tag) {
-    boxes.scalar_type() == ScalarType::Double ? with_boxes(tag, TypeTag<double>{}) : with_boxes(tag, TypeTag<float>{});
-  });
-  return out;
-}
+    dispatch_boxes(boxes.scalar_type(), [&](auto tag) {
+      using B = typename decltype(tag)::type;
+      if (threshold.has_value()) {
+        paste_all<S, bool, B>(masks, boxes, padding, StoreAbove<acc_t>{static_cast<acc_t>(*threshold)}, out);
+      } else {
+        paste_all<S, S, B>(masks, boxes, padding, StoreValue<acc_t>{}, out);
+      }
+    });
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("paste_masks", TORCH_BOX(&paste_masks_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("paste_masks", TORCH_BOX(&paste_masks<Cpu>)); }
 
 }  // namespace fpn_fast

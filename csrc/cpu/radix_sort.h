@@ -13,11 +13,11 @@ struct Keyed {
   uint32_t value;
 };
 
-// Sorts by key, ascending; equal keys stay in their order. Least significant digit first, and only the digits in which
-// keys differ.
+// Sorts by ascending key. The sort is stable, starts with the least significant digit, and skips digits in which all
+// keys agree.
 template <class Key>
 void radix_sort(std::vector<Keyed<Key>>& items) {
-  constexpr int kDigitBits = 11;  // 2048 counters stay in the first cache
+  constexpr int kDigitBits = 11;  // 2048 counters fit into the L1 cache
   constexpr int kDigits = 1 << kDigitBits;
   if (items.empty()) return;
   Key all = items[0].key, any = items[0].key;

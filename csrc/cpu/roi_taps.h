@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The taps of every RoI along both axes, worked out once: Note [RoIAlign is separable] in common/roi_align.h.
+// The taps of every RoI along both axes: Note [RoIAlign is separable] in common/roi_align.h.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 
 #include "../common/roi_align.h"
 #include "../torch/multiscale_roi_align.h"
+#include "pack.h"
 #include "parallel.h"
 
 namespace fpn_fast {
@@ -19,7 +20,7 @@ struct Tap {
   acc_t weight;
 };
 
-// Along one axis: what bin b reads is taps[begin[b]] up to taps[begin[b + 1]]; all of it lies in [first, last].
+// One axis of a RoI. Bin b reads taps[begin[b]] to taps[begin[b + 1] - 1], all of which are pixels in [first, last].
 template <class acc_t>
 struct AxisTaps {
   const int* begin;
@@ -29,9 +30,23 @@ struct AxisTaps {
   HOST_DEVICE bool empty() const { return last < first; }
 };
 
+// The columns of a RoI, rounded up to whole packs where the map is wide enough.
+template <class acc_t>
+struct Span {
+  int first, width;
+  bool packed;
+
+  HOST_DEVICE Span(const AxisTaps<acc_t>& cols, int map_width, bool adjacent) {
+    const int packs = (cols.last - cols.first) / kPackLanes + 1;
+    packed = adjacent && packs * kPackLanes <= map_width;
+    first = packed ? std::min(cols.first, map_width - packs * kPackLanes) : cols.first;
+    width = packed ? packs * kPackLanes : cols.last - first + 1;
+  }
+};
+
 template <class acc_t>
 struct RoiTaps {
-  int level;  // -1: the row is zero
+  int level;  // -1: the output row is zero
   int64_t image;
   AxisTaps<acc_t> rows, cols;
   acc_t inverse_count;
@@ -39,13 +54,13 @@ struct RoiTaps {
   HOST_DEVICE bool reads_nothing() const { return level < 0 || rows.empty() || cols.empty(); }
 };
 
-// RoIs whose taps share two vectors: enough for a task, few enough for the vectors to stay in cache.
+// RoIs whose taps share two vectors: enough work for a task, and small enough for the cache.
 constexpr int64_t kRoisPerChunk = 64;
 
 template <class acc_t>
 class RoiTapTable {
  public:
-  // `sizes` are H and W of each map.
+  // `sizes` holds H and W per map.
   RoiTapTable(const RoiAlignArguments<acc_t>& arguments, const std::vector<std::pair<int, int>>& sizes)
       : rois_(arguments.count), chunks_((arguments.count + kRoisPerChunk - 1) / kRoisPerChunk) {
     const int64_t bins = arguments.pooled_height + arguments.pooled_width;
@@ -68,22 +83,17 @@ class RoiTapTable {
     const int64_t first = index * kRoisPerChunk;
     const int64_t last = std::min(first + kRoisPerChunk, arguments.count);
     for (int64_t k = first; k < last; ++k) {
-      const int64_t* given = arguments.levels != nullptr ? arguments.levels + k : nullptr;
-      const Roi<acc_t> roi = locate_roi(arguments.rois + 5 * k, given, arguments.rule, arguments.batch);
+      const Roi<acc_t> roi = locate_roi(arguments, k);
       RoiTaps<acc_t>& out = rois_[k];
       out.level = roi.level, out.image = roi.image;
       if (roi.level < 0) continue;
-      const acc_t scale = arguments.scale[roi.level];
-      const auto axis = [&](acc_t lo, acc_t hi, int size, int pooled) {
-        return make_roi_axis(lo, hi, scale, size, pooled, arguments.sampling_ratio, arguments.aligned);
-      };
-      const RoiAxis<acc_t> rows = axis(roi.y1, roi.y2, sizes[roi.level].first, arguments.pooled_height);
-      const RoiAxis<acc_t> cols = axis(roi.x1, roi.x2, sizes[roi.level].second, arguments.pooled_width);
+      const RoiAxis<acc_t> rows = roi_rows(arguments, roi, sizes[roi.level].first);
+      const RoiAxis<acc_t> cols = roi_cols(arguments, roi, sizes[roi.level].second);
       out.inverse_count = inverse_count(rows, cols);
       append(chunk, rows, arguments.pooled_height, out.rows);
       append(chunk, cols, arguments.pooled_width, out.cols);
     }
-    // The vectors have stopped growing: offsets become pointers.
+    // The vectors no longer grow, so offsets become pointers.
     const int* begins = chunk.begins.data();
     for (int64_t k = first; k < last; ++k) {
       if (rois_[k].level < 0) continue;
@@ -99,7 +109,7 @@ class RoiTapTable {
     for (int bin = 0; bin < pooled; ++bin) {
       const size_t begin = chunk.taps.size();
       const auto add = [&](int pixel, acc_t weight) {
-        // Samples come in order, so that an equal pixel is one of the last two.
+        // Samples are in ascending order, so the same pixel can only be one of the last two taps.
         for (size_t back = 1; back <= 2 && begin + back <= chunk.taps.size(); ++back) {
           Tap<acc_t>& tap = chunk.taps[chunk.taps.size() - back];
           if (tap.pixel == pixel) {
@@ -132,7 +142,7 @@ std::vector<std::pair<int, int>> map_sizes(const std::vector<FeatureMap<T>>& map
   return sizes;
 }
 
-// The RoIs of each image that read anything, ascending.
+// The RoIs that read a pixel, per image, in ascending order.
 template <class acc_t>
 std::vector<std::vector<int64_t>> rois_by_image(const RoiTapTable<acc_t>& rois, int64_t batch) {
   std::vector<std::vector<int64_t>> images(batch);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Greedy non-maximum suppression on the CPU. The boxes of an image are sorted by score, then, stably, by group. Each
-// group is a run in which a box is tested against the kept ones before it, many at a time, until one overlaps it;
-// groups are tasks, and a large one is divided into blocks whose tests against earlier blocks run in parallel.
+// Greedy non-maximum suppression on the CPU. The boxes of an image are sorted by score and then, stably, by group.
+// Within a group each box is tested against the boxes kept before it, many at a time, until one suppresses it. A task
+// is a group. A large group is divided into blocks, whose tests against earlier blocks run in parallel.
 #pragma once
 
 #include <numeric>
 #include <vector>
 
+#include "../common/nms_input.h"
 #include "../common/ordered_bits.h"
 #include "greedy_nms.h"
 #include "radix_sort.h"
@@ -14,15 +15,16 @@
 
 namespace fpn_fast {
 
-// A group of at least this many boxes is worth several threads by itself.
+// A group of at least this many boxes is divided among threads.
 constexpr int64_t kLargeGroup = 8192;
-// Boxes of a large group that are tested in parallel before they are tested among themselves.
+// Boxes of a large group that are tested in parallel before they are tested against one another.
 constexpr int64_t kBlock = 1024;
-// Tests of two boxes in the time that `parallel_rows` takes an element for: measured, a third of a nanosecond each.
+// Pairs of boxes tested in the time of one element of `parallel_rows`; a pair took a third of a nanosecond when
+// measured.
 constexpr int64_t kPairsPerElement = 32;
 
-// One image's boxes in the order in which they are decided: `rank[i]` is the place by score of the i-th, `groups` the
-// ends of each group's run.
+// The boxes of an image in the order of their decisions. `rank[i]` is the position of box i by score, and `ends` holds
+// the end of each group.
 template <class acc_t>
 struct Image {
   std::vector<uint32_t> by_score;
@@ -46,7 +48,7 @@ std::vector<uint32_t> order_by_score(const Box<acc_t>* boxes, const acc_t* score
   return order;
 }
 
-// torchvision's trick: groups far apart on the plane. In its arithmetic, so that rounding decides as it does there.
+// torchvision's trick of moving groups apart, with its arithmetic, because rounding decides which boxes still overlap.
 template <class acc_t>
 std::vector<Box<acc_t>> offset_by_group(const Box<acc_t>* boxes, const int64_t* groups,
                                         const std::vector<uint32_t>& chosen) {
@@ -64,23 +66,24 @@ std::vector<Box<acc_t>> offset_by_group(const Box<acc_t>* boxes, const int64_t* 
 }
 
 template <class acc_t>
-Image<acc_t> sort_image(const Box<acc_t>* boxes, const acc_t* scores, const int64_t* groups, int64_t count,
-                        NmsConvention convention) {
+Image<acc_t> sort_image(const NmsInput<acc_t>& input, int64_t n) {
+  const Box<acc_t>* boxes = input.boxes + n * input.room;
+  const int64_t* groups = input.groups != nullptr ? input.groups + n * input.room : nullptr;
+  const int64_t count = input.counts != nullptr ? std::clamp<int64_t>(input.counts[n], 0, input.room) : input.room;
   Image<acc_t> image;
-  image.by_score = order_by_score(boxes, scores, count);
+  image.by_score = order_by_score(boxes, input.scores + n * input.room, count);
   const size_t valid = image.by_score.size();
   image.kept.assign(valid, 0);
   image.rank.resize(valid);
   std::iota(image.rank.begin(), image.rank.end(), 0u);
   if (valid == 0) return image;
-  if (groups != nullptr && convention == NmsConvention::kOffset) {
-    image.boxes = offset_by_group(boxes, groups, image.by_score);
-    image.ends = {static_cast<int64_t>(valid)};
-    return image;
-  }
   image.boxes.reserve(valid);
-  if (groups == nullptr) {
-    for (const uint32_t i : image.by_score) image.boxes.push_back(boxes[i]);
+  if (!input.labelled()) {
+    if (groups != nullptr) {
+      image.boxes = offset_by_group(boxes, groups, image.by_score);
+    } else {
+      for (const uint32_t i : image.by_score) image.boxes.push_back(boxes[i]);
+    }
     image.ends = {static_cast<int64_t>(valid)};
     return image;
   }
@@ -97,7 +100,7 @@ Image<acc_t> sort_image(const Box<acc_t>* boxes, const acc_t* scores, const int6
   return image;
 }
 
-// Boxes [begin, end) of an image, one group.
+// Decides boxes [begin, end), which form one group.
 template <class acc_t>
 HOST_DEVICE void suppress(Image<acc_t>& image, int64_t begin, int64_t end, const OverlapRule<acc_t>& rule,
                           int64_t max_output, KeptBoxes<acc_t>& kept) {
@@ -158,22 +161,16 @@ void suppress_all(std::vector<Image<acc_t>>& images, const OverlapRule<acc_t>& r
   });
 }
 
-// Indices of the kept boxes of each image, [batch, max_output], best first and -1 after the last, and their numbers.
-// `room` boxes an image, of which the first `counts` are there; null groups are all one, null counts all `room`.
+// Writes the indices of each image's kept boxes, [batch, max_output], best first and padded with -1, and their numbers.
 template <class acc_t>
-void segmented_nms(const Box<acc_t>* boxes, const acc_t* scores, const int64_t* groups, const int64_t* counts,
-                   int64_t batch, int64_t room, double threshold, int64_t max_output, NmsConvention convention,
-                   int64_t* keep, int64_t* kept) {
-  std::vector<Image<acc_t>> images(batch);
-  parallel_rows(batch, 16 * room, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t count = counts != nullptr ? std::clamp<int64_t>(counts[n], 0, room) : room;
-      const int64_t* own = groups != nullptr ? groups + n * room : nullptr;
-      images[n] = sort_image(boxes + n * room, scores + n * room, own, count, convention);
-    }
+void suppress_segments(const NmsInput<acc_t>& input, const OverlapRule<acc_t>& rule, int64_t max_output, int64_t* keep,
+                       int64_t* kept) {
+  std::vector<Image<acc_t>> images(input.batch);
+  parallel_rows(input.batch, 16 * input.room, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) images[n] = sort_image(input, n);
   });
-  suppress_all(images, make_overlap_rule<acc_t>(threshold, convention), max_output);
-  for (int64_t n = 0; n < batch; ++n) {
+  suppress_all(images, rule, max_output);
+  for (int64_t n = 0; n < input.batch; ++n) {
     int64_t found = 0;
     for (size_t i = 0; i < images[n].kept.size() && found < max_output; ++i) {
       if (images[n].kept[i]) keep[n * max_output + found++] = images[n].by_score[i];

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Detections of a head that scores given boxes, on the CPU. A task is some boxes of an image, from their softmax to
-// their candidates; where each class has a limit, the candidates wait for it before they are decoded.
+// Detections of a box head on the CPU. A task takes some boxes of an image from their softmax to their candidates. If
+// there is a limit per class, candidates are decoded only after that limit has been applied.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "../common/box_heads.h"
-#include "../common/exponential.h"
 #include "../torch/select_detections.h"
 #include "candidates.h"
 
@@ -16,17 +13,18 @@ namespace fpn_fast {
 namespace {
 
 constexpr int64_t kBoxesPerTask = 64;
-// Logits in the time of an exponential.
+// Logits that are read in the time of one exponential.
 constexpr int64_t kExponentialCost = 16;
 
-// A pair of a box and a class that passes the threshold.
+// A box and a class whose score passes the threshold.
 template <class acc_t>
 struct Pair {
   acc_t score;
   uint32_t index;  // box * classes + class
 };
 
-// The pairs of one box. Probabilities are made in double and rounded, so that a library's exp decides nothing.
+// Collects the pairs of one box. Probabilities are computed in double with our exponential and rounded, so that the
+// maths library does not matter.
 template <class acc_t>
 HOST_DEVICE void pass_threshold(const BoxHeads<acc_t>& heads, acc_t score_thresh, int64_t image, int64_t box,
                                 std::vector<double>& powers, std::vector<Pair<acc_t>>& pairs) {
@@ -40,7 +38,7 @@ HOST_DEVICE void pass_threshold(const BoxHeads<acc_t>& heads, acc_t score_thresh
   }
   double sum = 0;
   bool is_number = true;
-  // exponential() takes no NaN: the logits say where there is one.
+  // exponential() must not be given a NaN; such boxes are dropped here.
   for (int64_t c = 0; c < classes; ++c) {
     sum += powers[c];
     is_number &= logits[c] == logits[c];
@@ -60,7 +58,7 @@ HOST_DEVICE void decode_pair(const BoxHeads<acc_t>& heads, int64_t image, const 
   if (box.x1 == box.x1) found.push_back({box, pair.score, label});
 }
 
-// Of each class the best `limit`, of equal ones the first; in the order that they were in.
+// Keeps the best `limit` pairs of each class, in their order. Of equal scores the first is kept.
 template <class acc_t>
 void limit_classes(std::vector<Pair<acc_t>>& pairs, int64_t classes, int64_t limit) {
   std::vector<std::vector<Pair<acc_t>>> by_class(classes);
@@ -78,61 +76,46 @@ void limit_classes(std::vector<Pair<acc_t>>& pairs, int64_t classes, int64_t lim
   std::sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) { return a.index < b.index; });
 }
 
-template <class acc_t>
-void select(const BoxHeads<acc_t>& heads, acc_t score_thresh, std::optional<int64_t> class_top_n, double nms_thresh,
-            const Detections& detections) {
-  const int64_t parts = std::max<int64_t>(1, (heads.room + kBoxesPerTask - 1) / kBoxesPerTask);
-  std::vector<std::vector<Pair<acc_t>>> pairs(heads.batch * parts);
-  std::vector<std::vector<Candidate<acc_t>>> found(heads.batch * parts);
-  const auto decode_part = [&](int64_t i) {
-    for (const auto& pair : pairs[i]) decode_pair(heads, i / parts, pair, found[i]);
-  };
-  parallel_tasks(heads.batch * parts, kExponentialCost * kBoxesPerTask * heads.classes, [&](const auto& next) {
-    std::vector<double> powers(heads.classes);
-    for (int64_t i = next(); i < heads.batch * parts; i = next()) {
-      const int64_t image = i / parts, begin = i % parts * kBoxesPerTask;
-      const int64_t end = std::min(begin + kBoxesPerTask, heads.count(image));
-      for (int64_t box = begin; box < end; ++box) pass_threshold(heads, score_thresh, image, box, powers, pairs[i]);
-      if (!class_top_n.has_value()) decode_part(i);
-    }
-  });
-  if (class_top_n.has_value()) {
-    parallel_rows(heads.batch, kExponentialCost * heads.room, [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n) {
-        // The first part takes all of its image.
-        auto& all = pairs[n * parts];
-        for (int64_t i = n * parts + 1; i < (n + 1) * parts; ++i) {
-          all.insert(all.end(), pairs[i].begin(), pairs[i].end());
-        }
-        limit_classes(all, heads.classes, *class_top_n);
-        decode_part(n * parts);
+struct Cpu {
+  template <class acc_t>
+  static void run(const BoxHeads<acc_t>& heads, acc_t score_thresh, std::optional<int64_t> class_top_n,
+                  double nms_thresh, const Detections& detections) {
+    const int64_t parts = std::max<int64_t>(1, (heads.room + kBoxesPerTask - 1) / kBoxesPerTask);
+    std::vector<std::vector<Pair<acc_t>>> pairs(heads.batch * parts);
+    std::vector<std::vector<Candidate<acc_t>>> found(heads.batch * parts);
+    const auto decode_part = [&](int64_t i) {
+      for (const auto& pair : pairs[i]) decode_pair(heads, i / parts, pair, found[i]);
+    };
+    parallel_tasks(heads.batch * parts, kExponentialCost * kBoxesPerTask * heads.classes, [&](const auto& next) {
+      std::vector<double> powers(heads.classes);
+      for (int64_t i = next(); i < heads.batch * parts; i = next()) {
+        const int64_t image = i / parts, begin = i % parts * kBoxesPerTask;
+        const int64_t end = std::min(begin + kBoxesPerTask, heads.count(image));
+        for (int64_t box = begin; box < end; ++box) pass_threshold(heads, score_thresh, image, box, powers, pairs[i]);
+        if (!class_top_n.has_value()) decode_part(i);
       }
     });
+    if (class_top_n.has_value()) {
+      parallel_rows(heads.batch, kExponentialCost * heads.room, [&](int64_t first, int64_t last) {
+        for (int64_t n = first; n < last; ++n) {
+          // The first part receives all pairs of its image.
+          auto& all = pairs[n * parts];
+          for (int64_t i = n * parts + 1; i < (n + 1) * parts; ++i) {
+            all.insert(all.end(), pairs[i].begin(), pairs[i].end());
+          }
+          limit_classes(all, heads.classes, *class_top_n);
+          decode_part(n * parts);
+        }
+      });
+    }
+    detect(found, parts, nms_thresh, detections);
   }
-  detect(found, parts, nms_thresh, detections);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_box_detections_cpu(Tensor logits, Tensor deltas, Tensor boxes,
-                                                                     std::optional<Tensor> counts, Tensor image_sizes,
-                                                                     double score_thresh, double min_size,
-                                                                     std::optional<int64_t> class_top_n,
-                                                                     double nms_thresh, int64_t max_detections,
-                                                                     std::vector<double> weights, double scale_clamp) {
-  check_box_heads(logits, deltas, boxes, counts, image_sizes, class_top_n, max_detections, weights);
-  const Detections detections = empty_detections(image_sizes, max_detections);
-  const auto run = [&](auto tag) {
-    using acc_t = typename decltype(tag)::type;
-    const auto heads = box_heads<acc_t>(logits, deltas, boxes, counts, image_sizes, min_size, weights, scale_clamp);
-    select(heads, static_cast<acc_t>(score_thresh), class_top_n, nms_thresh, detections);
-  };
-  boxes.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : run(TypeTag<float>{});
-  return {detections.boxes, detections.scores, detections.labels, detections.counts};
-}
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("select_box_detections", TORCH_BOX(&select_box_detections_cpu));
+  library.impl("select_box_detections", TORCH_BOX(&select_box_detections<Cpu>));
 }
 
 }  // namespace fpn_fast

@@ -1,36 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-// Detections of a dense head on the CPU. A task is some rows of an image's level: each thread keeps the best that it
-// has seen of each level, and what threads have kept is put together. Then each level's best are decoded, and each
-// image's suppressed.
+// Detections of a dense head on the CPU. A task scans some rows of one level of one image. Each thread keeps the best
+// logits that it has seen per level, and the results of all threads are merged. Then the best of each level are decoded
+// and suppressed per image.
 #include "../torch/select_detections.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <mutex>
-#include <tuple>
 #include <vector>
 
-#include "../common/dense_heads.h"
-#include "../common/detection_scores.h"
 #include "candidates.h"
 #include "top_logits.h"
 
 namespace fpn_fast {
 namespace {
 
-// Logits in a task: few enough for two threads to share the finest level of one image evenly.
+// Logits of a task: two threads can share the finest level of one image evenly.
 constexpr int64_t kTaskLogits = 1 << 18;
 
 struct Rows {
   int64_t image, level, begin, end;
 };
 
-// Shows `top` the scores of some rows. A logit is compared with a bound of its place before its score is computed.
+// Passes the scores of some rows to `top`. A logit is compared with a bound of its position first, so that most scores
+// are never computed.
 template <class T, class acc_t = acc_type<T>>
 HOST_DEVICE void scan_centered(const DenseHeads<T>& heads, const Rows& rows, std::vector<acc_t>& bounds,
                                std::vector<acc_t>& centers, TopNumbers<acc_t>& top) {
   const FeatureMap<const T>&logits = heads.logits[rows.level], &centerness = heads.centerness[rows.level];
-  const int64_t width = logits.width, channels = logits.channels, anchors = heads.anchors;
+  const int64_t width = logits.width, channels = logits.channels, anchors = heads.head.anchors;
   bounds.resize(width * anchors), centers.resize(width * anchors);
   for (int64_t y = rows.begin; y < rows.end; ++y) {
     for (int64_t i = 0; i < width * anchors; ++i) {
@@ -56,7 +54,7 @@ HOST_DEVICE void scan_centered(const DenseHeads<T>& heads, const Rows& rows, std
   }
 }
 
-// The best of each image and level, level by level.
+// The best of each image and level, ordered by level.
 template <class T, class acc_t = acc_type<T>>
 std::vector<TopLogits<T>> find_best(const DenseHeads<T>& heads) {
   const int64_t batch = heads.batch(), levels = heads.levels();
@@ -86,7 +84,7 @@ std::vector<TopLogits<T>> find_best(const DenseHeads<T>& heads) {
         scan_centered<T>(heads, rows, bounds, centers, top);
       }
     }
-    // The best do not depend on which thread saw them.
+    // The result does not depend on which thread saw a logit.
     const std::lock_guard<std::mutex> lock(merging);
     for (size_t i = 0; i < best.size(); ++i) best[i].take_over(own[i]);
   });
@@ -94,62 +92,39 @@ std::vector<TopLogits<T>> find_best(const DenseHeads<T>& heads) {
 }
 
 template <class T, class acc_t = acc_type<T>>
-HOST_DEVICE void decode_best(const DenseHeads<T>& heads, int64_t image, int64_t level, TopLogits<T>& best,
+HOST_DEVICE void decode_best(const DenseHeads<T>& heads, int64_t image, int level, TopLogits<T>& best,
                              std::vector<Candidate<acc_t>>& found) {
-  const FeatureMap<const T>& deltas = heads.deltas[level];
-  const acc_t* size = heads.image_sizes + 2 * image;
   for (const auto key : best.sorted()) {
-    const int64_t index = TopLogits<T>::index_of(key), place = index / heads.classes;
-    const int64_t anchor = place % heads.anchors, x = place / heads.anchors % deltas.width;
-    const int64_t y = place / heads.anchors / deltas.width;
-    acc_t code[4];
-    bool finite = true;
-    for (int i = 0; i < 4; ++i) {
-      code[i] = to_acc(*deltas.at(image, 4 * anchor + i, y, x));
-      finite &= is_finite(code[i]);
-    }
-    const Box<acc_t>& cell = heads.cells[level * heads.anchors + anchor];
-    const Box<acc_t> source = anchor_at(heads.coding, cell, y, x, heads.stride_y[level], heads.stride_x[level]);
-    const Box<acc_t> box = heads.distances ? decode_distances(source, code) : decode(heads.coding, source, code);
-    if (!finite || !is_finite(box)) continue;
+    const int64_t index = TopLogits<T>::index_of(key);
+    const Box<acc_t> box = decoded_box(heads.head, image, level, static_cast<uint32_t>(index / heads.classes));
+    if (!is_finite(box.x1)) continue;
     const acc_t number = TopLogits<T>::number_of(key);
-    const acc_t score = heads.centerness.empty() ? logistic(number) : number;
-    found.push_back({clip(box, size[0], size[1]), score, index % heads.classes});
+    found.push_back({box, heads.centerness.empty() ? logistic(number) : number, index % heads.classes});
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_detections_cpu(
-    std::vector<Tensor> logits, std::vector<Tensor> deltas, std::vector<Tensor> centerness,
-    std::vector<double> cell_anchors, std::vector<int64_t> strides, Tensor image_sizes, double score_thresh,
-    int64_t pre_nms_top_n, double nms_thresh, int64_t max_detections, std::vector<double> weights, double scale_clamp,
-    bool distances) {
-  check_dense_heads(logits, deltas, centerness, cell_anchors, strides, image_sizes, pre_nms_top_n, max_detections,
-                    weights);
-  const Detections detections = empty_detections(image_sizes, max_detections);
-  dispatch_floating(logits[0].scalar_type(), "select_detections", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using acc_t = acc_type<T>;
-    const auto heads = dense_heads<T>(logits, deltas, centerness, cell_anchors, strides, image_sizes, score_thresh,
-                                      pre_nms_top_n, nms_thresh, max_detections, weights, scale_clamp, distances);
+struct Cpu {
+  template <class T, class acc_t = acc_type<T>>
+  static void run(DenseHeads<T>& heads, const Detections& detections) {
+    heads.head.cells = heads.cells.data();
     const int64_t batch = heads.batch(), levels = heads.levels();
     std::vector<TopLogits<T>> best = find_best(heads);
     std::vector<std::vector<Candidate<acc_t>>> found(batch * levels);
-    // A candidate takes as long as a hundred logits.
-    parallel_rows(batch * levels, 100 * pre_nms_top_n, [&](int64_t begin, int64_t end) {
+    // A candidate takes about as long as a hundred logits.
+    parallel_rows(batch * levels, 100 * heads.pre_nms_top_n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / levels, level = i % levels;
-        decode_best(heads, image, level, best[level * batch + image], found[i]);
+        decode_best(heads, image, static_cast<int>(level), best[level * batch + image], found[i]);
       }
     });
-    detect(found, levels, nms_thresh, detections);
-  });
-  return {detections.boxes, detections.scores, detections.labels, detections.counts};
-}
+    detect(found, levels, heads.nms_thresh, detections);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("select_detections", TORCH_BOX(&select_detections_cpu));
+  library.impl("select_detections", TORCH_BOX(&select_detections<Cpu>));
 }
 
 }  // namespace fpn_fast

@@ -8,8 +8,8 @@
 
 namespace fpn_fast {
 
-// Tasks of unequal length: each thread takes the next one when it is done with its last. `body(next)` runs once a
-// thread, with room for scratch memory of its own, and calls `next()` until that is `tasks` or more.
+// Runs tasks of unequal length: each thread takes the next task when it has finished one. `body(next)` runs once per
+// thread and can hold scratch memory. It calls `next()` until that returns `tasks` or more.
 template <class Body>
 void parallel_tasks(int64_t tasks, int64_t elements_per_task, const Body& body) {
   std::atomic<int64_t> taken{0};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient of the top-down merge on the CPU: each coarser map's gradient gathers from the pixels that read it, so
-// nothing is zero-filled or added to twice, and the order of the sums does not depend on the number of threads.
-// Same two loop nests as the forward: planes sum destination rows into a buffer, then along W; pixels sum channels.
+// Gradient of the top-down merge on the CPU. Each coarser gradient is gathered from the pixels that read it, so nothing
+// is zero-filled, and the sums do not depend on the number of threads. It has the loop nests of the forward pass:
+// planes sum destination rows into a buffer and then along W; pixels sum channels.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -13,7 +13,7 @@
 namespace fpn_fast {
 namespace {
 
-// Where each source column's destinations are and, for bilinear, with which weight each is read.
+// The destinations of each source column and, for bilinear, their weights.
 template <bool kBilinear, class acc_t>
 struct ColumnTargets {
   std::vector<Range> ranges;
@@ -40,8 +40,8 @@ struct GradientPair {
   bool halve;
 };
 
-// out[i] = round(sums(i) + grad[i]), halved: `grad` null where the level has none. One plain loop for each case,
-// because a choice inside it would keep it from being vectorised.
+// out[i] = round(sums(i) + grad[i]), halved if `halve`. `grad` is null where the level has none. Each case has its own
+// loop, because a condition inside the loop would prevent vectorisation.
 template <class T, class Sums, class acc_t = acc_type<T>>
 HOST_DEVICE void finish(T* out, int64_t out_stride, const T* grad, int64_t grad_stride, int count, bool halve,
                         const Sums& sums) {
@@ -132,7 +132,7 @@ HOST_DEVICE void gather_pixel_row(const FeatureMap<const T>& fine, const Feature
   }
 }
 
-// `grads` are those of the merged maps but the coarsest; `sums[k]` is the gradient of lateral k + 1.
+// `grads` are the gradients of the merged maps, without the coarsest. `sums[k]` is the gradient of lateral k + 1.
 template <bool kBilinear, class T>
 void gather_pathway(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
                     Resample mode, bool average) {
@@ -147,7 +147,7 @@ void gather_pathway(const std::vector<FeatureMap<const T>>& grads, const std::ve
   for (size_t level = 0; level < levels; ++level) {
     const FeatureMap<const T> fine = fine_of(level);
     const FeatureMap<T>& out = sums[level];
-    // The coarsest merged map is its lateral: nothing was averaged into it.
+    // The coarsest merged map is its lateral, which was not averaged.
     pairs.push_back({make_axis<acc_t>(out.height, fine.height, mode), average && level + 1 < levels});
     columns.emplace_back(make_axis<acc_t>(out.width, fine.width, mode));
     all_channels_last &= channels_adjacent(fine) && channels_adjacent(out) &&
@@ -163,11 +163,11 @@ void gather_pathway(const std::vector<FeatureMap<const T>>& grads, const std::ve
                                   pixel_sum);
     };
     for (size_t level = 0; level < levels; ++level) {
-      // Two levels in one walk, where each finer row is read by one coarser row: what that reads is still in cache.
+      // Two levels in one pass: one coarser row reads each finer row, which is still in cache.
       const bool two = !kBilinear && level + 1 < levels;
       if (two) ++level;
       const FeatureMap<T>& out = sums[level];
-      // An element gathers about four, and with two levels each of those four more.
+      // An element gathers about four elements, and with two levels four more for each of those.
       const int64_t gathered = two ? 4 + 16 : 4;
       parallel_rows(out.batch * out.height, gathered * out.width * channels, [&](int64_t begin, int64_t end) {
         std::vector<acc_t> pixel_sum(channels);

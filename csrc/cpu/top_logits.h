@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The highest logits of one image and level, straight from the head's map. One scan: a block of logits below the lowest
-// of the best k so far, which most are, costs one comparison each. Candidates that pass are cut back to k when their
-// buffer is full.
+// The highest logits of one image and level, read directly from the head's map in one scan. Most blocks of logits are
+// below the lowest of the best k so far and cost one comparison per logit. Other logits go to a buffer, which is cut
+// back to k when it is full.
 #pragma once
 
 #include <algorithm>
@@ -18,27 +18,27 @@
 
 namespace fpn_fast {
 
-// The best `count` of the numbers that it is shown.
+// The best `count` of the values passed to `consider`.
 template <class acc_t>
 class TopNumbers {
  public:
   using Key = RankKey<acc_t>;
 
-  // Nothing yet, of `all` numbers; those below `floor` are none.
+  // Starts a search among `all` values. Values below `floor` are ignored.
   HOST_DEVICE void reset(int64_t count, int64_t all, acc_t floor) {
     count_ = std::min(count, all);
     keys_.clear();
-    // Room for as many again, so that a cut is paid for by the candidates since the last.
+    // Room for twice `count`, so that the cost of a cut is spread over many candidates.
     room_ = std::min(all, 2 * count_ + kBlock);
     lowest_ = count_ == 0 ? std::numeric_limits<acc_t>::infinity() : floor;
     lowest_key_ = 0;
   }
 
-  // A number below this one is not among the best.
+  // Values below this one are not among the best.
   HOST_DEVICE acc_t lowest() const { return lowest_; }
 
   HOST_DEVICE void consider(acc_t number, int64_t index) {
-    // Written so that NaN fails.
+    // A NaN fails this test.
     if (number >= lowest_ && is_finite(number)) consider(rank_key(number, static_cast<uint32_t>(index)));
   }
 
@@ -58,7 +58,7 @@ class TopNumbers {
   static HOST_DEVICE acc_t number_of(Key key) { return number_of_key<acc_t>(key); }
 
  protected:
-  // Two vectors of AVX2 floats between branches.
+  // Two AVX2 vectors of floats between branches.
   static constexpr int kBlock = 16;
 
  private:
@@ -71,7 +71,7 @@ class TopNumbers {
     lowest_ = number_of(lowest_key_);
   }
 
-  // Leaves the best `count_`, the lowest of them last.
+  // Keeps the best `count_`, with the lowest of them last.
   HOST_DEVICE void cut() {
     if (static_cast<int64_t>(keys_.size()) <= count_) return;
     std::nth_element(keys_.begin(), keys_.begin() + (count_ - 1), keys_.end(), std::greater<Key>());
@@ -87,8 +87,8 @@ class TopNumbers {
 template <class T, class acc_t = acc_type<T>>
 class TopLogits : public TopNumbers<acc_t> {
  public:
-  // Rows [begin, end) of an image's map. Indices are torchvision's, (y, x, channel); logits that are not finite are
-  // left out.
+  // Scans rows [begin, end) of an image's map. Indices follow torchvision's order (y, x, channel). Logits that are not
+  // finite are ignored.
   HOST_DEVICE void scan_rows(const FeatureMap<const T>& map, int64_t image, int64_t begin, int64_t end) {
     const int64_t channels = map.channels, width = map.width, rows = end - begin;
     const T* data = map.at(image, 0, begin, 0);
@@ -110,7 +110,7 @@ class TopLogits : public TopNumbers<acc_t> {
   }
 
  private:
-  // `length` logits, `step` elements and `index_step` indices apart.
+  // Scans `length` logits that are `step` elements and `index_step` indices apart.
   HOST_DEVICE void scan(const T* logits, int64_t length, int64_t step, int64_t index, int64_t index_step) {
     constexpr int kBlock = TopNumbers<acc_t>::kBlock;
     int64_t i = 0;

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts up to 2048 integers in a block's shared memory: each thread eight of its own, then runs are merged pairwise,
-// each thread writing the eight of the result that are its own place's.
+// Sorts up to 2048 integers in shared memory. Each thread sorts eight of them, and then sorted runs are merged
+// pairwise. In a merge each thread writes eight results.
 #pragma once
 
 #include "../common/host_device.h"
 
 namespace fpn_fast {
 
-// Eight warps: as many blocks as shared memory allows (16 or 32 KB) then fill a multiprocessor.
+// Eight warps. Shared memory (16 or 32 KB) then allows enough blocks to fill a multiprocessor.
 constexpr int kSortThreads = 256;
-// With fewer a merge is mostly search, with more a thread's own sort costs more than the merges that it saves.
+// With fewer keys per thread a merge is mostly search. With more, sorting them costs more than the merges it saves.
 constexpr int kSortOwn = 8;
 constexpr int kSortItems = kSortThreads * kSortOwn;
 
-// Odd-even transposition, the largest first.
+// Odd-even transposition, largest first.
 template <class Key>
 __device__ __forceinline__ void sort_own(Key (&items)[kSortOwn]) {
 #pragma unroll
@@ -27,11 +27,11 @@ __device__ __forceinline__ void sort_own(Key (&items)[kSortOwn]) {
   }
 }
 
-// Results [place, place + kSortOwn) of merging a[0, a_count) with b[0, b_count); both have the largest first.
+// Results [place, place + kSortOwn) of merging a[0, a_count) with b[0, b_count), all with the largest first.
 template <class Key>
 __device__ __forceinline__ void merge_own(const Key* a, int a_count, const Key* b, int b_count, int place,
                                           Key (&items)[kSortOwn]) {
-  // How many of the first `place` results are from `a`.
+  // Find how many of the first `place` results come from `a`.
   int low = max(0, place - b_count), high = min(place, a_count);
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void merge_own(const Key* a, int a_count, const Key* 
   }
 }
 
-// keys[0, count), the largest first. Called by every thread of a block, with a barrier before and after.
+// Sorts keys[0, count), largest first. All threads of the block call it. It begins and ends with a barrier.
 template <class Key>
 __device__ __forceinline__ void sort_block(Key (&keys)[kSortItems], int count) {
   const int first = threadIdx.x * kSortOwn;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void sort_block(Key (&keys)[kSortItems], int count) {
   for (int k = 0; k < kSortOwn; ++k) {
     if (first + k < count) items[k] = keys[first + k];
   }
-  // What is past the end is zero, the smallest.
+  // Keys past the end are zero, the smallest.
   sort_own(items);
   store();
 #pragma unroll 1

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Region proposals: each level's highest logits, their boxes, suppression of each level by itself, and the best of all
-// levels. Six launches of up to 1024 boxes of a level; top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when
+// Region proposals: the highest logits of each level, their boxes, suppression per level, and the best of all levels.
+// This takes six launches for up to 1024 boxes per level. top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when
 // there are more.
 #pragma once
 
@@ -17,7 +17,7 @@
 #include "../common/proposal_arguments.h"
 #include "../common/scalar.h"
 #include "greedy_nms.cuh"
-#include "head_decoding.cuh"
+#include "head_setup.cuh"
 #include "launch.h"
 #include "scratch.h"
 #include "sorted_runs.cuh"
@@ -34,12 +34,12 @@ struct ProposalDecoding {
   HeadDecoding<T> head;
   acc_t score_thresh, min_size;
   bool strict_size, logits_out;
-  SortedRuns<RankKey<acc_t>> runs;  // of each image, a list of each level
-  Candidates<acc_t> candidates;     // a list of each level of each image
+  SortedRuns<RankKey<acc_t>> runs;  // one list per image and level
+  Candidates<acc_t> candidates;     // one list per image and level
   acc_t* scores;                    // of the candidates
 };
 
-// Merges the runs of a level, and decodes each logit where it comes to stand.
+// Merges the runs of a level and decodes each logit at its final position.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads, 3)
     decode_proposals_kernel(const __grid_constant__ ProposalDecoding<T> decoding) {
@@ -73,7 +73,8 @@ struct ProposalOutput {
   int64_t* counts;    // [N]
 };
 
-// Puts each kept box where it comes among those of all levels, of equal scores the finer level's first; and fills up.
+// Writes each kept box at its position among those of all levels. Of equal scores the finer level's comes first. Also
+// zeroes the padding.
 template <class acc_t>
 __global__ void __launch_bounds__(kProposalThreads, 3)
     merge_proposals_kernel(const __grid_constant__ ProposalOutput<acc_t> output) {
@@ -134,21 +135,17 @@ struct ProposalPlan {
 };
 
 template <class T>
-ProposalPlan<T> plan_proposals(Scratch& scratch, const ProposalArguments<acc_type<T>>& arguments,
-                               const std::vector<FeatureMap<const T>>& objectness,
-                               const std::vector<FeatureMap<const T>>& deltas) {
+ProposalPlan<T> plan_proposals(Scratch& scratch, const ProposalArguments<T>& arguments) {
   using acc_t = acc_type<T>;
   ProposalPlan<T> plan{};
+  const auto& objectness = arguments.objectness;
   const int64_t levels = static_cast<int64_t>(objectness.size()), images = objectness[0].batch;
   const int64_t anchors = objectness[0].channels;
   int64_t limit = 0;
   for (const auto& map : objectness) limit = std::max(limit, anchors * map.height * map.width);
   limit = std::min(limit, arguments.pre_nms_top_n);
   ProposalDecoding<T>& decoding = plan.decoding;
-  decoding.head.coding = arguments.coding, decoding.head.anchors = static_cast<int>(anchors);
-  std::copy(deltas.begin(), deltas.end(), decoding.head.deltas);
-  std::copy(arguments.stride_y, arguments.stride_y + levels, decoding.head.stride_y);
-  std::copy(arguments.stride_x, arguments.stride_x + levels, decoding.head.stride_x);
+  decoding.head = arguments.head;
   decoding.score_thresh = arguments.score_thresh, decoding.min_size = arguments.min_size;
   decoding.strict_size = arguments.strict_size, decoding.logits_out = arguments.logits_out;
   decoding.candidates = plan_candidates<acc_t>(scratch, images * levels, limit, false, false, arguments.rule);
@@ -162,22 +159,20 @@ ProposalPlan<T> plan_proposals(Scratch& scratch, const ProposalArguments<acc_typ
   return plan;
 }
 
-// Calls `launch(kernel, config, argument)`. The plan is made with memory; `cells` are the levels' cell anchors.
+// `cells` are the levels' cell anchors in host memory.
 template <class T, class Launch, class acc_t = acc_type<T>>
-void propose_in_launches(ProposalPlan<T> plan, const std::vector<Box<acc_t>>& cells, const acc_t* image_sizes,
-                         Box<acc_t>* boxes, acc_t* scores, int64_t* counts, const Launch& launch) {
+void propose_in_launches(const ProposalPlan<T>& plan, const std::vector<Box<acc_t>>& cells, Box<acc_t>* boxes,
+                         acc_t* scores, int64_t* counts, const Launch& launch) {
   const int64_t images = plan.selection.images, levels = plan.selection.runs.lists;
   set_up_in_launches(plan.cells, cells, plan.selection.bins, images * levels * kBins, launch);
   select_in_launches(plan.selection, launch);
   merge_in_launches(plan.merges, images, launch);
-  plan.decoding.head.image_sizes = image_sizes;
   launch(decode_proposals_kernel<T>, LaunchConfig{blocks_of_runs(plan.decoding.runs, images), kMergeThreads},
          plan.decoding);
-  suppress_in_launches(plan.decoding.candidates, launch);
   const Candidates<acc_t>& candidates = plan.decoding.candidates;
-  const int64_t threads = levels * candidates.room;
+  suppress_in_launches(candidates, launch);
   launch(merge_proposals_kernel<acc_t>,
-         LaunchConfig{images * ((threads + kProposalThreads - 1) / kProposalThreads), kProposalThreads},
+         LaunchConfig{images * ceil_div(levels * candidates.room, kProposalThreads), kProposalThreads},
          ProposalOutput<acc_t>{candidates, plan.decoding.scores, static_cast<int>(levels), plan.post_nms_top_n, boxes,
                                scores, counts});
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Greedy non-maximum suppression of sorted candidates.
 //
-// A list (an image, or a level of one) is divided into segments, the runs of one label, within each of which the best
-// box comes first. Boxes are decided 64 at a time, one bit each: first those of a chunk among themselves, then all
-// later ones of the segment are tested against the kept ones of the chunk.
+// A list (an image, or a level of one) is divided into segments: the runs of one label, with the best box first. Boxes
+// are decided in chunks of 64, one bit per box. The boxes of a chunk are tested against one another first, and then all
+// later boxes of the segment against the kept boxes of the chunk.
 //
 // Note [Segments small and large]
-// A segment of up to 1024 boxes is one block's work, and of many lists one of up to 4096. A larger one is decided
-// region by region of 2048 boxes, two launches each, because one multiprocessor would take too long for its pairs: many
-// blocks find which boxes of the region overlap which, as words of 64 bits, and which ones the segment's earlier kept
-// boxes overlap; then one block decides the region by those words. They take 256 bytes a box, however large the segment
-// is.
+// One block decides a segment of up to 1024 boxes, or of up to 4096 if there are many lists. A larger segment has too
+// many pairs for one multiprocessor. It is decided in regions of 2048 boxes, with two launches each. In the first, many
+// blocks find which boxes of the region overlap, as words of 64 bits, and which boxes the kept boxes of earlier regions
+// suppress. In the second, one block decides the region from these words. They take 256 bytes per box, whatever the
+// size of the segment.
 #pragma once
 
 #include <algorithm>
@@ -19,24 +19,26 @@
 #include "../common/boxes.h"
 #include "launch.h"
 #include "scratch.h"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
 constexpr int kNmsThreads = 256;
 constexpr int kNmsWarps = kNmsThreads / 32;
 constexpr int kNmsChunk = 64;
-// One block's 17 steps of a chunk take about as long as the launches of a region's two kernels.
+// The 17 chunks of one block take about as long as the two launches of a region.
 constexpr int kSmallSegment = 1024;
-// With as many lists as this, blocks of their own fill a GPU, and segments of up to kLongestSmall are small too.
+// This many blocks fill a GPU, so one block may take a segment of up to kLongestSmall.
 constexpr int64_t kManyLists = 64;
 constexpr int kLongestSmall = 4096;
-// 2048 boxes: a region's words stay in the L2 cache, and one block's warps hold a chunk's row of them in registers.
+// 2048 boxes. The words of a region fit into the L2 cache, and the warps of a block hold a chunk's row of words in
+// registers.
 constexpr int kRegionChunks = 32;
 constexpr int kRegionBoxes = kRegionChunks * kNmsChunk;
-// Blocks that share the tests of a chunk against earlier boxes, one for each 256 of its own region.
+// Blocks that share the tests of a chunk against earlier boxes: one per 256 boxes of the region.
 constexpr int kRowSplits = kRegionBoxes / kNmsThreads;
 
-// As atomicOr has it.
+// The type that atomicOr takes.
 using NmsWord = unsigned long long;
 
 struct Segment {
@@ -45,28 +47,28 @@ struct Segment {
 
 template <class acc_t>
 struct Candidates {
-  // In.
-  Box<acc_t>* boxes;  // [lists, room]; one whose x1 is NaN is not there
-  uint64_t* labels;   // [lists, room] in runs, or null: a list is one segment
+  // Input.
+  Box<acc_t>* boxes;  // [lists, room]; x1 is NaN where there is no box
+  uint64_t* labels;   // [lists, room], sorted; or null: a list is one segment
   int* counts;        // [lists]
-  int* ranks;         // [lists, room], where in `flags` a box stands; or null with them
+  int* ranks;         // [lists, room], indices into `flags`; or null
   int64_t lists;
   int room;   // a multiple of kNmsChunk
-  int small;  // segments of up to so many boxes are one block's work
+  int small;  // largest segment that one block decides
   OverlapRule<acc_t> rule;
-  // Out.
-  int* kept;         // [lists, room]: from where a segment begins, the places of its kept boxes, best first,
-  int* kept_counts;  // [lists, room]: and there, how many they are
+  // Output.
+  int* kept;         // [lists, room]: the positions of a segment's kept boxes, best first, from its begin on
+  int* kept_counts;  // [lists, room]: their number, at the segment's begin
   uint8_t* flags;    // [lists, room]: 1 for a kept box; or null
-  // Of large segments.
+  // For large segments.
   Segment* large;        // [lists, slots]
-  NmsWord* removed;      // [lists, room / 64]: what kept boxes of earlier regions overlap
-  NmsWord* overlapping;  // [lists, kRegionChunks, room]: for each chunk of a box's region, which of it the box overlaps
+  NmsWord* removed;      // [lists, room / 64]: boxes that kept boxes of earlier regions suppress
+  NmsWord* overlapping;  // [lists, kRegionChunks, room]: the boxes of each chunk of its region that a box overlaps
 };
 
 HOST_DEVICE int large_slots(int room) { return (room + kSmallSegment - 1) / kSmallSegment; }
 
-// `flagged` says whether kept boxes are wanted in an order of their own, else as lists.
+// `flagged`: the caller reads the kept boxes from `flags`, otherwise from `kept`.
 template <class acc_t>
 Candidates<acc_t> plan_candidates(Scratch& scratch, int64_t lists, int64_t count, bool labelled, bool flagged,
                                   const OverlapRule<acc_t>& rule) {
@@ -89,7 +91,7 @@ Candidates<acc_t> plan_candidates(Scratch& scratch, int64_t lists, int64_t count
   return candidates;
 }
 
-// What has to be so before suppression begins; for every place of every list, by the kernel that writes candidates.
+// Initialises the output. The kernel that writes the candidates calls it for every position of every list.
 template <class acc_t>
 __device__ __forceinline__ void prepare_place(const Candidates<acc_t>& candidates, int64_t list, int64_t place) {
   const int64_t index = list * candidates.room + place;
@@ -105,12 +107,10 @@ __device__ __forceinline__ void prepare_place(const Candidates<acc_t>& candidate
 HOST_DEVICE NmsWord below(int bit) { return (NmsWord{1} << bit) - 1; }
 
 __device__ __forceinline__ NmsWord or_of_warp(NmsWord word) {
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) word |= __shfl_xor_sync(~0u, word, delta);
-  return word;
+  return warp_reduce(word, [](NmsWord a, NmsWord b) { return a | b; });
 }
 
-// For a test against many: one 16-byte access, two for float64.
+// One 16-byte access, or two for float64.
 template <class acc_t>
 struct alignas(16) ChunkBox {
   Box<acc_t> box;
@@ -123,7 +123,7 @@ __device__ __forceinline__ bool overlaps_too_much(const OverlapRule<acc_t>& rule
   return may_overlap(rule, shared, united) && overlaps(rule, shared, united);
 }
 
-// The boxes of a chunk, for all threads of a block.
+// The boxes of a chunk, in shared memory.
 template <class acc_t>
 struct Chunk {
   ChunkBox<acc_t> boxes[kNmsChunk];
@@ -131,8 +131,8 @@ struct Chunk {
   unsigned there[2];
 };
 
-// Loads boxes [base, base + 64) of those in [begin, end); `there` are the ones that are, and that `removed` does not
-// name. Followed by a barrier.
+// Loads boxes [base, base + 64) that lie in [begin, end). `there` marks those that exist and are not in `removed`. Ends
+// with a barrier.
 template <class acc_t>
 __device__ __forceinline__ void load_chunk(const Box<acc_t>* boxes, int base, int begin, int end, NmsWord removed,
                                            Chunk<acc_t>& chunk) {
@@ -155,9 +155,9 @@ __device__ __forceinline__ NmsWord there(const Chunk<acc_t>& chunk) {
   return NmsWord{chunk.there[1]} << 32 | chunk.there[0];
 }
 
-// Of a chunk's boxes `alive`, those that no kept one before them overlaps. A warp's lane brings which earlier ones
-// overlap the two boxes `lane` and `lane + 32`. From "all are kept" to the only fixed point, because each box depends
-// on earlier ones: in as many rounds as the longest chain of overlaps, few in practice.
+// The boxes of `alive` that no kept box before them overlaps. Each lane passes the earlier boxes that overlap boxes
+// `lane` and `lane + 32`. The iteration starts with all boxes kept and ends at the only fixed point, because each box
+// depends on earlier ones. It takes as many rounds as the longest chain of overlaps, which is short in practice.
 __device__ __forceinline__ NmsWord decide_chunk(NmsWord alive, NmsWord earlier, NmsWord earlier_32) {
   const int lane = threadIdx.x % 32;
   const bool first = alive >> lane & 1, second = alive >> (lane + 32) & 1;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void write_kept(const Candidates<acc_t>& candidates, 
   candidates.flags[first + (candidates.ranks != nullptr ? candidates.ranks[first + place] : place)] = 1;
 }
 
-// The end of the label that stands at `begin - 1`; a warp looks at 32 places at a time.
+// The end of the run of the label at `begin - 1`. A warp reads 32 positions at a time.
 __device__ __forceinline__ int end_of_label(const uint64_t* labels, int begin, int end) {
   const uint64_t label = labels[begin - 1];
   const int lane = threadIdx.x % 32;
@@ -189,13 +189,13 @@ __device__ __forceinline__ int end_of_label(const uint64_t* labels, int begin, i
     const int64_t place = begin + int64_t{lane + 1} * stride - 1;
     const int same = __popc(__ballot_sync(~0u, place < end && labels[place] == label));
     const int64_t next = begin + int64_t{same} * stride;
-    // Place next + stride - 1 is another label's, or past the end.
+    // Position next + stride - 1 has another label or is past the end.
     begin = static_cast<int>(min(next, int64_t{end})), end = static_cast<int>(min(next + stride - 1, int64_t{end}));
   }
   return begin;
 }
 
-// Which of the places [base, base + 64) begin a segment; for a whole warp.
+// The positions of [base, base + 64) where a segment begins. All threads of the warp call it.
 __device__ __forceinline__ NmsWord segment_begins(const uint64_t* labels, int base, int count) {
   if (labels == nullptr) return base == 0;
   unsigned votes[2];
@@ -207,14 +207,14 @@ __device__ __forceinline__ NmsWord segment_begins(const uint64_t* labels, int ba
   return NmsWord{votes[1]} << 32 | votes[0];
 }
 
-// A block decides the segments that begin in one chunk. Those that end in it too are decided together; only the last
-// one may go on.
+// A block decides the segments that begin in one chunk. All segments that also end in it are decided together; only the
+// last one can be longer.
 template <class acc_t>
 __global__ void __launch_bounds__(kNmsThreads, 3)
     greedy_nms_kernel(const __grid_constant__ Candidates<acc_t> candidates) {
   __shared__ Chunk<acc_t> chunk;
   __shared__ NmsWord earlier[kNmsChunk], decided;
-  // A segment of 4096 boxes meets 65 chunks.
+  // A segment of 4096 boxes touches up to 65 chunks.
   __shared__ unsigned removed[2 * (kLongestSmall / kNmsChunk + 1)];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunks = candidates.labels != nullptr ? candidates.room / kNmsChunk : 1;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kNmsThreads, 3)
     load_chunk(boxes, base, begin, end, NmsWord{removed[half + 1]} << 32 | removed[half], chunk);
     const NmsWord alive = there(chunk);
     {
-      // Four threads a box, which is tested against the earlier ones of its segment.
+      // Four threads test one box against the earlier boxes of its segment.
       const int own = threadIdx.x / 4, part = threadIdx.x % 4 * 16;
       const NmsWord segments = is_first ? begins & (below(own) << 1 | 1) : 1;
       const int lowest = segments != 0 ? 63 - __clzll(segments) : 0;
@@ -310,11 +310,11 @@ __global__ void __launch_bounds__(kNmsThreads, 3)
 template <class acc_t>
 struct NmsRound {
   Candidates<acc_t> candidates;
-  int round;     // which region of each large segment
-  int segments;  // how many of a list can have such a region
+  int round;     // index of the region in each large segment
+  int segments;  // upper bound of such segments per list
 };
 
-// Large segment `number` of those that have a region of this round, else an empty one; for a whole warp.
+// The large segment `number` that has a region in this round, or an empty one. All threads of the warp call it.
 template <class acc_t>
 __device__ __forceinline__ Segment segment_of_round(const NmsRound<acc_t>& round, int64_t list, int number) {
   const int slots = large_slots(round.candidates.room), lane = threadIdx.x % 32;
@@ -335,7 +335,7 @@ __device__ __forceinline__ Segment segment_of_round(const NmsRound<acc_t>& round
   return {0, 0};
 }
 
-// Which boxes of the chunk `box` overlaps, of those there.
+// The existing boxes of the chunk that `box` overlaps.
 template <class acc_t>
 __device__ __forceinline__ NmsWord overlapped(const OverlapRule<acc_t>& rule, const Chunk<acc_t>& chunk,
                                               const Box<acc_t>& box) {
@@ -349,7 +349,7 @@ __device__ __forceinline__ NmsWord overlapped(const OverlapRule<acc_t>& rule, co
   return word;
 }
 
-// A block has one chunk of a region, and an eighth of the boxes before it.
+// A block takes one chunk of a region and an eighth of the boxes before it.
 template <class acc_t>
 __global__ void __launch_bounds__(kNmsThreads, 4) nms_pairs_kernel(const __grid_constant__ NmsRound<acc_t> round) {
   __shared__ Chunk<acc_t> chunk;
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_pairs_kernel(const __grid_
     if (row >= base) word &= ~(NmsWord{1} << (row - base));
     candidates.overlapping[(list * kRegionChunks + column) * candidates.room + row] = word;
   }
-  // Those that are not there are as good as removed.
+  // Boxes that do not exist count as removed.
   const NmsWord absent = ~there(chunk);
   if (split == 0 && threadIdx.x == 0 && absent != 0) {
     const int from = max(segment.begin - base, 0), to = min(segment.end - base, kNmsChunk);
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_pairs_kernel(const __grid_
   }
 }
 
-// A block decides a region, chunk by chunk. Warp i has the words of every eighth chunk from the current one on.
+// A block decides a region chunk by chunk. Warp i holds the words of every eighth chunk, starting at the current one.
 template <class acc_t>
 __global__ void __launch_bounds__(kNmsThreads, 2) nms_region_kernel(const __grid_constant__ NmsRound<acc_t> round) {
   constexpr int kOwn = kRegionChunks / kNmsWarps;
@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(kNmsThreads, 2) nms_region_kernel(const __grid
     NmsWord own[kOwn][2];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) own[i][0] = next[i][0], own[i][1] = next[i][1];
-    // Which boxes are kept decides what is done with the words, not which are read.
+    // The addresses do not depend on which boxes are kept, so the next words can be loaded early.
     if (chunk + 1 < chunks) load(chunk + 1, next);
     if (warp == 0) {
       // The words of a chunk with itself.
@@ -452,8 +452,7 @@ __global__ void __launch_bounds__(kNmsThreads, 2) nms_region_kernel(const __grid
   if (threadIdx.x == 0) candidates.kept_counts[first + segment.begin] = found;
 }
 
-// Calls `launch(kernel, config, argument)` once, and twice for each 2048 boxes of a list that has room for more than
-// 1024.
+// One launch, and two more per 2048 boxes for lists with room for more than 1024.
 template <class acc_t, class Launch>
 void suppress_in_launches(const Candidates<acc_t>& candidates, const Launch& launch) {
   const int64_t room = candidates.room;
@@ -461,7 +460,7 @@ void suppress_in_launches(const Candidates<acc_t>& candidates, const Launch& lau
   launch(greedy_nms_kernel<acc_t>, LaunchConfig{candidates.lists * chunks, kNmsThreads}, candidates);
   if (candidates.large == nullptr) return;
   for (int64_t first = 0; first < room; first += kRegionBoxes) {
-    // One that has a region of this round is longer than those before it, less what its first chunk lacks.
+    // A segment with a region in this round is longer than all earlier regions, minus what its first chunk lacks.
     const int64_t shortest = std::max<int64_t>(kSmallSegment + 1, first - kNmsChunk + 1);
     const int64_t segments = candidates.labels != nullptr ? std::max<int64_t>(room / shortest, 1) : 1;
     const NmsRound<acc_t> round{candidates, static_cast<int>(first / kRegionBoxes), static_cast<int>(segments)};

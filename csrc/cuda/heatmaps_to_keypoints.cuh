@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keypoints of heatmaps, a block a heatmap. A thread goes down a piece of a column of the box: of the four rows that a
-// pixel reads it keeps what they are in its column, so a pixel costs four products. Nothing of the resized map is
-// stored.
+// Keypoints of heatmaps, one block per heatmap. A thread walks down a piece of a column of the box. It keeps the four
+// resized heatmap rows of that column in registers, so a pixel costs four products. The resized map is never stored.
 #pragma once
 
 #include "../common/feature_map.h"
@@ -11,18 +10,18 @@
 
 namespace fpn_fast {
 
-// 8 warps: more would idle in the boxes of most objects.
+// 8 warps. More would idle for the boxes of most objects.
 constexpr int kKeypointThreads = 256;
-// Rows whose taps a block makes at a time, 5 KB of them in float64.
+// Rows whose taps a block computes at a time: 5 KB in float64.
 constexpr int kTapRows = 128;
-// Rows of a piece. In its first one a thread reads all four rows of the heatmap, which has to pay.
+// Rows of a piece. At its first row a thread reads four rows of the heatmap, so short pieces cost more.
 constexpr int kPieceRows = 32;
 
 template <class T>
 struct KeypointSearch {
   const T* heatmaps;    // [boxes, keypoints, height, width]
   const void* corners;  // [boxes, 4]
-  bool double_boxes;    // double, not float
+  bool double_boxes;    // the boxes are double, not float
   int64_t boxes, keypoints;
   int height, width;
   float* points;  // [boxes, keypoints, 3]
@@ -40,7 +39,7 @@ __device__ __forceinline__ void with_box(const KeypointSearch<T>& search, int64_
   }
 }
 
-// The highest of column `x`, rows [begin, end) from `top` on, of a box of `pixels` columns.
+// The peak of column `x`, rows [begin, end) from `top` on. `pixels` is the number of columns of the box.
 template <class T, class acc_t = acc_type<T>>
 __device__ __forceinline__ Peak<acc_t> highest_of_piece(const T* heatmap, int height, int width,
                                                         const CubicTaps<acc_t>* taps, int top, int begin, int end,
@@ -64,7 +63,7 @@ __device__ __forceinline__ Peak<acc_t> highest_of_piece(const T* heatmap, int he
     const acc_t value = blend(taps[y].weights, rows[0], rows[1], rows[2], rows[3]);
     if (value <= peak.value) continue;
     peak = {value, (top + y) * pixels + x};
-    // The first NaN is the highest: nothing below it counts.
+    // No later value ranks above the first NaN.
     if (value != value) break;
   }
   return peak;
@@ -113,7 +112,6 @@ __global__ void __launch_bounds__(kKeypointThreads)
   search.scores[map] = box_height > 0 ? static_cast<float>(peaks[0].value) : 0.0f;
 }
 
-// Calls `launch(kernel, config, argument)` once.
 template <class T, class Launch>
 void search_in_launch(const KeypointSearch<T>& search, const Launch& launch) {
   launch(heatmaps_to_keypoints_kernel<T>, LaunchConfig{search.boxes * search.keypoints, kKeypointThreads}, search);

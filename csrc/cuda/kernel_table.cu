@@ -1,25 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads each kernel's resources, for ctypes: fpn_fast/_library.py.
+// Reads the resources of each kernel. fpn_fast/_library.py calls it with ctypes and repeats the struct.
 #include <cuda_runtime.h>
 
 #include <cstdio>
 
-#include "kernel_attributes.h"
 #include "kernel_table.h"
 
 namespace fpn_fast {
 
-std::vector<KernelEntry>& kernel_table() {
-  static std::vector<KernelEntry> table;
+KernelTable& kernel_table() {
+  static KernelTable table;
   return table;
 }
 
 }  // namespace fpn_fast
 
-extern "C" __attribute__((visibility("default"))) int fpn_fast_kernel_attributes(int index, KernelAttributes* out) {
-  const auto& table = fpn_fast::kernel_table();
-  if (index < 0 || index >= static_cast<int>(table.size())) return -1;
-  const auto& entry = table[index];
+extern "C" {
+
+struct KernelAttributes {
+  char name[128];
+  int threads;       // per block
+  int registers;     // per thread
+  int shared_bytes;  // static, per block
+  int local_bytes;   // per thread; above 0: spills or a stack
+  double occupancy;  // resident threads divided by the most that a multiprocessor holds
+};
+
+// The attributes of kernel `index` on the current device. Returns 0, -1 past the last kernel, or a cudaError_t.
+__attribute__((visibility("default"))) int fpn_fast_kernel_attributes(int index, KernelAttributes* out) {
+  const auto& entries = fpn_fast::kernel_table().entries;
+  if (index < 0 || index >= static_cast<int>(entries.size())) return -1;
+  const auto& entry = entries[index];
   cudaFuncAttributes attributes;
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, entry.function)) return error;
   int blocks = 0;
@@ -37,4 +48,5 @@ extern "C" __attribute__((visibility("default"))) int fpn_fast_kernel_attributes
   out->local_bytes = static_cast<int>(attributes.localSizeBytes);
   out->occupancy = static_cast<double>(blocks) * entry.threads / threads_per_multiprocessor;
   return 0;
+}
 }

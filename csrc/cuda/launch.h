@@ -5,10 +5,14 @@
 
 namespace fpn_fast {
 
-// One-dimensional on purpose: the grid's x axis alone is long enough (2^31 - 1 blocks) for every level of every image.
+// One-dimensional: the x axis of a grid holds 2^31 - 1 blocks, enough for every level of every image.
+// Functions named ..._in_launch and ..._in_launches call `launch(kernel, config, argument)`, which csrc/torch/cuda.h
+// supplies on a GPU and tests/host_kernels on the CPU.
 struct LaunchConfig {
   int64_t blocks;
   int threads;
 };
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fpn_fast

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Anchor matching: see Note [Matching without the matrix] in common/matching.h. A thread owns an anchor, made or
-// loaded, and ground truths pass through shared memory. A warp leaves out those that none of its anchors meets: anchors
-// that follow one another lie close together. The highest IoU of a ground truth is a maximum of integers, which is the
-// same in whatever order blocks arrive.
+// Anchor matching: Note [Matching without the matrix] in common/matching.h. A thread owns an anchor, which it computes
+// or loads. Ground truths pass through shared memory. A warp skips those that none of its anchors touches: consecutive
+// anchors are neighbours. The highest IoU of a ground truth is an integer maximum, so it does not depend on the order
+// of the blocks.
 #pragma once
 
 #include <limits>
@@ -12,17 +12,18 @@
 #include "../common/boxes.h"
 #include "../common/matching.h"
 #include "launch.h"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
 // 8 warps, which share the loading of ground truths.
 constexpr int kMatchThreads = 256;
 constexpr int kMatchWarps = kMatchThreads / 32;
-// With these a kernel's argument is below 4 KB in float64 as well: 8 levels of 8 anchors a cell, or 5 of 12.
+// These limits keep the argument of a kernel below 4 KB in float64: 8 levels of 8 anchors per position, or 5 of 12.
 constexpr int kMaxAnchorLevels = 8;
 constexpr int kMaxCellAnchors = 64;
 
-// No IoU is negative, and so their bits as integers are in their order. Zeroed memory is an IoU of 0.
+// IoUs are not negative, so their bits compare like integers. Zeroed memory is an IoU of 0.
 template <class T>
 using IouBits = std::conditional_t<sizeof(T) == sizeof(double), unsigned long long, unsigned>;
 
@@ -30,24 +31,24 @@ template <class T>
 struct AnchorMatching {
   const T* gt_boxes;             // [images, gts_per_image, 4]
   const int64_t* gt_counts;      // [images]
-  const T* anchors;              // boxes; null: made of `level`
-  const int64_t* anchor_counts;  // [images]; null: all exist
+  const T* anchors;              // boxes, or null: computed from `level`
+  const int64_t* anchor_counts;  // [images], or null: all exist
   int64_t images, anchors_per_image;
   int gts_per_image;
-  bool anchors_differ;  // from image to image
+  bool anchors_differ;  // between images
   MatchRule<T> rule;
   int64_t* matches;
   T* ious;
-  IouBits<T>* highest;  // of each ground truth, zeroed; for low-quality matches only
+  IouBits<T>* highest;  // per ground truth, zeroed before the launch; only for low-quality matches
   int levels;
   AnchorLevel level[kMaxAnchorLevels];
   T cell_anchor[4 * kMaxCellAnchors];
-  BoxCoding<T> coding;  // of which the offset alone matters
+  BoxCoding<T> coding;  // only its offset is used
 
   HOST_DEVICE int64_t blocks_per_image() const { return (anchors_per_image + kMatchThreads - 1) / kMatchThreads; }
 };
 
-// What takes no part: it meets nothing, and enlarges nothing that it is put around.
+// Stands for a missing box. It overlaps nothing and does not enlarge a union.
 template <class T>
 __device__ __forceinline__ Box<T> no_box() {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -57,7 +58,7 @@ __device__ __forceinline__ Box<T> no_box() {
 template <class T>
 __device__ __forceinline__ Box<T> made_anchor(const AnchorMatching<T>& matching, int64_t index) {
   int l = 0;
-  // Levels without cells begin where the next one does.
+  // A level without positions begins where the next level does.
   while (l + 1 < matching.levels && index >= matching.level[l + 1].first) ++l;
   const AnchorLevel& level = matching.level[l];
   index -= level.first;
@@ -83,29 +84,19 @@ __device__ __forceinline__ Box<T> anchor_of(const AnchorMatching<T>& matching, i
   return is_finite(box) ? box : no_box<T>();
 }
 
-template <class T>
-__device__ __forceinline__ T warp_maximum(T value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const T other = __shfl_xor_sync(~0u, value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-// The smallest box around those of the warp.
+// The smallest box around the boxes of the warp.
 template <class T>
 __device__ __forceinline__ Box<T> warp_union(const Box<T>& box) {
   return {-warp_maximum(-box.x1), -warp_maximum(-box.y1), warp_maximum(box.x2), warp_maximum(box.y2)};
 }
 
-// As many ground truths as a block has threads.
+// One ground truth per thread of the block.
 template <class T>
 struct GroundTruths {
   Box<T> box[kMatchThreads];
   T area[kMatchThreads];
 
-  // Each thread loads one of those of `image` from `begin` on, of `count`, and says whether it takes part.
+  // Each thread loads one ground truth of `image`, from `begin` on, below `count`. Returns whether that one is finite.
   __device__ __forceinline__ bool load(const AnchorMatching<T>& matching, int64_t image, int64_t begin, int count) {
     const int64_t g = begin + threadIdx.x;
     Box<T> gt = no_box<T>();
@@ -113,12 +104,12 @@ struct GroundTruths {
       const T* corners = matching.gt_boxes + 4 * (image * matching.gts_per_image + g);
       gt = {corners[0], corners[1], corners[2], corners[3]};
     }
-    // One that is not finite has an IoU of 0 with every anchor: its area is infinite or no number.
+    // A box that is not finite has an IoU of 0 with every anchor, because its area is infinite or NaN.
     box[threadIdx.x] = gt, area[threadIdx.x] = fpn_fast::area(gt);
     return is_finite(gt);
   }
 
-  // The first of `count` that takes part, or -1.
+  // The first finite one of `count`, or -1.
   __device__ __forceinline__ int first(int count) const {
     for (int g = 0; g < count; ++g) {
       if (is_finite(box[g])) return g;
@@ -126,7 +117,7 @@ struct GroundTruths {
     return -1;
   }
 
-  // 0 where it is no number, as between boxes without area.
+  // A NaN, as between boxes without area, becomes 0.
   __device__ __forceinline__ T iou(int g, const Box<T>& anchor, T anchor_area) const {
     const T value = box_iou(box[g], area[g], anchor, anchor_area);
     return value > 0 ? value : T(0);
@@ -143,7 +134,7 @@ template <class T>
 __global__ void __launch_bounds__(kMatchThreads)
     match_anchors_kernel(const __grid_constant__ AnchorMatching<T> matching) {
   __shared__ GroundTruths<T> gts;
-  // Of each warp, so that a block sends one number for a ground truth.
+  // One row per warp, so that a block issues one atomic per ground truth.
   __shared__ T highest[kMatchWarps][kMatchThreads];
   const int64_t image = blockIdx.x / matching.blocks_per_image();
   const int64_t index = blockIdx.x % matching.blocks_per_image() * kMatchThreads + threadIdx.x;
@@ -164,13 +155,13 @@ __global__ void __launch_bounds__(kMatchThreads)
     const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
     if (match < 0) {
       const int first = gts.first(here);
-      // Nothing but a higher IoU than 0 takes its place.
+      // Only an IoU above 0 replaces it.
       if (first >= 0) match = static_cast<int>(begin) + first;
     }
     for (int g = 0; g < here; ++g) {
       if (!boxes_meet(gts.box[g], around)) continue;
       const T iou = gts.iou(g, anchor, anchor_area);
-      // Strictly: the first of equals stays.
+      // The first of equal IoUs stays, because the comparison is strict.
       if (iou > best) best = iou, match = static_cast<int>(begin) + g;
       if (!matching.rule.low_quality) continue;
       const T top = warp_maximum(iou);
@@ -191,12 +182,12 @@ __global__ void __launch_bounds__(kMatchThreads)
   const int64_t at = image * matching.anchors_per_image + index;
   const bool can_match = match >= 0 && is_finite(anchor);
   matching.ious[at] = best;
-  // With low-quality matches the codes have to wait for the second kernel.
+  // With low-quality matches the second kernel writes the codes.
   const int64_t code = matching.rule.low_quality ? match : matching.rule.code(best, match);
   matching.matches[at] = can_match ? code : kBelowLowThreshold;
 }
 
-// Codes of matches: those that reach the highest IoU of a ground truth stay.
+// Replaces matches by codes, except where an anchor reaches the highest IoU of a ground truth.
 template <class T>
 __global__ void __launch_bounds__(kMatchThreads)
     match_anchors_low_quality_kernel(const __grid_constant__ AnchorMatching<T> matching) {
@@ -208,7 +199,7 @@ __global__ void __launch_bounds__(kMatchThreads)
   const bool exists = index < matching.anchors_per_image;
   const int64_t match = exists ? matching.matches[at] : kBelowLowThreshold;
   const T best = exists ? matching.ious[at] : T(0);
-  // An anchor's own best bounds all its IoUs.
+  // An anchor's own best IoU bounds all of its IoUs.
   const T bound = warp_maximum(match >= 0 ? best : T(-1));
   const Box<T> anchor = anchor_of(matching, image, index);
   const T anchor_area = area(anchor);
@@ -224,14 +215,14 @@ __global__ void __launch_bounds__(kMatchThreads)
     __syncthreads();
     const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
     for (int g = 0; g < here; ++g) {
-      // A ground truth that no anchor overlaps has a highest IoU of 0, which is that of every anchor.
+      // If no anchor overlaps a ground truth, its highest IoU is 0, and every anchor reaches it.
       if (highest[g] <= bound && gts.iou(g, anchor, anchor_area) == highest[g]) restored = true;
     }
   }
   if (match >= 0 && !restored) matching.matches[at] = matching.rule.code(best, match);
 }
 
-// Calls `launch(kernel, config, argument)` once, or twice with low-quality matches.
+// One launch, or two with low-quality matches.
 template <class T, class Launch>
 void match_in_launches(const AnchorMatching<T>& matching, const Launch& launch) {
   const LaunchConfig config{matching.images * matching.blocks_per_image(), kMatchThreads};

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Multi-level RoIAlign, forward: one launch for all RoIs, bound by how fast pixels come from the L2 cache.
+// Multi-level RoIAlign, forward, in one launch for all RoIs. The bandwidth of the L2 cache limits it.
 //
 // Note [Lines and walks]
-// RoIAlign is separable, and a block works out once which pixels each of its bins reads along either axis, with equal
-// pixels merged. A thread owns a line of bins: the row of one bin (channels_last) or the column of one
-// (channels_first), by 16 bytes of channels. It walks along the line. Each pixel on the way is first summed across the
-// line, then weighted into the bin; the last of these sums is kept, because a bin begins where the one before it ends.
-// A bin that reads more pixels along an axis than the table has room for is summed sample by sample.
+// RoIAlign is separable. A block computes once which pixels each of its bins reads along either axis, and merges equal
+// pixels. A thread owns a line of bins: the row of one bin (channels_last) or the column of one (channels_first), by 16
+// bytes of channels. It walks along the line. Each pixel on the way is summed across the line first and then weighted
+// into the bin. The last of these sums is kept, because a bin begins where the previous one ends. A bin that reads more
+// pixels along an axis than its table holds is summed sample by sample.
 #pragma once
 
 #include <algorithm>
@@ -19,29 +19,30 @@
 
 namespace fpn_fast {
 
-// A pixel's distance from the RoI's line or walk, and its weight. One access of shared memory; 32 bits save registers.
+// The distance of a pixel from the RoI's line or walk, and its weight. It is one access to shared memory, and 32-bit
+// offsets save registers.
 template <class acc_t>
 struct alignas(2 * sizeof(acc_t)) RoiTap {
   uint32_t offset;
   acc_t weight;
 };
 
-// More than any tap's offset.
+// Larger than every offset.
 constexpr uint32_t kNoOffset = UINT32_MAX;
 
 // 7 lines by 32 lanes, the most common block.
 constexpr int kRoiAlignThreads = 224;
-// Allows 72 registers, 28 warps on a multiprocessor; float64, which takes more, spills even at 80.
+// Allows 72 registers: 28 warps on a multiprocessor. float64 needs more and spills even at 80.
 template <class T>
 constexpr int kRoiAlignBlocks = sizeof(T) == 8 ? 2 : 4;
-// 16-byte loads of a thread in flight: what two samples read at most.
+// 16-byte loads in flight per thread: two samples read at most four pixels.
 constexpr int kRoiAlignLoads = 4;
-// Along each axis in a block: 14 bins take one block, 28 too.
+// Bins of a block along each axis. 14 or 28 bins take one block.
 constexpr int kRoiAlignBins = 32;
-// Pixels that a block's bins read along an axis: a RoI as wide as a map of 1000 pixels, in 16 KB for both axes.
+// Pixels that the bins of a block read along an axis: a RoI as wide as a map of 1000 pixels, in 16 KB for both axes.
 template <class acc_t>
 constexpr int kRoiAlignTaps = 8192 / static_cast<int>(sizeof(RoiTap<acc_t>));
-// Fewer blocks than this leave multiprocessors idle: two for each of an H100's 132.
+// Fewer blocks leave multiprocessors idle: two for each of an H100's 132.
 constexpr int64_t kRoiAlignSpread = 264;
 
 template <class T>
@@ -49,7 +50,7 @@ struct RoiAlignPooling {
   RoiAlignArguments<acc_type<T>> arguments;
   FeatureMap<const T> feature[kMaxRoiLevels];
   FeatureMap<T> pooled;
-  // Of a block, and blocks of a RoI: bins across the lines (one for each line) and along them, and channels.
+  // The bins of a block across the lines (one per line) and along them, and the number of blocks per RoI along each.
   int line_bins, walk_bins;
   unsigned lanes;   // threads along the channels
   unsigned chunks;  // of kVec<T> channels
@@ -63,16 +64,16 @@ LaunchConfig roi_align_launch(RoiAlignPooling<T>& pooling) {
   const int lines = kChannelsLast ? arguments.pooled_height : arguments.pooled_width;
   const int walk = kChannelsLast ? arguments.pooled_width : arguments.pooled_height;
   pooling.chunks = ceil_div(arguments.channels, kVec<T>);
-  // What a fixed grid reads has to fit into the table; an adaptive one seldom reads much more than that.
+  // A fixed grid must fit into the table. An adaptive grid seldom reads much more.
   const int most_bins =
       std::clamp(kRoiAlignTaps<acc_type<T>> / (2 * std::max(arguments.sampling_ratio, 1)), 1, kRoiAlignBins);
   pooling.walk_groups = ceil_div(walk, most_bins);
   pooling.walk_bins = ceil_div(walk, pooling.walk_groups);
-  // channels_last: a warp's loads are whole cache lines. channels_first: lanes share the table, and nothing else.
+  // channels_last: a warp loads whole cache lines. channels_first: lanes share only the table.
   const int64_t most_lanes = kChannelsLast ? 32 : kRoiAlignThreads / std::min(lines, most_bins);
   const int64_t fewest_lanes = kChannelsLast ? 32 : 8;
   int64_t blocks = 0;
-  // A few RoIs are spread over many blocks, by channels as far as those go, then by lines.
+  // Few RoIs are spread over many blocks: first by channels, then by lines.
   for (pooling.channel_groups = 1;; pooling.channel_groups *= 2) {
     const int64_t repeats = ceil_div(pooling.chunks, most_lanes * pooling.channel_groups);
     pooling.lanes = ceil_div(pooling.chunks, repeats * pooling.channel_groups);
@@ -89,18 +90,18 @@ LaunchConfig roi_align_launch(RoiAlignPooling<T>& pooling) {
   return {blocks * pooling.line_groups, static_cast<int>(ceil_div(pooling.lanes * pooling.line_bins, 32) * 32)};
 }
 
-// What a block's bins read along one axis.
+// The pixels that a block's bins read along one axis.
 template <class acc_t>
 struct RoiTable {
   RoiAxis<acc_t> axis;
-  int64_t stride;             // of a pixel
-  int first;                  // bin
-  int room;                   // for the taps of each bin
-  int counts[kRoiAlignBins];  // of taps; -1: not listed, for lack of room or of bits for an offset
+  int64_t stride;             // between neighbouring pixels
+  int first;                  // first bin
+  int room;                   // taps per bin
+  int counts[kRoiAlignBins];  // taps per bin, or -1: too many taps, or an offset beyond 32 bits
   RoiTap<acc_t> taps[kRoiAlignTaps<acc_t>];
 };
 
-// What a block's threads share. Level -1: its tables are empty.
+// Shared by the threads of a block. At level -1 its tables are empty.
 template <class acc_t>
 struct RoiBlock {
   RoiTable<acc_t> lines, walk;
@@ -112,14 +113,14 @@ struct RoiBlock {
   }
 };
 
-// Lists what `bin`, counted from the table's first, reads. Unless it `fits`, an offset may take more than 32 bits.
+// Lists the pixels that `bin` reads, counted from the table's first bin. `fits`: all offsets fit into 32 bits.
 template <class acc_t>
 __device__ __forceinline__ void collect_taps(const RoiAxis<acc_t>& axis, int64_t stride, bool fits, int first, int room,
                                              int bin, RoiTable<acc_t>& table) {
   if (bin == 0) table.axis = axis, table.stride = stride, table.first = first, table.room = room;
   RoiTap<acc_t>* taps = table.taps + bin * room;
   int count = fits ? 0 : -1;
-  // The pixels of the last two taps. Samples come in order, so that an equal pixel is one of them.
+  // The pixels of the last two taps. Samples are in ascending order, so the same pixel can only be one of these.
   int before = -1, last = -1;
   const Range samples = samples_near_map(axis, first + bin);
 #pragma unroll 1
@@ -146,7 +147,7 @@ __device__ __forceinline__ void collect_taps(const RoiAxis<acc_t>& axis, int64_t
   table.counts[bin] = count;
 }
 
-// Writes the listed bins of a line, [0, bins), times `scale` and `step` apart: Note [Lines and walks].
+// Writes the listed bins [0, bins) of a line, `step` apart and multiplied by `scale`: Note [Lines and walks].
 template <class T, class Access>
 __device__ __forceinline__ void walk_line(const RoiBlock<acc_type<T>>& block, int line, int bins, acc_type<T> scale,
                                           const T* source, T* target, int64_t step, const Access& access) {
@@ -162,7 +163,7 @@ __device__ __forceinline__ void walk_line(const RoiBlock<acc_type<T>>& block, in
     const int taps_along = block.walk.counts[bin];
     if (taps_along < 0) continue;
     acc_t sum[kVec<T>] = {};
-    // The last pixel of the bin before is this one's first, or its second where bins are small.
+    // The last pixel of the previous bin is the first pixel of this one, or the second if bins are small.
     int kept = -1;
     if (taps_along > 1 && along[1].offset == last_offset) kept = 1;
     if (taps_along > 0 && along[0].offset == last_offset) kept = 0;
@@ -187,8 +188,8 @@ __device__ __forceinline__ void walk_line(const RoiBlock<acc_type<T>>& block, in
   }
 }
 
-// The sum of body(offset) over both pixels of each sample of `bin`, weighted. A sample is worked out for each of its
-// pixels, which takes fewer registers.
+// The weighted sum of body(offset) over both pixels of each sample of `bin`. Computing a sample for each of its pixels
+// takes fewer registers than keeping it.
 template <class acc_t, class Body>
 __device__ __forceinline__ acc_t sum_samples(const RoiTable<acc_t>& table, int bin, const Body& body) {
   acc_t sum = 0;
@@ -203,7 +204,7 @@ __device__ __forceinline__ acc_t sum_samples(const RoiTable<acc_t>& table, int b
   return sum;
 }
 
-// Writes the bins of a line that are not listed, in one channel.
+// Writes the unlisted bins of a line in one channel.
 template <class T>
 __device__ __forceinline__ void sum_unlisted(const RoiBlock<acc_type<T>>& block, int line, int bins, acc_type<T> scale,
                                              const T* source, T* target, int64_t step) {
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
 #pragma unroll 1
   for (int bin = 0; bin < walk_bins; ++bin) lists_all &= block.lists(line, bin);
   if (lists_all) return;
-  // Apart from the loop above, which needs its registers.
+  // A loop of its own, because the loop above needs the registers.
 #pragma unroll 1
   for (int64_t c = first_channel; c < arguments.channels; c += channel_step) {
 #pragma unroll 1
@@ -287,7 +288,6 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
   }
 }
 
-// Calls `launch(kernel, config, pooling)` once.
 template <class T, class Launch>
 void pool_in_launch(const RoiAlignArguments<acc_type<T>>& arguments, std::vector<FeatureMap<const T>> features,
                     const FeatureMap<T>& pooled, const Launch& launch) {
@@ -297,13 +297,11 @@ void pool_in_launch(const RoiAlignArguments<acc_type<T>>& arguments, std::vector
   pooling.arguments = arguments;
   std::copy(features.begin(), features.end(), pooling.feature);
   pooling.pooled = pooled;
-  if (is_vectorised) {
-    const LaunchConfig config = roi_align_launch<T, true>(pooling);
-    launch(multiscale_roi_align_kernel<T, true>, config, pooling);
-  } else {
-    const LaunchConfig config = roi_align_launch<T, false>(pooling);
-    launch(multiscale_roi_align_kernel<T, false>, config, pooling);
-  }
+  const auto run = [&]<bool kChannelsLast>() {
+    const LaunchConfig config = roi_align_launch<T, kChannelsLast>(pooling);
+    launch(multiscale_roi_align_kernel<T, kChannelsLast>, config, pooling);
+  };
+  is_vectorised ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 }  // namespace fpn_fast

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient of multi-level RoIAlign: gathered, without atomics, a zero fill or a wider copy of the gradient.
+// Gradient of multi-level RoIAlign. It is gathered, without atomics, zero fill or a wider copy of the gradient.
 //
 // Note [Tiles of RoIs]
-// A block owns a tile of pixels of one map of one image, by some channels, and adds up what the RoIs on that map's list
-// (roi_lists.cuh) give it, in their order; each pixel is written once, zero where no RoI reads. As in the forward pass,
-// a thread has a line: a run of kRoiRun pixels along a row of the tile (channels_last) or a column (channels_first).
-// For each bin that reads its run it sums the gradient across the line first, and then adds that to each pixel of the
-// run. The weights of a batch of RoIs are worked out together, in tables of kRoiBatchBins bins by kRoiTile pixels; a
-// RoI with more bins on a tile takes several rounds. Where a map is small, and so many RoIs may share each of its
-// tiles, tiles have fewer lines, and several threads share a run, each adding up every so many RoIs.
+// A block owns a tile of pixels of one map of one image, by some channels. It adds the gradients of the RoIs on that
+// map's list (roi_lists.cuh) in their order, and writes each pixel once, zero where no RoI reads. As in the forward
+// pass a thread has a line: kRoiRun pixels along a row of the tile (channels_last) or a column (channels_first). For
+// each bin that reads its line, it sums the gradient across the line first and then adds that to each pixel. The
+// weights of a batch of RoIs are computed together, in tables of kRoiBatchBins bins by kRoiTile pixels. A RoI with more
+// bins on a tile takes several rounds.
+// Many RoIs may share a tile of a small map. Its tiles have fewer lines, and several threads share a line: each adds
+// every n-th RoI.
 #pragma once
 
 #include <algorithm>
@@ -24,20 +25,20 @@ namespace fpn_fast {
 constexpr int kGatherThreads = kRoiListThreads;
 // Allows 80 registers: 24 warps on a multiprocessor.
 constexpr int kGatherBlocks = 3;
-// 16-byte loads of a thread in flight: seldom do more bins read one line of pixels.
+// 16-byte loads in flight per thread. More bins seldom read one line of pixels.
 constexpr int kGatherLoads = 2;
-// RoIs looked at by each thread before those that touch the tile are added up.
+// RoIs that each thread tests before those that touch the tile are added.
 constexpr int kRoiScanRounds = 4;
 constexpr int kRoiHits = kRoiScanRounds * kGatherThreads;
 
-// A map of fewer blocks than this is worth smaller tiles: two blocks for each of an H100's 132 multiprocessors.
+// A map with fewer blocks takes smaller tiles: two blocks for each of an H100's 132 multiprocessors.
 constexpr int64_t kGatherSpread = 264;
 
-// Of one map. Coarse maps come first: their tiles are the ones that many RoIs share.
+// The tiles of one map. Coarse maps come first, because many RoIs share their tiles.
 struct RoiTiling {
   unsigned first_block;
   unsigned line_tiles, run_tiles;
-  int lines;   // of a tile
+  int lines;   // per tile
   int slices;  // threads that share a run
 };
 
@@ -54,9 +55,8 @@ struct RoiAlignGathering {
 
 template <class T, bool kChannelsLast>
 LaunchConfig roi_align_backward_launch(RoiAlignGathering<T>& gathering) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t chunks = ceil_div(gathering.sum[0].channels, kVec<T>);
-  // channels_first: what is left of a block by two runs of eight columns.
+  // channels_first: a block divided by two runs of eight columns.
   const int64_t most_lanes = kChannelsLast ? 32 : kGatherThreads / (kRoiRuns * kRoiTile);
   gathering.channel_groups = static_cast<unsigned>(ceil_div(chunks, most_lanes));
   gathering.lanes = static_cast<int>(ceil_div(chunks, gathering.channel_groups));
@@ -83,8 +83,8 @@ LaunchConfig roi_align_backward_launch(RoiAlignGathering<T>& gathering) {
   return {blocks, kGatherThreads};
 }
 
-// A block's tile: of which map, from which pixel across and along the lines, its lines, and the RoIs on the map's list.
-// In shared memory for the sake of registers, like all else here.
+// A block's tile: its map, its first pixel across and along the lines, its lines, and the RoIs on the map's list. It is
+// in shared memory to save registers.
 struct RoiTile {
   int64_t image;
   int level, across, along, lines, slices;
@@ -92,21 +92,21 @@ struct RoiTile {
   Range list;
 };
 
-// What a block's threads share.
+// Shared by the threads of a block.
 template <class T>
 struct GatherBlock {
   using acc_t = acc_type<T>;
   RoiTile tile;
-  RoiWeights<acc_t> across, along;  // the tile's lines, and its runs
-  // Bins, of this round, that read a line or a run.
+  RoiWeights<acc_t> across, along;  // of the tile's lines, and of its runs
+  // The bins of this round that read a line or a run.
   Range lines[kRoiBatch][kRoiTile], runs[kRoiBatch][kRoiRuns];
   int hits[kRoiHits];  // RoIs that touch the tile
   int counts[kRoiScanRounds][kRoiListWarps];
   acc_t partial[kGatherThreads][kVec<T>];
 };
 
-// threadIdx.x, which a compiler cannot tell is the same each time: what follows from it is not kept in registers across
-// the loops over RoIs, which have none to spare.
+// threadIdx.x, opaque to the compiler, which otherwise keeps values derived from it in registers across the loops over
+// RoIs.
 __device__ __forceinline__ unsigned thread_in_block() {
 #ifdef __CUDA_ARCH__
   unsigned index;
@@ -117,7 +117,7 @@ __device__ __forceinline__ unsigned thread_in_block() {
 #endif
 }
 
-// Lists the RoIs [first, first + kRoiHits) that touch the tile, and returns how many do.
+// Lists those of RoIs [first, first + kRoiHits) that touch the tile. Returns their number.
 template <class T, bool kChannelsLast>
 __device__ __forceinline__ int find_hits(const RoiAlignGathering<T>& gathering, int first, GatherBlock<T>& block) {
   const RoiTile tile = block.tile;
@@ -144,7 +144,7 @@ __device__ __forceinline__ int find_hits(const RoiAlignGathering<T>& gathering, 
   return hits;
 }
 
-// Works out the weights of one round of a batch's bins: a thread for each bin of each RoI along each axis.
+// Computes the weights of one round of a batch's bins, with one thread per bin of each RoI along each axis.
 template <class T, bool kChannelsLast>
 __device__ __forceinline__ void weigh_batch(const RoiAlignGathering<T>& gathering, const int* hits, int batched,
                                             int across_round, int along_round, GatherBlock<T>& block) {
@@ -186,13 +186,13 @@ __device__ __forceinline__ void find_reading_bins(int batched, int across_round,
   }
 }
 
-// A thread's part of the tile. At most kVec<T> channels, and none where the thread has no part.
+// A thread's part of the tile. It has up to kVec<T> channels, or none.
 struct GatherRun {
   int line, run, slice, channels;
   int64_t first_channel;
 };
 
-// Adds a slice of the RoIs of a batch to a run of pixels.
+// Adds a slice of a batch's RoIs to a run of pixels.
 template <class T, class Access>
 __device__ __forceinline__ void add_batch(const GatherBlock<T>& block, int batched, const GatherRun& own, const T* grad,
                                           int64_t across_stride, int64_t along_stride, const Access& access,
@@ -218,14 +218,14 @@ __device__ __forceinline__ void add_batch(const GatherBlock<T>& block, int batch
           *reinterpret_cast<const RunWeights<acc_t>*>(&block.along.weight[entry][bin][own.run * kRoiRun]);
 #pragma unroll
       for (int i = 0; i < kRoiRun; ++i) {
-        // A NaN reaches the pixels that its bin reads, and no others.
+        // Only the pixels that a bin reads receive its NaN.
         if (weights.weight[i] != 0) add_weighted(weights.weight[i], values, sum[i]);
       }
     }
   }
 }
 
-// Adds up the sums of the threads that share a run, in their order, in the first of them.
+// Adds the sums of the threads that share a run, in order, to the first of them.
 template <class T>
 __device__ __forceinline__ void add_slices(int slice, int threads_apart, GatherBlock<T>& block,
                                            acc_type<T> (&sum)[kRoiRun][kVec<T>]) {
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
       } while (++round < count_rounds(block.across, batched) * count_rounds(block.along, batched));
     }
   }
-  // Worked out anew, for registers' sake.
+  // Computed again to save registers.
   const RoiTile tile = block.tile;
   own = locate_run<T, kChannelsLast>(gathering, tile);
   if (tile.slices > 1) add_slices<T>(own.slice, gathering.lanes * tile.lines * kRoiRuns, block, sum);
@@ -324,31 +324,20 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   }
 }
 
-// Calls `launch(kernel, config, argument)` twice. `scratch` is roi_lists_bytes large.
-template <class T, class Launch>
-void gather_in_launches(const RoiAlignArguments<acc_type<T>>& arguments, const FeatureMap<const T>& grad,
-                        std::vector<FeatureMap<T>> sums, char* scratch, const Launch& launch) {
-  using acc_t = acc_type<T>;
-  RoiListing<acc_t> listing{};
-  listing.arguments = arguments;
-  listing.lists = roi_lists_at<acc_t>(scratch, arguments.count);
+// Two launches.
+template <class T, class Launch, class acc_t = acc_type<T>>
+void gather_in_launches(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
+                        std::vector<FeatureMap<T>> sums, const RoiLists<acc_t>& lists, const Launch& launch) {
   RoiAlignGathering<T> gathering{};
-  gathering.lists = listing.lists;
-  gathering.grad = grad;
-  gathering.levels = arguments.rule.levels;
+  gathering.lists = lists, gathering.grad = grad, gathering.levels = arguments.rule.levels;
   std::copy(sums.begin(), sums.end(), gathering.sum);
-  for (int level = 0; level < gathering.levels; ++level) {
-    listing.height[level] = sums[level].height, listing.width[level] = sums[level].width;
-  }
-  launch(roi_lists_kernel<acc_t>, LaunchConfig{arguments.batch * gathering.levels, kRoiListThreads}, listing);
+  list_in_launch(arguments, sums, lists, launch);
   std::vector<FeatureMap<const T>> sources{grad};
-  if (mark_vectorised(sources, sums)) {
-    const LaunchConfig config = roi_align_backward_launch<T, true>(gathering);
-    launch(multiscale_roi_align_backward_kernel<T, true>, config, gathering);
-  } else {
-    const LaunchConfig config = roi_align_backward_launch<T, false>(gathering);
-    launch(multiscale_roi_align_backward_kernel<T, false>, config, gathering);
-  }
+  const auto run = [&]<bool kChannelsLast>() {
+    const LaunchConfig config = roi_align_backward_launch<T, kChannelsLast>(gathering);
+    launch(multiscale_roi_align_backward_kernel<T, kChannelsLast>, config, gathering);
+  };
+  mark_vectorised(sources, sums) ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 }  // namespace fpn_fast

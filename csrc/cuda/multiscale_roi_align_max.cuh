@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Multi-level RoIAlign in max mode, and its gradient: Note [Winners] in common/roi_align_max.h. A rare mode, whose
-// kernels are plain: a thread owns one element of the output. For a gradient that is a pixel of one channel, which
-// gathers from the RoIs on its map's list (roi_lists.cuh), in their order, the bins that can read it.
+// Multi-level RoIAlign in max mode, and its gradient: Note [Winners] in common/roi_align_max.h. The mode is rare, so
+// the kernels are simple: a thread owns one element of the output. In the gradient this is a pixel of one channel,
+// which gathers from the RoIs on its map's list (roi_lists.cuh), in order, the bins that can read it.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,9 @@
 
 namespace fpn_fast {
 
-// 8 warps that share nothing.
+// 8 warps, which share nothing.
 constexpr int kRoiAlignMaxThreads = 256;
-// Allows 80 registers, 24 warps on a multiprocessor; float64 spills at that.
+// Allows 80 registers: 24 warps on a multiprocessor. float64 would spill.
 template <class T>
 constexpr int kRoiAlignMaxBlocks = sizeof(T) == 8 ? 2 : 3;
 
@@ -27,7 +27,7 @@ struct MapElement {
   int y, x;
 };
 
-// Element `index` of a map, in the order of a dense one's memory.
+// Element `index` of a map, in the order of a dense map's memory.
 template <class T>
 __device__ __forceinline__ MapElement element_at(const FeatureMap<T>& map, bool channels_last, int64_t index) {
   MapElement element;
@@ -42,10 +42,6 @@ __device__ __forceinline__ MapElement element_at(const FeatureMap<T>& map, bool 
 template <class T>
 HOST_DEVICE int64_t elements_of(const FeatureMap<T>& map) {
   return map.batch * map.channels * map.height * map.width;
-}
-
-inline int64_t roi_align_max_blocks(int64_t elements) {
-  return (elements + kRoiAlignMaxThreads - 1) / kRoiAlignMaxThreads;
 }
 
 template <class T>
@@ -77,7 +73,7 @@ __global__ void __launch_bounds__(kRoiAlignMaxThreads, kRoiAlignMaxBlocks<T>)
   *pooling.winners.at(element.n, element.c, element.y, element.x) = largest.winner;
 }
 
-// Blocks of map `level` begin at first_block[level], and the coarsest map's are the last.
+// Map `level` has the blocks from first_block[level] on. The coarsest map has the last ones.
 template <class T>
 struct RoiAlignMaxGathering {
   RoiLists<acc_type<T>> lists;
@@ -89,7 +85,7 @@ struct RoiAlignMaxGathering {
   bool channels_last;
 };
 
-// What the bins of RoI `roi` give to a pixel.
+// Adds the gradients that the bins of RoI `roi` give to a pixel.
 template <class T>
 __device__ __forceinline__ void add_bins_of(const RoiAlignMaxGathering<T>& gathering, const ListedRoi<acc_type<T>>& roi,
                                             const MapElement& pixel, acc_type<T>& sum) {
@@ -105,7 +101,7 @@ __device__ __forceinline__ void add_bins_of(const RoiAlignMaxGathering<T>& gathe
       const acc_t row_weight = winner_weight(roi.rows, ph, winner >> 16, pixel.y);
       if (row_weight == 0) continue;
       const acc_t weight = row_weight * winner_weight(roi.cols, pw, winner, pixel.x);
-      // A NaN reaches the pixels that are read, and no others.
+      // Only the pixels that a bin reads receive its NaN.
       if (weight != 0) sum += weight * to_acc(*gathering.grad.at(roi.roi, pixel.c, ph, pw));
     }
   }
@@ -131,7 +127,6 @@ __global__ void __launch_bounds__(kRoiAlignMaxThreads, kRoiAlignMaxBlocks<T>)
   *map.at(pixel.n, pixel.c, pixel.y, pixel.x) = Rounded<T>::from(sum);
 }
 
-// Calls `launch(kernel, config, argument)` once.
 template <class T, class Launch>
 void pool_max_in_launch(const RoiAlignArguments<acc_type<T>>& arguments,
                         const std::vector<FeatureMap<const T>>& features, const FeatureMap<T>& pooled,
@@ -139,28 +134,23 @@ void pool_max_in_launch(const RoiAlignArguments<acc_type<T>>& arguments,
   RoiAlignMaxPooling<T> pooling{arguments, {}, pooled, winners, channels_last};
   std::copy(features.begin(), features.end(), pooling.feature);
   launch(multiscale_roi_align_max_kernel<T>,
-         LaunchConfig{roi_align_max_blocks(elements_of(pooled)), kRoiAlignMaxThreads}, pooling);
+         LaunchConfig{ceil_div(elements_of(pooled), kRoiAlignMaxThreads), kRoiAlignMaxThreads}, pooling);
 }
 
-// Calls `launch(kernel, config, argument)` twice. `scratch` is roi_lists_bytes large.
-template <class T, class Launch>
-void gather_max_in_launches(const RoiAlignArguments<acc_type<T>>& arguments, const FeatureMap<const T>& grad,
+// Two launches.
+template <class T, class Launch, class acc_t = acc_type<T>>
+void gather_max_in_launches(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
                             const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& sums,
-                            bool channels_last, char* scratch, const Launch& launch) {
-  using acc_t = acc_type<T>;
-  RoiListing<acc_t> listing{};
-  listing.arguments = arguments;
-  listing.lists = roi_lists_at<acc_t>(scratch, arguments.count);
+                            bool channels_last, const RoiLists<acc_t>& lists, const Launch& launch) {
   RoiAlignMaxGathering<T> gathering{};
-  gathering.lists = listing.lists, gathering.grad = grad, gathering.winners = winners;
+  gathering.lists = lists, gathering.grad = grad, gathering.winners = winners;
   gathering.levels = arguments.rule.levels, gathering.channels_last = channels_last;
   int64_t blocks = 0;
   for (int level = 0; level < gathering.levels; ++level) {
-    listing.height[level] = sums[level].height, listing.width[level] = sums[level].width;
     gathering.sum[level] = sums[level], gathering.first_block[level] = blocks;
-    blocks += roi_align_max_blocks(elements_of(sums[level]));
+    blocks += ceil_div(elements_of(sums[level]), kRoiAlignMaxThreads);
   }
-  launch(roi_lists_kernel<acc_t>, LaunchConfig{arguments.batch * gathering.levels, kRoiListThreads}, listing);
+  list_in_launch(arguments, sums, lists, launch);
   launch(multiscale_roi_align_max_backward_kernel<T>, LaunchConfig{blocks, kRoiAlignMaxThreads}, gathering);
 }
 

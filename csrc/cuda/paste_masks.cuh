@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mask pasting, all masks in one launch. A thread owns 16 bytes of the output, so that bool costs no more stores than
-// its bytes; few of them lie in a box, and the others are zeros after a look at it.
+// Mask pasting, with one launch for all masks. A thread owns 16 bytes of the output, so bool output takes one store per
+// 16 pixels. Few threads lie in a box; the others write zeros.
 #pragma once
 
 #include <cstring>
@@ -13,18 +13,19 @@
 
 namespace fpn_fast {
 
-// 8 warps that share nothing.
+// 8 warps, which share nothing.
 constexpr int kPasteThreads = 256;
 
 template <class T>
 struct MaskPasting {
   const T* masks;     // [count, size, size]
   const void* boxes;  // [count, 4]
-  bool double_boxes;  // double, not float
-  double box_scale;   // by which boxes grow
+  bool double_boxes;  // the boxes are double, not float
+  double box_scale;   // factor by which boxes grow
   int64_t count;
   int size, padding, height, width;
-  // Either values or whether they are above the threshold, [count, height, width], at a multiple of 16 bytes.
+  // One of the two is set, [count, height, width], at a multiple of 16 bytes: the values, or whether they exceed the
+  // threshold.
   T* values;
   bool* above;
   acc_type<T> threshold;
@@ -36,8 +37,7 @@ __device__ __forceinline__ GrownBox grown_box(const MaskPasting<T>& pasting, int
   return grow_box(static_cast<const float*>(pasting.boxes) + 4 * k, static_cast<float>(pasting.box_scale));
 }
 
-// Elements [begin, end) of `values`, which are pixels from `x` on of row `y` of image `k`; those outside of the box
-// stay.
+// Writes elements [begin, end) of `values` that lie in the box. Element i is pixel `x + i` of row `y` of image `k`.
 template <bool kAbove, class T, class out_t, int kRun>
 __device__ __forceinline__ void paste_in_row(const MaskPasting<T>& pasting, int64_t k, int y, int x, int begin, int end,
                                              out_t (&values)[kRun]) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kPasteThreads) paste_masks_kernel(const __grid
   int64_t row = first / pasting.width;
   int x = static_cast<int>(first % pasting.width);
   out_t values[kRun] = {};
-  // A run goes on in the next row, in images of few pixels in some.
+  // A run continues in the next row, and in a narrow image in several rows.
 #pragma unroll 1
   for (int begin = 0; begin < kRun && row < rows; ++row) {
     const int end = begin + min(kRun - begin, pasting.width - x);
@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(kPasteThreads) paste_masks_kernel(const __grid
   }
 }
 
-// Calls `launch(kernel, config, argument)` once.
 template <class T, class Launch>
 void paste_in_launch(const MaskPasting<T>& pasting, const Launch& launch) {
   const int64_t bytes =

@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which RoIs read each map of each image: what the gradient of multi-level RoIAlign is gathered from.
-//
-// A block lists the RoIs of one map of one image, ascending, in a region of its own: the RoIs of the maps before it are
-// counted first. No atomics, so the lists are the same in every run.
+// The RoIs that read each map of each image, from which the gradients of multi-level RoIAlign are gathered. A block
+// lists the RoIs of one map of one image in ascending order. It counts the RoIs of earlier maps first, to find the
+// position of its list. There are no atomics, so the lists are the same in every run.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
+#include "../common/feature_map.h"
 #include "../common/roi_align.h"
 #include "../common/roi_align_arguments.h"
+#include "../common/scalar.h"
 #include "launch.h"
+#include "scratch.h"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
 constexpr int kRoiListThreads = 256;
 constexpr int kRoiListWarps = kRoiListThreads / 32;
 
-// What a RoI reads of its map, pixels [top, bottom) by [left, right). One 16-byte access.
+// The pixels of its map that a RoI reads: rows [top, bottom), columns [left, right). It is one 16-byte access.
 struct alignas(16) PixelBox {
   int top, bottom, left, right;
 };
@@ -28,8 +32,8 @@ struct alignas(16) ListedRoi {
   int roi;
 };
 
-// In scratch memory. The lists of all maps lie in `boxes` and `rois`; that of map `level` of image `n` is
-// [ranges[n * levels + level].begin, .end).
+// Scratch memory. `boxes` and `rois` hold the lists of all maps. Map `level` of image `n` has the range ranges[n *
+// levels + level].
 template <class acc_t>
 struct RoiLists {
   PixelBox* boxes;
@@ -45,19 +49,13 @@ struct RoiListing {
 };
 
 template <class acc_t>
-size_t roi_lists_bytes(int64_t rois, int64_t maps) {
-  return rois * (sizeof(PixelBox) + sizeof(ListedRoi<acc_t>)) + maps * sizeof(Range);
+RoiLists<acc_t> plan_roi_lists(Scratch& scratch, const RoiAlignArguments<acc_t>& arguments) {
+  const int64_t maps = arguments.batch * arguments.rule.levels;
+  return {scratch.take<PixelBox>(arguments.count), scratch.take<ListedRoi<acc_t>>(arguments.count),
+          scratch.take<Range>(maps)};
 }
 
-template <class acc_t>
-RoiLists<acc_t> roi_lists_at(char* scratch, int64_t rois) {
-  char* listed = scratch + rois * sizeof(PixelBox);
-  char* ranges = listed + rois * sizeof(ListedRoi<acc_t>);
-  return {reinterpret_cast<PixelBox*>(scratch), reinterpret_cast<ListedRoi<acc_t>*>(listed),
-          reinterpret_cast<Range*>(ranges)};
-}
-
-// Numbers what the threads of a block keep, in the order of rounds, then threads: `position`. Returns how many.
+// Sets `position` to the rank of what a thread keeps, ordered by round and then by thread. Returns the number kept.
 template <int kRounds>
 __device__ __forceinline__ int number_kept(const bool (&keep)[kRounds], int (&position)[kRounds],
                                            int (&counts)[kRounds][kRoiListWarps]) {
@@ -78,19 +76,19 @@ __device__ __forceinline__ int number_kept(const bool (&keep)[kRounds], int (&po
       total += counts[round][i];
     }
   }
-  // The counts are the next call's too.
+  // The next call writes the counts again.
   __syncthreads();
   return total;
 }
 
-// The pixels that a RoI can read along one axis; empty where `begin` is not below `end`.
+// The pixels that a RoI can read along one axis. Empty unless `begin` is below `end`.
 template <class acc_t>
 __device__ __forceinline__ Range pixels_read(const RoiAxis<acc_t>& axis, int pooled) {
   if (axis.samples <= 0) return {0, 0};
-  // Each step of a coordinate's arithmetic keeps the order, so that no sample lies outside the first and the last.
+  // Each step of a coordinate's arithmetic is monotonic, so every sample lies between the first and the last.
   const acc_t first = sample_coordinate(axis, 0, 0), last = sample_coordinate(axis, pooled - 1, axis.samples - 1);
   const acc_t low = first < last ? first : last, high = first < last ? last : first;
-  // Written so that NaN fails: a RoI has none unless it is infinite, and then it reads nothing.
+  // A NaN fails this test. It comes from an infinite RoI, which reads nothing.
   if (!(high >= -1 && low <= axis.size)) return {0, 0};
   return {low > 0 ? min(static_cast<int>(low), axis.size - 1) : 0,
           high < axis.size - 1 ? min(static_cast<int>(high) + 2, axis.size) : axis.size};
@@ -103,15 +101,14 @@ __global__ void __launch_bounds__(kRoiListThreads, 4)
   const RoiAlignArguments<acc_t>& arguments = listing.arguments;
   const int64_t image = blockIdx.x / arguments.rule.levels;
   const int level = blockIdx.x % arguments.rule.levels;
-  // RoIs that a list before this one may hold.
+  // An upper bound of the RoIs on earlier lists.
   int before = 0;
 #pragma unroll 1
   for (int64_t k = threadIdx.x; k < arguments.count; k += kRoiListThreads) {
     const Roi<acc_t> roi = locate_roi(arguments, k);
     before += roi.level >= 0 && (roi.image < image || (roi.image == image && roi.level < level));
   }
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) before += __shfl_xor_sync(~0u, before, delta);
+  before = warp_sum(before);
   if (threadIdx.x % 32 == 0) counts[0][threadIdx.x / 32] = before;
   __syncthreads();
   int begin = 0;
@@ -146,6 +143,17 @@ __global__ void __launch_bounds__(kRoiListThreads, 4)
     end += kept;
   }
   if (threadIdx.x == 0) listing.lists.ranges[blockIdx.x] = {begin, end};
+}
+
+// Fills `lists` for maps of the sizes of `maps`, in one launch.
+template <class T, class Launch, class acc_t = acc_type<T>>
+void list_in_launch(const RoiAlignArguments<acc_t>& arguments, const std::vector<FeatureMap<T>>& maps,
+                    const RoiLists<acc_t>& lists, const Launch& launch) {
+  RoiListing<acc_t> listing{arguments, {}, {}, lists};
+  for (size_t level = 0; level < maps.size(); ++level) {
+    listing.height[level] = maps[level].height, listing.width[level] = maps[level].width;
+  }
+  launch(roi_lists_kernel<acc_t>, LaunchConfig{arguments.batch * arguments.rule.levels, kRoiListThreads}, listing);
 }
 
 }  // namespace fpn_fast

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weighted sums of several channels at once, for both directions of multi-level RoIAlign.
+// Weighted sums of several channels at once, for multi-level RoIAlign and its gradient.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fpn_fast {
 
-// What a sum reads, and its weight.
+// An element and its weight in a sum.
 template <class T>
 struct WeightedSource {
   const T* address;
@@ -22,7 +22,7 @@ __device__ __forceinline__ void add_weighted(acc_t weight, const acc_t (&values)
   for (int i = 0; i < kWidth; ++i) sum[i] += weight * values[i];
 }
 
-// A global address as one number: left alone, the compiler takes it apart and puts it together for each access.
+// A global address as one integer. Otherwise the compiler splits and rebuilds it for each access.
 template <class T>
 __device__ __forceinline__ const T* whole(const T* address) {
 #ifdef __CUDA_ARCH__
@@ -33,10 +33,10 @@ __device__ __forceinline__ const T* whole(const T* address) {
   return address;
 }
 
-// The channels of a thread where they are one aligned 16-byte access, with kInFlight of those at once.
+// The channels of a thread as one aligned 16-byte access, with kInFlight of them in flight.
 template <class T, int kInFlight>
 struct VectorChannels {
-  // Adds source_at(0) to source_at(count - 1), each called once, in order, to `sum`.
+  // Adds source_at(0) to source_at(count - 1) to `sum`, in order. Each is called once.
   template <class SourceAt>
   __device__ __forceinline__ void add_sources(int count, const SourceAt& source_at, acc_type<T> (&sum)[kVec<T>]) const {
     int first = 0;
@@ -62,7 +62,7 @@ struct VectorChannels {
     }
   }
 
-  // kSources loads in flight at once, as they are stored: widened, they would take twice the registers.
+  // kSources loads in flight, in the storage type. Widened values would take twice the registers.
   template <int kSources, class SourceAt>
   __device__ __forceinline__ static void add_group(int first, const SourceAt& source_at, acc_type<T> (&sum)[kVec<T>]) {
     uint4 raw[kSources];
@@ -107,7 +107,7 @@ struct StridedChannels {
   }
 };
 
-// How a kernel accesses channels: where `kVectorised`, every run of kVec<T> of them is one aligned access.
+// How a kernel accesses channels. `kVectorised`: every run of kVec<T> channels is one aligned access.
 template <class T, bool kVectorised, int kInFlight>
 __device__ __forceinline__ auto channel_access(int64_t source_stride, int64_t target_stride, int count) {
   if constexpr (kVectorised) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ auto channel_access(int64_t source_stride, int64_t ta
   }
 }
 
-// Marks maps that can be accessed 16 bytes of channels at a time, and tells whether all can.
+// Marks the maps that can be accessed 16 bytes of channels at a time. Returns whether all can.
 template <class T>
 bool mark_vectorised(std::vector<FeatureMap<const T>>& sources, std::vector<FeatureMap<T>>& targets) {
   bool all = true;

@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-// The weights with which the bins of a batch of RoIs read a tile of pixels, along one axis, in shared memory.
+// The weights with which the bins of a batch of RoIs read a tile of pixels along one axis, in shared memory.
 #pragma once
 
 #include "../common/roi_align.h"
 
 namespace fpn_fast {
 
-// Pixels of a thread: twice as many would need fewer loads and twice the registers.
+// Pixels of a thread. Twice as many would save loads and take twice the registers.
 constexpr int kRoiRun = 4;
 constexpr int kRoiRuns = 2;
-// Pixels of a tile along the runs, and at most across them.
+// Pixels of a tile along the runs, and the most across them.
 constexpr int kRoiTile = kRoiRun * kRoiRuns;
-// One thread each for both axes of 8 RoIs by 16 bins, enough for 14 by 14.
+// One thread for each of 16 bins of 8 RoIs along both axes, enough for 14 by 14 bins.
 constexpr int kRoiBatch = 8;
 constexpr int kRoiBatchBins = 16;
 
-// What a batch of RoIs needs of one axis of the tile.
+// One axis of the tile for a batch of RoIs.
 template <class acc_t>
 struct RoiWeights {
   alignas(16) acc_t weight[kRoiBatch][kRoiBatchBins][kRoiTile];
   int64_t offset[kRoiBatch];  // of the first bin in the gradient
-  int bins[kRoiBatch];        // on the tile, of all rounds
+  int bins[kRoiBatch];        // on the tile, in all rounds
 };
 
-// Bins that can read [lo, hi], and at most two more.
+// A range with all bins that can read [lo, hi], and up to two more.
 template <class acc_t>
 __device__ __forceinline__ Range bins_between(const RoiAxis<acc_t>& axis, int pooled, int lo, int hi) {
   if (!(axis.bin > 0)) return {0, pooled};
-  // More than coordinates are rounded by.
+  // Exceeds the rounding error of the coordinates.
   const acc_t margin = (axis.size + (axis.start < 0 ? -axis.start : axis.start)) * acc_t(0x1p-20);
   const auto clamped = [&](acc_t bin) { return bin > 0 ? (bin < pooled ? static_cast<int>(bin) : pooled) : 0; };
   return {clamped((lo - margin - axis.start) / axis.bin - 1), clamped((hi + margin - axis.start) / axis.bin + 1)};
@@ -52,7 +52,7 @@ __device__ __forceinline__ void weigh_pixels(const RoiAxis<acc_t>& axis, int bin
   for (int i = 0; i < kRoiTile; ++i) weights[i] *= scale;
 }
 
-// The bins of one round whose weights are not all zero on kPixels pixels from `first`.
+// The bins of one round that have a weight other than zero on kPixels pixels from `first` on.
 template <int kPixels, class acc_t>
 __device__ __forceinline__ Range reading_bins(const RoiWeights<acc_t>& table, int entry, int round, int first) {
   const int bins = min(table.bins[entry] - round * kRoiBatchBins, kRoiBatchBins);
@@ -67,7 +67,7 @@ __device__ __forceinline__ Range reading_bins(const RoiWeights<acc_t>& table, in
   return found;
 }
 
-// Rounds that a batch takes along one axis.
+// The rounds of a batch along one axis.
 template <class acc_t>
 __device__ __forceinline__ int count_rounds(const RoiWeights<acc_t>& table, int batched) {
   int most = 1;

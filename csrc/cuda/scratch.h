@@ -5,7 +5,7 @@
 
 namespace fpn_fast {
 
-// Pieces of one allocation, handed out in a fixed order: first without memory, which counts the bytes, then with it.
+// Parts of one allocation, handed out in a fixed order. Without memory it only counts the bytes.
 class Scratch {
  public:
   explicit Scratch(char* memory = nullptr) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
@@ -20,7 +20,7 @@ class Scratch {
   int64_t bytes() const { return bytes_; }
 
  private:
-  // What a warp reads at once.
+  // A warp's access of 4 bytes per thread.
   static constexpr int64_t kAlignment = 128;
 
   uintptr_t memory_;

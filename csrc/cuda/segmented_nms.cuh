@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Segmented NMS: boxes sorted by score, then, where there are groups, by group; suppressed; and the kept ones listed by
-// score. Four launches of up to 1024 boxes without groups and six with them; the tables of sorted_runs.cuh and
-// greedy_nms.cuh say when there are more.
+// Segmented NMS. Boxes are sorted by score, and then by group if there are groups. They are suppressed, and the kept
+// ones are listed by score. For up to 1024 boxes this takes four launches without groups and six with them.
+// sorted_runs.cuh and greedy_nms.cuh say when there are more.
 #pragma once
 
 #include <cstdint>
@@ -9,53 +9,42 @@
 #include <vector>
 
 #include "../common/boxes.h"
+#include "../common/nms_input.h"
 #include "../common/ordered_bits.h"
 #include "block_sort.cuh"
 #include "greedy_nms.cuh"
 #include "launch.h"
 #include "scratch.h"
 #include "sorted_runs.cuh"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
-// A group and a place by score as one integer, of which the largest comes first; never zero.
+// A group and a rank by score as one integer, never zero. The largest comes first.
 using GroupKey = unsigned __int128;
 
-// Groups may come in any order.
+// The groups may come in any order.
 HOST_DEVICE GroupKey group_key(int64_t group, uint32_t rank) {
   return GroupKey{1} << 96 | GroupKey{static_cast<uint64_t>(group)} << 32 | static_cast<uint32_t>(~rank);
 }
 
 HOST_DEVICE uint64_t group_of_key(GroupKey key) { return static_cast<uint64_t>(key >> 32); }
 
-// As the op has them.
-template <class acc_t>
-struct NmsInput {
-  const Box<acc_t>* boxes;  // [batch, room]
-  const acc_t* scores;      // [batch, room]
-  const int64_t* groups;    // [batch, room] or null
-  const int64_t* counts;    // [batch] or null
-  int64_t batch, room;
-  bool offset;  // groups are told apart by moving boxes
-
-  HOST_DEVICE bool labelled() const { return groups != nullptr && !offset; }
-};
-
 template <class acc_t>
 struct NmsSorting {
   NmsInput<acc_t> input;
   Candidates<acc_t> candidates;
-  // Of each image, by score: keys, and the indices that they come to.
+  // Per image, the keys by score and the indices that they sort to.
   SortedRuns<RankKey<acc_t>> by_score;
   int* order;  // [batch, candidates.room]
-  // The largest coordinate in each of an image's first runs; null where nothing is moved.
+  // The largest coordinate in each of an image's first runs, or null if no box is moved.
   acc_t* largest;
   int largest_count;
-  // Places by score, by group.
+  // Ranks by score, sorted by group.
   SortedRuns<GroupKey> by_group;
 };
 
-// How many of a block's sorted keys there are: those that are not zero. Between barriers.
+// Stores the sorted keys of a block that are not zero, and their number. Call it between barriers.
 template <class Key>
 __device__ __forceinline__ void store_run(const SortedRuns<Key>& runs, int64_t run, const Key (&keys)[kSortItems],
                                           int length) {
@@ -69,11 +58,7 @@ __device__ __forceinline__ void store_run(const SortedRuns<Key>& runs, int64_t r
 template <class acc_t>
 __device__ __forceinline__ acc_t largest_of_block(acc_t value) {
   __shared__ acc_t largest[kSortThreads / 32];
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) {
-    const acc_t other = __shfl_xor_sync(~0u, value, delta);
-    value = other > value ? other : value;
-  }
+  value = warp_maximum(value);
   if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = value;
   __syncthreads();
   for (int i = 0; i < kSortThreads / 32; ++i) value = largest[i] > value ? largest[i] : value;
@@ -112,7 +97,7 @@ __global__ void __launch_bounds__(kSortThreads, 3)
   store_run(sorting.by_score, blockIdx.x, keys, length);
 }
 
-// torchvision's trick: groups far apart on the plane. In its arithmetic, so that rounding decides as it does there.
+// torchvision's trick of moving groups apart, with its arithmetic, because rounding decides which boxes still overlap.
 template <class acc_t>
 __device__ __forceinline__ Box<acc_t> moved_by_group(const NmsSorting<acc_t>& sorting, int64_t image, int64_t group,
                                                      const Box<acc_t>& box) {
@@ -125,7 +110,7 @@ __device__ __forceinline__ Box<acc_t> moved_by_group(const NmsSorting<acc_t>& so
   return {add(box.x1, offset), add(box.y1, offset), add(box.x2, offset), add(box.y2, offset)};
 }
 
-// Merges the runs of an image. Without labels, boxes in this order are the candidates.
+// Merges the runs of an image. Without labels this is the order of the candidates.
 template <class acc_t>
 __global__ void __launch_bounds__(kMergeThreads, 3)
     nms_order_kernel(const __grid_constant__ NmsSorting<acc_t> sorting) {
@@ -151,7 +136,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   });
 }
 
-// A block sorts 2048 places by group.
+// A block sorts 2048 ranks by group.
 template <class acc_t>
 __global__ void __launch_bounds__(kSortThreads, 3)
     nms_groups_kernel(const __grid_constant__ NmsSorting<acc_t> sorting) {
@@ -168,7 +153,7 @@ __global__ void __launch_bounds__(kSortThreads, 3)
   store_run(sorting.by_group, blockIdx.x, keys, length);
 }
 
-// Merges the runs of an image: boxes in this order are the candidates.
+// Merges the runs of an image into the order of the candidates.
 template <class acc_t>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     nms_candidates_kernel(const __grid_constant__ NmsSorting<acc_t> sorting) {
@@ -192,10 +177,10 @@ struct NmsOutput {
   Index *keep, *counts;  // [batch, max_output], [batch]
 };
 
-// Boxes of an image that a thread looks at in one access.
+// Flags of one 16-byte access.
 constexpr int kFlagsOwn = 16;
 
-// A block lists an image's kept boxes, by score, and fills up.
+// A block lists an image's kept boxes by score and writes the padding.
 template <class Index>
 __global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid_constant__ NmsOutput<Index> output) {
   __shared__ int counts[2][kNmsWarps];
@@ -208,7 +193,7 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid
   for (int64_t first = 0; first < output.room && found < output.max_output; first += kNmsThreads * kFlagsOwn) {
     const int64_t place = first + threadIdx.x * kFlagsOwn;
     uint4 flags{0, 0, 0, 0};
-    // Rooms are multiples of 64.
+    // `room` is a multiple of 64.
     if (place < output.room) flags = *reinterpret_cast<const uint4*>(output.flags + image * output.room + place);
     const int own = __popc(flags.x) + __popc(flags.y) + __popc(flags.z) + __popc(flags.w);
     int before = own;
@@ -224,7 +209,7 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid
       if (i < warp) target += counts[turn][i];
       found += counts[turn][i];
     }
-    // Written again only after the other set's barrier.
+    // The two sets alternate, so that one barrier per turn is enough.
     turn = 1 - turn;
     const unsigned words[4] = {flags.x, flags.y, flags.z, flags.w};
 #pragma unroll
@@ -241,7 +226,7 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid
 
 template <class acc_t>
 struct NmsPlan {
-  // What the first launch writes, and what the last merge of runs reads.
+  // `first` is written by the first launch. `last` is read by the last merge of runs.
   NmsSorting<acc_t> first, last;
   std::vector<RunMerge<RankKey<acc_t>>> score_merges;
   std::vector<RunMerge<GroupKey>> group_merges;
@@ -270,7 +255,7 @@ NmsPlan<acc_t> plan_nms(Scratch& scratch, const NmsInput<acc_t>& input, const Ov
   return plan;
 }
 
-// Calls `launch(kernel, config, argument)`: what is written of the plan, which is made with memory, are its candidates.
+// Writes the candidates of the plan.
 template <class acc_t, class Launch>
 void sort_in_launches(const NmsPlan<acc_t>& plan, const Launch& launch) {
   const NmsSorting<acc_t>&first = plan.first, &last = plan.last;

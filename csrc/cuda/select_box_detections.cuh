@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Detections of a head that scores given boxes.
-//
-// Probabilities are put in a table by class, so that the candidates of a class in an image are a list of their own: its
-// best are sorted, decoded and suppressed without its neighbours, and no candidate is ever sorted by class. What is
-// kept goes back to the table, all else is taken out of it, and the best of it are an image's detections.
-// Nine launches of up to 65,536 boxes and classes of up to 4096 candidates; sorted_runs.cuh and greedy_nms.cuh say when
+// Detections of a box head.
+// Probabilities are stored by class, so that the candidates of one class and image form a list. The best of a list are
+// sorted, decoded and suppressed without the other classes, so no candidate is ever sorted by class. The kept scores
+// return to the table, all others are removed, and the best of the table are an image's detections. This takes nine
+// launches for up to 65,536 boxes and classes of up to 4096 candidates. sorted_runs.cuh and greedy_nms.cuh say when
 // there are more.
 #pragma once
 
@@ -21,15 +20,16 @@
 #include "../common/exponential.h"
 #include "../common/ordered_bits.h"
 #include "greedy_nms.cuh"
-#include "head_decoding.cuh"
+#include "head_setup.cuh"
 #include "launch.h"
 #include "scratch.h"
 #include "sorted_runs.cuh"
 #include "top_logits.cuh"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
-// Eight warps, each with a box: neighbours in the table fill what memory is written in, 32 bytes.
+// Eight warps with one box each. Neighbours in the table fill a memory sector of 32 bytes.
 constexpr int kBoxThreads = 256;
 constexpr int kBoxWarps = kBoxThreads / 32;
 
@@ -39,7 +39,8 @@ struct BoxScoring {
   acc_t* probabilities;  // [batch, classes - 1, room]; NaN where there is no box
 };
 
-// A warp makes the probabilities of a box, in double and rounded, so that a library's exp decides nothing.
+// A warp computes the probabilities of a box, in double with our exponential and rounded, so that the maths library
+// does not matter.
 template <class acc_t>
 __global__ void __launch_bounds__(kBoxThreads, 3)
     box_probabilities_kernel(const __grid_constant__ BoxScoring<acc_t> scoring) {
@@ -59,11 +60,7 @@ __global__ void __launch_bounds__(kBoxThreads, 3)
       highest = logit > highest ? logit : highest;
     }
   }
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) {
-    const acc_t other = __shfl_xor_sync(~0u, highest, delta);
-    highest = other > highest ? other : highest;
-  }
+  highest = warp_maximum(highest);
   there = __all_sync(~0u, there) && is_finite(highest);
   const auto power = [&](int64_t c) {
     return exponential(subtract(static_cast<double>(logits[c]), static_cast<double>(highest)));
@@ -73,28 +70,27 @@ __global__ void __launch_bounds__(kBoxThreads, 3)
 #pragma unroll 1
     for (int64_t c = lane; c < heads.classes; c += 32) sum = add(sum, power(c));
   }
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) sum = add(sum, __shfl_xor_sync(~0u, sum, delta));
+  sum = warp_reduce(sum, [](double a, double b) { return add(a, b); });
   acc_t* own = scoring.probabilities + (image * (heads.classes - 1) - 1) * heads.room + box;
-  // Without class 0, the background.
+  // Class 0, the background, is left out.
 #pragma unroll 1
   for (int64_t c = lane == 0 ? 32 : lane; c < heads.classes; c += 32) {
     own[c * heads.room] = there ? static_cast<acc_t>(divide(power(c), sum)) : std::numeric_limits<acc_t>::quiet_NaN();
   }
 }
 
-// The candidates of each class but the first in each image.
+// The candidates of each class except the background, per image.
 template <class acc_t>
 struct BoxCandidates {
   BoxHeads<acc_t> heads;
-  SortedRuns<RankKey<acc_t>> runs;  // a list of each class, one after the other as if of an image each
+  SortedRuns<RankKey<acc_t>> runs;  // one list per image and class
   Candidates<acc_t> candidates;
-  int* sources;          // [lists, candidates.room], the boxes that they are decoded from
+  int* sources;          // [lists, candidates.room], the boxes that they come from
   acc_t* scores;         // [lists, candidates.room]
   acc_t* probabilities;  // [lists, room]
 };
 
-// Merges the runs of a class, and decodes each box where it comes to stand. Nothing is kept yet.
+// Merges the runs of a class and decodes each box at its final position. Also clears the table: no box is kept yet.
 template <class acc_t>
 __global__ void __launch_bounds__(kMergeThreads, 3)
     decode_boxes_kernel(const __grid_constant__ BoxCandidates<acc_t> decoding) {
@@ -119,7 +115,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   });
 }
 
-// Puts the scores of kept boxes back where they were.
+// Writes the scores of kept boxes back to the table.
 template <class acc_t>
 __global__ void __launch_bounds__(kBoxThreads)
     keep_boxes_kernel(const __grid_constant__ BoxCandidates<acc_t> decoding) {
@@ -135,11 +131,11 @@ __global__ void __launch_bounds__(kBoxThreads)
 template <class acc_t>
 struct BoxOutput {
   BoxHeads<acc_t> heads;
-  SortedRuns<RankKey<acc_t>> runs;  // of each image, of pairs in the order of (box, class)
+  SortedRuns<RankKey<acc_t>> runs;  // pairs in the order (box, class), per image
   DetectionTables<acc_t> tables;
 };
 
-// Merges the runs of an image, decodes each box again where it comes to stand, and fills up.
+// Merges the runs of an image, decodes each box again at its final position, and writes the padding.
 template <class acc_t>
 __global__ void __launch_bounds__(kMergeThreads, 3)
     box_detections_kernel(const __grid_constant__ BoxOutput<acc_t> output) {
@@ -169,7 +165,7 @@ struct BoxPlan {
   SortedRuns<RankKey<acc_t>> detections;
 };
 
-// A place of the output for each of `max_detections`; of each class at most `class_top_n` above `score_thresh`.
+// Plans up to `max_detections` per image, from the best `class_top_n` of each class with scores above `score_thresh`.
 template <class acc_t>
 BoxPlan<acc_t> plan_boxes(Scratch& scratch, const BoxHeads<acc_t>& heads, acc_t score_thresh,
                           std::optional<int64_t> class_top_n, const OverlapRule<acc_t>& rule, int64_t max_detections) {
@@ -183,13 +179,13 @@ BoxPlan<acc_t> plan_boxes(Scratch& scratch, const BoxHeads<acc_t>& heads, acc_t 
   decoding.candidates = plan_candidates<acc_t>(scratch, lists, limit, false, false, rule);
   const int64_t places = decoding.candidates.room;
   decoding.sources = scratch.take<int>(lists * places), decoding.scores = scratch.take<acc_t>(lists * places);
-  // A class's boxes are the channels of a map of one pixel.
+  // The boxes of a class are the channels of a map of one pixel.
   const FeatureMap<const acc_t> of_class{decoding.probabilities, lists, room, 1, 1, room, 1, 1, 1};
   plan.of_classes =
       plan_selection<acc_t>(scratch, {of_class}, limit, places, std::nextafter(score_thresh, infinity), false);
   decoding.runs = plan.of_classes.runs;
   plan.class_merges = plan_merges(scratch, lists, places, decoding.runs);
-  // An image's boxes are the pixels of a map, and its classes the channels.
+  // The boxes of an image are the pixels of a map, and its classes the channels.
   const FeatureMap<const acc_t> of_image{decoding.probabilities, heads.batch, classes, 1, static_cast<int>(room),
                                          classes * room,         room,        room,    1};
   const int64_t most = std::min(max_detections, classes * room);
@@ -200,7 +196,6 @@ BoxPlan<acc_t> plan_boxes(Scratch& scratch, const BoxHeads<acc_t>& heads, acc_t 
   return plan;
 }
 
-// Calls `launch(kernel, config, argument)`. The plan is made with memory.
 template <class acc_t, class Launch>
 void detect_in_launches(const BoxPlan<acc_t>& plan, const DetectionTables<acc_t>& tables, const Launch& launch) {
   const BoxHeads<acc_t>& heads = plan.scoring.heads;

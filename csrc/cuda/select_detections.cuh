@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Detections of a dense head: each level's best logits above a threshold, their boxes, class-aware suppression of all
-// levels together, and the best of an image. Eleven launches of up to 1024 candidates of an image; top_logits.cuh,
-// sorted_runs.cuh and greedy_nms.cuh say when there are more.
+// Detections of a dense head: the best logits of each level above a threshold, their boxes, class-aware suppression
+// over all levels, and the best of an image. This takes eleven launches for up to 1024 candidates per image.
+// top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when there are more.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 #include "../common/detections.h"
 #include "../common/exponential.h"
 #include "../common/feature_map.h"
+#include "../common/head_decoding.h"
 #include "../common/ordered_bits.h"
-#include "../common/proposal_arguments.h"
 #include "../common/scalar.h"
-#include "head_decoding.cuh"
+#include "head_setup.cuh"
 #include "launch.h"
 #include "scratch.h"
 #include "segmented_nms.cuh"
@@ -29,16 +29,16 @@ namespace fpn_fast {
 
 constexpr int kDetectionThreads = 256;
 
-// Logits that are ranked with the centerness of their place.
+// Logits that are ranked together with the centerness of their position.
 template <class T>
 struct CenteredSelection {
-  LogitSelection<T> logits;  // no score of a logit below its lowest is high enough
+  LogitSelection<T> logits;  // logits below its lowest cannot pass the threshold
   FeatureMap<const T> centerness[kMaxProposalLevels];
   acc_type<T> lowest_score;
   uint32_t classes;
 };
 
-// What a logit is ranked by: its score, which takes two exponentials, so that most logits are left out before.
+// Ranks a logit by its score. A score takes two exponentials, so most logits are excluded before.
 template <class T>
 struct RankedByScore {
   using acc_t = acc_type<T>;
@@ -76,16 +76,16 @@ struct CandidateDecoding {
   using acc_t = acc_type<T>;
 
   HeadDecoding<T> head;
-  SortedRuns<RankKey<acc_t>> runs;    // of each image, a list of each level
-  int first[kMaxProposalLevels + 1];  // an image's candidates of level i have the places [first[i], first[i + 1])
+  SortedRuns<RankKey<acc_t>> runs;    // one list per image and level
+  int first[kMaxProposalLevels + 1];  // level i of an image has the candidates [first[i], first[i + 1])
   uint32_t classes;
-  bool scored;        // ranked by score, else by logit
-  Box<acc_t>* boxes;  // [images, all places]
+  bool scored;        // ranked by score instead of logit
+  Box<acc_t>* boxes;  // [images, candidates of all levels]
   acc_t* scores;      // NaN where there is no candidate
   int64_t* labels;
 };
 
-// Merges the runs of a level, and decodes each logit where it comes to stand.
+// Merges the runs of a level and decodes each logit at its final position.
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads, 3)
     decode_candidates_kernel(const __grid_constant__ CandidateDecoding<T> decoding) {
@@ -156,19 +156,14 @@ DetectionPlan<T> plan_detections(Scratch& scratch, const DenseHeads<T>& heads) {
   }
   const int64_t all = decoding.first[levels];
 
-  HeadDecoding<T>& head = decoding.head;
-  std::copy(heads.deltas.begin(), heads.deltas.end(), head.deltas);
-  std::copy(heads.stride_y.begin(), heads.stride_y.end(), head.stride_y);
-  std::copy(heads.stride_x.begin(), heads.stride_x.end(), head.stride_x);
-  head.coding = heads.coding, head.distances = heads.distances, head.image_sizes = heads.image_sizes;
-  head.anchors = static_cast<int>(heads.anchors);
-  head.cells = plan.cells = scratch.take<Box<acc_t>>(levels * heads.anchors);
+  decoding.head = heads.head;
+  decoding.head.cells = plan.cells = scratch.take<Box<acc_t>>(levels * heads.head.anchors);
 
   CenteredSelection<T>& selection = plan.selection;
   selection.classes = decoding.classes;
   std::copy(heads.centerness.begin(), heads.centerness.end(), selection.centerness);
   selection.lowest_score = heads.lowest;
-  // Of the highest centerness.
+  // A bound for the highest centerness.
   const acc_t lowest = decoding.scored ? logit_bound(heads.lowest, acc_t(1)) : heads.lowest;
   const int64_t room = (std::max<int64_t>(limit, 1) + kNmsChunk - 1) / kNmsChunk * kNmsChunk;
   selection.logits = plan_selection<T>(scratch, heads.logits, limit, room, lowest, true);
@@ -184,7 +179,6 @@ DetectionPlan<T> plan_detections(Scratch& scratch, const DenseHeads<T>& heads) {
   return plan;
 }
 
-// Calls `launch(kernel, config, argument)`. The plan is made with memory.
 template <class T, class Launch, class acc_t = acc_type<T>>
 void detect_in_launches(const DetectionPlan<T>& plan, const std::vector<Box<acc_t>>& cells,
                         const DetectionTables<acc_t>& tables, const Launch& launch) {

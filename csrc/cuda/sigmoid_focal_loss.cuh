@@ -1,34 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The focal loss in one launch: see Note [Focal loss]. A block owns a tile of elements, whatever rows they are of, and
-// adds their losses up to one number; elements are read and written 16 bytes at a time.
+// The focal loss in one launch: Note [Focal loss]. A block owns a tile of consecutive elements, across rows, and sums
+// their losses. Elements are read and written 16 bytes at a time.
 #pragma once
 
 #include "../common/sigmoid_focal_loss.h"
 #include "launch.h"
 #include "vector.cuh"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
 constexpr int kFocalThreads = 256, kFocalWarps = kFocalThreads / 32;
 
 template <class T>
-struct FocalLoss {
-  const T* logits;  // [M, classes], `elements` of them
-  const int64_t* labels;
-  const acc_type<T>* weights;
-  int64_t elements;
-  int classes;
-  acc_type<T> alpha;
-  acc_type<T>* parts;
-  T* gradient;
-  bool aligned;  // logits, to 16 bytes
-};
-
-template <class T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T sums[kFocalWarps];
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  value = warp_sum(value);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
   __syncthreads();
   T sum = 0;
@@ -75,7 +62,6 @@ __global__ void __launch_bounds__(kFocalThreads) sigmoid_focal_loss_kernel(const
   if (threadIdx.x == 0) loss.parts[blockIdx.x] = sum;
 }
 
-// Calls `launch(kernel, config, argument)` once.
 template <class T, class Launch>
 void focal_loss_in_launch(const FocalLoss<T>& loss, const Launch& launch) {
   const LaunchConfig config{focal_tiles(loss.elements), kFocalThreads};

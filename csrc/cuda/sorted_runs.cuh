@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorting more keys than a block holds: blocks sort runs, and an element's place among all is its place in its own run
-// and the number of larger keys in each other run, found by bisection. Up to 32 runs are merged at once, so that one
-// launch serves 65,536 keys. Keys are unique and not zero; the largest comes first.
+// Sorts more keys than a block holds. Blocks sort runs. The rank of an element is its index in its own run plus the
+// number of larger keys in each other run, found by bisection. One launch merges up to 32 runs, which is 65,536 keys.
+// Keys are unique and not zero; the largest comes first.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "../common/proposal_arguments.h"
+#include "../common/head_decoding.h"
 #include "launch.h"
 #include "scratch.h"
 
@@ -16,24 +16,24 @@ namespace fpn_fast {
 
 constexpr int kMergeThreads = 256;
 constexpr int kMergeWays = 32;
-// Bisections that go on side by side, each waiting for memory: four times eight are all runs.
+// Bisections in flight, whose memory accesses overlap. Four groups of eight cover all runs.
 constexpr int kBisections = 8;
 constexpr int kMaxRunLists = kMaxProposalLevels;
 
-// The runs of every image's lists.
+// The sorted runs of every image's lists.
 template <class Key>
 struct SortedRuns {
   Key* keys;    // [images, runs, capacity]
   int* counts;  // [images, runs]
   int capacity;
-  int limit;                    // how many of a list are wanted
-  int lists;                    // of an image
-  int first[kMaxRunLists + 1];  // an image's list i has the runs [first[i], first[i + 1])
+  int limit;                    // keys wanted per list
+  int lists;                    // per image
+  int first[kMaxRunLists + 1];  // list i of an image has the runs [first[i], first[i + 1])
 
   HOST_DEVICE int64_t index(int64_t image, int run) const { return image * first[lists] + run; }
 };
 
-// What a thread has to place: element `i` of a run, if that has so many, among its list's runs [begin, end).
+// The element that a thread places: element `i` of a run, if it exists, among the runs [begin, end) of its list.
 struct RunElement {
   int64_t image;
   int list, run, i, begin, end;
@@ -58,7 +58,7 @@ __device__ __forceinline__ RunElement run_element(const SortedRuns<Key>& runs) {
   return element;
 }
 
-// How many elements there are in the runs that `element` is merged with.
+// The number of wanted elements in the runs that `element` is merged with.
 template <class Key>
 __device__ __forceinline__ int merged_count(const SortedRuns<Key>& runs, const RunElement& element) {
   int64_t count = 0;
@@ -92,7 +92,7 @@ __device__ __forceinline__ int rank_in_runs(const SortedRuns<Key>& runs, const R
   return rank;
 }
 
-// Calls `place(rank, key)` for the thread's element, if there is one and it is wanted.
+// Calls `place(rank, key)` for the thread's element, if it exists and is wanted.
 template <class Key, class Place>
 __device__ __forceinline__ void place_in_runs(const SortedRuns<Key>& runs, const RunElement& element,
                                               const Place& place) {
@@ -108,7 +108,7 @@ struct RunMerge {
   SortedRuns<Key> from, to;
 };
 
-// Each kMergeWays runs of a list become one.
+// Merges each kMergeWays runs of a list into one.
 template <class Key>
 __global__ void __launch_bounds__(kMergeThreads, 4) merge_runs_kernel(const __grid_constant__ RunMerge<Key> merge) {
   const RunElement element = run_element(merge.from);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_runs_kernel(const __gr
                 [&](int rank, const Key& key) { merge.to.keys[target * merge.to.capacity + rank] = key; });
 }
 
-// `lengths` are the runs of each list of an image, one or more.
+// `lengths` holds the number of runs of each list, one or more.
 template <class Key>
 SortedRuns<Key> plan_runs(Scratch& scratch, int64_t images, const std::vector<int64_t>& lengths, int64_t capacity,
                           int64_t limit) {
@@ -137,8 +137,8 @@ int64_t blocks_of_runs(const SortedRuns<Key>& runs, int64_t images) {
   return images * runs.first[runs.lists] * blocks_of_run(runs);
 }
 
-// The merges after which no list has more than kMergeWays runs; `runs` become those. A list has room for `room`, which
-// is its limit rounded up as capacities are.
+// Plans merges until no list has more than kMergeWays runs, and sets `runs` to these. `room` is the limit of a list,
+// rounded up like capacities.
 template <class Key>
 std::vector<RunMerge<Key>> plan_merges(Scratch& scratch, int64_t images, int64_t room, SortedRuns<Key>& runs) {
   std::vector<RunMerge<Key>> merges;

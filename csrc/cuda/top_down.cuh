@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The top-down merge, forward: one launch for the whole pathway, bound by bytes (each lateral read once, each merged
-// map written once).
+// The top-down merge in one launch for the whole pathway. Memory bandwidth limits it: each lateral is read once and
+// each merged map is written once.
 //
 // Note [Recomputed chain]
-// Level l's merged map needs level l + 1's, which other blocks write. Instead of waiting for them, a thread recomputes
-// the coarser values it needs from the coarser laterals, rounding at every level as a sequence of launches would: the
-// result is the same bit for bit, and the extra reads are of small maps, from cache. A thread owns two rows by two
-// pixels (channels_last) or two rows by 16 bytes (channels_first), so that at a ratio of two it computes each coarser
-// value once. Bilinear has no such chain (its tree of taps grows fourfold per level) and takes one launch per level.
+// The merged map of level l needs that of level l + 1, which other blocks write. Instead of synchronising, a thread
+// recomputes the coarser values that it needs from the coarser laterals. It rounds at every level like a sequence of
+// launches, so the results are bit-equal. The additional reads are of small maps, from cache. A thread owns two rows by
+// two pixels (channels_last) or two rows by 16 bytes (channels_first), so that at a ratio of two it computes each
+// coarser value once.
+// Bilinear would need four times as many taps per level, so it takes one launch per level.
 #pragma once
 
 #include <vector>
@@ -20,16 +21,16 @@ namespace fpn_fast {
 
 constexpr int kMaxLevels = 8;
 
-// How the blocks of one level divide its merged map among them; 32 bits, because 64-bit divisions are slow.
+// How the blocks of one level divide its merged map. 32-bit, because 64-bit divisions are slow.
 struct TopDownTiling {
-  unsigned first_block;  // blocks of finer levels come before
-  unsigned per_row;      // channels_last: blocks along a pair of rows; channels_first: blocks per plane
+  unsigned first_block;  // after the blocks of finer levels
+  unsigned per_row;      // channels_last: blocks per pair of rows; channels_first: blocks per plane
   unsigned row_pairs;
   unsigned inner_chunks;  // 16-byte vectors along the inner axis
   unsigned lane_bits;     // channels_last: log2 of the threads along the channels
 };
 
-// Maps of one pathway, finest first. Passed by value: 8 levels fill a third of the parameter space.
+// The maps of a pathway, finest first. It is passed by value: 8 levels fill a third of the parameter space.
 template <class T>
 struct Pathway {
   int levels;
@@ -40,12 +41,13 @@ struct Pathway {
   TopDownTiling tiling[kMaxLevels - 1];
 };
 
-// 8 warps: enough for four 16-byte loads per thread to cover the latency of HBM at full occupancy.
+// 8 warps: at full occupancy four 16-byte loads per thread cover the latency of HBM.
 constexpr int kTopDownThreads = 256;
-// Allows 80 registers: 24 warps on a multiprocessor. At 2 the compiler takes up to 124; left alone it spills at 64.
+// Allows 80 registers: 24 warps on a multiprocessor. With 2 the compiler takes up to 124; without a bound it spills at
+// 64.
 constexpr int kTopDownBlocks = 3;
 
-// Fills the tilings and gives the launch.
+// Sets the tilings. Returns the launch.
 template <class T, bool kChannelsLast>
 LaunchConfig top_down_launch(Pathway<T>& pathway) {
   int64_t blocks = 0;
@@ -74,7 +76,7 @@ __device__ __forceinline__ acc_type<T> fuse(acc_type<T> lateral, acc_type<T> top
   return average ? round_to<T>(sum * acc_type<T>(0.5)) : sum;
 }
 
-// Pixel (y, x) of level `from` followed down the nearest sources to level `to`.
+// Follows pixel (y, x) of level `from` along the nearest sources to level `to`.
 template <class T>
 __device__ __forceinline__ void project(const Pathway<T>& pathway, int from, int to, int& y, int& x) {
   for (int level = from; level < to; ++level) {
@@ -83,7 +85,7 @@ __device__ __forceinline__ void project(const Pathway<T>& pathway, int from, int
   }
 }
 
-// merged[level](n, c.., y, x) along the channels. See Note [Recomputed chain].
+// merged[level](n, c..., y, x) for 16 bytes of channels: Note [Recomputed chain].
 template <class T>
 __device__ __forceinline__ void merged_channels(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int count,
                                                 int y, int x, acc_type<T> (&value)[kVec<T>]) {
@@ -115,7 +117,7 @@ __device__ __forceinline__ acc_type<T> merged_pixel(const Pathway<T>& pathway, i
   return value;
 }
 
-// Two rows by two pixels by 16 bytes of channels.
+// Merges two rows by two pixels by 16 bytes of channels.
 template <class T>
 __device__ __forceinline__ void merge_pixels(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int y0,
                                              int x0) {
@@ -148,7 +150,7 @@ __device__ __forceinline__ void merge_pixels(const Pathway<T>& pathway, int leve
   }
 }
 
-// The same with four taps a pixel. One pixel after the other: all at once would take four times the registers.
+// The same with four taps per pixel, one pixel after the other: all at once would take four times the registers.
 template <class T>
 __device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0, int x0) {
   const FeatureMap<const T>&lateral = pathway.lateral[0], &top = pathway.lateral[1];
@@ -165,7 +167,7 @@ __device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway,
     load(lateral.at(n, c, y, x), lateral.stride_c, count, lateral.vectorised, values);
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) blend[j] = 0;
-    // Row after row, for the registers' sake as well.
+    // One row after the other, also to save registers.
 #pragma unroll 1
     for (int row = 0; row < 2; ++row) {
       const int tap_y = row ? rows.hi : rows.lo;
@@ -182,7 +184,7 @@ __device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway,
   }
 }
 
-// Two rows by 16 bytes of columns.
+// Merges two rows by 16 bytes of columns.
 template <class T>
 __device__ __forceinline__ void merge_columns(const Pathway<T>& pathway, int level, int64_t n, int64_t c, int y0,
                                               int x0) {
@@ -197,7 +199,7 @@ __device__ __forceinline__ void merge_columns(const Pathway<T>& pathway, int lev
       load(lateral.at(n, c, y0 + i, x0), lateral.stride_w, count, lateral.vectorised, values[i]);
     }
   }
-  // Whichever columns and row of the coarser map come next, the same ones are not computed again.
+  // A column and row of the coarser map is computed again only if it differs from the previous one.
   acc_type<T> top[2] = {0, 0};
   int sources[2] = {-1, -1};
   const int rows[2] = {nearest_source(pathway.rows[level], y0), nearest_source(pathway.rows[level], y0 + 1)};
@@ -224,7 +226,7 @@ __device__ __forceinline__ void merge_columns(const Pathway<T>& pathway, int lev
   }
 }
 
-// The same with four taps a pixel. One row after the other: both at once would take twice the registers.
+// The same with four taps per pixel, one row after the other: both at once would take twice the registers.
 template <class T>
 __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0,
                                                        int x0) {
@@ -299,7 +301,7 @@ Pathway<T> part_of(const std::vector<FeatureMap<const T>>& laterals, const std::
   pathway.average = average;
   for (size_t level = first; level <= last; ++level) {
     const size_t i = level - first;
-    // A launch that is not the first starts from the map that the one before it merged.
+    // A later launch starts from the map that the previous one merged.
     pathway.lateral[i] = level == last && last < merged.size() ? read_only(merged[last]) : laterals[level];
     if (level == last) continue;
     pathway.merged[i] = merged[level];
@@ -309,8 +311,7 @@ Pathway<T> part_of(const std::vector<FeatureMap<const T>>& laterals, const std::
   return pathway;
 }
 
-// Calls `launch(kernel, config, pathway)` for every launch that the pathway takes, coarsest levels first: one, but for
-// bilinear and for more levels than a launch holds.
+// Coarsest levels first. One launch, unless the mode is bilinear or there are more levels than a launch holds.
 template <class T, bool kChannelsLast, class Launch>
 void merge_in_launches(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
                        Resample mode, bool average, const Launch& launch) {
@@ -319,11 +320,8 @@ void merge_in_launches(const std::vector<FeatureMap<const T>>& laterals, const s
     const size_t first = last > step ? last - step : 0;
     Pathway<T> pathway = part_of(laterals, merged, first, last, mode, average);
     const LaunchConfig config = top_down_launch<T, kChannelsLast>(pathway);
-    if (mode == Resample::kNearest) {
-      launch(top_down_kernel<T, kChannelsLast, false>, config, pathway);
-    } else {
-      launch(top_down_kernel<T, kChannelsLast, true>, config, pathway);
-    }
+    mode == Resample::kNearest ? launch(top_down_kernel<T, kChannelsLast, false>, config, pathway)
+                               : launch(top_down_kernel<T, kChannelsLast, true>, config, pathway);
     last = first;
   }
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient of the top-down merge: one launch for the whole pathway, gathered, without atomics or a zero fill.
+// Gradient of the top-down merge in one launch for the whole pathway. It is gathered, without atomics or zero fill.
 //
 // Note [Tiles of the coarsest map]
-// With nearest sources every pixel has one parent, so what lies under a tile of the coarsest map belongs to no other
-// tile. A block owns such a tile and walks up the levels with a barrier between them: each gradient is read once from
-// memory, the sums that the next level reads are the block's own, still in cache, and every value is written once.
-// Bilinear tiles overlap, so bilinear takes one launch per level, where there is nothing to wait for.
+// With nearest sources every pixel has one parent, so the pixels under a tile of the coarsest map belong to no other
+// tile. A block owns such a tile and walks up the levels, with a barrier after each. It reads each gradient once, finds
+// the sums of the previous level in cache, and writes every value once. Bilinear tiles overlap, so bilinear takes one
+// launch per level.
 #pragma once
 
 #include "../common/resample.h"
@@ -18,18 +18,18 @@ namespace fpn_fast {
 template <class T>
 struct GradientPathway {
   int levels;
-  int grads;  // `levels`, or one fewer where the coarsest map is the pathway's own, which is its lateral
+  int grads;  // `levels`, or one fewer if the pathway ends at the coarsest map, which is its own lateral
   bool average;
   FeatureMap<const T> grad[kMaxLevels];  // of the merged maps
-  FeatureMap<T> sum[kMaxLevels];         // of the laterals; [0] is `grad[0]` and unused
+  FeatureMap<T> sum[kMaxLevels];         // of the laterals; [0] is unused, because it equals grad[0]
   Axis<acc_type<T>> rows[kMaxLevels - 1], cols[kMaxLevels - 1];
-  // Of the coarsest map.
+  // The tiles of the coarsest map.
   int tile_rows, tile_cols;
   unsigned row_tiles, col_tiles;
   unsigned lane_bits;  // channels_last: log2 of the threads along the channels
 };
 
-// A sum over a level's region should keep a block's threads busy this many times over.
+// Tasks per thread that keep a block busy.
 constexpr int kTasksPerThread = 2;
 
 template <class T, bool kChannelsLast>
@@ -38,7 +38,7 @@ LaunchConfig top_down_backward_launch(GradientPathway<T>& pathway) {
   const FeatureMap<T>& finest = pathway.sum[1];
   const int64_t chunks = ((kChannelsLast ? finest.channels : finest.width) + kVec<T> - 1) / kVec<T>;
   const auto tiles = [](int64_t size, int64_t tile) { return static_cast<unsigned>((size + tile - 1) / tile); };
-  // Pixels of level 1 under one of the coarsest, along each axis.
+  // Pixels of level 1 under a pixel of the coarsest map, along each axis.
   const int64_t rows_under = std::max(1, finest.height / coarsest.height);
   const int64_t cols_under = std::max(1, finest.width / coarsest.width);
   const int64_t wanted = kTasksPerThread * kTopDownThreads;
@@ -70,7 +70,7 @@ struct Weights {
   }
 };
 
-// Gradient of one source pixel, 16 bytes of channels.
+// The gradient of one source pixel by 16 bytes of channels.
 template <class T, bool kBilinear>
 __device__ __forceinline__ void gather_channels(const GradientPathway<T>& pathway, int level,
                                                 const FeatureMap<const T>& fine, int64_t n, int64_t c, int count, int y,
@@ -78,7 +78,7 @@ __device__ __forceinline__ void gather_channels(const GradientPathway<T>& pathwa
   const Range rows = targets<kBilinear>(pathway.rows[level - 1], y);
   const Range cols = targets<kBilinear>(pathway.cols[level - 1], x);
   if (!kBilinear && rows.end - rows.begin == 2 && cols.end - cols.begin == 2) {
-    // The ratio of two: all four loads in flight at once.
+    // A ratio of two: all four loads are in flight at once.
     acc_type<T> values[4][kVec<T>];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void gather_channels(const GradientPathway<T>& pathwa
   }
 }
 
-// Adds the merged map's own gradient, where the level has one, and writes.
+// Adds the merged map's own gradient, if the level has one, and writes the sum.
 template <class T>
 __device__ __forceinline__ void finish(const GradientPathway<T>& pathway, int level, int64_t n, int64_t c, int y, int x,
                                        int64_t grad_stride, int64_t sum_stride, int count,
@@ -124,7 +124,7 @@ __device__ __forceinline__ void finish(const GradientPathway<T>& pathway, int le
   store(out.at(n, c, y, x), sum_stride, count, out.vectorised, sum);
 }
 
-// Gradient of one source pixel of one channel, for maps whose columns cannot be read 16 bytes at a time.
+// The gradient of one source pixel and channel, for maps whose columns cannot be read 16 bytes at a time.
 template <class T, bool kBilinear>
 __device__ __forceinline__ void gather_pixel(const GradientPathway<T>& pathway, int level,
                                              const FeatureMap<const T>& fine, int64_t n, int64_t c, int y, int x) {
@@ -149,7 +149,7 @@ __device__ __forceinline__ void gather_pixel(const GradientPathway<T>& pathway, 
   *pathway.sum[level].at(n, c, y, x) = Rounded<T>::from(sum);
 }
 
-// Gradients of 16 bytes of columns of one source row.
+// The gradients of 16 bytes of columns of one source row.
 template <class T, bool kBilinear>
 __device__ __forceinline__ void gather_columns(const GradientPathway<T>& pathway, int level,
                                                const FeatureMap<const T>& fine, int64_t n, int64_t c, int y, int x0) {
@@ -181,7 +181,7 @@ __device__ __forceinline__ void gather_columns(const GradientPathway<T>& pathway
   }
 }
 
-// The rows (or columns) of `level` under [begin, end) of the coarsest map.
+// The rows or columns of `level` under [begin, end) of the coarsest map.
 template <class T>
 __device__ __forceinline__ Range region(const Axis<T>* axes, int coarsest, int level, int begin, int end) {
 #pragma unroll 1
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kTopDownThreads, kTopDownBlocks)
   }
 }
 
-// Gradients of laterals first + 1 to `last`, from that of lateral `first`.
+// The part with the gradients of laterals first + 1 to `last`, computed from that of lateral `first`.
 template <class T>
 GradientPathway<T> part_of_gradient(const std::vector<FeatureMap<const T>>& grads,
                                     const std::vector<FeatureMap<T>>& sums, size_t first, size_t last, Resample mode,
@@ -263,7 +263,7 @@ GradientPathway<T> part_of_gradient(const std::vector<FeatureMap<const T>>& grad
   return pathway;
 }
 
-// Calls `launch(kernel, config, pathway)` for every launch that the gradient takes, finest levels first.
+// Finest levels first.
 template <class T, bool kChannelsLast, class Launch>
 void gather_in_launches(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
                         Resample mode, bool average, const Launch& launch) {
@@ -272,11 +272,8 @@ void gather_in_launches(const std::vector<FeatureMap<const T>>& grads, const std
     const size_t last = std::min(first + step, sums.size());
     GradientPathway<T> pathway = part_of_gradient(grads, sums, first, last, mode, average);
     const LaunchConfig config = top_down_backward_launch<T, kChannelsLast>(pathway);
-    if (mode == Resample::kNearest) {
-      launch(top_down_backward_kernel<T, kChannelsLast, false>, config, pathway);
-    } else {
-      launch(top_down_backward_kernel<T, kChannelsLast, true>, config, pathway);
-    }
+    mode == Resample::kNearest ? launch(top_down_backward_kernel<T, kChannelsLast, false>, config, pathway)
+                               : launch(top_down_backward_kernel<T, kChannelsLast, true>, config, pathway);
   }
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The highest logits of every image and level, straight from a head's maps in either memory format.
+// The highest logits of every image and level, read directly from a head's maps in either memory format.
 //
-// A histogram of the first 12 bits of each logit says in which bin a list's k-th highest lies. Then a block of each
-// span of a map keeps what is in that bin or above, mostly little more than k of a list together, and sorts it: a run
-// for sorted_runs.cuh to merge. Only counts are added up, so a result does not depend on the order of threads; equal
-// logits, however many, are told apart by their indices.
+// A histogram of the first 12 bits of each logit finds the bin of the k-th highest logit of a list. Then a block per
+// span of a map keeps the logits of that bin and above, usually little more than k per list in all, and sorts them into
+// a run for sorted_runs.cuh. Only counts are added atomically, so the result does not depend on the order of threads.
+// Equal logits are ordered by their indices.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 
 #include "../common/boxes.h"
 #include "../common/feature_map.h"
+#include "../common/head_decoding.h"
 #include "../common/ordered_bits.h"
-#include "../common/proposal_arguments.h"
 #include "../common/scalar.h"
 #include "block_sort.cuh"
 #include "launch.h"
@@ -25,27 +25,27 @@
 namespace fpn_fast {
 
 constexpr int kLogitThreads = kSortThreads;
-// Sign, exponent and three digits of a float32. 16 KB of a block's shared memory.
+// The sign, the exponent and three digits of a float32. The bins take 16 KB of shared memory.
 constexpr int kBinBits = 12;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinsOwn = kBins / kLogitThreads;
-// Four logits of a thread are under way at a time, and half a block's keys are left for them.
+// Logits in flight per thread. Half of a block's keys are reserved for them.
 constexpr int kLogitsOwn = 4;
 constexpr int kLogitsStep = kLogitThreads * kLogitsOwn;
-// A block's share: the finest level of an image of 800 x 1344 makes 25 runs, which one merge holds.
+// Logits of a block. The finest level of an 800 x 1344 image makes 25 runs, which one merge takes.
 constexpr int64_t kLogitSpan = 8192;
-// Blocks that fill a GPU twice over and more. Where there are as many, longer spans make fewer runs to merge.
+// Blocks that fill a GPU more than twice. Beyond this number, longer spans make fewer runs to merge.
 constexpr int64_t kLogitSpans = 1024;
 
-// How long a span is of `logits` in all. Longer than a block can sort only where it can be cut back to the `limit` that
-// are wanted of a list.
+// The length of a span, for `logits` in all. It exceeds what a block can sort only if the keys can be cut back to
+// `limit`, the number that a list wants.
 inline uint32_t logit_span_of(int64_t limit, int64_t logits) {
   if (limit > kSortItems - kLogitsStep) return kSortItems;
   const int64_t longer = (logits + kLogitSpan * kLogitSpans - 1) / (kLogitSpan * kLogitSpans);
   return static_cast<uint32_t>(std::clamp<int64_t>(kLogitSpan * longer, kLogitSpan, 1 << 30));
 }
 
-// A map of logits and the order in which it is read, that of memory.
+// A map of logits, read in the order of its memory.
 template <class T>
 struct LogitMap {
   FeatureMap<const T> map;
@@ -67,7 +67,7 @@ HOST_DEVICE uint32_t logits_of(const LogitMap<T>& logits) {
   return static_cast<uint32_t>(logits.map.channels * logits.map.height * logits.map.width);
 }
 
-// Place (y, x, channel) of the logit that is read `i`-th.
+// The index (y, x, channel) of the i-th logit in the order of reading.
 template <class T>
 __device__ __forceinline__ uint32_t logit_index(const LogitMap<T>& logits, uint32_t i) {
   if (logits.channels_inner) return i;
@@ -94,9 +94,9 @@ struct LogitSelection {
   LogitMap<T> levels[kMaxProposalLevels];
   int64_t images;
   uint32_t span;
-  acc_type<T> lowest;                     // lower ones are not selected
-  uint32_t* bins;                         // [images, levels, kBins], zero at first; or null: nothing is counted
-  SortedRuns<RankKey<acc_type<T>>> runs;  // of each image, a list of each level
+  acc_type<T> lowest;  // lower logits are not selected
+  uint32_t* bins;  // [images, levels, kBins], zeroed before the launch; or null: all logits above `lowest` are sorted
+  SortedRuns<RankKey<acc_type<T>>> runs;  // one list per image and level
 };
 
 struct LogitSpan {
@@ -121,7 +121,7 @@ template <class T>
 __device__ __forceinline__ void load_logits(const LogitMap<T>& logits, const LogitSpan& span, uint32_t first,
                                             acc_type<T> (&values)[kLogitsOwn]) {
   if (logits.dense && first + kLogitsStep <= span.end) {
-    // Without a condition for each, loads wait for memory together.
+    // Without a condition per load, the loads overlap.
     const T* data = logits.map.data + span.image * logits.map.stride_n + first + threadIdx.x;
 #pragma unroll
     for (int k = 0; k < kLogitsOwn; ++k) values[k] = to_acc(data[k * kLogitThreads]);
@@ -135,7 +135,7 @@ __device__ __forceinline__ void load_logits(const LogitMap<T>& logits, const Log
   }
 }
 
-// What a logit is ranked by: itself. What is not finite is not selected.
+// Ranks a logit by itself. Logits that are not finite are not selected.
 template <class T>
 struct RankedByLogit {
   acc_type<T> lowest;
@@ -145,7 +145,7 @@ struct RankedByLogit {
   }
 };
 
-// A block counts the numbers that `number(span, logit, place)` makes of a span's logits.
+// A block counts the values `number(span, logit, place)` of a span's logits.
 template <class T, class Number>
 __device__ __forceinline__ void count_span(const LogitSelection<T>& selection, const Number& number) {
   __shared__ uint32_t bins[kBins];
@@ -176,13 +176,13 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
   count_span(selection, RankedByLogit<T>{selection.lowest});
 }
 
-// The highest bin with which `wanted` logits are reached, 0 where there are fewer, and kBins where none is wanted. For
-// a whole block.
+// The highest bin at which `wanted` logits are reached. 0 if there are fewer; kBins if none is wanted. All threads of
+// the block call it.
 __device__ __forceinline__ int lowest_bin(const uint32_t* bins, uint32_t wanted) {
   __shared__ uint32_t sums[kLogitThreads / 32];
   __shared__ int lowest;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // From the highest down, 16 bins a thread.
+  // Each thread reads 16 bins, from the highest down.
   const int top = kBins - 1 - kBinsOwn * static_cast<int>(threadIdx.x);
   uint32_t own[kBinsOwn], sum = 0;
 #pragma unroll
@@ -211,7 +211,7 @@ __device__ __forceinline__ int lowest_bin(const uint32_t* bins, uint32_t wanted)
   return lowest;
 }
 
-// A block sorts what its span has of the numbers that may be among the highest.
+// A block sorts the values of its span that can be among the highest.
 template <class T, class Number>
 __device__ __forceinline__ void select_span(const LogitSelection<T>& selection, const Number& number) {
   using acc_t = acc_type<T>;
@@ -255,7 +255,7 @@ __device__ __forceinline__ void select_span(const LogitSelection<T>& selection, 
     const int filled = fill;
     __syncthreads();
     if (filled <= kSortItems - kLogitsStep || first + kLogitsStep >= span.end) continue;
-    // Cut back to those wanted, fewer than these, so that there is room for the next.
+    // Cut back to the wanted keys, which makes room for the next step.
     sort_block(keys, filled);
     lowest_key = keys[runs.limit - 1];
     if (threadIdx.x == 0) fill = runs.limit;
@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(kLogitThreads, 3)
   select_span(selection, RankedByLogit<T>{selection.lowest});
 }
 
-// The runs of all levels. A list has room for `room` of its `limit`. Without being `counted` lists are sorted in runs
-// of what is `lowest` or more, which is less work where they are short.
+// Plans one list per image and level, with room for `room` keys, of which `limit` are wanted. Without `counted` all
+// logits above `lowest` are sorted, which is less work for short lists.
 template <class T>
 LogitSelection<T> plan_selection(Scratch& scratch, const std::vector<FeatureMap<const T>>& maps, int64_t limit,
                                  int64_t room, acc_type<T> lowest, bool counted) {
@@ -306,7 +306,7 @@ LaunchConfig selection_config(const LogitSelection<T>& selection) {
   return {selection.images * selection.runs.first[selection.runs.lists], kLogitThreads};
 }
 
-// Calls `launch(kernel, config, argument)` twice, after the bins have been set to zero; once where there are none.
+// Two launches, which need zeroed bins; one without bins.
 template <class T, class Launch>
 void select_in_launches(const LogitSelection<T>& selection, const Launch& launch) {
   if (selection.bins != nullptr) launch(count_logits_kernel<T>, selection_config(selection), selection);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-byte global accesses of storage types, with a scalar form for maps that alignment does not allow them on.
+// 16-byte global accesses of storage types, and scalar accesses where the alignment does not allow them.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,8 @@
 
 namespace fpn_fast {
 
-// The elements of one 16-byte access. Two bfloat16 are widened together: apart, the upper one takes three instructions.
+// The elements of one 16-byte access. Two bfloat16 are widened together, because the upper one alone takes three
+// instructions.
 template <class T>
 __device__ __forceinline__ void widen(uint4 raw, acc_type<T> (&values)[kVec<T>]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -27,7 +28,7 @@ __device__ __forceinline__ void widen(uint4 raw, acc_type<T> (&values)[kVec<T>])
   }
 }
 
-// `kVec` elements from `source`, `stride` apart, of which `count` exist; the rest read as zero.
+// Loads `kVec` elements that are `stride` apart. Beyond `count` they read as zero.
 template <class T>
 __device__ __forceinline__ void load(const T* source, int64_t stride, int count, bool vectorised,
                                      acc_type<T> (&values)[kVec<T>]) {
@@ -50,7 +51,7 @@ __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool
     uint4 raw;
     memcpy(&raw, elements, sizeof raw);
 #ifdef __CUDA_ARCH__
-    // A plain assignment is merged with the scalar branch below, and comes out as scalar stores.
+    // The compiler would merge a plain assignment with the scalar branch below, into scalar stores.
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(raw.x), "r"(raw.y), "r"(raw.z),
                  "r"(raw.w)
                  : "memory");

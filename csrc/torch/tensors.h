@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only header that knows torch: stable-ABI tensors in, feature maps out.
+// Tensors of the stable ABI, and the feature maps that kernels see of them.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +16,7 @@
 #include "../common/feature_map.h"
 #include "../common/scalar.h"
 
-// torch 2.11 has only the form whose message does not say what went wrong.
+// torch 2.11 has only the macro without the error in its message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -48,14 +48,14 @@ void dispatch_floating(ScalarType type, const char* op, const Body& body) {
   }
 }
 
-// One rule, repeated in Python for fake tensors: a map whose channels are adjacent is channels_last, unless it is
-// contiguous as well (one channel, or one pixel).
+// A map with adjacent channels is channels_last, unless it is also contiguous (one channel, or one pixel). Python has
+// the same rule for fake tensors.
 inline bool is_channels_last(const Tensor& map) {
   return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous();
 }
 
-// An unwritten dense tensor on the device of `like`. Through the C shim, because torch::stable::empty looks its
-// operator up by name, which costs a call on tiny maps more than the rest of it together.
+// An uninitialised dense tensor on the device of `like`. It calls the C shim, because torch::stable::empty looks its
+// operator up by name, which takes longer than the rest of a call on tiny maps.
 inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_t* sizes, const int64_t* strides,
                             int32_t dtype) {
   int32_t device_type = 0;
@@ -66,7 +66,7 @@ inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_
   return Tensor(made);
 }
 
-// Unwritten maps of the type, device and channels of `like`.
+// Uninitialised maps of the type, device and channels of `like`.
 inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int64_t width, bool channels_last) {
   const int64_t channels = like.size(1);
   const int64_t sizes[4] = {batch, channels, height, width};
@@ -78,12 +78,7 @@ inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int6
   return empty_strided(like, 4, sizes, channels_last ? last : first, dtype);
 }
 
-// The same with the batch of `like`.
-inline Tensor empty_map(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
-  return empty_maps(like, like.size(0), height, width, channels_last);
-}
-
-// A contiguous one.
+// An uninitialised contiguous tensor on the device of `like`.
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
@@ -136,13 +131,14 @@ inline void check_maps(const std::vector<Tensor>& maps, const char* op) {
     const auto sizes = map.sizes();
     STD_TORCH_CHECK(sizes.size() == 4, op, " takes maps [N, C, H, W], got ", sizes.size(), " dimensions");
     if (i == 0) batch = sizes[0], channels = sizes[1];
-    STD_TORCH_CHECK(read(aoti_torch_get_dtype, map) == dtype, op, " takes maps of one dtype");
+    STD_TORCH_CHECK(read(aoti_torch_get_dtype, map) == dtype, op, " takes maps of one dtype; map ", i, " differs");
     STD_TORCH_CHECK(
         read(aoti_torch_get_device_type, map) == device_type && read(aoti_torch_get_device_index, map) == device_index,
-        op, " takes maps on one device");
-    STD_TORCH_CHECK(sizes[0] == batch && sizes[1] == channels, op, " takes maps of one batch and channel count");
+        op, " takes maps on one device; map ", i, " differs");
+    STD_TORCH_CHECK(sizes[0] == batch && sizes[1] == channels, op, " takes maps of one batch and channel count, (",
+                    batch, ", ", channels, "), got (", sizes[0], ", ", sizes[1], ") at ", i);
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0 && sizes[2] <= INT32_MAX && sizes[3] <= INT32_MAX, op,
-                    " takes maps of at least 1 x 1 pixel");
+                    " takes maps of at least 1 x 1 pixel, got ", sizes[2], " x ", sizes[3], " at ", i);
   }
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fpn_fast.ops._checks import check_maps
 from fpn_fast.ops._registration import constant
 
-#: csrc/common/proposal_arguments.h: kMaxProposalLevels.
+#: csrc/common/head_decoding.h: kMaxProposalLevels.
 MAX_LEVELS = 8
 
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a test hands to a program and gets back: numbers, then tensors with their whole storage. The program rewrites
-// the file with every storage in order, inputs and the borders around views included, so that a test sees each stray
-// write. All numbers are 64-bit; run.py writes the same format.
+// The file that a test gives to a program: numbers, then tensors with their whole storage. The program writes every
+// storage back, including inputs and the borders around views, so that a test sees each stray write. All numbers are
+// 64-bit. run.py writes the same format.
 //
-// With HOST_CUDA_SPREAD=axis in the environment the elements of every map lie so far apart along that axis that the
-// last is more than 2^31 elements from the first: in memory of which only the pages that are touched exist.
+// With HOST_CUDA_SPREAD=axis in the environment, the elements of every map lie so far apart along that axis that the
+// last is more than 2^31 elements from the first. The operating system backs only the pages that are touched.
 #pragma once
 
 #include <sys/mman.h>
@@ -25,16 +25,17 @@
 
 #include "../../csrc/common/feature_map.h"
 #include "../../csrc/common/scalar.h"
+#include "../../csrc/cuda/scratch.h"
 
 namespace host_cuda {
 
-// A storage as cudaMalloc gives it, of its own exact size: the byte after it is out of bounds for a sanitizer.
+// A storage of exact size, aligned like cudaMalloc's. A sanitizer reports an access to the byte after it.
 class Storage {
  public:
   static constexpr std::align_val_t kAlignment{256};
 
   explicit Storage(size_t bytes) : Storage(static_cast<char*>(::operator new(bytes, kAlignment)), bytes, true) {}
-  // Memory of another kind, which stays until the program ends.
+  // Memory that is never freed.
   static Storage kept(char* data, size_t bytes) { return Storage(data, bytes, false); }
   char* data() const { return data_.get(); }
   size_t bytes() const { return bytes_; }
@@ -67,7 +68,7 @@ struct HostTensor {
   }
 };
 
-// A map among others, and the same map along one axis far apart.
+// The original storage of a map, and a copy that is spread along one axis.
 class Spread {
  public:
   Spread(HostTensor& tensor, int64_t element_bytes, size_t axis)
@@ -77,7 +78,7 @@ class Spread {
     constexpr int64_t kFar = int64_t{1} << 31, kAligned = 64;
     const int64_t steps = tensor.sizes[axis] - 1;
     const int64_t stride = std::max(kFar / steps + kAligned, extent) / kAligned * kAligned + kAligned;
-    // What is 16 bytes apart, or a multiple, stays so.
+    // Offsets and strides stay multiples of 16 bytes if they were.
     tensor.offset = tensor.offset % kAligned;
     tensor.strides[axis] = stride;
     const size_t bytes = (tensor.offset + steps * stride + extent) * bytes_;
@@ -88,7 +89,7 @@ class Spread {
     copy(tensor, [this](char* one, char* other) { std::memcpy(other, one, bytes_); });
   }
 
-  // The map as the kernel left it, back among what lies around it.
+  // Copies the map, as the kernel left it, back to its original storage.
   const Storage& gathered(const HostTensor& tensor) const {
     copy(tensor, [this](char* one, char* other) { std::memcpy(one, other, bytes_); });
     return near_;
@@ -171,20 +172,21 @@ class CaseFile {
   std::vector<std::optional<Spread>> spread_;
 };
 
-// As run.py numbers them.
+// run.py has the same numbers.
 template <class T>
 constexpr int64_t kTypeNumber = std::is_same_v<T, double>           ? 0
                                 : std::is_same_v<T, float>          ? 1
                                 : std::is_same_v<T, fpn_fast::Half> ? 2
                                                                     : 3;
 
-// Calls `body.template operator()<T>()` for the type T of `Types` with that number.
+// Calls `body.template operator()<T>()` for the type T of `Types` that has this number.
 template <class... Types, class Body>
 void dispatch(int64_t type, const Body& body) {
   if (!((kTypeNumber<Types> == type && (body.template operator()<Types>(), true)) || ...)) fail("unknown type");
 }
 
-// A whole program, `PROGRAM KERNEL CASE_FILE`: `run` gets the kernel's name and the case for the type of the case.
+// The body of main of `PROGRAM KERNEL CASE_FILE`. It calls `run.template operator()<T>(kernel, file)` with the case's
+// type.
 template <class... Types, class Run>
 int main_of_types(int count, char** arguments, const Run& run) {
   if (count != 3) fail("usage: PROGRAM KERNEL CASE_FILE");
@@ -200,22 +202,26 @@ int main_of(int count, char** arguments, const Run& run) {
   return main_of_types<double, float, fpn_fast::Half, fpn_fast::BFloat16>(count, arguments, run);
 }
 
-// How the code that an op launches its kernels with reaches the CPU.
-inline constexpr auto kLaunch = [](auto kernel, const auto& config, const auto& argument) {
+// The `launch` that the .cuh files call.
+template <Blocks kOrder>
+constexpr auto kLaunchBlocks = [](auto kernel, const auto& config, const auto& argument) {
   if (config.blocks == 0) return;
-  launch({static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)}, [&] { kernel(argument); });
+  launch(
+      {static_cast<unsigned>(config.blocks)}, {static_cast<unsigned>(config.threads)}, [&] { kernel(argument); },
+      kOrder);
 };
+inline constexpr auto kLaunch = kLaunchBlocks<Blocks::kOneByOne>;
 
-// `go(plan(scratch))` in memory of the size that `plan` counts, every byte of which is `fill`: what no kernel wrote
-// shows.
-template <class Scratch, class Plan, class Go>
-void run_planned(int fill, const Plan& plan, const Go& go) {
-  Scratch counting;
-  plan(counting);
+// Calls `run(make_plan(scratch))` with the scratch memory that the plan takes. All of its bytes are `fill`, so that a
+// test sees what no kernel wrote.
+template <class MakePlan, class Run>
+void run_planned(int fill, const MakePlan& make_plan, const Run& run) {
+  fpn_fast::Scratch counting;
+  make_plan(counting);
   const Storage memory(counting.bytes());
   std::memset(memory.data(), fill, memory.bytes());
-  Scratch scratch(memory.data());
-  go(plan(scratch));
+  fpn_fast::Scratch scratch(memory.data());
+  run(make_plan(scratch));
 }
 
 using Tensors = std::span<const HostTensor>;
@@ -225,6 +231,19 @@ std::vector<fpn_fast::FeatureMap<T>> maps_of(Tensors tensors) {
   std::vector<fpn_fast::FeatureMap<T>> maps;
   for (const auto& tensor : tensors) maps.push_back(tensor.map<T>());
   return maps;
+}
+
+// Boxes of float64 corners [..., 4].
+template <class Box>
+std::vector<Box> boxes_of(const HostTensor& corners) {
+  using acc_t = decltype(Box::x1);
+  std::vector<Box> boxes;
+  const double *box = corners.data<const double>(), *end = box + corners.sizes[0] * corners.sizes[1] * 4;
+  for (; box < end; box += 4) {
+    boxes.push_back({static_cast<acc_t>(box[0]), static_cast<acc_t>(box[1]), static_cast<acc_t>(box[2]),
+                     static_cast<acc_t>(box[3])});
+  }
+  return boxes;
 }
 
 }  // namespace host_cuda

@@ -30,7 +30,7 @@ BoxCoding<acc_t> coding_of(const double* scalars) {
   return coding;
 }
 
-// Finite numbers in the memory: what is NaN on purpose has been written.
+// A finite value, because the kernels mark missing boxes by NaN.
 constexpr int kUnwritten = 0x7f;
 
 template <class T>
@@ -40,26 +40,23 @@ void run_maps(const std::vector<int64_t>& numbers, Tensors tensors) {
   const int64_t levels = tensors[1].sizes[0];
   const acc_t threshold = static_cast<acc_t>(scalars[0]);
   DenseHeads<T> heads{};
-  heads.logits = maps_of<const T>(tensors.subspan(4, levels)),
-  heads.deltas = maps_of<const T>(tensors.subspan(4 + levels, levels));
+  heads.logits = maps_of<const T>(tensors.subspan(4, levels));
   if (numbers.at(2)) heads.centerness = maps_of<const T>(tensors.subspan(4 + 2 * levels, levels));
-  heads.image_sizes = tensors[3].data<const acc_t>();
-  heads.anchors = tensors[1].sizes[1], heads.classes = heads.logits[0].channels / heads.anchors;
+  heads.cells = host_cuda::boxes_of<Box<acc_t>>(tensors[1]);
+  HeadDecoding<T>& head = heads.head;
+  head.image_sizes = tensors[3].data<const acc_t>(), head.anchors = static_cast<int>(tensors[1].sizes[1]);
+  head.coding = coding_of<acc_t>(scalars), head.distances = numbers.at(3);
+  for (int64_t i = 0; i < levels; ++i) {
+    head.deltas[i] = tensors[4 + levels + i].map<const T>();
+    head.stride_y[i] = static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i]);
+    head.stride_x[i] = static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i + 1]);
+  }
+  heads.classes = heads.logits[0].channels / head.anchors, heads.nms_thresh = scalars[1];
   heads.pre_nms_top_n = numbers.at(1), heads.max_detections = tensors.last(4)[1].sizes[1];
   heads.lowest = numbers.at(2) ? std::nextafter(threshold, std::numeric_limits<acc_t>::infinity())
                                : lowest_passing_logit(threshold);
-  heads.coding = coding_of<acc_t>(scalars), heads.distances = numbers.at(3), heads.nms_thresh = scalars[1];
-  const double* cell = tensors[1].data<const double>();
-  for (int64_t i = 0; i < levels * heads.anchors; ++i, cell += 4) {
-    heads.cells.push_back({static_cast<acc_t>(cell[0]), static_cast<acc_t>(cell[1]), static_cast<acc_t>(cell[2]),
-                           static_cast<acc_t>(cell[3])});
-  }
-  for (int64_t i = 0; i < levels; ++i) {
-    heads.stride_y.push_back(static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i]));
-    heads.stride_x.push_back(static_cast<acc_t>(tensors[2].data<const int64_t>()[2 * i + 1]));
-  }
   const auto plan = [&](Scratch& scratch) { return plan_detections(scratch, heads); };
-  host_cuda::run_planned<Scratch>(kUnwritten, plan, [&](const auto& plan) {
+  host_cuda::run_planned(kUnwritten, plan, [&](const auto& plan) {
     detect_in_launches(plan, heads.cells, tables_of<acc_t>(tensors), host_cuda::kLaunch);
   });
 }
@@ -81,8 +78,8 @@ void run_boxes(const std::vector<int64_t>& numbers, Tensors tensors) {
     return plan_boxes(scratch, heads, static_cast<acc_t>(scalars[0]), limit,
                       make_overlap_rule<acc_t>(scalars[1], NmsConvention::kDivision), tables.room);
   };
-  host_cuda::run_planned<Scratch>(kUnwritten, plan,
-                                  [&](const auto& plan) { detect_in_launches(plan, tables, host_cuda::kLaunch); });
+  host_cuda::run_planned(kUnwritten, plan,
+                         [&](const auto& plan) { detect_in_launches(plan, tables, host_cuda::kLaunch); });
 }
 
 }  // namespace
@@ -91,11 +88,11 @@ void run_boxes(const std::vector<int64_t>& numbers, Tensors tensors) {
 int main(int count, char** arguments) {
   const auto run = []<class T>(const auto& kernel, const auto& file) {
     if (kernel == "maps") return fpn_fast::run_maps<T>(file.numbers, file.tensors);
-    // Boxes are of no half precision.
+    // Boxes are float or double.
     if constexpr (sizeof(T) >= sizeof(float)) fpn_fast::run_boxes<T>(file.numbers, file.tensors);
   };
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  // All types would take minutes to build.
+  // Building all types would take minutes.
   return host_cuda::main_of_types<float>(count, arguments, run);
 #else
   return host_cuda::main_of(count, arguments, run);

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Enough of CUDA to compile the project's .cuh kernels with a C++20 host compiler (`-include host_cuda.h`) and run
-// them, one OS thread per CUDA thread. Under -fsanitize=address,undefined that is a memory checker for kernels, and
-// under -fsanitize=thread a race checker, with no GPU. Without a sanitizer CUDA threads take turns on one OS thread,
-// from one wait to the next: most of what a wait of hundreds of OS threads costs is the kernel's switching between
-// them.
+// Enough of CUDA to compile the project's .cuh kernels with a C++20 host compiler (`-include host_cuda.h`) and run them
+// without a GPU. Under -fsanitize=address,undefined this checks a kernel's memory accesses, and under -fsanitize=thread
+// its races; each CUDA thread is then an OS thread. Without a sanitizer CUDA threads take turns on one OS thread and
+// switch at barriers, because switching between hundreds of OS threads takes most of the time.
 //
 // Note [What the host machine checks]
-// - Blocks run one after another, so that `__shared__` can be a static variable. Between blocks every thread waits, and
-//   so a conflict between two blocks is no data race here. HOST_CUDA_ONLY_BLOCK=i runs that block alone: what blocks
-//   write has to be disjoint, and what one writes the same as in company. A kernel that never waits can be launched
-//   with Blocks::kUnordered, where nothing waits between blocks either and their conflicts are data races.
-// - A thread that returns leaves its block's and its warp's barriers, as on a GPU: the others do not wait for it.
-// - A shuffle or vote waits for the live threads of the caller's whole warp, so its mask has to name them all.
-// - Vector types have the alignment of their GPU access, and UBSan reports an address that does not.
-// - A block or grid that a GPU would refuse to launch ends the program.
-// Not here: dynamic shared memory, memory fences, streams. `volatile` and warp-synchronous code without __syncwarp()
-// are data races here as they are on a GPU.
+//   - Blocks run one after another, so that `__shared__` can be a static variable. All threads synchronise between
+//     blocks, so a conflict between two blocks is not reported as a race. HOST_CUDA_ONLY_BLOCK=i runs block i alone:
+//     blocks must write disjoint elements, and a block must write the same as in the whole grid. A kernel without
+//     barriers can be launched with Blocks::kUnordered. Then threads do not synchronise between blocks, and conflicts
+//     are races.
+//   - A thread that returns leaves the barriers of its block and warp, as on a GPU.
+//   - A shuffle or vote synchronises all live threads of a warp, so its mask must name them all.
+//   - Vector types have the alignment of their GPU access, and UBSan reports misaligned addresses.
+//   - A block or grid that a GPU would refuse to launch ends the program.
+// Dynamic shared memory, memory fences and streams are missing. `volatile` and warp-synchronous code without barriers
+// are races, as on a GPU.
 #pragma once
 
 #include <linux/futex.h>
@@ -59,17 +59,11 @@ inline constinit thread_local uint3 threadIdx{}, blockIdx{};
 inline constinit thread_local dim3 blockDim{}, gridDim{};
 constexpr int warpSize = 32;
 
-#define HOST_CUDA_VECTORS(scalar, name)                                \
-  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };         \
-  struct alignas(16) name##4 { scalar x, y, z, w; };                   \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; } \
-  inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
-HOST_CUDA_VECTORS(float, float)
-HOST_CUDA_VECTORS(int, int)
-HOST_CUDA_VECTORS(unsigned, uint)
-#undef HOST_CUDA_VECTORS
-struct alignas(16) double2 {
-  double x, y;
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 namespace host_cuda {
@@ -80,8 +74,8 @@ namespace host_cuda {
 }
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-// std::barrier yields several times before it sleeps: with hundreds of threads on a few cores each of those is a switch
-// of threads for nothing.
+// std::barrier yields several times before it sleeps. With hundreds of threads on a few cores each yield is a useless
+// thread switch.
 inline void wait_while(std::atomic<uint32_t>& number, uint32_t value) {
   while (number.load(std::memory_order_acquire) == value) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&number), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -106,10 +100,10 @@ class Barrier {
     arrive_and_wait([] {});
   }
 
-  // The last to arrive calls `complete` before anybody goes on.
+  // The last thread to arrive calls `complete` before the others continue.
   template <class Complete>
   void arrive_and_wait(const Complete& complete) {
-    // It cannot change before this thread has arrived.
+    // The phase cannot change before this thread arrives.
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (missing_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
       complete();
@@ -136,7 +130,7 @@ class Barrier {
 
 class Warp {
  public:
-  // The value of every lane that is live; a lane that has returned, or never was, has none.
+  // The value of every live lane.
   using Lanes = std::array<std::optional<uint64_t>, warpSize>;
 
   void reset(unsigned threads) {
@@ -145,15 +139,14 @@ class Warp {
     for (auto& slots : slots_) slots.fill({});
   }
 
-  void wait() { barrier_->arrive_and_wait(); }
   void leave() { barrier_->arrive_and_drop(); }
 
-  // Two sets of slots in turn, so that one wait serves: nobody writes a set again before everybody has read it.
+  // Two sets of slots alternate, so that one barrier is enough: all lanes have read a set before it is written again.
   Lanes exchange(unsigned mask, unsigned lane, uint64_t value, uint64_t turn) {
     if (~mask << (warpSize - threads_) != 0) fail("the mask of a shuffle or vote has to name every thread of the warp");
     auto& slots = slots_[turn % 2];
     slots[lane] = {value, turn};
-    wait();
+    barrier_->arrive_and_wait();
     Lanes lanes;
     for (int i = 0; i < warpSize; ++i) {
       if (slots[i].turn == turn) lanes[i] = slots[i].value;
@@ -183,7 +176,7 @@ struct Block {
 };
 
 struct Thread {
-  Block* waiting_block;  // null where blocks are unordered
+  Block* waiting_block;  // null if blocks are unordered
   unsigned index;
   uint64_t exchanges;
 
@@ -198,14 +191,14 @@ struct Thread {
 inline constinit thread_local Thread current{};
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-// Calls `body` with each index below `threads`, on a thread of its own.
+// Calls `body` with each index below `threads`, each in a thread of its own.
 template <class Body>
 void run_all(unsigned threads, const Body& body) {
   std::vector<std::jthread> pool;
   for (unsigned index = 0; index < threads; ++index) pool.emplace_back(body, index);
 }
 #else
-// A CUDA thread that waits for its turn, and what the thread-local variables hold in it.
+// A suspended CUDA thread and its thread-local variables.
 struct Turn {
   static constexpr size_t kStackBytes = 128 << 10;
 
@@ -243,7 +236,7 @@ inline void take_turns() {
   let_the_next_run();
 }
 
-// Calls `body` with each index below `threads`, each on a stack of its own and up to where it waits.
+// Calls `body` with each index below `threads`, each on a stack of its own.
 template <class Body>
 void run_all(unsigned threads, const Body& body) {
   static std::vector<std::unique_ptr<char[]> > stacks;
@@ -265,7 +258,8 @@ inline Warp::Lanes exchange(unsigned mask, uint64_t value) {
   return current.warp().exchange(mask, current.lane(), value, ++current.exchanges);
 }
 
-// What `lane` of the caller's warp holds. A GPU leaves the value of a lane that has returned undefined: all bits set.
+// The value of `lane` of the caller's warp. For a lane that has returned it is undefined on a GPU; here all bits are
+// set.
 template <class T>
 T shuffle(unsigned mask, T value, unsigned lane) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(uint64_t));
@@ -285,7 +279,7 @@ inline void check_launch(dim3 grid, dim3 block) {
 
 enum class Blocks { kOneByOne, kUnordered };
 
-// Calls `body` as each thread of each block of the grid.
+// Calls `body` as each thread of each block.
 template <class Body>
 void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOneByOne) {
   check_launch(grid, block);
@@ -319,7 +313,6 @@ void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOne
 }  // namespace host_cuda
 
 inline void __syncthreads() { host_cuda::current.block().barrier->arrive_and_wait(); }
-inline void __syncwarp(unsigned = ~0u) { host_cuda::current.warp().wait(); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   unsigned ballot = 0;
@@ -330,7 +323,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate == 0) == 0; }
 
-// `width` splits the warp into segments that lanes are counted in; a lane outside its segment reads its own value.
+// `width` splits the warp into segments in which lanes are counted. A lane outside the segment reads its own value.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
   const unsigned lane = host_cuda::current.lane();
@@ -352,7 +345,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
   return host_cuda::shuffle(mask, value, source < (lane & -width) + width ? source : lane);
 }
 
-// Relaxed, as on a GPU: an atomic orders nothing but itself.
+// Relaxed, as on a GPU.
 template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return std::atomic_ref(*address).fetch_add(value, std::memory_order_relaxed);
@@ -362,38 +355,12 @@ T atomicOr(T* address, std::type_identity_t<T> value) {
   return std::atomic_ref(*address).fetch_or(value, std::memory_order_relaxed);
 }
 template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  std::atomic_ref(*address).compare_exchange_strong(expected, value, std::memory_order_relaxed);
-  return expected;
-}
-template <class T>
 T atomicMax(T* address, std::type_identity_t<T> value) {
   T old = std::atomic_ref(*address).load(std::memory_order_relaxed);
   while (old < value && !std::atomic_ref(*address).compare_exchange_weak(old, value, std::memory_order_relaxed)) {
   }
   return old;
 }
-template <class T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  T old = std::atomic_ref(*address).load(std::memory_order_relaxed);
-  while (value < old && !std::atomic_ref(*address).compare_exchange_weak(old, value, std::memory_order_relaxed)) {
-  }
-  return old;
-}
-
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
-template <class T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-void __stcs(T* address, std::type_identity_t<T> value) {
-  *address = value;
-}
-
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __ffs(int value) { return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1; }

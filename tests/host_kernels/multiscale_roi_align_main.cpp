@@ -42,7 +42,8 @@ void launch(void (*kernel)(Argument), const LaunchConfig& config, const Argument
   host_cuda::kLaunch(kernel, config, argument);
 }
 
-// The lists whole, whichever block of the launch after them is run alone: it needs them.
+// Always runs all blocks of the launch that fills the lists. With HOST_CUDA_ONLY_BLOCK the next launch still needs
+// them.
 template <class acc_t>
 void launch(void (*kernel)(RoiListing<acc_t>), const LaunchConfig& config, const RoiListing<acc_t>& argument) {
   constexpr const char* kOnlyBlock = "HOST_CUDA_ONLY_BLOCK";
@@ -72,14 +73,15 @@ void run(const std::string& kernel, const host_cuda::CaseFile& file) {
     if (arguments.count > 0) pool_in_launch<T>(arguments, maps_of<const T>(maps), pooled[0].map<T>(), launch_one);
     return;
   }
-  const host_cuda::Storage scratch(roi_lists_bytes<acc_type<T>>(arguments.count, arguments.batch * count));
-  std::memset(scratch.data(), 0xff, scratch.bytes());
-  if (max) {
-    gather_max_in_launches<T>(arguments, pooled[0].map<const T>(), pooled[1].map<const int>(), maps_of<T>(maps), last,
-                              scratch.data(), launch_one);
-  } else {
-    gather_in_launches<T>(arguments, pooled[0].map<const T>(), maps_of<T>(maps), scratch.data(), launch_one);
-  }
+  const auto make_plan = [&](Scratch& scratch) { return plan_roi_lists(scratch, arguments); };
+  host_cuda::run_planned(0xff, make_plan, [&](const auto& lists) {
+    if (max) {
+      gather_max_in_launches<T>(arguments, pooled[0].map<const T>(), pooled[1].map<const int>(), maps_of<T>(maps), last,
+                                lists, launch_one);
+    } else {
+      gather_in_launches<T>(arguments, pooled[0].map<const T>(), maps_of<T>(maps), lists, launch_one);
+    }
+  });
 }
 
 }  // namespace

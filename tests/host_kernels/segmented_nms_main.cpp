@@ -22,7 +22,7 @@ void run(bool only_sorts, const host_cuda::CaseFile& file) {
   const auto rule = make_overlap_rule<acc_t>(*tensors.at(0).data<const double>(), convention);
   int64_t *keep = tensors.at(5).data<int64_t>(), *kept = tensors.at(6).data<int64_t>();
   const auto plan = [&](Scratch& scratch) { return plan_nms(scratch, input, rule); };
-  host_cuda::run_planned<Scratch>(0xff, plan, [&](const NmsPlan<acc_t>& plan) {
+  host_cuda::run_planned(0xff, plan, [&](const NmsPlan<acc_t>& plan) {
     if (!only_sorts) return nms_in_launches(plan, tensors.at(5).sizes[1], keep, kept, host_cuda::kLaunch);
     sort_in_launches(plan, host_cuda::kLaunch);
     const Candidates<acc_t>& candidates = plan.first.candidates;

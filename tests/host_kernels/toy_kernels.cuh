@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with known results, and with known faults, that the harness itself is tested on.
+// Kernels with known results or known faults, which test the harness.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace toy {
 
 constexpr int kThreads = 64;
 
-// Sum of each block's kThreads values. Without the barriers it is the classic race.
+// Sums kThreads values per block. Without the barriers this is a race.
 template <bool kBarriers>
 __global__ void block_sum_kernel(const float* values, float* sums) {
   __shared__ float partial[kThreads];
@@ -20,7 +20,7 @@ __global__ void block_sum_kernel(const float* values, float* sums) {
   if (threadIdx.x == 0) sums[blockIdx.x] = partial[0];
 }
 
-// The same by shuffles, one sum per warp; the threads past `count` take part with nothing.
+// The same with shuffles: one sum per warp. Threads past `count` add 0.
 __global__ void warp_sum_kernel(const float* values, int count, float* sums) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   float sum = i < count ? values[i] : 0;
@@ -28,7 +28,7 @@ __global__ void warp_sum_kernel(const float* values, int count, float* sums) {
   if (threadIdx.x % warpSize == 0) sums[i / warpSize] = sum;
 }
 
-// Each way to read another lane: votes, and a rotation, a swap and a shift within segments of eight lanes.
+// Every way to read another lane: votes, and a rotation, a swap and a shift within segments of eight lanes.
 __global__ void lanes_kernel(int* out) {
   const int lane = threadIdx.x % warpSize;
   int* row = out + 6 * (blockIdx.x * kThreads + threadIdx.x);
@@ -46,7 +46,7 @@ __global__ void histogram_kernel(const float* values, int count, int bins, int* 
   }
 }
 
-// Counts of 32 and of 64 bits, and one bit of each thread in a word that its block shares.
+// Bit counts of 32 and 64 bits, and one bit per thread in a word of the block.
 __global__ void bits_kernel(unsigned long long* out) {
   const unsigned long long value = 5ull << threadIdx.x, low = value & 0xffffffffull;
   unsigned long long* row = out + 7 * (blockIdx.x * kThreads + threadIdx.x);
@@ -55,7 +55,7 @@ __global__ void bits_kernel(unsigned long long* out) {
   atomicOr(&out[7 * blockIdx.x * kThreads + 6], threadIdx.x % 3 == 0 ? 1ull << threadIdx.x : 0);
 }
 
-// Odd threads return before the barrier that the even ones wait at.
+// Odd threads return before the barrier of the even ones.
 __global__ void early_return_kernel(float* out) {
   __shared__ float seen[kThreads];
   if (threadIdx.x % 2 == 1) return;
@@ -64,7 +64,7 @@ __global__ void early_return_kernel(float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = seen[kThreads - 2 - threadIdx.x];
 }
 
-// No bounds check: a thread past `count` writes past the end.
+// Without the bounds check a thread past `count` writes past the end.
 template <bool kChecked>
 __global__ void copy_kernel(const float* values, int count, float* out) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
@@ -72,25 +72,25 @@ __global__ void copy_kernel(const float* values, int count, float* out) {
   out[i] = i < count ? values[i] : 0;
 }
 
-// 32-bit where the product needs 64.
+// Overflows with a 32-bit index_t.
 template <class index_t>
 __global__ void offset_kernel(int stride, float* out) {
   const index_t offset = static_cast<index_t>(threadIdx.x + 1) * stride;
   out[blockIdx.x * kThreads + threadIdx.x] = static_cast<float>(offset);
 }
 
-// 16 bytes from an address that is `shift` floats past a multiple of 16.
+// A 16-byte access at `shift` floats past a multiple of 16.
 __global__ void vector_copy_kernel(const float* values, int shift, float* out) {
   const float4 four = *reinterpret_cast<const float4*>(values + shift + 4 * threadIdx.x);
   *reinterpret_cast<float4*>(out + 4 * threadIdx.x) = four;
 }
 
-// Every block adds what the one before has left: right in one order of blocks only.
+// Every block adds to the result of the previous one, so the order of blocks matters.
 __global__ void chained_blocks_kernel(float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = 1 + (blockIdx.x > 0 ? out[blockIdx.x - 1] : 0);
 }
 
-// Neighbouring blocks write one element in common.
+// Neighbouring blocks write one common element.
 __global__ void overlapping_blocks_kernel(float* out) {
   if (threadIdx.x <= 32) out[32 * blockIdx.x + threadIdx.x] = 1;
 }
