@@ -348,6 +348,22 @@ def test_a_planted_fault_is_found_with_and_without_assert_statements(tmp_path, o
     assert all((float(row[6]) <= float(row[7])) == (row[9] == "pass") for row in rows)
 
 
+COMMANDS = """
+import contextlib
+from fpn_fast.__main__ import main
+for arguments in (["--help"], ["verify", "--help"], ["bench", "--help"], ["info"]):
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+"""
+
+
+def test_commands_need_no_docstrings(tmp_path):
+    done = subprocess.run([sys.executable, "-OO", "-c", COMMANDS], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Checks every op and module" in done.stdout
+    assert "backends for cpu tensors:" in done.stdout
+
+
 TORCH_ALONE = """
 import sys
 sys.modules.update(dict.fromkeys(["torchvision", "pytest", "hypothesis", "numpy", "tqdm"]))
