@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy with and without our kernels, and the FPN paper's ablation, on the digits, from scratch, over seeds.
+"""Measure accuracy with and without our kernels, and the FPN paper's ablation, on the digits, from scratch, over seeds.
 
-    OMP_WAIT_POLICY=passive python examples/ablation.py --output runs/ablation
+    python examples/ablation.py --output runs/ablation
 
-A row is a model, trained once for each seed by train_detector.py with the same data and steps: torchvision's Faster
-R-CNN as it is, the same one with our kernels, with static sampling, without the top-down pathway, and on a single level
-of stride 16. A seed sets the weights, the pictures of training and test, and their order. As in the paper (Lin et al.,
-2017, Tables 1 and 2) the figures are the AR of the first stage's proposals and the AP of the detections. A run that has
-its figures already is not made again, and one that was interrupted goes on. The table has all runs in the folder:
+A row is a model that train_detector.py trains once per seed, with the same data and steps: torchvision's Faster R-CNN,
+the same one with our kernels, with static sampling, without the top-down pathway, and on a single map of stride 16. The
+seed sets the weights, the images of training and test, and their order. As in the paper (Lin et al., 2017, Tables 1 and
+2) the figures are the AR of the proposals and the AP of the detections. A finished run is not repeated, and an
+interrupted one resumes. The table has all runs in the folder:
 
     python examples/ablation.py --output runs/ablation --rows "FPN, torchvision" "FPN, fpn_fast" --seeds 1
 
-adds a second seed to two rows of it.
+adds a second seed to two of its rows.
 
-The backbone's finest level is a convolution and a pool, so that whatever is deep must come from above, and it is quick;
-the pyramid has 128 channels where the paper's has 256, and the learning rate falls to a tenth twice near the end: five
-models converge within an hour of two cores.
+Five models converge within an hour on two cores. The backbone is quick, and its finest level is a convolution and a
+pool: deep features must come from above. The pyramid has 128 channels where the paper's has 256, and the learning rate
+falls to a tenth twice near the end.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ ROWS: dict[str, tuple[str, ...]] = {
     "no top-down pathway": ("--pyramid", "no-top-down"),
     "single level, C4": ("--pyramid", "c4"),
 }
-# Large digits are too few to have figures.
+# The set has too few large digits for figures of them.
 PRECISIONS = ("AP", "AP50", "AP_small", "AP_medium")
 RECALLS = ("AR_10", "AR_10_small", "AR_10_medium", "AR_100", "AR_100_small", "AR_100_medium")
 
 
 def train(arguments: list[str], folder: Path, jobs: int) -> int:
-    """Runs train_detector.py and returns its exit code; one of several writes to a log instead of the terminal."""
+    """Run train_detector.py and return its exit code; with several jobs it writes to a log, not to the terminal."""
     if jobs == 1:
-        # Here, so that the table of figures that are there needs none of its packages.
+        # Imported here: the table of finished runs needs none of its packages.
         import train_detector
 
         return train_detector.main(arguments)
@@ -67,26 +67,25 @@ def folder_of(name: str, options: argparse.Namespace) -> Path:
 
 
 def run(name: str, seed: int, options: argparse.Namespace, more: Sequence[str]) -> None:
-    """Trains one model of a row, or goes on with it, where that is not done."""
-    folder = folder_of(name, options) / f"seed-{seed}"
+    """Train one model of a row, or resume it, unless it is finished."""
+    folder, steps = folder_of(name, options) / f"seed-{seed}", options.steps
     if (folder / "figures.json").exists():
         return
-    steps = options.steps
-    arguments = ["--steps", steps, "--seed", seed, "--image-size", options.image_size]
-    arguments += ["--batch-size", options.batch_size, "--eval-images", options.eval_images, "--output", folder]
-    arguments += ["--backbone", options.backbone]
-    arguments += ["--channels", options.channels, "--lr-steps", max(1, steps * 3 // 4), max(1, steps * 11 // 12)]
+    arguments = ["--seed", seed, "--output", folder]
+    for option in ("steps", "image_size", "batch_size", "eval_images", "backbone", "channels"):
+        arguments += [f"--{option.replace('_', '-')}", getattr(options, option)]
+    arguments += ["--lr-steps", max(1, steps * 3 // 4), max(1, steps * 11 // 12)]
     # Where the curve is flat, training has converged.
     arguments += ["--evaluate-every", max(1, steps // 3), *ROWS[name], *more]
     resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
     code = train([*map(str, arguments), *resume], folder, options.jobs)
     if code != 0:
-        raise SystemExit(f"error: {name}: training ended with exit code {code}; {folder} has its log")
+        raise SystemExit(f"error: {name}: training ended with exit code {code}; see its log in {folder}")
     print(f"{name}, seed {seed}: trained", flush=True)
 
 
 def figures_of(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A run's, from train_detector.py's file."""
+    """The figures of one run, from train_detector.py's file."""
     figures = json.loads(path.read_text())
     track = figures["eager" if "eager" in figures else "fused"]
     if figures["steps"] != options.steps:
@@ -107,13 +106,13 @@ def figures_of(path: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def mean(runs: list[dict[str, Any]], column: str) -> float | None:
-    """Over seeds; None where one of them has no such figure."""
+    """The mean over seeds; None where a run has no such figure."""
     values = [run[column] for run in runs]
     return None if None in values else sum(values) / len(values)
 
 
 def table(rows: list[dict[str, Any]], command: str) -> str:
-    """Markdown, AP and AR in points of 100."""
+    """Markdown, with AP and AR in points of 100."""
     columns = [column for column in PRECISIONS + RECALLS if any(mean(row["runs"], column) is not None for row in rows)]
     names = [column.replace("_", " ") for column in columns]
     several = any(len(row["runs"]) > 1 for row in rows)
@@ -132,33 +131,45 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
     lines += [
         "",
         f"Faster R-CNN, {arguments['backbone']} from random weights, a pyramid of {arguments['channels']} channels, "
-        f"{arguments['steps']} steps of {arguments['batch_size']} pictures of {arguments['image_size']} pixels, "
-        f"{'means of seeds' if several else 'seed'} {', '.join(map(str, seeds))}; {first['images']} test pictures; "
+        f"{arguments['steps']} steps of {arguments['batch_size']} images of {arguments['image_size']} pixels, "
+        f"{'means of seeds' if several else 'seed'} {', '.join(map(str, seeds))}; {first['images']} test images; "
         f"AR is of the first 10 or 100 proposals; torch {versions['torch']}. `{command}`",
     ]
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; what it does not know goes to train_detector.py."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0] if __doc__ else None, epilog="Other options are train_detector.py's."
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog="All other options are passed to train_detector.py.",
     )
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--backbone", default="shufflenet_v2_x1_0")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=128, help="of the pyramid's maps")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--eval-images", type=int, default=2000)
-    parser.add_argument("--jobs", type=int, default=min(2, cores()), help="models trained at a time, the cores shared")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR")
+
+    def option(name: str, default: Any, text: str, **more: Any) -> None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        parser.add_argument(name, default=default, help=f"{text} (default: {shown})", **{"type": int} | more)
+
+    option("--steps", 5000, "optimiser steps per model")
+    option("--backbone", "shufflenet_v2_x1_0", "name of a torchvision classifier", type=str)
+    option("--seeds", [0], "train every row once per seed", nargs="+")
+    option("--image-size", 128, "side of an image, in pixels")
+    option("--channels", 128, "channels of every pyramid level")
+    option("--batch-size", 2, "images per step")
+    option("--eval-images", 2000, "test images to measure AP on")
+    option("--jobs", min(2, cores()), "models to train at the same time; they share the cores")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
+                        help=f"models to train, of: {'; '.join(ROWS)} (default: all)")  # fmt: skip
+    option("--output", Path("runs/ablation"), "folder for the runs and the table", type=Path, metavar="DIR")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is not finished, and write the table; unknown options go to train_detector.py."""
+    parser = build_parser()
     given = list(sys.argv[1:] if argv is None else argv)
     options, more = parser.parse_known_args(given)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    # Seed by seed: what has run when it is interrupted is all rows of some.
+    # Seed by seed: an interruption leaves all rows of some seeds.
     pairs = [(name, seed) for seed in options.seeds for name in options.rows]
     if options.jobs == 1:
         for pair in pairs:

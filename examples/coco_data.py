@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection sets in COCO format: reading them with checks, batches that depend on the step alone, AP."""
+"""Detection sets in COCO format: reading with checks, batches that depend on the step alone, AP and AR."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
 Item = tuple[Tensor, dict[str, Tensor]]
 
-
-# Of each image, as their recall is measured.
+# How many of an image's proposals their recall is measured on.
 PROPOSALS_COUNTED = (10, 100)
 
 
 class DataError(Exception):
-    """Annotations or images that cannot be used; the message is one line that says which and why."""
+    """Annotations or images that cannot be used; the message is one line."""
 
 
 class DetectionData(Protocol):
@@ -50,7 +50,7 @@ class DetectionData(Protocol):
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """A COCO file as a dict whose images, categories and annotations are known to hold what training needs."""
+    """Read a COCO file and check that it has the images, categories and annotations that training needs."""
     try:
         coco = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -59,73 +59,75 @@ def read_annotations(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(coco, dict):
         raise DataError(f"{path} must hold a JSON object, got a {type(coco).__name__}")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(coco.get(key), list):
-            raise DataError(f"{path} has no list {key!r}")
-    _check_entries(path, coco["images"], "images", {"id": int, "file_name": str})
-    _check_entries(path, coco["categories"], "categories", {"id": int, "name": str})
-    _check_entries(path, coco["annotations"], "annotations", {"image_id": int, "category_id": int, "bbox": list})
-    for key in ("images", "categories"):
-        if len({entry["id"] for entry in coco[key]}) < len(coco[key]):
-            raise DataError(f"{path}: {key} must have distinct ids")
-        if not coco[key]:
-            raise DataError(f"{path} has no {key}")
-    known = {"image_id": {i["id"] for i in coco["images"]}, "category_id": {c["id"] for c in coco["categories"]}}
+    keys = {
+        "images": {"id": int, "file_name": str},
+        "categories": {"id": int, "name": str},
+        "annotations": {"image_id": int, "category_id": int, "bbox": list},
+    }
+    for name, kinds in keys.items():
+        if not isinstance(coco.get(name), list):
+            raise DataError(f"{path} has no list {name!r}")
+        for i, entry in enumerate(coco[name]):
+            for key, kind in kinds.items():
+                if not isinstance(entry, dict) or key not in entry:
+                    raise DataError(f"{path}: {name}[{i}] has no {key!r}")
+                if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+                    raise DataError(f"{path}: {name}[{i}]: {key!r} must be {kind.__name__}, got {entry[key]!r}")
+    known = {name: {entry["id"] for entry in coco[name]} for name in ("images", "categories")}
+    for name, ids in known.items():
+        if len(ids) < len(coco[name]):
+            raise DataError(f"{path}: {name} must have distinct ids")
+        if not ids:
+            raise DataError(f"{path} has no {name}")
     for i, annotation in enumerate(coco["annotations"]):
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
             raise DataError(f"{path}: annotations[{i}]: bbox must be 4 finite numbers, got {box}")
-        for key, ids in known.items():
-            if annotation[key] not in ids:
+        for key, name in (("image_id", "images"), ("category_id", "categories")):
+            if annotation[key] not in known[name]:
                 raise DataError(f"{path}: annotations[{i}]: {key} {annotation[key]} is not in the file")
     return coco
 
 
-def _check_entries(path: Path, entries: list[Any], name: str, keys: dict[str, type]) -> None:
-    for i, entry in enumerate(entries):
-        for key, kind in keys.items():
-            if not isinstance(entry, dict) or key not in entry:
-                raise DataError(f"{path}: {name}[{i}] has no {key!r}")
-            if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
-                raise DataError(f"{path}: {name}[{i}]: {key!r} must be {kind.__name__}, got {entry[key]!r}")
-
-
 class CocoImages(Dataset[Item]):
-    """The images of a checked COCO dict. Boxes are clipped to their image; crowds are for evaluation only.
+    """The images of a checked COCO dict. Crowds are for evaluation only.
 
-    masks: whether items have them, from each annotation's "segmentation", polygons or RLE.
+    masks: whether items have masks, from each annotation's "segmentation", polygons or RLE.
     """
 
     def __init__(self, coco: dict[str, Any], folder: Path, masks: bool = False) -> None:
         self.folder, self._coco, self.masks = folder, coco, masks
-        self.category_ids = tuple(sorted(category["id"] for category in coco["categories"]))
         names = {category["id"]: category["name"] for category in coco["categories"]}
+        self.category_ids = tuple(sorted(names))
         self.class_names = tuple(names[category] for category in self.category_ids)
         self._labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        self._boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self._annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for annotation in coco["annotations"]:
-            self._boxes[annotation["image_id"]].append(annotation)
+            if not annotation["iscrowd"]:
+                self._annotations[annotation["image_id"]].append(annotation)
 
     def __len__(self) -> int:
         return len(self._coco["images"])
 
     def __getitem__(self, index: int) -> Item:
-        """image float32 ``[3, H, W]`` in 0..1; boxes float32 ``[D, 4]`` as (x1, y1, x2, y2), labels int64 ``[D]``.
+        """Return an image, float32 ``[3, H, W]`` in 0..1, and its target.
 
-        With masks also these, uint8 ``[D, H, W]``.
+        The target has boxes float32 ``[D, 4]`` as (x1, y1, x2, y2), labels int64 ``[D]``, image_id, and with masks
+        also masks uint8 ``[D, H, W]``.
         """
         entry = self._coco["images"][index]
         try:
             with Image.open(self.folder / entry["file_name"]) as file:
-                pixels = F.pil_to_tensor(file.convert("RGB"))
+                image = F.to_dtype(F.pil_to_tensor(file.convert("RGB")), torch.float32, scale=True)
         except OSError as error:
             raise DataError(f"cannot read image {self.folder / entry['file_name']}: {error}") from error
-        kept = [annotation for annotation in self._boxes[entry["id"]] if not annotation["iscrowd"]]
+        kept = self._annotations[entry["id"]]
         boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([self._labels[a["category_id"]] for a in kept], dtype=torch.int64)
-        image = F.to_dtype(pixels, torch.float32, scale=True)
-        target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(entry["id"])}
+        target = {
+            "boxes": box_convert(boxes, "xywh", "xyxy"),
+            "labels": torch.tensor([self._labels[a["category_id"]] for a in kept], dtype=torch.int64),
+            "image_id": torch.tensor(entry["id"]),
+        }
         if self.masks:
             size = (image.shape[1], image.shape[2])
             drawn = [torch.from_numpy(_mask_of(annotation, size)) for annotation in kept]
@@ -137,23 +139,25 @@ class CocoImages(Dataset[Item]):
 
     def first(self, count: int) -> CocoImages:
         """The set of the first ``count`` images."""
-        return CocoImages(of_images(self._coco, list(range(min(count, len(self))))), self.folder, self.masks)
+        return self.at(list(range(min(count, len(self)))))
+
+    def at(self, indices: list[int]) -> CocoImages:
+        """The set of the images at these places."""
+        return CocoImages(of_images(self._coco, indices), self.folder, self.masks)
 
 
 def _mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W] of an annotation whose segmentation is a list of polygons, or RLE with counts as list or text."""
+    """uint8 [H, W] of an annotation's polygons, or of its RLE with counts as a list or as text."""
     segmentation = annotation["segmentation"]
     if isinstance(segmentation, list):
-        encoded = rle.merge(rle.frPyObjects(segmentation, *size))
-    elif isinstance(segmentation["counts"], list):
-        encoded = rle.frPyObjects(segmentation, *size)
-    else:
-        encoded = segmentation
-    return rle.decode(encoded)
+        return rle.decode(rle.merge(rle.frPyObjects(segmentation, *size)))
+    return rle.decode(
+        rle.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
+    )
 
 
 def _check_masks(coco: dict[str, Any], path: Path) -> None:
-    """Every mask is drawn once, so that a broken one is found before training."""
+    """Draw every mask once: a broken one is found before training."""
     sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
     for annotation in coco["annotations"]:
         size = sizes[annotation["image_id"]]
@@ -161,8 +165,8 @@ def _check_masks(coco: dict[str, Any], path: Path) -> None:
             drawn = _mask_of(annotation, size)
         except Exception as error:  # pycocotools raises no other kind
             raise DataError(
-                f"{path}: an annotation of image {annotation['image_id']} has no segmentation that can be drawn, which "
-                f"--model mask_rcnn needs: {type(error).__name__} {error}"
+                f"{path}: --model mask_rcnn needs segmentations that can be drawn; one of image "
+                f"{annotation['image_id']} cannot: {type(error).__name__} {error}"
             ) from error
         if drawn.shape != size:
             raise DataError(
@@ -182,25 +186,23 @@ def load_coco(annotations: Path, folder: Path, masks: bool = False) -> CocoImage
 def split_coco(
     annotations: Path, folder: Path, masks: bool = False, held_out: float = 0.2, seed: int = 0
 ) -> tuple[CocoImages, CocoImages]:
-    """Train and test sets of one COCO file: a seeded share of its images is held out for the test split."""
-    coco = load_coco(annotations, folder, masks).coco()
-    images = coco["images"]
-    if len(images) < 2:
-        raise DataError(f"{annotations} must have at least 2 images, one for each split, got {len(images)}")
-    order = np.random.default_rng(seed).permutation(len(images)).tolist()
-    count = min(max(1, round(len(images) * held_out)), len(images) - 1)
-    test, train = (of_images(coco, sorted(part)) for part in (order[:count], order[count:]))
-    return CocoImages(train, folder, masks), CocoImages(test, folder, masks)
+    """Training and test sets of one COCO file: the seed picks the share of its images that is held out for testing."""
+    data = load_coco(annotations, folder, masks)
+    if len(data) < 2:
+        raise DataError(f"{annotations} must have at least 2 images, one for each split, got {len(data)}")
+    order = np.random.default_rng(seed).permutation(len(data)).tolist()
+    count = min(max(1, round(len(data) * held_out)), len(data) - 1)
+    return data.at(sorted(order[count:])), data.at(sorted(order[:count]))
 
 
 def check_boxes(data: CocoImages, annotations: Path) -> None:
-    """Raises DataError where there is nothing to learn from."""
+    """Raise DataError where there is nothing to learn from."""
     if all(annotation["iscrowd"] for annotation in data.coco()["annotations"]):
         raise DataError(f"{annotations} leaves no box to learn from in the train split")
 
 
 def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
-    """The same dict with every image's file found and size known, boxes clipped, and what COCO lets out filled in."""
+    """Find every image's file and size, clip boxes to their image, and fill in what COCO lets out."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory of images")
     images = {}
@@ -225,28 +227,28 @@ def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
         filled = {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": area if isinstance(area, int | float) else (x2 - x1) * (y2 - y1),
-            "iscrowd": 1 if annotation.get("iscrowd") else 0,
+            "iscrowd": int(bool(annotation.get("iscrowd"))),
         }
         annotations.append({**annotation, **filled, "id": len(annotations) + 1})
     dropped = len(coco["annotations"]) - len(annotations)
     if dropped:
-        print(f"warning: {dropped} of {path}'s boxes have no area inside their image; dropped", file=sys.stderr)
+        print(f"warning: dropped {dropped} boxes of {path} that have no area inside their image", file=sys.stderr)
     return {"info": {}, "images": [*images.values()], "annotations": annotations, "categories": coco["categories"]}
 
 
 def of_images(coco: dict[str, Any], indices: list[int]) -> dict[str, Any]:
-    """The part of a COCO dict that is about the images of these places in it."""
+    """The part of a COCO dict that is about the images at these places."""
     images = [coco["images"][index] for index in indices]
     ids = {image["id"] for image in images}
     return {**coco, "images": images, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
 
 
 class StepBatches(Sampler[list[int]]):
-    """Indices of one process's batches, `accumulate` a step, from step ``first`` to ``last - 1``: shuffled epochs, cut.
+    """Indices of one process's batches, `accumulate` per step, from step ``first`` to ``last - 1`` of shuffled epochs.
 
-    A step takes ``batch_size * accumulate * world`` pictures. They depend on that product, the length, the seed and the
-    step alone, so a resumed run sees what it would have seen, and two processes see what one would that accumulates
-    twice: batch b of a step is process ``b % world``'s.
+    A step takes ``batch_size * accumulate * world`` images. They depend on that product, the length, the seed and the
+    step alone: a resumed run takes the same images, and two processes take those of one that accumulates twice. Batch
+    b of a step belongs to process ``b % world``.
     """
 
     def __init__(
@@ -261,18 +263,17 @@ class StepBatches(Sampler[list[int]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.length, self.batch_size, self.seed, self.first, self.last = length, batch_size, seed, first, last
-        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.numbers = range(first * accumulate * world + rank, last * accumulate * world + rank, world)
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first) * self.accumulate
+        return len(self.numbers)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        for number in range(self.first * self.accumulate, self.last * self.accumulate):
-            start = (number * self.world + self.rank) * self.batch_size
+        for number in self.numbers:
             batch = []
-            for place in range(start, start + self.batch_size):
+            for place in range(number * self.batch_size, (number + 1) * self.batch_size):
                 if place // self.length != epoch:
                     epoch = place // self.length
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
@@ -281,33 +282,31 @@ class StepBatches(Sampler[list[int]]):
 
 
 def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images differ in size, so a batch is two lists."""
+    """A batch is two lists, because images differ in size."""
     return [image for image, _ in items], [target for _, target in items]
 
 
 def proposals_as_coco(image_id: int, boxes: Tensor, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
     """The first of an image's proposals ``[P, 4]``, best first, as COCO results.
 
-    They have no class, but pycocotools leaves out what is of none that the set has.
+    Proposals have no class; they take the set's first, because pycocotools leaves out unknown ones.
     """
-    boxes = boxes[: PROPOSALS_COUNTED[-1]].float().cpu().clone()
-    boxes[:, 2:] -= boxes[:, :2]
+    found = box_convert(boxes[: PROPOSALS_COUNTED[-1]].float(), "xyxy", "xywh").tolist()
     return [
         {"image_id": image_id, "category_id": category_ids[0], "bbox": box, "score": -rank}
-        for rank, box in enumerate(boxes.tolist())
+        for rank, box in enumerate(found)
     ]
 
 
 def detections_as_coco(
     image_id: int, detections: dict[str, Tensor], category_ids: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """A detector's answer for one image as COCO results: boxes ``[D, 4]`` become (x, y, width, height).
+    """A detector's output for one image as COCO results: boxes ``[D, 4]`` become (x, y, width, height).
 
-    Masks ``[D, 1, H, W]``, if it has any, become RLE of where they are above one half.
+    Masks ``[D, 1, H, W]``, if there are any, become the RLE of the pixels above one half.
     """
-    boxes = detections["boxes"].float().cpu().clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    found = zip(boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
+    boxes = box_convert(detections["boxes"].float(), "xyxy", "xywh").tolist()
+    found = zip(boxes, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
     results: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
         for box, label, score in found
@@ -327,22 +326,21 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def average_precision(
     coco: dict[str, Any], results: list[dict[str, Any]], kind: str = "bbox"
 ) -> dict[str, float | None]:
-    """COCO's AP of results' boxes ("bbox") or masks ("segm"), by pycocotools; None where the set has none of a size."""
+    """COCO's AP of boxes ("bbox") or masks ("segm"), by pycocotools; None where the set has no object of a size."""
     names = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_large": 5, "AR_100": 8}
     if not results:
-        # pycocotools cannot take an empty list; a detector that finds nothing has no precision.
+        # pycocotools cannot take an empty list.
         return dict.fromkeys(names, 0.0)
-    # Of a result with a box pycocotools takes the box's area for the mask's.
+    # Where a result has a box, pycocotools takes the box's area for the mask's.
     kept = [{key: result[key] for key in result if kind == "bbox" or key != "bbox"} for result in results]
     stats = _evaluate(coco, kept, kind, by_class=True).stats
-    values = {name: float(stats[place]) for name, place in names.items()}
-    return {name: value if value >= 0 else None for name, value in values.items()}
+    return {name: float(stats[place]) if stats[place] >= 0 else None for name, place in names.items()}
 
 
 def average_recall(coco: dict[str, Any], proposals: list[dict[str, Any]]) -> dict[str, float | None]:
-    """COCO's AR of each image's first 10 and 100 boxes, whatever their class; None where the set has none of a size.
+    """COCO's AR of each image's first 10 and 100 boxes, of any class; None where the set has no object of a size.
 
-    How the FPN paper measures a region proposal network (Lin et al., 2017, Table 1).
+    This is how the FPN paper measures a region proposal network (Lin et al., 2017, Table 1).
     """
     names = [f"AR_{count}{size}" for count in PROPOSALS_COUNTED for size in ("", "_small", "_medium", "_large")]
     if not proposals:

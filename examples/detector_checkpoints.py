@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that go on where they were written: whole or not there, and the same for one process and many.
+"""Checkpoints: a file is whole or absent, and the same for one process and for many.
 
-A step's data, its order, its random numbers and its learning rate are functions of the seed and the step (see
-`Settings`): a checkpoint holds weights, their average, the optimiser, the gradient scaler and the losses so far.
+A step's data, order, random numbers and learning rate are functions of the seed and the step (see `Settings`). A
+checkpoint holds the rest: weights, their average, the optimiser, the gradient scaler and the losses so far.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is not there, cannot be read, or is of another run; the message is one line."""
+    """A checkpoint that is absent, unreadable, or of another run; the message is one line."""
 
 
 def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, processes: Processes) -> None:
-    """Writes a file beside `path` and renames it: whatever happens, `path` is a whole checkpoint.
+    """Write the tracks to `path`, through a temporary file: at any time `path` is a whole checkpoint.
 
-    All processes call it, as sharded weights are gathered; the leading one writes.
+    All processes call it, because sharded weights are gathered; the leading one writes.
     """
     state = {"settings": settings.fingerprint(), "tracks": [_state_of(track) for track in tracks]}
     if processes.leads:
@@ -47,13 +47,14 @@ def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, process
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    processes.wait()
+    # Nobody continues before the file is there.
+    processes.any(False)
 
 
 def _state_of(track: Track) -> dict[str, Any]:
     return {
         "model": get_model_state_dict(track.model, options=WHOLE),
-        "average": get_model_state_dict(track.average.model, options=WHOLE),
+        "average": get_model_state_dict(track.average.module, options=WHOLE),
         "optimizer": get_optimizer_state_dict(track.model, track.optimizer, options=WHOLE),
         "scaler": track.scaler.state_dict(),
         "losses": track.losses,
@@ -62,7 +63,7 @@ def _state_of(track: Track) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None:
-    """Puts the tracks where the checkpoint was written. The backend may be another: weights are the same."""
+    """Restore the tracks from `path`. The backend may be another: weights have the same names and shapes."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, states = state["settings"], state["tracks"]
@@ -77,7 +78,9 @@ def load_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None
         raise CheckpointError(f"--resume: {path} was written {'with' if len(states) > 1 else 'without'} --compare")
     for track, values in zip(tracks, states, strict=True):
         set_model_state_dict(track.model, values["model"], options=WHOLE)
-        set_model_state_dict(track.average.model, values["average"], options=WHOLE)
+        set_model_state_dict(track.average.module, values["average"], options=WHOLE)
         set_optimizer_state_dict(track.model, track.optimizer, values["optimizer"], options=WHOLE)
         track.scaler.load_state_dict(values["scaler"])
         track.losses, track.seconds = list(values["losses"]), list(values["seconds"])
+        # The average of no steps would start anew.
+        track.average.n_averaged.fill_(len(track.losses))

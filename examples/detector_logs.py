@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes while it trains: AP now and then, and TensorBoard's files if they are asked for."""
+"""What a run logs while it trains: AP at --evaluate-every, and TensorBoard's files with --tensorboard."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from detector_training import Settings, Track
@@ -15,19 +14,19 @@ class NoLogsError(Exception):
 
 
 class Logs:
-    """Scalars by step: losses, gradient norm, learning rate, images a second, AP. The leading process writes them."""
+    """Scalars by step: losses, gradient norm, learning rate, images per second, AP. The leading process writes them."""
 
-    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
-        # One entry for each evaluation before the last: the step, and each track's figures by its name.
+    def __init__(self, settings: Settings, processes: Processes) -> None:
+        # An entry per evaluation before the last: the step, and each track's figures by its name.
         self.history: list[dict[str, Any]] = []
         self._writer = None
-        if not args.tensorboard or not processes.leads:
+        if not settings.tensorboard or not processes.leads:
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise NoLogsError(f"--tensorboard needs its package: pip install tensorboard ({error})") from error
-        self._writer = SummaryWriter(args.output / "tensorboard")
+            raise NoLogsError(f"--tensorboard needs a package: pip install tensorboard ({error})") from error
+        self._writer = SummaryWriter(settings.output / "tensorboard")
 
     def __enter__(self) -> Logs:
         return self
@@ -37,26 +36,20 @@ class Logs:
             self._writer.close()
 
     def step(self, track: Track, step: int, settings: Settings) -> None:
-        if self._writer is None:
-            return
-        values = {f"train/{name}": value for name, value in track.parts.items()} | {
-            "train/loss": track.losses[-1],
-            "train/learning_rate": settings.learning_rate_at(step),
-            "speed/images_per_second": settings.batch_size * settings.batches_per_step / track.seconds[-1],
-        }
-        self._write(track.name, values, step)
+        images = settings.batch_size * settings.batches_per_step
+        self._write(track.name, "train", {"loss": track.losses[-1], **track.parts}, step)
+        self._write(track.name, "train", {"learning_rate": settings.learning_rate_at(step)}, step)
+        self._write(track.name, "speed", {"images_per_second": images / track.seconds[-1]}, step)
 
     def test(self, figures: dict[str, dict[str, Any]], step: int) -> None:
-        """Figures of every track after the step; empty in processes that do not lead."""
+        """Log every track's figures after the step; they are empty in processes that do not lead."""
         self.history.append({"step": step + 1, **figures})
         for name, found in figures.items():
-            values = {f"test/{key}": value for key, value in found.items() if isinstance(value, float)}
+            self._write(name, "test", found, step)
             for part in ("masks", "proposals"):
-                more = found.get(part, {}).items()
-                values |= {f"test/{part}_{key}": value for key, value in more if value is not None}
-            self._write(name, values, step)
+                self._write(name, "test", {f"{part}_{key}": each for key, each in found.get(part, {}).items()}, step)
 
-    def _write(self, name: str, values: dict[str, float], step: int) -> None:
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(f"{key}/{name}", value, step + 1)
+    def _write(self, name: str, group: str, values: dict[str, Any], step: int) -> None:
+        for key, value in values.items():
+            if self._writer is not None and isinstance(value, float):
+                self._writer.add_scalar(f"{group}/{key}/{name}", value, step + 1)

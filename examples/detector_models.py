@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's detectors on any of its backbones whose stages halve the picture, with pyramids and norms by choice."""
+"""torchvision's detectors on any of its backbones whose stages halve the image, with a choice of pyramids and norms."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -23,33 +25,36 @@ TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 ONE_STAGE = ("retinanet", "fcos")
 NORMS = ("group", "frozen", "batch", "sync")
 PYRAMIDS = ("fpn", "no-top-down", "c4")
-# The FPN paper's.
+HEADS = ("tiny", "small", "torchvision")
+# A backbone of our own, for training from random weights on CPUs: the channels of its stem and of its four stages.
+SLIM, SLIM_CHANNELS = "slim_resnet", (16, 32, 64, 96, 128)
+# As in the FPN paper.
 CHANNELS = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SMALL_HEAD_WIDTH, SMALL_MASK_WIDTH = 256, 128
-# Any size that five halvings leave something of will do.
+# Any size that can be halved five times.
 PROBE_SIZE = 128
 
 
 class ModelError(Exception):
-    """A model that cannot be built of these parts; the message is one line."""
+    """Parts that make no model; the message is one line."""
 
 
 class BackboneWithPyramid(nn.Module):
-    """torchvision's BackboneWithFPN, with its checkpoint keys, over a pyramid of any class."""
+    """torchvision's BackboneWithFPN with its checkpoint keys, for a pyramid of any class."""
 
     def __init__(self, body: nn.Module, fpn: nn.Module, out_channels: int) -> None:
         super().__init__()
         self.body, self.fpn, self.out_channels = body, fpn, out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """[N, 3, H, W] -> maps by name, finest first."""
+        """Images [N, 3, H, W] to maps by name, finest first."""
         maps: dict[str, Tensor] = self.fpn(self.body(images))
         return maps
 
 
 class NoTopDownPyramid(FeaturePyramidNetwork):
-    """The FPN paper's Table 1 (d): lateral and output convolutions on every level, and nothing from above."""
+    """Lateral and output convolutions on every level, without a top-down pathway: the FPN paper's Table 1 (d)."""
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         names, inputs = list(maps), list(maps.values())
@@ -74,19 +79,20 @@ def build_detector(
     channels: int = CHANNELS,
     multi_scale: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """A detector of `classes` classes and the background, for images whose shorter side becomes `image_size`.
+    """Build a detector of `classes` classes and the background, for images whose shorter side becomes `image_size`.
 
-    heads: "torchvision" for its sizes, meant for pictures of 800 pixels; "small" for a tenth of them: fewer and smaller
-    anchors, proposals and samples, and narrower heads.
-    channels: of the pyramid's maps, and with it of the heads over them.
-    multi_scale: in training the shorter side is drawn for each image from these two, and every 32 pixels between them.
+    heads: "torchvision" for its sizes, meant for images of 800 pixels; "small" for about a tenth of them: fewer and
+    smaller anchors, proposals and samples, and narrower heads; "tiny" for half the samples of "small", half of them
+    objects.
+    channels: of every pyramid level, and with it of the heads.
+    multi_scale: in training, each image's shorter side is drawn from these two and every 32 pixels between them.
     """
-    small = heads == "small"
+    small = heads != "torchvision"
     body = build_backbone(backbone, model in TWO_STAGE, norm, frozen_stages, pretrained, pyramid, channels)
     training_sizes = () if multi_scale is None else tuple(range(multi_scale[0], multi_scale[1] + 1, 32))
     # torchvision draws from all of them in training, and takes the last one in evaluation.
     sizes = (*training_sizes, image_size)
-    # torchvision's default proportion, 800 to 1333.
+    # torchvision's default proportion is 800 to 1333.
     common: dict[str, Any] = {"min_size": sizes, "max_size": max(sizes) * 5 // 3}
     anchor = 16 if small else 32
     if model in ONE_STAGE:
@@ -104,7 +110,8 @@ def build_detector(
             "rpn_post_nms_top_n_train": 300,
             "rpn_pre_nms_top_n_test": 300,
             "rpn_post_nms_top_n_test": 150,
-            "box_batch_size_per_image": 128,
+            "box_batch_size_per_image": 64 if heads == "tiny" else 128,
+            "box_positive_fraction": 0.5 if heads == "tiny" else 0.25,
             "box_head": TwoMLPHead(channels * 7 * 7, SMALL_HEAD_WIDTH),
             "box_predictor": FastRCNNPredictor(SMALL_HEAD_WIDTH, classes + 1),
         }
@@ -125,7 +132,7 @@ def build_backbone(
     pyramid: str,
     channels: int = CHANNELS,
 ) -> BackboneWithPyramid:
-    """A classifier's stages under a pyramid: P2 to P6 for two stages, P3 to P7 for one, P4 alone for "c4"."""
+    """A classifier's stages and a pyramid: P2 to P6 for a two-stage detector, P3 to P7 for one stage, or C4 alone."""
     trunk = _trunk(name, pretrained)
     ends = _stage_ends(trunk, name)
     names = [child_name for child_name, _ in trunk.named_children()]
@@ -139,7 +146,7 @@ def build_backbone(
     body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
     kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
     extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
-    # From random weights a sum over levels learns more slowly where they are of different scale.
+    # From random weights, a sum over levels of different scale learns more slowly.
     norms = _group_norm if norm == "group" else None
     fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra, norms)
     return BackboneWithPyramid(body, fpn, channels)
@@ -147,6 +154,8 @@ def build_backbone(
 
 def _trunk(name: str, pretrained: bool) -> nn.Module:
     """A classifier's layers before its pooling, as a module that calls its children one after another."""
+    if name == SLIM:
+        return _slim_resnet()
     try:
         network = get_model(name, weights="DEFAULT" if pretrained else None)
     except (KeyError, ValueError) as error:
@@ -158,8 +167,17 @@ def _trunk(name: str, pretrained: bool) -> nn.Module:
     return network
 
 
+def _slim_resnet() -> nn.Sequential:
+    """A stem and one basic block per stage: 0.6 million parameters."""
+    stages: list[tuple[str, nn.Module]] = [("stem", Conv2dNormActivation(3, SLIM_CHANNELS[0], 3, 2))]
+    for i, (before, after) in enumerate(pairwise(SLIM_CHANNELS), start=1):
+        shortcut = Conv2dNormActivation(before, after, 1, 2, activation_layer=None)
+        stages.append((f"layer{i}", BasicBlock(before, after, 2, shortcut)))
+    return nn.Sequential(OrderedDict(stages))
+
+
 def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
-    """For level l, of stride 2^l, the last child whose map has it: (index of the child, channels)."""
+    """For each level l, the last child whose map has stride 2^l: (index of the child, channels)."""
     ends: dict[int, tuple[int, int]] = {}
     was_training = trunk.training
     maps = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE)
@@ -173,25 +191,25 @@ def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
                 break
             stride = PROBE_SIZE / maps.shape[2]
             level = math.log2(stride)
-            # A pool after the last stage is the classifier's.
+            # A pool after the last stage belongs to the classifier.
             if level.is_integer() and level <= 5:
                 ends[int(level)] = (index, maps.shape[1])
     trunk.train(was_training)
     for level in (2, 3, 4, 5):
         if level not in ends:
-            raise ModelError(f"--backbone {name}: no stage of it has maps of stride {2**level} in a simple sequence")
-    # A stem that goes to stride 4 at once has no end at 2: there is nothing to freeze before it.
+            raise ModelError(f"--backbone {name} has no stage with maps of stride {2**level} in a simple sequence")
+    # Where the stem goes to stride 4 at once, there is nothing to freeze before it.
     ends.setdefault(1, (-1, 3))
     return ends
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """Of a pyramid's maps: eight channels a group, as where 256 have 32 groups."""
+    """The norm of a pyramid's maps: eight channels per group, like 256 channels in 32 groups."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
 def _replace_batch_norms(module: nn.Module, names: list[str], norm: str) -> None:
-    """Every BatchNorm2d in the children of these names becomes one of `norm`; other kinds of norms stay."""
+    """Replace every BatchNorm2d in the children of these names by `norm`; other norms stay."""
     for name in names:
         child = getattr(module, name)
         if isinstance(child, nn.BatchNorm2d):
@@ -210,5 +228,5 @@ def _norm_like(old: nn.BatchNorm2d, norm: str) -> nn.Module:
         kept = {key: value for key, value in old.state_dict().items() if key != "num_batches_tracked"}
         frozen.load_state_dict(kept)
         return frozen
-    # Statistics of the image alone: what trains from random weights in small batches.
+    # Statistics of one image alone train from random weights in small batches.
     return nn.GroupNorm(math.gcd(32, old.num_features), old.num_features)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run is reported by: AP, merge and pooler times, two pictures, a JSON file and a short table."""
+"""The report of a training run: AP, times per stage, images, a JSON file and a short table."""
 
 from __future__ import annotations
 
@@ -9,128 +9,66 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from coco_data import DetectionData
 from detector_evaluation import evaluate
-from detector_models import TWO_STAGE
 from detector_training import Batch, Settings, Track, losses_of, to_device
-from matplotlib import patheffects
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
 from processes import Processes
-from torch import Tensor
-
-Merge = Callable[[list[Tensor]], Sequence[Tensor]]
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes
 
 COLOURS = {"eager": "#d95f02", "fused": "#1b6ca8"}
+PALETTE = ("#55ddff", "#ffd633", "#8cff73", "#ff8ccc", "#ff9a4d")
+# The parts of a detector that are timed alone, where it has them.
+STAGES = {"pyramid": "backbone.fpn", "RPN": "rpn", "RoI pooling": "roi_heads.box_roi_pool"}
 # The first steps pay for allocations and, on CUDA, for choosing convolution algorithms.
 WARMUP_STEPS_LEFT_OUT = 2
-REPEATS = 40
-UNCOUNTED_REPEATS = 5
-# The reference backend's pooler is a loop over RoIs in Python: there fewer repeats have to do.
+REPEATS, UNCOUNTED_REPEATS = 40, 5
+# The reference backend loops over RoIs in Python: it gets fewer repeats.
 TIMING_SECONDS = 10
-PICTURES = 8
-SHOWN_SCORE = 0.3
-SHOWN_AT_LEAST = 2
+# Images in detections.png and pyramid.png, and the side that a drawn image is enlarged to, in pixels.
+SHOWN_DETECTIONS, SHOWN_PYRAMIDS, SHOWN_SIDE = 8, 3, 384
+SHOWN_SCORE, SHOWN_AT_LEAST = 0.4, 2
 
 
-def eager_merge(laterals: list[Tensor]) -> list[Tensor]:
-    """torchvision's merge: laterals ``[N, C, H_l, W_l]``, finest first, to as many merged maps of these shapes."""
-    merged = [laterals[-1]]
-    for lateral in laterals[-2::-1]:
-        merged.insert(0, lateral + nnf.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
-    return merged
+def stage_seconds(tracks: list[Track], name: str, batch: Batch, settings: Settings) -> dict[str, Any]:
+    """Median seconds of one stage, forward and backward, for each track, on what its own model passes to it.
 
-
-def _merge_of(track: Track) -> Merge:
-    if track.name == "eager":
-        return eager_merge
-    from fpn_fast import ops
-
-    return ops.top_down
-
-
-@torch.no_grad()
-def laterals_of(track: Track, images: list[Tensor], settings: Settings) -> list[Tensor]:
-    """What the track's FPN merges for a batch, ``[N, 256, H_l, W_l]``, taken by a hook on its way through the model."""
-    inputs: list[Tensor] = []
-    fpn = track.model.backbone.fpn
-    handle = fpn.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments[0].values()))
-    try:
-        with settings.autocast():
-            batch, _ = track.model.transform([image.to(settings.device, settings.dtype) for image in images])
-            track.model.backbone(batch.tensors)
-            return [block(features) for block, features in zip(fpn.inner_blocks, inputs, strict=True)]
-    finally:
-        handle.remove()
-
-
-def merge_seconds(tracks: list[Track], images: list[Tensor], settings: Settings) -> dict[str, Any]:
-    """Median seconds of each track's merge, forward and backward, on its own model's laterals for one batch."""
+    name: of the stage's module. The medians are under "median_seconds", with the maps' shapes and dtype.
+    """
     runs: dict[str, Callable[[], object]] = {}
     for track in tracks:
-        laterals = [lateral.detach().requires_grad_() for lateral in laterals_of(track, images, settings)]
-        generator = torch.Generator(settings.device).manual_seed(settings.seed)
-        gradients = [torch.empty_like(lateral).normal_(generator=generator) for lateral in laterals]
-        runs[track.name] = _merge_run(_merge_of(track), laterals, gradients)
-    shapes = [list(lateral.shape) for lateral in laterals]
-    return {**_median_seconds(runs, settings), "laterals": shapes, "dtype": str(laterals[0].dtype)}
-
-
-def _merge_run(merge: Merge, laterals: list[Tensor], gradients: list[Tensor]) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(merge(laterals), laterals, gradients)
-
-
-def pooler_seconds(tracks: list[Track], batch: Batch, settings: Settings) -> dict[str, Any]:
-    """Median seconds of each track's RoI pooler, forward and backward, on what its own model gives it in training."""
-    runs: dict[str, Callable[[], object]] = {}
-    for track in tracks:
-        maps, boxes, image_shapes = pooler_inputs_of(track, batch, settings)
-        runs[track.name] = _pooler_run(track.model.roi_heads.box_roi_pool, maps, boxes, image_shapes, settings)
-    features = list(maps.values())
-    shapes = [list(feature.shape) for feature in features]
-    count = sum(len(each) for each in boxes)
-    return {**_median_seconds(runs, settings), "maps": shapes, "boxes": count, "dtype": str(features[0].dtype)}
-
-
-@torch.no_grad()
-def pooler_inputs_of(
-    track: Track, batch: Batch, settings: Settings
-) -> tuple[dict[str, Tensor], list[Tensor], list[tuple[int, int]]]:
-    """What the track's pooler is called with in training: maps by name, ``[N, 256, H_l, W_l]``, boxes, image shapes."""
-    arguments: list[Any] = []
-    pooler = track.model.roi_heads.box_roi_pool
-    handle = pooler.register_forward_pre_hook(lambda module, inputs: arguments.extend(inputs))
-    try:
-        losses_of(track.model, to_device(batch, settings), 0, settings)
-    finally:
+        module, inputs = track.model.get_submodule(name), list[Any]()
+        handle = module.register_forward_pre_hook(lambda _, given, kept=inputs: kept.extend(given))
+        with torch.no_grad():
+            losses_of(track.model, to_device(batch, settings), 0, settings)
         handle.remove()
-    maps, boxes, image_shapes = arguments
-    return {name: maps[name] for name in pooler.featmap_names if name in maps}, boxes, image_shapes
+        place = next(i for i, value in enumerate(inputs) if isinstance(value, dict))
+        inputs[place] = {name: each.detach().requires_grad_() for name, each in inputs[place].items()}
+        runs[track.name] = _stage_run(module, inputs, list(inputs[place].values()), settings)
+    maps = list(inputs[place].values())
+    shapes = [list(each.shape) for each in maps]
+    return {**_median_seconds(runs, settings), "maps": shapes, "dtype": str(maps[0].dtype)}
 
 
-def _pooler_run(
-    pooler: Callable[..., Tensor],
-    maps: dict[str, Tensor],
-    boxes: list[Tensor],
-    image_shapes: list[tuple[int, int]],
-    settings: Settings,
-) -> Callable[[], object]:
-    leaves = {name: feature.detach().requires_grad_() for name, feature in maps.items()}
-
+def _stage_run(module: nn.Module, inputs: list[Any], maps: list[Tensor], settings: Settings) -> Callable[[], object]:
     def run() -> object:
         with settings.autocast():
-            pooled = pooler(leaves, boxes, image_shapes)
-        return torch.autograd.grad(pooled, list(leaves.values()), torch.ones_like(pooled))
+            outputs = module(*inputs)
+        # An RPN returns proposals and losses; the others return maps by name, or one tensor.
+        outputs = outputs[1] if isinstance(outputs, tuple) else outputs
+        values = list(outputs.values()) if isinstance(outputs, dict) else [outputs]
+        return torch.autograd.grad(values, maps, [torch.ones_like(each) for each in values], allow_unused=True)
 
     return run
 
@@ -155,10 +93,10 @@ def _median_seconds(runs: dict[str, Callable[[], object]], settings: Settings) -
 
 
 def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Settings) -> dict[str, float]:
-    """What one batch's loss and gradients differ by when the second model has the first one's weights.
+    """How far one batch's loss and gradients differ when the second model has the first one's weights.
 
-    In a long run rounding differences grow, because a proposal more or less changes what is sampled; this one says
-    what the kernels themselves add. The gradient's difference is relative to its norm, the largest of all parameters.
+    This is what the kernels themselves change. Over a run the difference grows, because one proposal more or less
+    changes what is sampled. The gradient's difference is relative to its norm, and the largest of all parameters.
     """
     batch = to_device(batch, settings)
     models = [track.model for track in tracks]
@@ -178,76 +116,86 @@ def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Se
     return {"loss": abs(losses[1] - losses[0]), "gradient_relative": max(relative)}
 
 
-def _draw_box(axes: Axes, box: Sequence[float], colour: Any, style: str, text: str = "") -> None:
-    x1, y1, x2, y2 = box
-    # Legible on any photograph.
-    outline: list[patheffects.AbstractPathEffect] = [patheffects.withStroke(linewidth=2.8, foreground=(0, 0, 0, 0.6))]
-    frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6, linestyle=style)
-    frame.set_path_effects(outline)
-    axes.add_patch(frame)
-    if text:
-        # Inside the picture, also for a box at its upper edge.
-        axes.text(x1, max(y1, 11), text, color=colour, fontsize=8.5, va="bottom", weight="bold", path_effects=outline)
-
-
-def draw_detections(data: DetectionData, detections: dict[int, dict[str, Tensor]], name: str, path: Path) -> None:
-    """A grid of test images by index: annotated boxes dashed in white, detections coloured by class with scores."""
-    columns = min(4, len(detections))
-    rows = -(-len(detections) // columns)
-    figure = Figure(figsize=(3.4 * columns, 3.4 * rows + 0.6), dpi=110, layout="constrained")
-    palette = np.asarray([(0.35, 0.85, 1), (1, 0.85, 0.2), (0.55, 1, 0.45), (1, 0.55, 0.8), (1, 0.6, 0.3)])
-    for place, (index, found) in enumerate(detections.items()):
+def draw_detections(data: DetectionData, detections: dict[str, dict[int, dict[str, Tensor]]], path: Path) -> None:
+    """Draw test images by model and index: annotated boxes in white, detections in colour with class and score."""
+    per_model = SHOWN_DETECTIONS // len(detections)
+    cells = [(name, *each) for name, found in detections.items() for each in list(found.items())[:per_model]]
+    columns = min(4, len(cells))
+    rows = -(-len(cells) // columns)
+    figure = Figure(figsize=(3.5 * columns, 3.8 * rows + 0.5), dpi=110, layout="constrained")
+    font = {"font": findfont("DejaVu Sans"), "font_size": 17}
+    for axes, (name, index, found) in zip(figure.subplots(rows, columns, squeeze=False).flat, cells, strict=False):
         image, target = data[index]
-        axes = figure.add_subplot(rows, columns, place + 1)
-        axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_axis_off()
-        for box in target["boxes"].tolist():
-            _draw_box(axes, box, "white", "--")
+        scale = SHOWN_SIDE / min(image.shape[-2:])
+        drawn = F.resize(image, [round(side * scale) for side in image.shape[-2:]]).clamp(0, 1)
         kept = found["scores"] >= SHOWN_SCORE
-        # Best first; a model that has learned little still shows where it looks, and its scores say how little.
+        # Best first: a model that has learned little still shows where it looks, with low scores.
         kept[:SHOWN_AT_LEAST] = True
-        for box, label, score in zip(
-            *(found[key][kept].tolist() for key in ("boxes", "labels", "scores")), strict=True
-        ):
-            _draw_box(axes, box, palette[label % len(palette)], "-", f"{data.class_names[label - 1]}  {score:.2f}")
-    shown = f"{SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}"
-    figure.suptitle(f"{name} model: detections scoring {shown}; dashed white: annotated", fontsize=11)
+        boxes, labels, scores = (found[key][kept] for key in ("boxes", "labels", "scores"))
+        colours = [PALETTE[label % len(PALETTE)] for label in labels]
+        style: dict[str, Any] = {"colors": colours, "label_background_colors": colours, "fill_labels": True, "width": 3}
+        style["label_colors"] = ["black"] * len(labels)
+        style["labels"] = [f"{data.class_names[i - 1]}  {each:.2f}" for i, each in zip(labels, scores, strict=True)]
+        for drawn_boxes, options in ((target["boxes"], {"colors": "white"}), (boxes, style | font)):
+            if len(drawn_boxes):
+                drawn = draw_bounding_boxes(drawn, drawn_boxes * scale, **options)
+        axes.imshow(drawn.permute(1, 2, 0).numpy())
+        axes.set_title(f"{name}, test image {index + 1}", fontsize=10)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.suptitle(
+        f"Detections with scores of {SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}; annotations in white"
+    )
     figure.savefig(path)
 
 
-def _smooth(values: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, running mean over `width` steps)."""
-    mean = np.convolve(values, np.ones(width) / width, mode="valid")
-    return np.arange(width, len(values) + 1), mean
+@torch.inference_mode()
+def draw_pyramid(track: Track, data: DetectionData, settings: Settings, path: Path) -> None:
+    """Draw test images and, next to each, the norm over the channels of every map of the averaged model's pyramid."""
+    model, count = track.average.module, min(SHOWN_PYRAMIDS, len(data))
+    images = [data[index][0].to(settings.torch_device, settings.dtype) for index in range(count)]
+    # P6 of a two-stage detector is P5 with every other pixel.
+    found = [model.backbone(model.transform([image])[0].tensors) for image in images]
+    found = [{name: each for name, each in maps.items() if name != "pool"} for maps in found]
+    first = 2 if hasattr(model, "rpn") else 3
+    figure = Figure(figsize=(2.6 * (1 + len(found[0])), 2.7 * count), dpi=110, layout="constrained")
+    axes = figure.subplots(count, 1 + len(found[0]), squeeze=False)
+    for row, image, maps in zip(axes, images, found, strict=True):
+        row[0].imshow(image.float().cpu().permute(1, 2, 0).numpy())
+        row[0].set_title("image", fontsize=10)
+        for level, (each, features) in enumerate(zip(row[1:], maps.values(), strict=True), start=first):
+            each.imshow(features[0].float().norm(dim=0).cpu().numpy(), cmap="magma")
+            height, width = features.shape[-2:]
+            name = "C4" if settings.pyramid == "c4" else f"P{level}"
+            each.set_title(f"{name}, {width} x {height}", fontsize=10)
+    for each in axes.flat:
+        each.set_axis_off()
+    figure.savefig(path)
 
 
 def draw_losses(tracks: list[Track], path: Path) -> None:
-    """Every track's loss over the steps; with two tracks also their difference, below."""
+    """Draw every track's loss by step; with two tracks also their difference, below."""
     compared = len(tracks) == 2
     figure = Figure(figsize=(8, 6 if compared else 4), dpi=120, layout="constrained")
-    axes = figure.subplots(2 if compared else 1, 1, squeeze=False, sharex=True, height_ratios=[2, 1][: 1 + compared])
-    upper = axes[0, 0]
-    width = max(1, min(20, len(tracks[0].losses) // 5))
+    axes = figure.subplots(1 + compared, 1, squeeze=False, sharex=True, height_ratios=[2, 1][: 1 + compared])[:, 0]
+    steps = np.arange(1, len(tracks[0].losses) + 1)
+    width = max(1, min(20, len(steps) // 5))
     for track, style in zip(tracks, ("-", "--"), strict=False):
         colour = COLOURS[track.name]
-        upper.plot(
-            range(1, len(track.losses) + 1), track.losses, color=colour, alpha=0.25, linewidth=1, linestyle=style
-        )
-        label = f"{track.name}, mean of {width} steps" if width > 1 else track.name
-        upper.plot(*_smooth(track.losses, width), color=colour, linewidth=2.2, linestyle=style, label=label)
-    upper.set_ylabel("loss")
-    upper.set_ylim(bottom=0)
-    upper.legend(frameon=False)
+        mean = np.convolve(track.losses, np.ones(width) / width, mode="valid")
+        axes[0].plot(steps, track.losses, color=colour, alpha=0.25, linewidth=1, linestyle=style)
+        label = f"{track.name}, mean of {width} steps"
+        axes[0].plot(steps[width - 1 :], mean, color=colour, linewidth=2.2, linestyle=style, label=label)
+    axes[0].set(ylabel="loss", ylim=(0, None))
+    axes[0].legend(frameon=False)
     if compared:
-        difference = np.subtract(tracks[1].losses, tracks[0].losses)
-        lower = axes[1, 0]
-        lower.axhline(0, color="0.7", linewidth=0.8)
-        lower.plot(range(1, len(difference) + 1), difference, color="0.2", linewidth=1)
-        lower.set_ylabel(f"{tracks[1].name} − {tracks[0].name}")
-        lower.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    axes[-1, 0].set_xlabel("step")
-    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for each in axes[:, 0]:
+        axes[1].axhline(0, color="0.7", linewidth=0.8)
+        axes[1].plot(steps, np.subtract(tracks[1].losses, tracks[0].losses), color="0.2", linewidth=1)
+        axes[1].set_ylabel(f"{tracks[1].name} − {tracks[0].name}")
+        axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(axis="y", alpha=0.25)
     figure.savefig(path)
@@ -260,10 +208,10 @@ def _machine(settings: Settings) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    cuda = settings.device.type == "cuda"
-    name = torch.cuda.get_device_name(settings.device) if cuda else platform.processor() or platform.machine()
+    device = settings.torch_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": settings.device.type,
+        "device": device.type,
         "device_name": name,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -276,32 +224,34 @@ def report(
     tracks: list[Track],
     batch: Batch,
     test: DetectionData,
-    test_seconds: float | None,
     settings: Settings,
     facts: dict[str, Any],
-    output: Path,
     processes: Processes,
 ) -> str | None:
-    """Measures, writes detections.png, loss_curves.png and figures.json into `output`; returns the table to print.
+    """Evaluate, measure, write images and figures.json into --output; return the table to print.
 
-    batch: one of training's, on which the merge and the pooler are timed where one process trains. All processes
-    evaluate; the leading one alone does the rest, the others get None.
+    batch: a training batch, on which the stages are timed where one process trains. All processes evaluate; the leading
+    one alone does the rest, and the others get None.
     """
-    precisions, detections = evaluate(tracks, test, test_seconds, settings, processes)
+    budget = None if settings.time_budget is None else settings.time_budget / 4
+    precisions, detections = evaluate(tracks, test, budget, settings, processes)
     if not processes.leads:
         return None
+    alone, output = processes.world == 1, settings.output
     figures: dict[str, Any] = {**facts, **_machine(settings), "steps": len(tracks[0].losses)}
     figures["processes"] = processes.world
-    alone = processes.world == 1
-    if alone and settings.pyramid == "fpn":
-        figures["merge"] = merge_seconds(tracks, batch[0], settings)
-    if alone and settings.model in TWO_STAGE:
-        figures["pooler"] = pooler_seconds(tracks, batch, settings)
+    modules = dict(tracks[0].model.named_modules())
+    figures["stages"] = {
+        stage: stage_seconds(tracks, name, batch, settings)
+        for stage, name in STAGES.items()
+        if alone and name in modules
+    }
     for track in tracks:
         step_seconds = statistics.median(track.seconds[WARMUP_STEPS_LEFT_OUT:] or track.seconds)
         figures[track.name] = {
             "step_seconds_median": step_seconds,
             "images_per_second": settings.batch_size * settings.batches_per_step / step_seconds,
+            "test_seconds_per_image": track.test_seconds,
             "test": precisions[track.name],
             "losses": track.losses,
             "step_seconds": track.seconds,
@@ -313,75 +263,63 @@ def report(
         if alone:
             equal = differences_at_equal_weights(tracks, batch, settings)
             figures["loss_difference"]["at_equal_weights"] = equal
-    pictures = [output / "detections.png", output / "loss_curves.png"]
-    draw_detections(test, dict(list(detections.items())[:PICTURES]), tracks[-1].name, pictures[0])
-    draw_losses(tracks, pictures[1])
-    figures["pictures"] = [str(picture) for picture in pictures]
+    draw_detections(test, detections, output / "detections.png")
+    draw_losses(tracks, output / "loss_curves.png")
+    if alone:
+        draw_pyramid(tracks[-1], test, settings, output / "pyramid.png")
+    names = ("detections", "loss_curves", *(("pyramid",) if alone else ()))
+    figures["pictures"] = [str(output / f"{name}.png") for name in names]
     (output / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     return table(figures, [track.name for track in tracks], output)
 
 
 def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
-    """The figures a reader wants first, as plain text."""
-
-    def precision(test: dict[str, Any], keys: Sequence[str]) -> str:
-        values = (test[key] for key in keys)
-        return " / ".join("-" if value is None else f"{value:.3f}" for value in values)
-
-    steps = {name: figures[name]["step_seconds_median"] for name in names}
-    # (text, seconds, digits of the milliseconds)
-    times = [
-        ("step time, median", steps, 1),
-        *(
-            (f"{part} time, forward + backward", figures[part]["median_seconds"], 3)
-            for part in ("merge", "pooler")
-            if part in figures
-        ),
-    ]
-    tests = [figures[name]["test"] for name in names]
+    """The figures a reader wants first, as plain text of at most 100 columns."""
+    ours = [figures[name] for name in names]
+    times = {
+        "training step, median": [each["step_seconds_median"] for each in ours],
+        "inference, per image": [each["test_seconds_per_image"] for each in ours],
+    }
+    times |= {
+        f"{stage}, forward and backward": [found["median_seconds"][name] for name in names]
+        for stage, found in figures["stages"].items()
+    }
+    rows = [["", *names]]
+    for text, seconds in times.items():
+        rows.append([text, *(f"{1e3 * each:.{1 if seconds[0] > 0.01 else 2}f} ms" for each in seconds)])
+        if len(seconds) == 2:
+            ratio = seconds[0] / seconds[1]
+            rows[-1].append(f"{ratio:.2f}x {'faster' if ratio >= 1 else '(slower)'}")
+    metrics = (
+        ("AP / AP50", "", ("AP", "AP50")),
+        ("AP small / medium / large", "", ("AP_small", "AP_medium", "AP_large")),
+        ("AP / AP50 of masks", "masks", ("AP", "AP50")),
+        ("AR of 10 / 100 proposals", "proposals", ("AR_10", "AR_100")),
+    )
+    for text, group, keys in metrics:
+        tests = [each["test"].get(group, {}) if group else each["test"] for each in ours]
+        values = [["-" if test[key] is None else f"{test[key]:.3f}" for key in keys] for test in tests if test]
+        if values:
+            rows.append([text, *map(" / ".join, values)])
     last = min(20, figures["steps"])
-    rows = [
-        ["", *names],
-        *([text, *(f"{1e3 * seconds[name]:.{digits}f} ms" for name in names)] for text, seconds, digits in times),
-        ["AP / AP50 on the test split", *(precision(each, ("AP", "AP50")) for each in tests)],
-        ["AP small / medium / large", *(precision(each, ("AP_small", "AP_medium", "AP_large")) for each in tests)],
-        *(
-            [["AP / AP50 of masks", *(precision(each["masks"], ("AP", "AP50")) for each in tests)]]
-            if "masks" in tests[0]
-            else []
-        ),
-        *(
-            [["AR of 10 / 100 proposals", *(precision(each["proposals"], ("AR_10", "AR_100")) for each in tests)]]
-            if "proposals" in tests[0]
-            else []
-        ),
-        ["loss, first step", *(f"{figures[name]['losses'][0]:.4f}" for name in names)],
-        [f"loss, mean of last {last}", *(f"{statistics.fmean(figures[name]['losses'][-last:]):.4f}" for name in names)],
-    ]
+    rows.append(["loss, first step", *(f"{each['losses'][0]:.4f}" for each in ours)])
+    means = [statistics.fmean(each["losses"][-last:]) for each in ours]
+    rows.append([f"loss, mean of last {last} steps", *(f"{each:.4f}" for each in means)])
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(names) + 1)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], [*widths[1:], 0])]) for row in rows]
     if len(names) == 2:
-        rows[0].append("eager/fused")
-        for row, (_, seconds, _) in zip(rows[1:], times, strict=False):
-            row.append(f"{seconds['eager'] / seconds['fused']:.2f}x")
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    # zip ends with the shorter row: only the times have a ratio.
-    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    lines = ["  ".join(row) for row in padded]
-    if len(names) == 2:
+        slower = [text for text, seconds in times.items() if seconds[0] < seconds[1]]
+        lines.append(f"slower with fpn_fast: {'; '.join(slower) or 'none of these times'}")
         gap = figures["loss_difference"]
-        equal = gap.get("at_equal_weights")
-        at_equal = (
-            ""
-            if equal is None
-            else (f"{equal['loss']:.2g} at equal weights, gradients within {equal['gradient_relative']:.1g}; ")
-        )
-        lines += [
-            f"largest loss difference: {at_equal}{gap['largest']:.2g} over the whole run, in which rounding grows",
-        ]
-    seen = tests[0]["images"]
+        if "at_equal_weights" in gap:
+            loss, gradient = gap["at_equal_weights"].values()
+            lines.append(f"difference at equal weights: loss {loss:.2g}, gradients {gradient:.1g} of their norm")
+        lines.append(f"largest loss difference of a step: {gap['largest']:.2g}; roundings grow over a run")
     lines += [
-        f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {seen} images; backend {figures['backend']}, "
+        f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {ours[0]['test']['images']} images; "
         f"{figures['device']}, {figures['threads']} threads, {figures['processes']} process(es)",
-        f"pictures: {' '.join(figures['pictures'])}",
+        f"fpn_fast's backend: {figures['backend']}",
+        *(f"picture: {path}" for path in figures["pictures"]),
         f"all figures: {output / 'figures.json'}",
     ]
     return "\n".join(lines)

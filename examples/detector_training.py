@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's losses depend on, and its training step: accumulated, mixed in precision, over many processes."""
+"""What a run's losses depend on, and its training step: accumulated, in mixed precision, over several processes."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import signal
@@ -17,92 +18,58 @@ from typing import Any
 import numpy as np
 import torch
 from detector_models import build_detector
-from processes import Processes, distributed, gradients_exchanged, local, shard_in_place, whole
+from processes import Processes, distributed, gradients_exchanged, shard_in_place, whole
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms.v2 import functional as F
 
 # Images, float32 [3, H, W] each, and their targets: boxes float32 [D, 4], labels int64 [D], maybe masks [D, H, W].
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
-# Steps until the learning rate is at its full value, and until it begins to fall with the square root of the step.
+# Steps until the learning rate reaches its full value, and until it begins to fall with the square root of the step.
 WARMUP_STEPS = 20
 CONSTANT_STEPS = 1000
 # The evaluated weights average about the last tenth of the steps, at most this many: over 150 steps that doubled AP in
-# seven of eight trials, and over thousands it takes out what the last few pictures did.
+# seven of eight trials, and over thousands it removes the effect of the last few images.
 AVERAGED_STEPS = 1000
-# What a random stream is for: one of these beside the seed keeps streams of one step apart.
+# What a random stream is for: with one of these in the seed, two streams of one step differ.
 LOSS_STREAM, FLIP_STREAM = 0, 1
 
 
 class TrainingError(Exception):
-    """Training that cannot go on; the message is one line."""
+    """Training that cannot continue; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run's losses depend on, besides the number of steps, the backend and how processes share the work."""
+class Settings(argparse.Namespace):
+    """The command line, and what a run's losses depend on besides: device, classes and batches per step."""
 
-    device: torch.device
-    data: str
-    class_names: tuple[str, ...]
-    model: str
-    backbone: str
-    pyramid: str
-    heads: str
-    channels: int
-    norm: str
-    frozen_stages: int
-    pretrained: bool
-    image_size: int
-    multi_scale: tuple[int, int] | None
-    flip: bool
-    batch_size: int
-    # Batches of batch_size that one optimiser step takes in, over all processes and accumulations.
-    batches_per_step: int
-    learning_rate: float
-    learning_rate_steps: tuple[int, ...]
-    max_gradient_norm: float
-    amp: bool
-    float64: bool
-    channels_last: bool
-    static_sampling: bool
-    seed: int
+    # Options that a resumed run may change: its losses do not depend on them, or only on what they lead to.
+    CHANGEABLE = (
+        *("steps", "time_budget", "checkpoint_every", "evaluate_every", "eval_images", "coco_test", "workers"),
+        *("backend", "compare", "deterministic", "device", "threads", "fsdp", "accumulate"),
+        *("output", "resume", "tensorboard"),
+    )
 
-    @classmethod
-    def of(cls, args: argparse.Namespace, processes: Processes, class_names: tuple[str, ...]) -> Settings:
-        same = (
-            "model",
-            "backbone",
-            "pyramid",
-            "channels",
-            "heads",
-            "norm",
-            "frozen_stages",
-            "pretrained",
-            "image_size",
-            "flip",
-        )
-        same += ("batch_size", "max_gradient_norm", "amp", "float64", "channels_last", "static_sampling", "seed")
-        return cls(
-            device=processes.device,
-            data=f"digits, {args.train_images} pictures" if args.coco is None else str(args.coco[0]),
-            class_names=class_names,
-            multi_scale=None if args.multi_scale is None else tuple(args.multi_scale),
-            batches_per_step=args.accumulate * processes.world,
-            learning_rate=args.lr,
-            learning_rate_steps=tuple(args.lr_steps),
-            **{name: getattr(args, name) for name in same},
-        )
+    def complete(self, processes: Processes, class_names: tuple[str, ...]) -> Settings:
+        """Add what the command line does not say; return self."""
+        self.torch_device, self.class_names = processes.device, class_names
+        # Batches of batch_size per optimiser step, over all processes and accumulations.
+        self.batches_per_step = self.accumulate * processes.world
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON values; paths and devices become text."""
+        plain: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
+        return plain
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that must be equal for a checkpoint to be gone on from."""
-        values = {key: value for key, value in vars(self).items() if key != "device"}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        """The values that a resumed run must share with the checkpoint."""
+        return {key: value for key, value in self.plain().items() if key not in (*self.CHANGEABLE, "torch_device")}
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on a CPU, float16 on CUDA; disabled without --amp."""
-        dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.amp)
+        """bfloat16 on a CPU, float16 on a GPU; disabled without --amp."""
+        dtype = torch.float16 if self.torch_device.type == "cuda" else torch.bfloat16
+        return torch.autocast(self.torch_device.type, dtype, enabled=self.amp)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,49 +77,39 @@ class Settings:
         return torch.float64 if self.float64 else torch.float32
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
 
     def learning_rate_at(self, step: int) -> float:
-        """A function of the step alone: --steps can be raised later without changing what came before."""
+        """A function of the step alone: a resumed run may raise --steps."""
         decay = min(1.0, math.sqrt(CONSTANT_STEPS / (step + 1)))
-        decay *= 0.1 ** sum(step >= drop for drop in self.learning_rate_steps)
-        return self.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+        decay *= 0.1 ** sum(step >= drop for drop in self.lr_steps)
+        return self.lr * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
     def random_stream(self, purpose: int, step: int, place: int) -> int:
-        """A seed for the place-th batch of a step: equal for every model, after a resume, and on any process."""
+        """The seed of a step's place-th batch: the same for every model, after a resume, and in any process."""
         return int(np.random.SeedSequence([self.seed, purpose, step, place]).generate_state(1)[0])
 
 
 def build_model(settings: Settings) -> nn.Module:
-    """The detector that the settings speak of, with random or pretrained weights, on the CPU."""
-    return build_detector(
-        settings.model,
-        settings.backbone,
-        len(settings.class_names),
-        settings.image_size,
-        norm=settings.norm,
-        frozen_stages=settings.frozen_stages,
-        pretrained=settings.pretrained,
-        pyramid=settings.pyramid,
-        heads=settings.heads,
-        channels=settings.channels,
-        multi_scale=settings.multi_scale,
-    )
+    """The detector of these settings, with random or pretrained weights, on the CPU."""
+    names = ("norm", "frozen_stages", "pretrained", "pyramid", "heads", "channels", "multi_scale")
+    options = {name: getattr(settings, name) for name in names}
+    return build_detector(settings.model, settings.backbone, len(settings.class_names), settings.image_size, **options)
 
 
 def to_device(batch: Batch, settings: Settings) -> Batch:
-    """With numbers of the type that is trained in; labels and masks stay integers."""
+    """The batch on the device, images and boxes in the dtype of training; labels and masks stay integers."""
 
     def moved(value: Tensor) -> Tensor:
-        return value.to(settings.device, settings.dtype if value.is_floating_point() else value.dtype)
+        return value.to(settings.torch_device, settings.dtype if value.is_floating_point() else value.dtype)
 
     images, targets = batch
     return [moved(image) for image in images], [{key: moved(each) for key, each in t.items()} for t in targets]
 
 
 def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
-    """Each image mirrored with probability 1/2, its boxes and masks with it; without --flip the batch as it is."""
+    """Mirror each image, its boxes and masks with probability 1/2; without --flip return the batch as it is."""
     if not settings.flip:
         return batch
     coins = np.random.default_rng(settings.random_stream(FLIP_STREAM, step, place)).random(len(batch[0])) < 0.5
@@ -170,43 +127,22 @@ def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
 
 def losses_of(model: nn.Module, batch: Batch, step: int, settings: Settings, place: int = 0) -> dict[str, Tensor]:
     """The model's training losses by name, scalars."""
-    # Anchors and proposals are sampled at random: one stream a batch.
+    # Anchors and proposals are sampled at random: one stream per batch.
     torch.manual_seed(settings.random_stream(LOSS_STREAM, step, place))
     with settings.autocast():
         losses: dict[str, Tensor] = model(*batch)
     return losses
 
 
-class WeightAverage:
-    """An exponential average of a model's weights and buffers, as a model of its own in evaluation mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after `step`, counted from 0."""
-        weight = max(9 / (step + 10), 1 / AVERAGED_STEPS)
-        ours, theirs = ([local(value) for value in each.state_dict().values()] for each in (self.model, model))
-        floating = [value.is_floating_point() for value in ours]
-        averaged = [value for value, chosen in zip(ours, floating, strict=True) if chosen]
-        torch._foreach_lerp_(
-            averaged, [value for value, chosen in zip(theirs, floating, strict=True) if chosen], weight
-        )
-        for value, other, chosen in zip(ours, theirs, floating, strict=True):
-            if not chosen:
-                value.copy_(other)
-
-
 @dataclass
 class Track:
-    """One model in training: "eager" or "fused", its optimiser, and what was measured, one entry a step."""
+    """One model in training, "eager" or "fused", with its optimiser and its measurements, one entry per step."""
 
     name: str
     model: nn.Module
-    # The model as it is called in training; the same, or DistributedDataParallel around it.
+    # The model to call in training: the same, or DistributedDataParallel around it.
     called: nn.Module
-    average: WeightAverage
+    average: AveragedModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     processes: Processes
@@ -214,14 +150,16 @@ class Track:
     swapped: Any = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    # Of the last step: losses by name and the norm of the gradient before it was clipped.
+    # Seconds per image of the last evaluation.
+    test_seconds: float = 0.0
+    # Of the last step: losses by name, and the norm of the gradient before it was clipped.
     parts: dict[str, float] = field(default_factory=dict)
 
     def step(self, batches: list[Batch], step: int, settings: Settings) -> None:
-        """One optimiser step on this process's share, batches of (images, targets).
+        """Take one optimiser step on this process's batches of (images, targets).
 
-        The step's loss is the mean over all batches of all processes. The host reads numbers of the GPU once, at the
-        end: a loss that is not finite is found when it has spoilt the weights, and before they are saved anywhere.
+        The step's loss is the mean over all batches of all processes. The step reads the losses at its end, in one host
+        synchronisation: a loss that is not finite has then spoilt the weights, but no checkpoint.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
@@ -241,7 +179,13 @@ class Track:
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_gradient_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.average.update(self.model, step)
+        weight = max(9 / (step + 10), 1 / AVERAGED_STEPS)
+        self.average.multi_avg_fn = lambda ours, theirs, _: (
+            torch._foreach_lerp_(ours, theirs, weight)
+            if ours[0].is_floating_point()
+            else torch._foreach_copy_(ours, theirs)
+        )
+        self.average.update_parameters(self.model)
         *rows, (gradient_norm, *_) = torch.stack([*values, norm.float().expand(len(names))]).tolist()
         settings.synchronize()
         self.seconds.append(time.perf_counter() - started)
@@ -252,33 +196,29 @@ class Track:
         self.parts["gradient_norm"] = gradient_norm
 
     def _check_finite(self, rows: list[list[float]], names: list[str], batches: list[Batch], step: int) -> None:
-        """All processes stop if a loss of any is not finite, and all say whose it was."""
+        """Stop all processes if a loss of any is not finite, and name the images in every one of them."""
         if not self.processes.any(not all(math.isfinite(value) for row in rows for value in row)):
             return
         bad = [
-            ([int(target["image_id"]) for target in targets], row)
+            f"images {', '.join(str(int(target['image_id'])) for target in targets)}: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in zip(names, row, strict=True))
             for (_, targets), row in zip(batches, rows, strict=True)
             if not all(map(math.isfinite, row))
         ]
-        shown = [
-            f"images {', '.join(map(str, ids))}: "
-            + ", ".join(f"{name} {value:.3g}" for name, value in zip(names, row, strict=True))
-            for found in self.processes.gather(bad)
-            for ids, row in found
-        ]
+        shown = "; ".join(text for found in self.processes.gather(bad) for text in found)
         raise TrainingError(
-            f"the {self.name} model's loss is not finite at step {step + 1} ({'; '.join(shown)}); the last checkpoint "
-            "is of a step before it. Lower --lr, or look at these images"
+            f"the {self.name} model's loss is not finite at step {step + 1} ({shown}); the last checkpoint is of an "
+            "earlier step. Lower --lr, or look at these images"
         )
 
 
-def new_tracks(names: list[str], settings: Settings, processes: Processes, shard: bool = False) -> list[Track]:
-    """A track for each name, all with equal weights; "fused" ones with fpn_fast's modules swapped in."""
+def new_tracks(names: list[str], settings: Settings, processes: Processes) -> list[Track]:
+    """A track per name, all with equal weights; in "fused" ones fpn_fast replaces the modules that it has."""
     torch.manual_seed(settings.seed)
     initial = build_model(settings)
     tracks = []
     for name in names:
-        model = copy.deepcopy(initial).to(settings.device, settings.dtype).train()
+        model = copy.deepcopy(initial).to(settings.torch_device, settings.dtype).train()
         if settings.channels_last:
             model = model.to(memory_format=torch.channels_last)
         swapped = None
@@ -290,21 +230,23 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes, shard
                 from fpn_fast.nn.static_sampling import use_static_sampling
 
                 use_static_sampling(model)
-        average = WeightAverage(model)
-        called = distributed(model, processes, shard)
-        if shard:
-            shard_in_place(average.model, processes)
-        # One pass over the weights instead of eight: 0.02 s a step instead of 0.11 on two CPU cores.
+        average = AveragedModel(model, use_buffers=True).requires_grad_(False).eval()
+        called = distributed(model, processes, settings.fsdp)
+        if settings.fsdp:
+            shard_in_place(average.module, processes)
+        # One pass over the weights instead of eight: 0.02 s per step instead of 0.11 on two CPU cores.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-4, fused=True)
-        # float16 alone needs scaled gradients.
-        scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp and settings.device.type == "cuda")
+        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=1e-4, fused=True)
+        # Only float16 needs scaled gradients.
+        scaler = torch.amp.GradScaler(
+            settings.torch_device.type, enabled=settings.amp and settings.torch_device.type == "cuda"
+        )
         tracks.append(Track(name, model, called, average, optimizer, scaler, processes, swapped))
     return tracks
 
 
 class Interrupts:
-    """Inside the ``with`` block the first Ctrl-C only sets ``seen``: a step ends before the checkpoint is written."""
+    """In the ``with`` block the first Ctrl-C only sets ``seen``: the step ends before the checkpoint is written."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -323,8 +265,8 @@ class Interrupts:
 
 
 def be_deterministic() -> None:
-    """Only algorithms that repeat themselves bit for bit; an operation that has none raises."""
-    # What cuBLAS asks for; it is read when CUDA starts.
+    """Allow only algorithms that repeat bit for bit; an operation without one raises."""
+    # cuBLAS needs it, and reads it when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

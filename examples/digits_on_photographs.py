@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits on photographs: a small multi-scale detection set, made on the fly from what two wheels carry.
+"""Handwritten digits on photographs: a small multi-scale detection set, generated from two installed packages.
 
-The digits are scikit-learn's 1,797 handwritten ones (8x8 pixels, enlarged smoothly), the photographs are
-scikit-learn's two and those inside the scikit-image wheel. Nothing is downloaded. The longer side of a digit is drawn
-log-uniformly between 12 and 160 pixels, so that every level of a feature pyramid has work.
+scikit-learn has 1,797 handwritten digits of 8x8 pixels, which are enlarged smoothly, and two photographs; scikit-image
+has the others. Nothing is downloaded. The longer side of a digit is drawn log-uniformly between 12 and 160 pixels, so
+that every level of a feature pyramid has work.
 
-The two splits share nothing: a photograph belongs to one split as a whole (so no crop can be shared), and the digits
-are cut at one index. scikit-learn keeps the order in which its 13 people wrote, so the cut also keeps nearly all of
-the test split's handwriting out of training.
+The two splits share nothing. A photograph belongs to one split, and the digits are cut at one index. scikit-learn
+keeps the order in which its 13 people wrote, so the cut keeps nearly all of the test handwriting out of training.
 
     python examples/digits_on_photographs.py DIRECTORY --train 200 --test 50     # writes the set in COCO format
 """
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ FloatArray = NDArray[np.float32]
 
 MIN_SIDE, MAX_SIDE = 12, 160
 CLASS_NAMES = tuple("0123456789")
-# Whole photographs per split. scikit-image files other than these would be downloaded, or are drawings and scans.
+# scikit-image would download its other photographs, or they are drawings and scans.
 PHOTOGRAPHS = {
     "train": (
         "flower.jpg",
@@ -55,9 +55,9 @@ PHOTOGRAPHS = {
     ),
     "test": ("china.jpg", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
 }
-# Digits before this index are training's, the others the test split's.
+# Digits before this index are for training, the others for testing.
 FIRST_TEST_DIGIT = 1350
-# Fainter pixels are cut: what is left is the visible ink that boxes are tight around.
+# Fainter pixels are cut; boxes are tight around the rest, the visible ink.
 VISIBLE_ALPHA = 0.25
 # A digit may hide at most this share of the smaller of two boxes.
 MAX_OVERLAP = 0.15
@@ -65,14 +65,14 @@ MAX_OVERLAP = 0.15
 
 @dataclass(frozen=True)
 class Scene:
-    """One generated picture.
+    """One generated image.
 
     image, background: uint8 ``[S, S, 3]``, with and without the ink.
     boxes: float32 ``[D, 4]``, (x1, y1, x2, y2) in pixels, tight around the visible ink.
-    masks: bool ``[D, S, S]``, the visible ink of each, also where a later digit lies over it.
+    masks: bool ``[D, S, S]``, the visible ink of each digit, also where a later digit covers it.
     labels: int64 ``[D]``, 1 for the digit 0 up to 10 for the digit 9.
-    digits: int64 ``[D]``, each one's index in scikit-learn's set.
-    photograph, crop: where the background is from, crop as (x1, y1, x2, y2) in the photograph.
+    digits: int64 ``[D]``, the index of each digit in scikit-learn's set.
+    photograph, crop: the source of the background, with the crop as (x1, y1, x2, y2).
     """
 
     image: NDArray[np.uint8]
@@ -93,7 +93,7 @@ def _digit_images() -> tuple[FloatArray, NDArray[np.int64]]:
 
 
 def _photograph_path(name: str) -> Path | None:
-    """Where an installed wheel carries the photograph. By path: skimage.data's functions may start a download."""
+    """The path of the photograph in an installed package. skimage.data's functions could start a download."""
     folders = (Path(sklearn.datasets.__file__).parent / "images", Path(skimage.__file__).parent / "data")
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
@@ -102,18 +102,18 @@ def _photograph_path(name: str) -> Path | None:
 def _photograph(name: str) -> Image.Image:
     path = _photograph_path(name)
     if path is None:
-        raise FileNotFoundError(f"no installed package carries the photograph {name}")
+        raise FileNotFoundError(f"no installed package has the photograph {name}")
     return Image.open(path).convert("RGB")
 
 
 @cache
 def photographs(split: str) -> tuple[str, ...]:
-    """Names of the split's photographs that the installed wheels carry: another version may carry fewer."""
+    """The names of the split's photographs that are installed: another version may have fewer."""
     return tuple(name for name in PHOTOGRAPHS[split] if _photograph_path(name) is not None)
 
 
 def _background(name: str, side: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """A random square crop of a photograph at ``[side, side, 3]``, sometimes mirrored, of varied brightness."""
+    """A random square crop of a photograph, ``[side, side, 3]``, of varied brightness, perhaps mirrored."""
     photograph = _photograph(name)
     crop_side = int(min(photograph.size) * rng.uniform(0.5, 1.0))
     left = int(rng.integers(photograph.width - crop_side + 1))
@@ -133,13 +133,13 @@ def _ink(digit: FloatArray, longer_side: int, rng: np.random.Generator) -> Float
     padded = Image.fromarray(np.pad(digit, 1))
     smooth = padded.resize((canvas, canvas), Image.Resampling.BICUBIC)
     slant, angle = rng.uniform(-0.2, 0.2), np.deg2rad(rng.uniform(-12, 12))
-    # From a pixel of the result to its source, about the centre: turned, then slanted.
+    # Each pixel of the result to its source, about the centre: a turn, then a slant.
     turn = np.asarray([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     linear = np.asarray([[1, slant], [0, 1]]) @ turn
     offset = canvas / 2 * (1 - linear.sum(axis=1))
     affine = (*linear[0], offset[0], *linear[1], offset[1])
     smooth = smooth.transform((canvas, canvas), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
-    # A smooth step turns the blur of the enlargement into a stroke with an edge; its place is the pen's width.
+    # A smooth step turns the blur of the enlargement into a stroke with an edge; its position sets the pen's width.
     low = rng.uniform(0.12, 0.32)
     step = ((np.asarray(smooth) - low) / 0.25).clip(0, 1)
     stroke = step * step * (3 - 2 * step)
@@ -154,7 +154,7 @@ def _ink(digit: FloatArray, longer_side: int, rng: np.random.Generator) -> Float
 
 
 def _ink_box(alpha: FloatArray, threshold: float) -> tuple[int, int, int, int]:
-    """(x1, y1, x2, y2) around the pixels of ``[h, w]`` at or over the threshold, the far edges exclusive."""
+    """(x1, y1, x2, y2) around the pixels of ``[h, w]`` at or above the threshold, with exclusive far edges."""
     ys, xs = np.nonzero(alpha >= threshold)
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
@@ -174,7 +174,7 @@ def _ink_colour(region: NDArray[np.uint8], rng: np.random.Generator) -> FloatArr
 def _free_place(
     height: int, width: int, side: int, taken: Sequence[FloatArray], rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """Top-left corner (x, y) for a box that overlaps no taken one by more than MAX_OVERLAP, or None."""
+    """The top-left corner (x, y) of a box that overlaps no taken box by more than MAX_OVERLAP, or None."""
     for _ in range(40):
         x, y = int(rng.integers(side - width + 1)), int(rng.integers(side - height + 1))
         for x1, y1, x2, y2 in taken:
@@ -186,8 +186,8 @@ def _free_place(
     return None
 
 
-def make_scene(split: str, index: int, side: int, seed: int) -> Scene:
-    """The picture ``index`` of a split: the same arguments give the same picture, whatever was made before."""
+def make_scene(split: str, index: int, side: int, seed: int, smallest: int = MIN_SIDE) -> Scene:
+    """Generate image ``index`` of a split. It depends on the arguments alone."""
     rng = np.random.default_rng([seed, 0 if split == "train" else 1, index])
     images, values = _digit_images()
     first, last = (0, FIRST_TEST_DIGIT) if split == "train" else (FIRST_TEST_DIGIT, len(values))
@@ -195,11 +195,11 @@ def make_scene(split: str, index: int, side: int, seed: int) -> Scene:
     background, crop = _background(name, side, rng)
     pixels = background.astype(np.float32)
     longest = min(MAX_SIDE, int(side * 0.83))
-    sides = np.exp(rng.uniform(np.log(MIN_SIDE), np.log(longest + 1), size=rng.integers(3, 9))).astype(int)
+    sides = np.exp(rng.uniform(np.log(smallest), np.log(longest + 1), size=rng.integers(3, 9))).astype(int)
     boxes: list[FloatArray] = []
     masks: list[NDArray[np.bool_]] = []
     chosen: list[int] = []
-    # The largest first: small ones still find a place beside them.
+    # The largest first: small ones still find a place next to them.
     for longer_side in sorted(sides.tolist(), reverse=True):
         digit = int(rng.integers(first, last))
         alpha = _ink(images[digit], longer_side, rng)
@@ -229,20 +229,28 @@ def make_scene(split: str, index: int, side: int, seed: int) -> Scene:
 
 
 class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """``length`` pictures of a split ("train" or "test"), each made when it is asked for, from its own seed.
+    """``length`` images of a split ("train" or "test"), each generated from its own seed when it is asked for.
+
+    side, smallest: pixels of an image's side, and of the longer side of the smallest digit.
 
     An item is what torchvision's detectors take: an image, float32 ``[3, S, S]`` in 0..1, and a target with ``boxes``
-    float32 ``[D, 4]`` as (x1, y1, x2, y2), ``labels`` int64 ``[D]``, ``image_id`` and, if asked for, ``masks`` uint8
+    float32 ``[D, 4]`` as (x1, y1, x2, y2), ``labels`` int64 ``[D]``, ``image_id`` and, with masks, ``masks`` uint8
     ``[D, S, S]``.
     """
 
-    def __init__(self, split: str, length: int, side: int = 256, seed: int = 0, masks: bool = False) -> None:
+    class_names, category_ids = CLASS_NAMES, tuple(range(1, len(CLASS_NAMES) + 1))
+
+    def __init__(
+        self, split: str, length: int, side: int = 256, seed: int = 0, masks: bool = False, smallest: int = MIN_SIDE
+    ) -> None:
         if split not in PHOTOGRAPHS:
             raise ValueError(f"split must be one of {sorted(PHOTOGRAPHS)}, got {split!r}")
         if side < 64:
             raise ValueError(f"side must be at least 64 pixels, got {side}")
-        self.split, self.length, self.side, self.seed, self.masks = split, length, side, seed, masks
-        self.class_names, self.category_ids = CLASS_NAMES, tuple(range(1, len(CLASS_NAMES) + 1))
+        if not MIN_SIDE <= smallest <= side // 2:
+            raise ValueError(f"smallest must be {MIN_SIDE} to {side // 2}, half of the side, got {smallest}")
+        self.split, self.length, self.side, self.seed = split, length, side, seed
+        self.masks, self.smallest = masks, smallest
 
     def __len__(self) -> int:
         return self.length
@@ -250,7 +258,7 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def scene(self, index: int) -> Scene:
         if not 0 <= index < self.length:
             raise IndexError(f"index must be in 0..{self.length - 1}, got {index}")
-        return make_scene(self.split, index, self.side, self.seed)
+        return make_scene(self.split, index, self.side, self.seed, self.smallest)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         scene = self.scene(index)
@@ -265,11 +273,13 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return image, target
 
     def first(self, count: int) -> DigitsOnPhotographs:
-        """The set of the first ``count`` pictures."""
-        return DigitsOnPhotographs(self.split, min(count, self.length), self.side, self.seed, self.masks)
+        """The set of the first ``count`` images."""
+        first = copy.copy(self)
+        first.length = min(count, self.length)
+        return first
 
     def coco(self) -> dict[str, Any]:
-        """The split's annotations as one COCO dict; image ids are index + 1, category ids are the labels."""
+        """The annotations as one COCO dict; image ids are index + 1, category ids are the labels."""
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index in range(self.length):
@@ -308,7 +318,7 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         }
 
     def export(self, directory: Path) -> Path:
-        """Writes PNG images to ``directory/<split>`` and returns the path of ``directory/<split>.json``."""
+        """Write PNG images to ``directory/<split>``; return the path of the annotations, ``directory/<split>.json``."""
         folder = directory / self.split
         folder.mkdir(parents=True, exist_ok=True)
         coco = self.coco()
@@ -319,18 +329,23 @@ class DigitsOnPhotographs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return annotations
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes both splits to disk in COCO format."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write digits on photographs in COCO format.")
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--train", type=int, default=200, help="pictures in the train split")
-    parser.add_argument("--test", type=int, default=50, help="pictures in the test split")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    default = "(default: %(default)s)"
+    parser.add_argument("directory", type=Path, help="folder to write to: train.json, train/, test.json and test/")
+    parser.add_argument("--train", type=int, default=200, help=f"images in the training split {default}")
+    parser.add_argument("--test", type=int, default=50, help=f"images in the test split {default}")
+    parser.add_argument("--image-size", type=int, default=256, help=f"side of an image, in pixels {default}")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of everything random {default}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write both splits to disk in COCO format."""
+    args = build_parser().parse_args(argv)
     for split, length in (("train", args.train), ("test", args.test)):
         path = DigitsOnPhotographs(split, length, args.image_size, args.seed).export(args.directory)
-        print(f"{length} pictures: {path} {path.with_suffix('')}")
+        print(f"{length} images: {path} {path.with_suffix('')}")
 
 
 if __name__ == "__main__":

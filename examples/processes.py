@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a training run: those that torchrun started, or this one alone."""
+"""The processes of a run, torchrun's or this one alone, and the line that shows a run's progress."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +18,57 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# Between two lines of progress where the output is no terminal.
+LINE_SECONDS = 20
+
+
+class Progress(tqdm):
+    """Phase, step and time left: one line redrawn on a terminal, elsewhere a new line every LINE_SECONDS.
+
+    limit: seconds after which the phase ends in any case, or None.
+    """
+
+    def __init__(
+        self, phase: str, unit: str, total: int, initial: int = 0, limit: float | None = None, disable: bool = False
+    ) -> None:
+        self.ends = None if limit is None else time.monotonic() + limit
+        terminal = sys.stderr.isatty()
+        shown = "{bar:20} " if terminal else ""
+        super().__init__(
+            desc=phase,
+            unit=unit,
+            total=total,
+            initial=initial,
+            disable=disable,
+            miniters=1,
+            mininterval=0.5 if terminal else LINE_SECONDS,
+            maxinterval=0,
+            position=0,
+            bar_format=f"{{desc}}: {shown}{{unit}} {{n}} of {{total}}, {{left}} left{{postfix}}",
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """tqdm's fields and `left`, the time to the end at the mean speed so far, or to the limit."""
+        fields = super().format_dict
+        done, seconds = fields["n"] - fields["initial"], [] if self.ends is None else [self.ends - time.monotonic()]
+        if done > 0:
+            seconds.append(fields["elapsed"] / done * (fields["total"] - fields["n"]))
+        return fields | {"left": tqdm.format_interval(max(0, min(seconds))) if seconds else "unknown time"}
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """How a line reaches `file`: redrawn in place on a terminal, in full elsewhere."""
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: print(line.strip(), file=file, flush=True) if line.strip() else None
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world`; every method is called by all of them, and is free when there is one."""
+    """This process among `world`. All processes call every method; with one process the methods cost nothing."""
 
     rank: int = 0
     world: int = 1
@@ -28,11 +76,11 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over processes. By gloo, also on a GPU: these are numbers of the host."""
+        """Sums over all processes, by gloo also on GPUs: the values are on the host."""
         if self.world == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -43,33 +91,29 @@ class Processes:
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in order of rank."""
+        """The value of every process, in order of rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Until all are here."""
-        self.sum([0.0])
-
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """The processes that torchrun's environment speaks of, with the device of this one.
+    """The processes that torchrun's environment variables describe.
 
-    device: "auto", "cpu" or "cuda"; GPUs are given out by local rank. Gradients go by nccl on a GPU, all else by gloo.
+    device: "auto", "cpu" or "cuda"; a process takes the GPU of its local rank. Gradients go by nccl on GPUs, all else
+    by gloo.
     """
     cuda = device != "cpu" and torch.cuda.is_available()
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    here = torch.device("cuda", index) if cuda else torch.device("cpu")
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes(device=here)
         return
-    # Who calls this script's functions may have a group already.
+    # A caller of this script's functions may have opened a group already.
     opened = not dist.is_initialized()
     if opened:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -81,18 +125,17 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 def distributed(model: nn.Module, processes: Processes, shard: bool) -> nn.Module:
-    """The model as it is called in training: with DistributedDataParallel around it, or sharded in place by FSDP2."""
+    """The model to call in training: wrapped in DistributedDataParallel, sharded in place by FSDP2, or as it is."""
     if shard:
         shard_in_place(model, processes)
-        return model
-    if processes.world == 1:
+    if shard or processes.world == 1:
         return model
     devices = [processes.device] if processes.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices)
 
 
 def shard_in_place(model: nn.Module, processes: Processes) -> None:
-    """FSDP2 by the detector's own parts: each is gathered when it is called, and freed after it."""
+    """FSDP2 by the detector's parts: each part is gathered for its call and freed after it."""
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for part in model.children():
         if any(True for _ in part.parameters()):
@@ -102,18 +145,13 @@ def shard_in_place(model: nn.Module, processes: Processes) -> None:
 
 @contextlib.contextmanager
 def gradients_exchanged(model: nn.Module, exchange: bool) -> Iterator[None]:
-    """Whether a backward in the block ends in an exchange of gradients, or only adds to what is there."""
+    """Whether a backward pass in the block exchanges gradients between processes, or only accumulates its own."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(exchange)
     with contextlib.nullcontext() if exchange or not isinstance(model, DistributedDataParallel) else model.no_sync():
         yield
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may hold a part."""
+    """The full tensor, also where this process holds a part of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a torchvision detector with fpn_fast's kernels swapped in, in one process or, by torchrun, in many.
+"""Train a torchvision detector with fpn_fast's kernels, in one process or, under torchrun, in several.
 
     python examples/train_detector.py                            # digits on photographs, the best backend
-    python examples/train_detector.py --compare                  # beside the same model without our kernels
+    python examples/train_detector.py --compare                  # train torchvision's own model as well
     python examples/train_detector.py --coco annotations.json images/ --model mask_rcnn --backbone resnet50
     torchrun --nproc-per-node 2 examples/train_detector.py --amp # DistributedDataParallel; FSDP2 with --fsdp
 
-A run with equal arguments repeats itself: data, initial weights and the random stream of every step come from --seed.
-With --compare both models start from equal weights and take their steps in turn on the same batches, so that noise
-of the machine hits both alike.
+Equal arguments give equal runs: data, initial weights and random numbers follow from --seed. With --compare both models
+start from equal weights and take turns on the same batches, so that noise of the machine hits both alike.
 """
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported. With one busy neighbour, threads that spin while they wait make a step 20 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import contextlib
 import itertools
-import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +31,23 @@ from coco_data import DataError, DetectionData, StepBatches, check_boxes, collat
 from detector_checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from detector_evaluation import evaluate
 from detector_logs import Logs, NoLogsError
-from detector_models import NORMS, ONE_STAGE, PYRAMIDS, TWO_STAGE, ModelError
+from detector_models import HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE, ModelError
 from detector_report import report
-from detector_training import (
-    Batch,
-    Interrupts,
-    Settings,
-    Track,
-    TrainingError,
-    be_deterministic,
-    flipped,
-    new_tracks,
-)
-from digits_on_photographs import DigitsOnPhotographs
-from processes import Processes, joined
+from detector_training import Interrupts, Settings, Track, TrainingError, be_deterministic, flipped, new_tracks
+from digits_on_photographs import MIN_SIDE, DigitsOnPhotographs
+from processes import Processes, Progress, joined
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-BUDGET = "training stops after this; testing after a quarter of it more, with the AP of the images seen until then"
 BACKENDS = ("eager", "auto", "cpp", "triton", "reference")
-COCO = ("ANNOTATIONS.json", "IMAGES_DIR")
 
 
 class UsageError(Exception):
-    """Something in the arguments that cannot be done here; the message is one line."""
+    """Arguments that cannot be served here; the message is one line."""
 
 
-def _positive(kind: type[int] | type[float]) -> Any:
+def positive(kind: type[int] | type[float]) -> Any:
+    """An argparse type: a finite number above 0."""
+
     def parse(text: str) -> int | float:
         value = kind(text)
         if not 0 < value < float("inf"):
@@ -65,102 +58,115 @@ def _positive(kind: type[int] | type[float]) -> Any:
     return parse
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a torchvision detector, with or without fpn_fast.")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train a torchvision detector, with or without fpn_fast's kernels.")
+
+    def option(group: Any, name: str, default: Any, text: str, **more: Any) -> None:
+        kind = {"type": positive(type(default))} if isinstance(default, int | float) else {}
+        group.add_argument(name, default=default, help=f"{text} (default: {default})", **kind | more)
+
+    def flag(group: Any, name: str, text: str) -> None:
+        group.add_argument(name, action="store_true", help=text)
+
+    count, coco = positive(int), {"nargs": 2, "type": Path, "metavar": ("ANNOTATIONS.json", "IMAGES_DIR")}
     data = parser.add_argument_group("data")
-    of = data.add_mutually_exclusive_group()
-    of.add_argument("--data", choices=("digits",), default="digits", help="the set that is made on the fly")
-    of.add_argument("--coco", nargs=2, type=Path, metavar=COCO, help="your own set; one image in five is held out")
-    data.add_argument("--coco-test", nargs=2, type=Path, metavar=COCO, help="a test set of its own: none is held out")
-    data.add_argument("--image-size", type=_positive(int), default=256, help="shorter side, in pixels")
-    data.add_argument("--multi-scale", nargs=2, type=_positive(int), metavar=("LOW", "HIGH"), help="in training, drawn")
-    data.add_argument("--flip", action="store_true", help="in training, half the images mirrored")
-    data.add_argument("--train-images", type=_positive(int), default=4000, help="digits: pictures in an epoch")
-    data.add_argument("--eval-images", type=_positive(int), default=100, help="test pictures to measure AP on")
-    data.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    source = data.add_mutually_exclusive_group()
+    option(source, "--data", "digits", "generated data set", choices=("digits",))
+    source.add_argument("--coco", **coco, help="your data in COCO format; one image in five is held out for testing")
+    data.add_argument("--coco-test", **coco, help="your test set in COCO format; then no image is held out")
+    option(data, "--image-size", 256, "shorter side of an image, in pixels", metavar="PIXELS")
+    text = "in training, draw each image's shorter side between these, in pixels"
+    data.add_argument("--multi-scale", nargs=2, type=count, metavar=("LOW", "HIGH"), help=text)
+    flag(data, "--flip", "in training, mirror each image with probability 1/2")
+    option(data, "--train-images", 4000, "digits: images per epoch")
+    option(data, "--smallest-digit", MIN_SIDE, "digits: longer side of the smallest, in pixels", metavar="PIXELS")
+    option(data, "--eval-images", 100, "test images to measure AP on")
+    option(data, "--workers", 0, "processes that load images; 0: the training process loads them", type=int)
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=TWO_STAGE + ONE_STAGE, default="faster_rcnn")
-    model.add_argument("--backbone", default="resnet18", help="a classifier of torchvision, by its name there")
-    model.add_argument("--pretrained", action="store_true", help="ImageNet weights for the backbone; downloads them")
-    model.add_argument("--frozen-stages", type=int, choices=range(6), default=0, help="of the backbone, from the image")
-    norm_help = "of the backbone, and of the pyramid too where it is group; sync: over processes, on GPUs"
-    model.add_argument("--norm", choices=NORMS, default="group", help=norm_help)
-    model.add_argument("--heads", choices=("small", "torchvision"), default="small", help="sizes of anchors and heads")
-    model.add_argument("--pyramid", choices=PYRAMIDS, default="fpn", help="the others are for comparison")
-    model.add_argument("--channels", type=_positive(int), default=256, help="of the pyramid's maps")
-    model.add_argument("--backend", choices=BACKENDS, default="auto", help="eager: torchvision as it is")
-    model.add_argument("--static-sampling", action="store_true", help="samples of a fixed size, drawn on the device")
-    model.add_argument("--compare", action="store_true", help="train the same model without our kernels beside it")
+    option(model, "--model", "faster_rcnn", "detector", choices=TWO_STAGE + ONE_STAGE)
+    option(model, "--backbone", "resnet18", f"a torchvision classifier by its name, or {SLIM}, small enough for CPUs")
+    flag(model, "--pretrained", "download ImageNet weights for the backbone")
+    text = "backbone stages that do not train, counted from the image"
+    option(model, "--frozen-stages", 0, text, choices=range(6), type=int)
+    text = "norm of the backbone; group: also of the pyramid; sync: over all processes, on GPUs"
+    option(model, "--norm", "group", text, choices=NORMS)
+    text = "anchors, proposals and heads; torchvision: for images of 800 pixels; small: of 250; tiny: of 100"
+    option(model, "--heads", "small", text, choices=HEADS)
+    text = "fpn, fpn without its top-down pathway, or the single map C4"
+    option(model, "--pyramid", "fpn", text, choices=PYRAMIDS)
+    option(model, "--channels", 256, "channels of every pyramid level")
+    option(model, "--backend", "auto", "fpn_fast's backend; eager: torchvision's own model", choices=BACKENDS)
+    flag(model, "--static-sampling", "sample anchors and proposals on the device, in fixed sizes")
+    flag(model, "--compare", "also train torchvision's own model, and compare")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=_positive(int), default=600)
-    training.add_argument("--time-budget", type=_positive(float), metavar="SECONDS", help=BUDGET)
-    training.add_argument("--batch-size", type=_positive(int), default=2, help="of a process, in one go")
-    training.add_argument("--accumulate", type=_positive(int), default=1, help="batches of a process in a step")
-    training.add_argument("--lr", type=_positive(float), default=4e-4)
-    training.add_argument(
-        "--lr-steps", nargs="+", type=_positive(int), default=[], metavar="STEP", help="from each on, a tenth of it"
-    )
+    option(training, "--steps", 600, "optimiser steps")
+    text = "seconds after which training stops; testing stops after a quarter of them (default: no limit)"
+    training.add_argument("--time-budget", type=positive(float), metavar="SECONDS", help=text)
+    option(training, "--batch-size", 2, "images per batch and process")
+    option(training, "--accumulate", 1, "batches per step and process; their gradients are averaged")
+    option(training, "--lr", 4e-4, "learning rate of AdamW")
+    text = "from each of these steps on, a tenth of the learning rate before (default: none)"
+    training.add_argument("--lr-steps", nargs="+", type=count, default=[], metavar="STEP", help=text)
     # Detectors from random weights meet a few huge gradients early on.
-    training.add_argument("--max-gradient-norm", type=_positive(float), default=10.0)
-    training.add_argument("--amp", action="store_true", help="bfloat16 on a CPU; float16, gradients scaled, on CUDA")
-    training.add_argument("--float64", action="store_true", help="to compare free of roundings; twice as slow on a CPU")
-    training.add_argument("--channels-last", action="store_true")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--deterministic", action="store_true", help="two runs equal bit for bit, or an error")
+    option(training, "--max-gradient-norm", 10.0, "norm that larger gradients are scaled down to")
+    flag(training, "--amp", "mixed precision: bfloat16 on CPUs, float16 on GPUs")
+    flag(training, "--float64", "train in float64, twice as slow on CPUs")
+    flag(training, "--channels-last", "store weights and maps in channels-last order")
+    option(training, "--seed", 0, "seed of everything random", type=int)
+    flag(training, "--deterministic", "repeat bit for bit, or raise an error")
 
-    where = parser.add_argument_group("where it runs, and what it writes")
-    where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    where.add_argument("--threads", type=_positive(int), help="CPU threads; PyTorch's choice if left out")
-    where.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model instead of copying it")
-    where.add_argument("--output", type=Path, default=Path("runs/train_detector"), metavar="DIR")
-    where.add_argument("--checkpoint-every", type=_positive(int), default=200, metavar="STEPS")
-    where.add_argument("--evaluate-every", type=_positive(int), metavar="STEPS", help="AP also while it trains")
-    where.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
-    where.add_argument("--tensorboard", action="store_true", help="logs in --output/tensorboard")
+    where = parser.add_argument_group("where it runs and what it writes")
+    option(where, "--device", "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    where.add_argument("--threads", type=count, help="CPU threads per process (default: PyTorch's choice)")
+    flag(where, "--fsdp", "under torchrun, shard the model with FSDP2")
+    output = Path("runs/train_detector")
+    option(where, "--output", output, "folder for images, figures and the checkpoint", type=Path, metavar="DIR")
+    option(where, "--checkpoint-every", 200, "steps between checkpoints", metavar="STEPS")
+    text = "steps between measurements of AP (default: AP at the end alone)"
+    where.add_argument("--evaluate-every", type=count, metavar="STEPS", help=text)
+    flag(where, "--resume", "continue from the checkpoint in --output")
+    flag(where, "--tensorboard", "write TensorBoard logs to --output/tensorboard")
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked; argparse itself ends a wrong one with a line and exit code 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.compare and args.backend == "eager":
-        parser.error("--compare sets a backend beside eager: take --backend auto, cpp, triton or reference")
-    if args.pyramid == "c4" and args.model not in TWO_STAGE:
-        parser.error(f"--pyramid c4 is for {' and '.join(TWO_STAGE)}, got --model {args.model}")
-    if args.model == "fcos" and args.channels % 32 != 0:
-        parser.error(f"--channels must be a multiple of 32 for fcos, whose heads have 32 groups, got {args.channels}")
-    if args.static_sampling and (args.model not in TWO_STAGE or args.backend == "eager" or args.compare):
-        parser.error(f"--static-sampling is for {' and '.join(TWO_STAGE)} with our kernels, and has no --compare")
-    if args.float64 and args.amp:
-        parser.error("--float64 and --amp exclude each other")
-    if args.coco_test is not None and args.coco is None:
-        parser.error("--coco-test goes with --coco")
-    smallest = min([args.image_size, *(args.multi_scale or ())])
-    if smallest < 64:
-        parser.error(f"--image-size and --multi-scale must be at least 64, got {smallest}")
-    if args.multi_scale is not None and args.multi_scale[0] > args.multi_scale[1]:
-        parser.error(f"--multi-scale must be LOW HIGH, got {args.multi_scale[0]} {args.multi_scale[1]}")
-    if args.workers < 0:
-        parser.error(f"--workers must not be negative, got {args.workers}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be at least 0 and below 2**32, got {args.seed}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch finds no CUDA device")
+def parse_arguments(argv: Sequence[str] | None) -> Settings:
+    """Parse and check the command line; argparse ends a wrong one with a line and exit code 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv, namespace=Settings())
+    low, high = args.multi_scale or (args.image_size, args.image_size)
+    digit, two_stage = args.smallest_digit, args.model in TWO_STAGE
+    static = two_stage and args.backend != "eager" and not args.compare
+    fcos = args.model == "fcos" and args.channels % 32 != 0
+    names = " and ".join(TWO_STAGE)
+    for wrong, message in (
+        (args.compare and args.backend == "eager", "--compare needs --backend auto, cpp, triton or reference"),
+        (args.pyramid == "c4" and not two_stage, f"--pyramid c4 is for {names}, got --model {args.model}"),
+        (fcos, f"--channels must be a multiple of 32 for fcos, whose heads have 32 groups, got {args.channels}"),
+        (args.static_sampling and not static, f"--static-sampling is for fpn_fast's {names}, without --compare"),
+        (args.float64 and args.amp, "--float64 and --amp exclude each other"),
+        (args.coco_test is not None and args.coco is None, "--coco-test needs --coco"),
+        (min(low, args.image_size) < 64, "--image-size and --multi-scale must be at least 64"),
+        (low > high, f"--multi-scale must be LOW HIGH, got {low} {high}"),
+        (digit < MIN_SIDE, f"--smallest-digit must be at least {MIN_SIDE}, got {digit}"),
+        (digit > args.image_size // 2, f"--smallest-digit must be at most half of --image-size, got {digit}"),
+        (args.workers < 0, f"--workers must not be negative, got {args.workers}"),
+        (not 0 <= args.seed < 2**32, f"--seed must be at least 0 and below 2**32, got {args.seed}"),
+        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this PyTorch finds no CUDA device"),
+    ):
+        if wrong:
+            parser.error(message)
     return args
 
 
-def load_data(args: argparse.Namespace) -> tuple[DetectionData, DetectionData]:
-    """Train and test sets."""
+def load_data(args: Settings) -> tuple[DetectionData, DetectionData]:
+    """Return the training set and the test set."""
     masks = args.model == "mask_rcnn"
     if args.coco is None:
-        sizes = {"side": args.image_size, "seed": args.seed, "masks": masks}
-        return (
-            DigitsOnPhotographs("train", args.train_images, **sizes),
-            DigitsOnPhotographs("test", args.eval_images, **sizes),
-        )
+        sets = (("train", args.train_images), ("test", args.eval_images))
+        options = (args.image_size, args.seed, masks, args.smallest_digit)
+        return tuple(DigitsOnPhotographs(split, length, *options) for split, length in sets)
     if args.coco_test is None:
         train_data, test_data = split_coco(*args.coco, masks=masks, seed=args.seed)
     else:
@@ -168,12 +174,12 @@ def load_data(args: argparse.Namespace) -> tuple[DetectionData, DetectionData]:
         if train_data.class_names != test_data.class_names or train_data.category_ids != test_data.category_ids:
             raise DataError(f"{args.coco_test[0]} must have the categories of {args.coco[0]}")
     check_boxes(train_data, args.coco[0])
-    return train_data, test_data
+    return train_data, test_data.first(args.eval_images)
 
 
 @contextlib.contextmanager
 def chosen_backend(name: str, device: torch.device) -> Iterator[str]:
-    """Sets fpn_fast's backend, and says in a UsageError why it cannot serve; gives the name of the one that serves."""
+    """Set fpn_fast's backend and yield the name of the one that serves; UsageError where none can."""
     if name == "eager":
         yield "eager"
         return
@@ -191,95 +197,77 @@ def chosen_backend(name: str, device: torch.device) -> Iterator[str]:
 
 
 def train(
-    tracks: list[Track],
-    data: DetectionData,
-    test: DetectionData,
-    settings: Settings,
-    args: argparse.Namespace,
-    processes: Processes,
-    logs: Logs,
+    tracks: list[Track], data: DetectionData, test: DetectionData, args: Settings, processes: Processes, logs: Logs
 ) -> str:
-    """Trains every track up to --steps; returns why it ended: "steps", "time budget" or "interrupted"."""
+    """Train every track up to --steps; return why it ended: "steps", "time budget" or "interrupted"."""
     first, last = len(tracks[0].losses), args.steps
     share = {"accumulate": args.accumulate, "rank": processes.rank, "world": processes.world}
-    loader: Iterable[Batch] = DataLoader(
-        data,  # type: ignore[arg-type]
-        batch_sampler=StepBatches(len(data), args.batch_size, args.seed, first, last, **share),
-        num_workers=args.workers,
-        collate_fn=collate,
-    )
-    arriving = iter(loader)
+    batches = StepBatches(len(data), args.batch_size, args.seed, first, last, **share)
+    arriving = iter(DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=collate))
     started, ended = time.monotonic(), "steps"
-    bar = tqdm(total=last, initial=first, unit="step", desc="train", mininterval=0.5, disable=not processes.leads)
+    bar = Progress("training", "step", last, first, args.time_budget, disable=not processes.leads)
     with bar, Interrupts() as interrupts:
         for step in range(first, last):
             taken = list(itertools.islice(arriving, args.accumulate))
-            places = range(processes.rank, settings.batches_per_step, processes.world)
-            batches = [flipped(batch, step, place, settings) for place, batch in zip(places, taken, strict=True)]
+            places = range(processes.rank, args.batches_per_step, processes.world)
+            batch = [flipped(each, step, place, args) for place, each in zip(places, taken, strict=True)]
             # The tracks take turns in going first: a warm cache favours neither.
             for track in tracks if step % 2 == 0 else tracks[::-1]:
-                track.step(batches, step, settings)
-                logs.step(track, step, settings)
-            shown = tracks[-1]
-            rate = settings.batch_size * settings.batches_per_step / shown.seconds[-1]
-            bar.set_postfix(loss=f"{shown.losses[-1]:.3f}", images_per_s=f"{rate:.2f}")
+                track.step(batch, step, args)
+                logs.step(track, step, args)
+            bar.set_postfix_str(", ".join(f"loss {track.name} {track.losses[-1]:.2f}" for track in tracks), False)
             bar.update()
             if processes.any(interrupts.seen):
                 ended = "interrupted"
             elif processes.any(args.time_budget is not None and time.monotonic() - started > args.time_budget):
                 ended = "time budget"
             if ended != "steps" or step + 1 == last or (step + 1) % args.checkpoint_every == 0:
-                save_checkpoint(args.output / "checkpoint.pt", tracks, settings, processes)
+                save_checkpoint(args.output / "checkpoint.pt", tracks, args, processes)
             if ended != "steps":
                 break
             if args.evaluate_every is not None and (step + 1) % args.evaluate_every == 0 and step + 1 < last:
-                logs.test(evaluate(tracks, test, None, settings, processes)[0], step)
+                logs.test(evaluate(tracks, test, None, args, processes)[0], step)
     return ended
 
 
-def run(args: argparse.Namespace, processes: Processes) -> int:
-    device = processes.device
+def run(args: Settings, processes: Processes) -> int:
     if args.fsdp and processes.world == 1:
         raise UsageError("--fsdp shards over processes: start the script with torchrun --nproc-per-node 2 or more")
-    if args.norm == "sync" and device.type == "cpu" and processes.world > 1:
+    if args.norm == "sync" and processes.device.type == "cpu" and processes.world > 1:
         raise UsageError("--norm sync: PyTorch's SyncBatchNorm works on GPUs alone; take --norm group")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.deterministic:
         be_deterministic()
     train_data, test_data = load_data(args)
-    test_data = test_data.first(args.eval_images)
-    settings = Settings.of(args, processes, train_data.class_names)
+    args.complete(processes, train_data.class_names)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {args.output}: {error.strerror}") from error
-    with chosen_backend(args.backend, device) as serving, Logs(args, processes) as logs:
+    with chosen_backend(args.backend, processes.device) as serving, Logs(args, processes) as logs:
         names = ["eager", "fused"] if args.compare else ["eager" if args.backend == "eager" else "fused"]
-        tracks = new_tracks(names, settings, processes, args.fsdp)
+        tracks = new_tracks(names, args, processes)
         for track in tracks:
             if track.swapped is not None and not args.resume and processes.leads:
-                print(track.swapped)
+                print(track.swapped, flush=True)
         if args.resume:
-            load_checkpoint(args.output / "checkpoint.pt", tracks, settings)
-        ended = train(tracks, train_data, test_data, settings, args, processes, logs)
+            load_checkpoint(args.output / "checkpoint.pt", tracks, args)
+        ended = train(tracks, train_data, test_data, args, processes, logs)
         if ended == "interrupted":
             if processes.leads:
-                print(f"interrupted after {len(tracks[0].losses)} steps; go on with --resume", file=sys.stderr)
+                print(f"interrupted after {len(tracks[0].losses)} steps; --resume continues", file=sys.stderr)
             return 130
-        # Paths become text; numbers, flags and None stay as they are.
-        arguments = json.loads(json.dumps(vars(args), default=str))
-        facts = {"arguments": arguments, "backend": serving, "ended_by": ended, "test_history": logs.history}
+        facts = {"arguments": args.plain(), "backend": serving, "ended_by": ended, "test_history": logs.history}
         batch = collate([train_data[index] for index in range(min(args.batch_size, len(train_data)))])
-        test_seconds = None if args.time_budget is None else args.time_budget / 4
-        text = report(tracks, batch, test_data, test_seconds, settings, facts, args.output, processes)
+        text = report(tracks, batch, test_data, args, facts, processes)
         if text is not None:
             print(text)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 2 for what the caller can mend, 1 for training that failed."""
+    """Run the command line; return 0, 1 for training that failed, 2 for what the caller can mend, 130 for Ctrl-C."""
     args = parse_arguments(argv)
     with joined(args.device) as processes:
         try:

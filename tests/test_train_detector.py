@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  # the examples are no package, and need more than the library does
+import argparse
 import copy
 import json
 import os
@@ -24,32 +25,41 @@ for package in ("sklearn", "skimage", "pycocotools", "matplotlib", "tqdm", "torc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import ablation
 import coco_data
 import detector_models
 import detector_report
 import detector_training
 import digits_on_photographs as digits
 import train_detector
-from processes import Processes
+from processes import Processes, Progress
 
-from fpn_fast import backends, ops
+from fpn_fast import backends
 
-# The smallest pictures, and one thread: two wait for each other on a busy machine.
+# The smallest images and model, and one thread: two wait for each other on a busy machine.
 SMALL = ("--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "1",
-         "--channels", "32")  # fmt: skip
+         "--channels", "32", "--backbone", "slim_resnet")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_setting() -> Iterator[None]:
+def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # These tests read no times.
+    monkeypatch.setattr(detector_report, "REPEATS", 1)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read the checkpoint alone."""
+    monkeypatch.setattr(train_detector, "report", lambda *_: None)
+
+
+@pytest.fixture
 def output(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "run"
-    # pytest keeps the folders of three sessions, and a checkpoint is hundreds of megabytes.
+    # pytest keeps the folders of three sessions.
     for checkpoint in tmp_path.rglob("checkpoint.pt*"):
         checkpoint.unlink()
 
@@ -64,6 +74,11 @@ def train(output: Path, *arguments: object) -> int:
     return train_detector.main([*SMALL, "--output", str(output), *map(str, arguments)])
 
 
+def written(coco: dict[str, Any], folder: Path) -> Path:
+    (folder / "annotations.json").write_text(json.dumps(coco))
+    return folder / "annotations.json"
+
+
 def figures_of(output: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -72,9 +87,14 @@ def figures_of(output: Path) -> dict[str, Any]:
     return figures
 
 
+def saved_in(output: Path) -> list[dict[str, Any]]:
+    """The tracks of a run's checkpoint."""
+    tracks: list[dict[str, Any]] = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"]
+    return tracks
+
+
 def settings_of(*arguments: str) -> detector_training.Settings:
-    args = train_detector.parse_arguments(list(arguments))
-    return detector_training.Settings.of(args, Processes(), digits.CLASS_NAMES)
+    return train_detector.parse_arguments(arguments).complete(Processes(), digits.CLASS_NAMES)
 
 
 # The data set.
@@ -214,7 +234,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(output: Path) -> None
     assert len(set(whole["losses"])) == 4
     assert resumed["losses"] == whole["losses"]
     assert resumed["test"] == whole["test"]
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["tracks"][0] for folder in (output, parts)]
+    states = [saved_in(folder)[0] for folder in (output, parts)]
     for part in ("model", "average"):
         for name, value in states[0][part].items():
             assert torch.equal(value, states[1][part][name]), name
@@ -239,29 +259,26 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(
     assert difference["largest"] <= 0.05
     assert difference["at_equal_weights"]["loss"] <= 1e-5
     assert difference["at_equal_weights"]["gradient_relative"] <= 1e-3
-    assert set(figures["merge"]["median_seconds"]) == {"eager", "fused"}
-    assert [shape[1] for shape in figures["merge"]["laterals"]] == [32] * 4
-    assert set(figures["pooler"]["median_seconds"]) == {"eager", "fused"}
-    assert [shape[1] for shape in figures["pooler"]["maps"]] == [32] * 4
-    assert 0 < figures["pooler"]["boxes"] <= 128
+    assert list(figures["stages"]) == ["pyramid", "RPN", "RoI pooling"]
+    for stage, channels in zip(figures["stages"].values(), ([32, 64, 96, 128], [32] * 5, [32] * 5), strict=True):
+        assert set(stage["median_seconds"]) == {"eager", "fused"}
+        assert min(stage["median_seconds"].values()) > 0
+        assert [shape[1] for shape in stage["maps"]] == channels
     assert all(len(track["step_seconds"]) == 3 and min(track["step_seconds"]) > 0 for track in (eager, fused))
     assert eager["test"]["images"] == fused["test"]["images"] == 2
     assert 0 < fused["test"]["proposals"]["AR_100"] <= 1
-    for picture in ("detections.png", "loss_curves.png"):
+    for picture in ("detections.png", "loss_curves.png", "pyramid.png"):
         with Image.open(output / picture) as image:
             assert min(image.size) > 300
             assert len(image.convert("L").histogram()) - image.convert("L").histogram().count(0) > 20
         assert str(output / picture) in figures["pictures"]
     printed = capsys.readouterr().out
-    for wanted in (
-        "step time",
-        "merge time",
-        "pooler time",
-        "largest loss difference",
-        "detections.png",
-        "figures.json",
-    ):
+    rows = ("training step, median", "inference, per image", "pyramid,", "RPN,", "RoI pooling,", "AP / AP50")
+    for wanted in (*rows, "slower with fpn_fast:", "largest loss difference", "pyramid.png", "figures.json"):
         assert wanted in printed
+    # The report of accelerate() comes first.
+    table = printed[printed.index("training step") :]
+    assert max(map(len, table.replace(str(output), "runs/train_detector").splitlines())) <= 100
 
 
 def test_without_roundings_both_models_stay_the_same(output: Path) -> None:
@@ -275,10 +292,32 @@ def test_without_roundings_both_models_stay_the_same(output: Path) -> None:
     assert figures["fused"]["test"] == figures["eager"]["test"]
 
 
-def test_the_timed_merges_compute_the_same() -> None:
-    laterals = [torch.randn(1, 8, size, size) for size in (24, 12, 6, 3)]
-    for ours, theirs in zip(ops.top_down(laterals), detector_report.eager_merge(laterals), strict=True):
-        assert torch.equal(ours, theirs)
+def test_the_table_says_what_was_slower() -> None:
+    track = {"step_seconds_median": 0.2, "test_seconds_per_image": 0.05, "losses": [1.0], "test": {"images": 1}}
+    track["test"] |= dict.fromkeys(("AP", "AP50", "AP_small", "AP_medium", "AP_large"))
+    figures: dict[str, Any] = {"eager": track, "fused": track | {"step_seconds_median": 0.4}}
+    figures["stages"] = {"RPN": {"median_seconds": {"eager": 0.02, "fused": 0.01}}}
+    figures |= {"loss_difference": {"largest": 0}, "pictures": [], "steps": 1, "ended_by": "steps", "backend": "cpp"}
+    figures |= {"device": "cpu", "threads": 1, "processes": 1}
+    table = detector_report.table(figures, ["eager", "fused"], Path("run"))
+    lines = [" ".join(line.split()) for line in table.splitlines()]
+    assert "training step, median 200.0 ms 400.0 ms 0.50x (slower)" in lines
+    assert "RPN, forward and backward 20.0 ms 10.0 ms 2.00x faster" in lines
+    assert "slower with fpn_fast: training step, median" in lines
+
+
+def test_progress_names_phase_step_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("training", "step", 10, initial=4) as bar:
+        for _ in range(6):
+            bar.update()
+    with Progress("testing", "image", 9, limit=3600) as bar:
+        bar.update(1)
+        bar.refresh()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    # No terminal: a line at the start and one at the end, as nothing took LINE_SECONDS.
+    assert lines[:2] == ["training: step 4 of 10, unknown time left", "training: step 10 of 10, 00:00 left"]
+    assert lines[2] in ("testing: image 0 of 9, 59:59 left", "testing: image 0 of 9, 1:00:00 left")
+    assert lines[3].startswith("testing: image 1 of 9, 0")
 
 
 def test_a_time_budget_ends_a_run_that_amp_can_go_on_from(output: Path) -> None:
@@ -286,7 +325,7 @@ def test_a_time_budget_ends_a_run_that_amp_can_go_on_from(output: Path) -> None:
     figures = figures_of(output)
     assert figures["ended_by"] == "time budget"
     assert figures["steps"] == 1
-    assert figures["merge"]["dtype"] == figures["pooler"]["dtype"] == "torch.bfloat16"
+    assert {figures["stages"][name]["dtype"] for name in ("RPN", "RoI pooling")} == {"torch.bfloat16"}
     # Another backend may go on: the weights are the same.
     assert train(output, "--amp", "--steps", 2, "--resume", "--backend", "eager") == 0
     resumed = figures_of(output)["eager"]["losses"]
@@ -308,7 +347,7 @@ def test_an_interrupt_ends_the_step_and_leaves_a_checkpoint(
     before = signal.getsignal(signal.SIGINT)
     assert train(output, "--compare", "--steps", 9) == 130
     assert signal.getsignal(signal.SIGINT) is before
-    saved = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"]
+    saved = saved_in(output)
     assert [len(track["losses"]) for track in saved] == [2, 2]
     assert "interrupted after 2 steps" in capsys.readouterr().err
 
@@ -320,7 +359,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(output: Path, capsys: pytest.Ca
     assert not (output / "checkpoint.pt").exists()
 
 
-def test_a_run_that_was_killed_goes_on_with_the_losses_of_one_that_was_not(output: Path) -> None:
+def test_a_run_that_was_killed_resumes_with_identical_losses(output: Path, unreported: None) -> None:
     """In the middle of an epoch, with random flips and sizes, and without a chance to say goodbye."""
     arguments = ["--backend", "eager", "--train-images", 5, "--flip", "--multi-scale", 64, 96, "--accumulate", 2]
     killed = output.with_name("killed")
@@ -336,17 +375,17 @@ def test_a_run_that_was_killed_goes_on_with_the_losses_of_one_that_was_not(outpu
     finally:
         process.kill()
         process.wait()
-    done = len(torch.load(killed / "checkpoint.pt", weights_only=True)["tracks"][0]["losses"])
+    done = len(saved_in(killed)[0]["losses"])
     # What a kill in the middle of writing would leave.
     (killed / "checkpoint.pt.tmp").write_bytes(b"half of a checkpoint")
     assert train(killed, *arguments, "--steps", done + 2, "--resume") == 0
     assert train(output, *arguments, "--steps", done + 2) == 0
-    assert figures_of(killed)["eager"]["losses"] == figures_of(output)["eager"]["losses"]
+    assert saved_in(killed)[0]["losses"] == saved_in(output)[0]["losses"]
     assert not list(killed.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_deterministic_runs_are_equal_bit_for_bit(backend: str, output: Path) -> None:
+def test_deterministic_runs_are_equal_bit_for_bit(backend: str, output: Path, unreported: None) -> None:
     runs = [output.with_name("one"), output.with_name("other")]
     try:
         for run in runs:
@@ -355,7 +394,7 @@ def test_deterministic_runs_are_equal_bit_for_bit(backend: str, output: Path) ->
             assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    one, other = (torch.load(run / "checkpoint.pt", weights_only=True)["tracks"][0] for run in runs)
+    one, other = (saved_in(run)[0] for run in runs)
     assert one["losses"] == other["losses"]
     for part in ("model", "average"):
         for name, value in one[part].items():
@@ -382,7 +421,7 @@ def test_a_loss_that_is_not_finite_loses_no_checkpoint(
     assert f"at step 3 (images {image}: loss_classifier " in message
     assert "loss_objectness inf" in message
     # The two steps before it are safe, and weights that were not spoilt.
-    saved = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"][0]
+    saved = saved_in(output)[0]
     assert len(saved["losses"]) == 2
     assert all(value.isfinite().all() for value in saved["model"].values())
 
@@ -412,11 +451,10 @@ def test_coco_trains_with_what_the_format_allows(
     like = coco["annotations"][0]
     coco["annotations"] += [{**like, "bbox": box} for box in ([5, 5, 0, 9], [900, 5, 4, 4])]
     coco["annotations"] += [{**like, "bbox": [0, 0, 30, 30], "iscrowd": 1}]
-    annotations = tmp_path / "annotations.json"
-    annotations.write_text(json.dumps(coco))
+    annotations = written(coco, tmp_path)
     assert train(output, "--coco", annotations, exported.with_suffix(""), "--backend", "auto", "--steps", 3) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == [f"warning: 2 of {annotations}'s boxes have no area inside their image; dropped"]
+    assert warnings == [f"warning: dropped 2 boxes of {annotations} that have no area inside their image"]
     figures = figures_of(output)
     assert len(figures["fused"]["losses"]) == 3
     # One image in five is held out, at least one.
@@ -469,8 +507,7 @@ def test_malformed_annotations_are_one_clear_line(
     spoil, expected = BROKEN[case]
     coco = json.loads(exported.read_text())
     spoil(coco)
-    annotations = tmp_path / "annotations.json"
-    annotations.write_text(json.dumps(coco))
+    annotations = written(coco, tmp_path)
     assert_refused(train(output, "--coco", annotations, exported.with_suffix("")), expected, capsys)
 
 
@@ -499,7 +536,7 @@ def test_an_image_that_breaks_while_training_is_one_clear_line(
 
 
 def test_resume_without_a_fitting_checkpoint_is_one_clear_line(
-    output: Path, capsys: pytest.CaptureFixture[str]
+    output: Path, capsys: pytest.CaptureFixture[str], unreported: None
 ) -> None:
     eager = ("--backend", "eager", "--steps", 1)
     assert_refused(train(output, *eager, "--resume"), "there is no checkpoint", capsys)
@@ -538,6 +575,26 @@ def test_arguments_that_make_no_sense_are_refused(
         train(output, *arguments)
     assert stopped.value.code == 2
     assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", [train_detector, ablation, digits])
+def test_help_says_what_each_option_does_and_its_default(script: Any) -> None:
+    for action in script.build_parser()._actions:
+        assert action.help, action.dest
+        if action.default not in (None, False, argparse.SUPPRESS):
+            assert "(default: " in action.help, action.dest
+
+
+def test_threads_that_wait_do_not_spin() -> None:
+    # It has to be said before torch is imported, which fails here.
+    code = ("import os, sys; sys.modules['torch'] = None\ntry: import train_detector\n"
+            "except ImportError: print(os.environ['OMP_WAIT_POLICY'])")  # fmt: skip
+    folder = Path(train_detector.__file__).parent
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+        command = [sys.executable, "-c", code]
+        printed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        assert printed.stdout.strip() == expected
 
 
 # Models.
@@ -615,10 +672,10 @@ def test_models_of_other_kinds_train(arguments: tuple[object, ...], output: Path
     figures = figures_of(output)
     assert len(figures["fused"]["losses"]) == 2
     assert figures["fused"]["test"]["images"] == 2
-    assert ("pooler" in figures) == ("c4" in arguments)
+    assert ("RoI pooling" in figures["stages"]) == ("c4" in arguments)
     assert [entry["step"] for entry in figures["test_history"]] == ([1] if "--evaluate-every" in arguments else [])
     frozen = "--frozen-stages" in arguments
-    weights = torch.load(output / "checkpoint.pt", weights_only=True)["tracks"][0]
+    weights = saved_in(output)[0]
     # The average has moved off the initial weights wherever these were trained.
     stem = next(name for name in weights["model"] if name.startswith("backbone.body.") and name.endswith("weight"))
     assert torch.equal(weights["model"][stem], weights["average"][stem]) == frozen
@@ -668,8 +725,7 @@ def test_masks_that_cannot_be_drawn_are_one_clear_line(
 ) -> None:
     coco = json.loads(exported.read_text())
     coco["annotations"][1]["segmentation"] = segmentation
-    annotations = tmp_path / "annotations.json"
-    annotations.write_text(json.dumps(coco))
+    annotations = written(coco, tmp_path)
     arguments = ("--coco", annotations, exported.with_suffix(""), "--model", "mask_rcnn")
     assert_refused(train(output, *arguments), f"image {coco['annotations'][1]['image_id']}", capsys)
 
@@ -692,9 +748,9 @@ def test_perfect_masks_score_one() -> None:
 
 
 def assert_refused(code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2 and one line of error; what a progress bar had drawn ends in a line of its own."""
+    """Exit code 2 and one line of error; a line of progress may come before it."""
     printed = capsys.readouterr().err
-    errors = [line for line in printed.splitlines() if line.strip() and not line.lstrip("\r").startswith("train:")]
+    errors = [line for line in printed.splitlines() if line.strip() and not line.startswith("training: ")]
     assert code == 2
     assert len(errors) == 1
     assert errors[0].startswith("error: ")

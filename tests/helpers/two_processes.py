@@ -22,7 +22,7 @@ from digits_on_photographs import DigitsOnPhotographs
 import fpn_fast
 
 SMALL = ("--image-size", "64", "--batch-size", "1", "--device", "cpu", "--threads", "1", "--eval-images", "3",
-         "--channels", "32")  # fmt: skip
+         "--channels", "32", "--backbone", "slim_resnet")  # fmt: skip
 
 
 class FirstOnes:
