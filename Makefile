@@ -57,7 +57,7 @@ test-oldest: build $(VENV)-oldest/.installed  ## all tests with the oldest torch
 	$(VENV)-oldest/bin/python -m pytest tests -n auto --dist loadfile $(PYTEST_ARGS)
 
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
-	$(BIN)/python -m fpn_fast bench --output output/benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks --output output/benchmarks $(BENCH_ARGS)
 
 docs: $(VENV)/.installed  ## the documentation as a site, in output/site; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkout adds to :mod:`fpn_fast.bench`, where cases, providers and the harness are.
+"""What a checkout adds to :mod:`fpn_fast.bench`.
 
-- test_families.py: the entry for pytest-benchmark; without pytest it is ``python -m fpn_fast bench``.
-- report.py: rows to the README, and what the library is held to; gpu_run.py: all that a GPU machine is asked once.
-- detectors.py: whole detectors.
-- census.py: operations and host waits; ceilings.py: what a GPU can do at best; sanitize.py: calls for a sanitizer.
+- ``python -m benchmarks``: ``fpn-fast bench`` with NVIDIA's RoIAlign mapping as one more rival on a GPU.
+- detectors.py: whole detectors. census.py: operations and host synchronisations. ceilings.py: a GPU's limits.
+- gpu_run.py: everything to run on a GPU machine. sanitize.py: calls for a sanitizer.
+- report.py, with front_page.py: committed results into README.md and docs/.
 """

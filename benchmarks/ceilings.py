@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU can do at best: ``python -m benchmarks.ceilings`` prints it as JSON. Without one it says so.
 
-- copy: a gigabyte from one buffer to another, counting what is read and what is written.
+- copy: a gigabyte from one buffer to another, counting reads and writes.
 - l2_read: 24 MB read over and over past the first cache; they fit in the L2 of every data-centre GPU since 2020.
 - graph: GPU time and wall time of the replay of a CUDA graph of one tiny kernel, and what each further node adds.
 - launch: wall time of launching a tiny kernel through PyTorch.
@@ -29,39 +29,43 @@ L2_READ_BYTES = 24 << 20
 #: Enough for a launch of a millisecond at 6 TB/s.
 L2_READ_TURNS = 256
 GRAPH_NODES = 101
-REPEATS = 21
 
 
-def _median(sample: Callable[[], float], repeats: int = REPEATS) -> float:
+def _median(sample: Callable[[], float], repeats: int = 21) -> float:
     sample()
     return statistics.median(sample() for _ in range(repeats))
 
 
-def _wall(run: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
+def _wall(run: Callable[[], Any]) -> float:
+    """Median wall seconds of `run`, synchronised before and after where there is a GPU."""
+    synchronize: Callable[[], Any] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+    def sample() -> float:
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - start
+
+    return _median(sample)
+
+
+def _gpu(run: Callable[[], Any]) -> float:
+    """Median GPU seconds of `run`."""
+
+    def sample() -> float:
+        with clock().on_stream():
+            return clock().elapsed(run)
+
+    clock().synchronize()
+    return _median(sample)
 
 
 def copy(device_type: str, bytes_copied: int) -> dict[str, Any]:
     """Copy bandwidth in GB/s, reads and writes together."""
     source = torch.randn(bytes_copied // 4, device=device_type)
     target = torch.zeros_like(source)
-    if device_type == "cuda":
-        gpu = clock()
-        gpu.synchronize()
-
-        def sample() -> float:
-            with gpu.on_stream():
-                return gpu.elapsed(lambda: target.copy_(source))
-    else:
-
-        def sample() -> float:
-            return _wall(lambda: target.copy_(source), lambda: None)
-
-    seconds = _median(sample)
+    seconds = (_gpu if device_type == "cuda" else _wall)(lambda: target.copy_(source))
     return {"device_type": device_type, "bytes": bytes_copied, "gb_per_s": 2 * bytes_copied / seconds / 1e9}
 
 
@@ -76,16 +80,8 @@ def l2_read() -> dict[str, Any]:
     # Eight programs of eight warps fill a multiprocessor.
     programs = 8 * torch.cuda.get_device_properties().multi_processor_count
     sums = torch.empty(programs, device="cuda")
-    gpu = clock()
-    gpu.synchronize()
-
-    def sample() -> float:
-        with gpu.on_stream():
-            return gpu.elapsed(
-                lambda: l2_read_kernel[(programs,)](source, sums, blocks, L2_READ_TURNS, BLOCK=BLOCK, num_warps=WARPS)
-            )
-
-    seconds = _median(sample)
+    launch = l2_read_kernel[(programs,)]
+    seconds = _gpu(lambda: launch(source, sums, blocks, L2_READ_TURNS, BLOCK=BLOCK, num_warps=WARPS))
     error = abs(sums.double().sum() / L2_READ_TURNS - source.double().sum()).item() / source.double().abs().sum().item()
     if not error < 1e-4:
         return {"gb_per_s": None, "problem": f"the kernel's sum is wrong by {error:.3g} of the sum of magnitudes"}
@@ -94,27 +90,18 @@ def l2_read() -> dict[str, Any]:
 
 def graph() -> dict[str, Any]:
     """Replay latency and cost per node, microseconds."""
-    gpu = clock()
     value = torch.zeros(1, device="cuda")
     value.add_(1)
-    gpu.synchronize()
+    clock().synchronize()
 
     def replay_of(nodes: int) -> Callable[[], Any]:
-        def run() -> None:
-            for _ in range(nodes):
-                value.add_(1)
-
-        return gpu.capture(run)
-
-    def gpu_seconds(replay: Callable[[], Any]) -> float:
-        with gpu.on_stream():
-            return gpu.elapsed(replay)
+        return clock().capture(lambda: [value.add_(1) for _ in range(nodes)])
 
     one, many = replay_of(1), replay_of(GRAPH_NODES)
-    first, last = (_median(lambda r=r: gpu_seconds(r)) for r in (one, many))
+    first, last = _gpu(one), _gpu(many)
     return {
         "one_node_gpu_us": first * 1e6,
-        "one_node_wall_us": _median(lambda: _wall(one, gpu.synchronize)) * 1e6,
+        "one_node_wall_us": _wall(one) * 1e6,
         "further_node_gpu_us": (last - first) / (GRAPH_NODES - 1) * 1e6,
     }
 
@@ -122,16 +109,11 @@ def graph() -> dict[str, Any]:
 def launch() -> dict[str, Any]:
     """Wall time per launch, microseconds, of launches issued back to back."""
     value = torch.zeros(1, device="cuda")
-
-    def run() -> None:
-        for _ in range(1000):
-            value.add_(1)
-
-    return {"wall_us": _median(lambda: _wall(run, torch.cuda.synchronize)) * 1e3}
+    return {"wall_us": _wall(lambda: [value.add_(1) for _ in range(1000)]) * 1e3}
 
 
 def attempt(part: Callable[[], dict[str, Any]]) -> Any:
-    """`part`'s result; a part that fails says so and leaves the others be."""
+    """`part`'s result; a part that fails says so, and the others still run."""
     if not torch.cuda.is_available():
         return NO_GPU
     try:
@@ -143,12 +125,11 @@ def attempt(part: Callable[[], dict[str, Any]]) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for the result; by default it is printed")
+    parser.add_argument("--json", type=Path, help="file for the result (default: it is printed)")
     options = parser.parse_args(arguments)
-    has_gpu = torch.cuda.is_available()
     found = {
-        # Without a GPU a small copy on the CPU walks the code; device_type says so.
-        "copy": attempt(lambda: copy("cuda", COPY_BYTES)) if has_gpu else copy("cpu", 1 << 20),
+        # Without a GPU a small copy on the CPU tries the code; device_type says so.
+        "copy": attempt(lambda: copy("cuda", COPY_BYTES)) if torch.cuda.is_available() else copy("cpu", 1 << 20),
         "l2_read": attempt(l2_read),
         "graph": attempt(graph),
         "launch": attempt(launch),

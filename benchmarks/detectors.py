@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole detectors in the same rounds: torchvision's, the same accelerated, compiled ones of each, and the static form.
+"""Whole detectors in the same rounds: torchvision's, accelerated, both compiled, and StaticDetector.
 
-    python -m benchmarks.detectors --results benchmarks/results          all cases; the file of the README's table
+    python -m benchmarks.detectors --results benchmarks/results          all cases; the results of the docs' table
     python -m benchmarks.detectors --case faster_rcnn-inference-320x544 --no-compile
 
 Weights are random, scaled so that a head's outputs are spread as a trained one's: some thousand candidates of a dense
-head are above its threshold, and some hundred pairs of a box and a class. Times are what a caller waits. What a
-provider finds is compared with what torchvision finds before it is timed; one that differs is refused.
+head are above its threshold, and some hundred pairs of a box and a class. Each provider's detections are compared with
+torchvision's before it is timed; one that differs is refused.
 
-Stages are of one more run with clocks about modules, each stage without those inside it. A part of a model that has no
-module of its own counts to the one around it: what follows RetinaNet's head is the detector's own.
+Stages are timed in further runs with clocks around modules, each stage without the stages inside it. A part of a model
+without a module of its own counts to the module around it: what follows RetinaNet's head is the detector's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +31,27 @@ from torch import Tensor, nn
 from torchvision.models import detection
 
 import fpn_fast
-from benchmarks import census
-from fpn_fast.bench import cpu_timing, gpu_timing
-from fpn_fast.bench.machine import facts, slug
-from fpn_fast.bench.rows import write_text
-from fpn_fast.bench.sampling import interleave, quantile, ratio
+from fpn_fast.bench import gpu_timing, machine, timing
+from fpn_fast.bench.counting import Count, Dispatched, count
+from fpn_fast.bench.harness import Ready, Refused, prepare, sampled
+from fpn_fast.bench.providers import backend_seen
+from fpn_fast.bench.report import load, place
+from fpn_fast.bench.report import table as markdown_table
+from fpn_fast.bench.rows import Results, Row
 
 BUILDERS = {"faster_rcnn": detection.fasterrcnn_resnet50_fpn, "retinanet": detection.retinanet_resnet50_fpn}
-#: Stages that fpn_fast has its own form of.
+#: Stages that fpn_fast replaces.
 REPLACED = ("FPN merge", "RPN tail", "pooler", "detections")
-#: Of what the last layers of heads give, by their names.
+#: Standard deviation of the outputs of a head's last layer, by its name.
 DEVIATIONS = {"cls_logits": 1.0, "cls_score": 3.0, "bbox_pred": 0.3, "bbox_reg": 0.3}
-#: Of a dense head's logits, the share above its threshold.
+#: The share of a dense head's logits above its threshold.
 DENSE_SHARE = 2e-4
 TARGETS_PER_IMAGE = 7
 
 
 @dataclass(frozen=True)
 class Case:
-    """One detector, (height, width) of its images, images of a batch, and whether it is trained."""
+    """One detector: (height, width) of its images, images per batch, and whether it is trained."""
 
     model: str
     size: tuple[int, int]
@@ -63,7 +64,7 @@ class Case:
 
 
 def cases(device_type: str) -> list[Case]:
-    """On a CPU also a small image, and of that alone a training step, which takes a minute of large ones."""
+    """On a CPU also a small image, and a training step on small ones alone: on large ones it takes a minute."""
     large, small = (800, 1344), (320, 544)
     found = []
     for model in BUILDERS:
@@ -73,26 +74,8 @@ def cases(device_type: str) -> list[Case]:
     return found
 
 
-@dataclass
-class Row:
-    """A provider's figures for a case: milliseconds, and those of its stages."""
-
-    case: Case
-    provider: str
-    p50: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    rounds: int = 0
-    #: By provider, the median over all rounds of its time over this one's.
-    speedup: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=dict)
-    waits: int | None = None
-    peak_bytes: int | None = None
-    refused: str | None = None
-
-
 def build(case: Case, device: torch.device) -> nn.Module:
-    """torchvision's detector, its outputs spread by :func:`spread`."""
+    """torchvision's detector, with outputs as :func:`spread` makes them."""
     torch.manual_seed(0)
     model = BUILDERS[case.model](
         weights=None, weights_backbone=None, min_size=min(case.size), max_size=max(case.size)
@@ -109,7 +92,7 @@ def images(case: Case, device: torch.device) -> list[Tensor]:
 
 
 def targets(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
-    """Ground truths of each image."""
+    """Ground truths for each image."""
     generator = torch.Generator().manual_seed(2)
     height, width = case.size
     found = []
@@ -124,7 +107,7 @@ def targets(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def spread(model: Any, batch: list[Tensor]) -> None:
-    """Statistics of normalisation as of `batch`, and weights of the last layers as a trained detector's."""
+    """Sets normalisation to `batch`'s statistics, and the last layers to outputs as wide as a trained detector's."""
     norms = [each for each in model.backbone.modules() if isinstance(each, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -133,7 +116,7 @@ def spread(model: Any, batch: list[Tensor]) -> None:
         norm.momentum = 0.1
     model.eval()
     layers = {name: each for name, each in model.named_modules() if name.rpartition(".")[2] in DEVIATIONS}
-    # The second stage's inputs depend on the first one's boxes.
+    # The box head's inputs depend on the RPN's boxes.
     for second in (False, True):
         seen = _outputs(
             model, batch, {name: each for name, each in layers.items() if name.startswith("roi_heads") == second}
@@ -150,7 +133,7 @@ def spread(model: Any, batch: list[Tensor]) -> None:
 
 
 def _outputs(model: Any, batch: list[Tensor], layers: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
-    """What each of `layers` gives when `model` runs."""
+    """The outputs of each of `layers` while `model` runs."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [
         each.register_forward_hook(lambda _m, _i, out, n=name: seen[n].append(out)) for name, each in layers.items()
@@ -163,7 +146,7 @@ def _outputs(model: Any, batch: list[Tensor], layers: dict[str, nn.Module]) -> d
 
 @dataclass
 class Provider:
-    """How a case is computed: `step` is timed, `found` what it gives in the form of lists."""
+    """How a case is computed: `step` is timed; `found` returns its result as torchvision would."""
 
     step: Callable[[], Any]
     found: Callable[[], Any]
@@ -171,7 +154,7 @@ class Provider:
 
 
 def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Provider]:
-    """By name, of models with the same weights."""
+    """By name; all have the same weights."""
     plain = build(case, device)
     fast = copy.deepcopy(plain).train(case.training)
     fpn_fast.accelerate(fast)
@@ -226,7 +209,7 @@ def _training(model: Any, batch: list[Tensor], own_targets: list[dict[str, Tenso
 
 
 def problem(found: Any, expected: Any) -> str | None:
-    """Why what a provider found is not what torchvision finds; near ties may come in another order."""
+    """How a provider's result differs from torchvision's; None where it does not. Near ties may change places."""
     if isinstance(expected, dict):
         for name, loss in expected.items():
             if not torch.isclose(found[name], loss, rtol=1e-3, atol=1e-5):
@@ -247,9 +230,9 @@ def problem(found: Any, expected: Any) -> str | None:
 
 
 class Stages:
-    """Clocks about a detector's modules, each without what runs inside it; milliseconds by stage.
+    """Clocks around a detector's modules: milliseconds per stage, without the stages inside it.
 
-    What a module returns is kept until the clocks go: else the stage that uses it would pay for giving its memory back.
+    Outputs are kept until the clocks are removed: else the stage that uses one would pay for freeing it.
     """
 
     def __init__(self, model: Any, synchronize: Callable[[], None]) -> None:
@@ -311,50 +294,46 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool, sa
     """All providers of `case`, for some `seconds` after warming up."""
     cuda = device.type == "cuda"
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
-    torch._dynamo.reset()
-    rows, ready = [], {}
-    found = providers(case, device, compiled)
-    expected = found["eager"].found()
-    for name, provider in found.items():
-        say(f"{case}: {name}")
-        row = Row(case, name)
-        rows.append(row)
-        try:
-            row.refused = problem(provider.found(), expected)
-            provider.step()
-        except Exception as error:
-            row.refused = f"does not run: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        if row.refused is None:
-            ready[name] = provider.step
-            row.peak_bytes = (gpu_timing if cuda else cpu_timing).peak_bytes(provider.step)
-            if name in ("eager", "fpn_fast"):
-                row.stages = _stages(provider, synchronize)
-            if name in ("eager", "fpn_fast", "static") and not case.training:
-                row.waits = census.count(provider.step).waits.total()
+    torch.compiler.reset()
+    candidates = providers(case, device, compiled)
+    expected = candidates["eager"].found()
 
-    def sampler(step: Callable[[], Any]) -> Callable[[], float]:
+    def checked(name: str, provider: Provider) -> Ready:
+        say(f"{case}: {name}")
+        seen = Count()
+        # What torch.compile makes of a model does not go through the dispatcher.
+        with nullcontext() if "compile" in name else Dispatched(seen):
+            found = provider.found()
+        if why := problem(found, expected):
+            raise Refused(why)
+        facts: dict[str, Any] = {}
+        if "compile" not in name:
+            facts["backend"] = backend_seen(seen.operators)
+            if (facts["backend"] == "torch") != (name == "eager"):
+                raise Refused(f"{facts['backend']} computed this")
+        provider.step()
+        facts["peak_bytes"] = (gpu_timing if cuda else timing).peak_bytes(provider.step)
+        if name in ("eager", "fpn_fast"):
+            facts["stages"] = _stages(provider, synchronize)
+        if name in ("eager", "fpn_fast", "static") and not case.training:
+            facts["syncs"] = count(provider.step).syncs.total()
+
         def sample() -> float:
             synchronize()
             start = time.perf_counter()
-            step()
+            provider.step()
             synchronize()
             return time.perf_counter() - start
 
-        return sample
+        return Ready({"wall": timing.Measurement("clock", 1, sample)}, facts)
 
+    ready = {name: prepare(lambda n=name, p=each: checked(n, p)) for name, each in candidates.items()}
     say(f"{case}: rounds")
-    samples = interleave({name: sampler(step) for name, step in ready.items()}, seconds)
-    for row in rows:
-        if row.refused is None:
-            own = samples[row.provider]
-            row.rounds = len(own)
-            row.p50, row.p20, row.p80 = (quantile(own, share) * 1e3 for share in (0.5, 0.2, 0.8))
-            row.speedup = {name: ratio(times, own) for name, times in samples.items() if name != row.provider}
-    return rows
+    return sampled(case, ready, seconds, timing.MAX_ROUNDS)[0]
 
 
 def _stages(provider: Provider, synchronize: Callable[[], None], runs: int = 7) -> dict[str, float]:
-    """The median of each stage over some runs."""
+    """Milliseconds per stage, medians over some runs."""
     times = []
     for _ in range(runs):
         stages = Stages(provider.model, synchronize)
@@ -365,88 +344,57 @@ def _stages(provider: Provider, synchronize: Callable[[], None], runs: int = 7) 
 
 
 def replaced(stages: dict[str, float]) -> float:
-    """Milliseconds of the stages that fpn_fast has its own form of."""
+    """Milliseconds of the stages that fpn_fast replaces."""
     return sum(stages.get(stage, 0.0) for stage in REPLACED)
 
 
-def as_json(machine: dict[str, Any], rows: list[Row], earlier: list[dict[str, Any]]) -> str:
-    """A results file of `rows`, and of those of `earlier`."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.4g}")
-        return {key: short(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    lines = [json.dumps(row) for row in earlier]
-    for row in rows:
-        fields = asdict(row)
-        fields = {**fields.pop("case"), **fields}
-        lines.append(json.dumps({key: short(value) for key, value in fields.items() if value not in (None, {})}))
-    return f'{{"machine": {json.dumps(machine)},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n"
+def case_of(row: dict[str, Any]) -> Case:
+    """The case that `row` measured."""
+    return Case(row["model"], tuple(row["size"]), row["batch"], row["training"])
 
 
-def earlier_rows(path: Path, machine: dict[str, Any], chosen: list[Case]) -> list[dict[str, Any]]:
-    """The rows in the file at `path` of other cases than `chosen`, if it is of the same commit."""
-    if not path.exists():
-        return []
-    results = json.loads(path.read_text())
-    if results["machine"]["commit"] != machine["commit"]:
-        return []
-    names = {str(case) for case in chosen}
-    return [
-        row
-        for row in results["rows"]
-        if str(Case(row["model"], tuple(row["size"]), row["batch"], row["training"])) not in names
-    ]
+def by_case(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """A case's name -> provider -> its row."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        found.setdefault(str(case_of(row)), {})[row["provider"]] = row
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown of a results file."""
-    lines = [
-        "| detector | provider | ms | speed-up | host synchronisations | peak memory | replaced stages, ms |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = [["detector", "provider", "ms", "speed-up", "host synchronisations", "peak memory", "replaced stages, ms"]]
     for row in results["rows"]:
-        kind = "training step" if row["training"] else "inference"
-        name = f"{row['model']}, {kind}, {row['size'][0]}x{row['size'][1]}, N={row['batch']}"
+        case = case_of(row)
+        kind = "training step" if case.training else "inference"
+        line = [f"{case.model}, {kind}, {case.size[0]}x{case.size[1]}, N={case.batch}", row["provider"]]
         if "refused" in row:
-            lines.append(f"| {name} | {row['provider']} | refused: {row['refused']} | | | | |")
+            lines.append([*line, f"refused: {row['refused']}", "", "", "", ""])
             continue
-        times = f"{row['speedup']['eager']:.2f}" if "eager" in row.get("speedup", {}) else ""
-        waits = str(row.get("waits", ""))
-        memory = f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""
-        stages = f"{replaced(row['stages']):.0f}" if "stages" in row else ""
-        lines.append(f"| {name} | {row['provider']} | {row['p50']:.0f} | {times} | {waits} | {memory} | {stages} |")
-    machine = results["machine"]
-    device = (
-        f"{machine['device']}, {machine['threads']} threads" if machine["device_type"] == "cpu" else machine["device"]
-    )
+        times = row["speedup"].get("eager")
+        line += [f"{row['p50'] / 1e3:.0f}", "" if times is None else f"{times:.2f}x", str(row.get("syncs", ""))]
+        line += [f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""]
+        lines.append([*line, f"{replaced(row['stages']):.0f}" if "stages" in row else ""])
     note = (
-        f"{device}, torch {machine['torch']}, commit {machine['commit'] or 'unknown'}, {machine['date']}: median wall "
-        "time; ratios are medians over rounds, above 1 where fpn_fast is faster. Weights are random."
+        f"{place(results['machine'])}: median wall time; ratios to eager are medians over rounds, above 1 where "
+        "fpn_fast is faster. Weights are random."
     )
-    return "\n".join(lines) + f"\n\n{note}\n"
+    return f"{markdown_table(lines, left=2)}\n\n{note}\n"
 
 
 def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:
-    """One line for each thing that the library is held to, and whether all of them are met: no detector is slower, and
-    on a CPU the replaced stages take a quarter of their time at most."""
-    rows = {
-        (row["model"], *row["size"], row["batch"], row["training"], row["provider"]): row for row in results["rows"]
-    }
+    """One line for each target, and whether all are met: no detector is slower than torchvision's, and on a CPU the
+    replaced stages take at most a quarter of torchvision's time."""
     lines, all_met = [], True
-    for key, row in rows.items():
-        if key[-1] != "fpn_fast":
-            continue
-        eager = rows[(*key[:-1], "eager")]
-        times = row.get("speedup", {}).get("eager")
+    for case, rows in by_case(results).items():
+        times = rows["fpn_fast"].get("speedup", {}).get("eager")
         held = [(times is not None and times >= 1.0, f"{times} eager, wants 1")]
-        if results["machine"]["device_type"] == "cpu" and "stages" in row:
-            share = replaced(row["stages"]) / replaced(eager["stages"])
+        if results["machine"]["device_type"] == "cpu" and "stages" in rows["fpn_fast"]:
+            share = replaced(rows["fpn_fast"]["stages"]) / replaced(rows["eager"]["stages"])
             held.append((share <= 0.25, f"replaced stages take {share:.0%}, want 25% at most"))
         for met, text in held:
             all_met &= met
-            lines.append(f"{'met   ' if met else 'MISSED'} {' '.join(map(str, key[:-1]))}: {text}")
+            lines.append(f"{'met   ' if met else 'MISSED'} {case}: {text}")
     return lines, all_met
 
 
@@ -455,42 +403,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case", action="append", help="a case by the beginning of its name; all by default")
-    parser.add_argument("--case-seconds", type=float, default=60.0, help="time for each case, beyond warming up")
+    parser.add_argument("--case", action="append", help="a case, by the beginning of its name (default: all)")
     parser.add_argument(
-        "--no-compile",
-        action="store_true",
-        help="without torch.compile, which takes minutes a case; on a CPU it is of inference on the small image alone",
+        "--case-seconds", type=float, default=60.0, help="seconds per case after warming up (default: 60)"
     )
-    parser.add_argument("--results", type=Path, help="folder for <machine>/detectors.json")
-    parser.add_argument("--tiny", action="store_true", help="tiny images, to walk the code")
+    parser.add_argument("--no-compile", action="store_true",
+                        help="without torch.compile, which takes minutes per case. On a CPU it is measured for "
+                        "inference on the small image alone")  # fmt: skip
+    parser.add_argument("--results", type=Path, default=Path("output/benchmarks"),
+                        help="folder for <machine>/detectors.json (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="tiny images: a trial of the command, not a measurement")
     options = parser.parse_args(arguments)
-    chosen = cases(options.device)
-    if options.case:
-        chosen = [case for case in chosen if any(str(case).startswith(name) for name in options.case)]
-        if not chosen:
-            parser.error(f"no case is named like {', '.join(options.case)}")
+    if arguments is None:
+        machine.keep_freed_memory()
+    chosen = [c for c in cases(options.device) if not options.case or any(str(c).startswith(n) for n in options.case)]
+    if not chosen:
+        parser.error(f"no case is named like {', '.join(options.case)}")
     if options.tiny:
         chosen = [Case(case.model, (64, 96), case.batch, case.training) for case in chosen]
-    machine, rows = facts(options.device), []
     smallest = min(case.size for case in cases(options.device))
-    path = None if options.results is None else options.results / slug(machine) / "detectors.json"
-    earlier = [] if path is None else earlier_rows(path, machine, chosen)
+    # Cases of an earlier run of the same commit stay in the file.
+    names = set(map(str, chosen))
+    results = Results(
+        options.results, "detectors", machine.facts(options.device), lambda r: str(case_of(r)) not in names
+    )
+    any_refused = False
     for case in chosen:
-        rows += measure(
-            case,
-            torch.device(options.device),
-            options.case_seconds,
-            not options.no_compile
-            and (options.device == "cuda" or options.tiny or (case.size == smallest and not case.training)),
+        small = options.tiny or (case.size == smallest and not case.training)
+        rows = measure(
+            case, torch.device(options.device), options.case_seconds,
+            not options.no_compile and (options.device == "cuda" or small),
             lambda text: print(text, file=sys.stderr, flush=True),
-        )
-        text = as_json(machine, rows, earlier)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-    print(table(json.loads(text)))
-    return int(any(row.refused for row in rows))
+        )  # fmt: skip
+        results.add(rows)
+        any_refused |= any(row.refused is not None for row in rows)
+    print(table(load(results.path)))
+    return int(any_refused)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
-from fpn_fast.bench.report import by_case, load
+from benchmarks import detectors
+from fpn_fast.bench.report import bars, by_case, load, ratio_text
 
 #: (what the ratio is of, results file, start of the case's name)
 Measured = tuple[str, str, str]
@@ -61,12 +60,7 @@ def _speedup(folder: Path, family: str, start: str) -> float:
     """How many times as fast as torchvision fpn_fast is in the first case whose name begins with `start`."""
     results = load(folder / f"{family}.json")
     if family == "detectors":
-        named = {}
-        for row in results["rows"]:
-            kind = "training" if row["training"] else "inference"
-            name = f"{row['model']}-{kind}-{row['size'][0]}x{row['size'][1]}-n{row['batch']}"
-            named.setdefault(name, {})[row["provider"]] = row
-        row = named[start]["fpn_fast"]
+        row = detectors.by_case(results)[start]["fpn_fast"]
     else:
         row = next(rows["cpp"] for case, rows in by_case(results).items() if str(case).startswith(start))
     return float(row["speedup"]["eager"])
@@ -78,10 +72,6 @@ def ratios(folder: Path) -> Iterator[tuple[Stage, list[tuple[str, float]]]]:
         yield stage, [(what, _speedup(folder, family, start)) for what, family, start in stage.measured]
 
 
-def _text(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
-
-
 def _place(folder: Path) -> tuple[dict[str, Any], str]:
     machine = json.loads((folder / "top_down.json").read_text())["machine"]
     return machine, f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
@@ -91,53 +81,21 @@ def table(folder: Path) -> str:
     """Markdown of the README's table."""
     lines = ["| stage | fused | speed-up over torchvision |", "| --- | --- | --- |"]
     for stage, found in ratios(folder):
-        values = ", ".join(f"{what} {_text(ratio)}".strip() for what, ratio in found)
+        values = ", ".join(f"{what} {ratio_text(ratio)}".strip() for what, ratio in found)
         lines.append(f"| {stage.name} | {stage.fused} | {values} |")
     machine, place = _place(folder)
     note = f"{place}, {machine['date']}, one 800x1344 image, float32 (training steps: two 320x544 images)."
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
-_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img"
- font-family="system-ui, sans-serif">
-<title>{title}</title>
-<style>
-text {{ fill: #1f2328; font-size: 13px }} .title {{ font-size: 15px; font-weight: 600 }}
-.note {{ fill: #59636e; font-size: 12px }}
-.whole {{ fill: #0a6b5d }} .stage {{ fill: #2f6fbd }} .slower {{ fill: #c4452e }} line {{ stroke: #8c959f }}
-@media (prefers-color-scheme: dark) {{
-text {{ fill: #e6edf3 }} .note {{ fill: #9198a1 }}
-.whole {{ fill: #2ea893 }} .stage {{ fill: #5a9bea }} .slower {{ fill: #f0765c }}
-}}
-</style>
-{body}
-</svg>
-"""
-
-
 def plot(folder: Path) -> str:
-    """The README's plot as SVG: a bar for each ratio, on a logarithmic scale, slower than torchvision to the left."""
-    bars = [(f"{stage.name.removesuffix(', whole')}{', ' if what else ''}{what}", ratio, "whole" in stage.name)
-            for stage, found in ratios(folder) for what, ratio in found]  # fmt: skip
-    _, place = _place(folder)
-    title = f"Speed-up over torchvision, CPU: {place}"
-    left, width, step, top = 280, 400, 24, 64
-    low = min(0.0, *(math.log2(ratio) for _, ratio, _ in bars))
-    scale = width / (max(math.log2(ratio) for _, ratio, _ in bars) - low)
-    one = left - low * scale
-    body = [
-        f'<text class="title" x="16" y="26">{escape(title)}</text>',
-        '<text class="note" x="16" y="46">800x1344, one image, float32; training steps: two 320x544 images. '
-        "Logarithmic scale; the line is torchvision.</text>",
-    ]
-    for i, (label, ratio, whole) in enumerate(bars):
-        y, end = top + i * step, one + math.log2(ratio) * scale
-        kind = "slower" if ratio < 1 else "whole" if whole else "stage"
-        body += [
-            f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(label)}</text>',
-            f'<rect class="{kind}" x="{min(one, end):.1f}" y="{y}" width="{abs(end - one):.1f}" height="17" rx="2"/>',
-            f'<text x="{max(one, end) + 6:.1f}" y="{y + 13}">{_text(ratio)}</text>',
-        ]
-    bottom = top + len(bars) * step
-    body.append(f'<line x1="{one:.1f}" y1="{top - 6}" x2="{one:.1f}" y2="{bottom}"/>')
-    return _SVG.format(height=bottom + 12, title=escape(title), body="\n".join(body))
+    """The README's plot as SVG."""
+    ratio_bars = [
+        (f"{stage.name.removesuffix(', whole')}{', ' if what else ''}{what}", ratio,
+         "whole" if "whole" in stage.name else "stage")
+        for stage, found in ratios(folder) for what, ratio in found
+    ]  # fmt: skip
+    note = (
+        "800x1344, one image, float32; training steps: two 320x544 images. Logarithmic scale; the line is torchvision."
+    )
+    return bars(f"Speed-up over torchvision, CPU: {_place(folder)[1]}", note, ratio_bars)

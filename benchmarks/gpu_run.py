@@ -1,30 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a GPU machine is asked, in one run that stops by itself.
+"""Everything to run on a GPU machine, in one command that stops by itself.
 
     python benchmarks/gpu_run.py --output DIR [--budget 540] [--library DIR | build] [--only tests,...] [--dry-run]
 
-Sections, each a process of its own with a time limit, so that one which hangs or fails loses none of the others:
+Sections, each in processes of its own with a time limit, so that one that hangs or fails loses none of the others:
 
-    environment  device, driver, clocks (read, never set), versions, backends, what each kernel takes of the GPU
-    library      with --library: the compiled library brought into the checkout, or built there
+    environment  device, driver, clocks (read, never set), versions, backends, resources of each kernel
+    library      with --library: the compiled library copied into the checkout, or built there
     ceilings     copy bandwidth, L2 read rate, graph replay and launch latency
     tests        the tests marked gpu
-    sanitizer    memcheck and racecheck over one call of each kernel, where compute-sanitizer is there
-    benchmarks   every case, the most valuable first; those that time does not reach are listed
+    sanitizer    memcheck and racecheck over calls of each kernel, where compute-sanitizer is installed
+    benchmarks   every case, the most valuable first; those that the time does not reach are listed
 
 The folder gets gpu_run.json (written after every section), gpu_run.log (all that the sections print) and
-<machine>/<family>.json (rows, written after every case). --dry-run walks all of it on the CPU with tiny maps; what
+<machine>/<family>.json (rows, written after every case). --dry-run tries all of it on the CPU with tiny maps; what
 needs a GPU is then recorded as skipped, and no figure is made up.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,31 +39,32 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_sections  # noqa: E402
 from fpn_fast.bench import report  # noqa: E402
+from fpn_fast.bench.rows import write_text  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Section:
-    """least: seconds without which it is not started; most: the share of the whole budget that it may take."""
-
-    name: str
-    work: Callable[[Run], gpu_sections.Outcome]
-    least: float
-    most: float
-
-
-#: In the order of their value; what one leaves of its share is there for those after it.
-SECTIONS = (
-    Section("library", gpu_sections.library, 30, 0.5),
-    Section("environment", gpu_sections.environment, 5, 0.2),
-    Section("ceilings", gpu_sections.ceilings, 10, 0.15),
-    Section("tests", gpu_sections.tests, 20, 0.35),
-    Section("sanitizer", gpu_sections.sanitizer, 20, 0.2),
-    Section("benchmarks", gpu_sections.benchmarks, 20, 1.0),
+NO_GPU = "skipped: no GPU"
+LIBRARY_FILES = ("_C.abi3.so", "_C_cuda.abi3.so")
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+#: A sanitizer's exit code when it has found something.
+SANITIZER_ERROR = 9
+#: The cases of a dry run: some of each family.
+DRY_CASES = (
+    "resnet50_fpn_800x1344-n1-float32-channels_last",
+    "ratio_2_spread-n1-bfloat16-channels_last",
+    "top_1000_800x1344-n1-float32-channels_last",
+    "91_classes_800x1344-n1",
+    "1000_boxes_5_groups",
+    "20_gts",
+    "100_masks",
+    "20_people",
+    "gts_20-",
+    "_proposals-faster_rcnn_r50_800x1344-n1-float32-channels_last",
 )
-#: Those that --only can choose.
-CHOICES = ("ceilings", "tests", "sanitizer", "benchmarks")
+#: One test's line of `pytest -v`, without or with xdist.
+_VERDICT = re.compile(r"^(?:\S+::.* |\[gw\d+\].*?)(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b", re.MULTILINE)
+
+#: A section's results, and what went wrong if something did.
+Outcome = tuple[dict[str, Any], str | None]
 
 
 class Run:
@@ -81,7 +86,7 @@ class Run:
             self.variables["CUDA_VISIBLE_DEVICES"] = ""
 
     def left(self) -> float:
-        """Seconds of the budget that are left, with one kept for writing."""
+        """Seconds left of the budget, less one for writing."""
         return max(0.0, self.options.budget - (time.monotonic() - self.start) - 1)
 
     def section_left(self) -> float:
@@ -98,15 +103,11 @@ class Run:
             log.write(f"\n$ {' '.join(arguments)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                arguments,
-                cwd=ROOT,
-                env={**self.variables, **(variables or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
+                arguments, cwd=ROOT, env={**self.variables, **(variables or {})}, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
-                # A group of its own, so that what it starts ends with it.
+                # A group of its own, so that its children end with it.
                 start_new_session=True,
-            )
+            )  # fmt: skip
             try:
                 code: int | None = process.wait(limit)
             except BaseException as error:
@@ -120,37 +121,164 @@ class Run:
             return code, log.read().decode(errors="replace")
 
     def module(self, name: str, *arguments: str) -> tuple[int | None, str]:
-        """Runs a module of this Python for at most the section's time."""
+        """Runs a module by this Python for at most the section's time."""
         return self.command([sys.executable, "-m", name, *arguments])
 
-    def skip(self, section: Section, reason: str) -> None:
-        """Notes that `section` is left out."""
-        self.found["sections"][section.name] = {"status": "skipped", "reason": reason}
+    def json_of(self, module: str) -> Outcome:
+        """What `module` writes with --json."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.json"
+            code, _ = self.module(module, "--json", str(path))
+            return json.loads(path.read_text()) if path.exists() else {}, None if code == 0 else _ending(code)
+
+    def note(self, section: Section, entry: dict[str, Any]) -> None:
+        """Keeps a section's entry, and writes gpu_run.json."""
+        self.found["sections"][section.name] = entry
         self.save()
 
     def do(self, section: Section) -> None:
-        """Does one section within its time and notes what it found."""
+        """Does one section within its time and notes its results."""
         left = self.left()
         if left < section.least:
             reason = f"{left:.0f} s of {self.options.budget:.0f} s left, needs {section.least:.0f} s"
-            return self.skip(section, reason)
+            return self.note(section, {"status": "skipped", "reason": reason})
         print(f"{section.name} ...", flush=True)
         begin = time.monotonic()
         self.section_end = begin + min(left, max(section.least, section.most * self.options.budget))
         try:
             results, problem = section.work(self)
-        except Exception as error:  # whatever one section's fault is, the others follow
+        except Exception as error:  # the other sections follow, whatever went wrong in this one
             results, problem = {}, f"{type(error).__name__}: {error}"
         entry: dict[str, Any] = {"status": "ok"} if problem is None else {"status": "failed", "reason": problem}
-        entry |= {"seconds": round(time.monotonic() - begin, 1), "results": results}
-        self.found["sections"][section.name] = entry
-        self.save()
+        return self.note(section, {**entry, "seconds": round(time.monotonic() - begin, 1), "results": results})
 
     def save(self) -> None:
         """Writes gpu_run.json, whole or not at all."""
-        unfinished = self.output / "gpu_run.partial"
-        unfinished.write_text(json.dumps(self.found, indent=1) + "\n")
-        os.replace(unfinished, self.output / "gpu_run.json")
+        write_text(self.output / "gpu_run.json", json.dumps(self.found, indent=1) + "\n")
+
+
+def _ending(code: int | None) -> str:
+    return "stopped at its time limit" if code is None else f"exit code {code}"
+
+
+def environment(run: Run) -> Outcome:
+    """Device, clocks, versions and kernels."""
+    return run.json_of("fpn_fast.bench.machine")
+
+
+def library(run: Run) -> Outcome:
+    """Builds the compiled library in the checkout, or copies it there."""
+    if run.options.dry_run:
+        return {"library": "skipped: dry run"}, None
+    if run.options.library == "build":
+        code, _ = run.command([sys.executable, "setup.py", "build_ext", "--inplace"])
+        return {"library": "built"}, None if code == 0 else f"build: {_ending(code)}"
+    source = Path(run.options.library).resolve()
+    found = [name for name in LIBRARY_FILES if (source / name).exists()]
+    for name in found:
+        if source != ROOT / "fpn_fast":
+            shutil.copy2(source / name, ROOT / "fpn_fast" / name)
+    missing = [name for name in LIBRARY_FILES if name not in found]
+    return {"library": str(source), "files": found}, f"{source} lacks {', '.join(missing)}" if missing else None
+
+
+def ceilings(run: Run) -> Outcome:
+    """Copy, L2, graph and launch."""
+    return run.json_of("benchmarks.ceilings")
+
+
+def tests(run: Run) -> Outcome:
+    """The tests marked gpu; at the time limit, those that have ended."""
+    arguments = ["tests", "-m", "gpu", "-v", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    if run.has_gpu and importlib.util.find_spec("xdist"):
+        # Most of a test's time is Triton's compiler, on the CPU; and a crash of the device ends one worker only.
+        arguments += ["-n", str(min(8, os.cpu_count() or 1))]
+    code, output = run.module("pytest", *arguments)
+    words = _VERDICT.findall(output)
+    results: dict[str, Any] = {word.lower(): words.count(word) for word in sorted(set(words))}
+    results["failures"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if not run.has_gpu:
+        results["gpu"] = NO_GPU
+    # 5: none of the tests is marked gpu.
+    return results, None if code in (0, 5) else _ending(code)
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH or in a CUDA toolkit."""
+    if found := shutil.which("compute-sanitizer"):
+        return found
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (path := Path(home) / "bin" / "compute-sanitizer").exists():
+            return str(path)
+    return None
+
+
+def sanitizer(run: Run) -> Outcome:
+    """Each tool over the calls of sanitize.py."""
+    program = [sys.executable, "-m", "benchmarks.sanitize"]
+    if not run.has_gpu:
+        code, _ = run.command(program)
+        return {"calls": _ending(code), **dict.fromkeys(SANITIZER_TOOLS, NO_GPU)}, None if code == 0 else "calls failed"
+    tool = find_sanitizer()
+    if tool is None:
+        return dict.fromkeys(SANITIZER_TOOLS, "skipped: no compute-sanitizer"), None
+    results, problems = {}, []
+    for i, name in enumerate(SANITIZER_TOOLS):
+        command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR), *program]
+        # Without the caching allocator every tensor is an allocation of its own, whose ends memcheck knows.
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        code, output = run.command(command, variables, share=1 / (len(SANITIZER_TOOLS) - i))
+        summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", output, re.MULTILINE)
+        results[name] = "; ".join([*summary, _ending(code)])
+        if code != 0:
+            problems.append(f"{name}: {results[name]}")
+    return results, "; ".join(problems) or None
+
+
+def benchmarks(run: Run) -> Outcome:
+    """Every case, into <machine>/<family>.json."""
+    arguments = ["--output", str(run.output), "--seconds", "0.1" if run.options.dry_run else "2"]
+    if run.options.dry_run:
+        arguments += ["--tiny", "--only", ",".join(DRY_CASES)]
+    # A case that has begun needs time to end, most of it for torch.compile.
+    limit = max(5.0, run.section_left() - 30)
+    before = {path: path.stat().st_mtime_ns for path in run.output.glob("*/*.json")}
+    code, _ = run.module("benchmarks", *arguments, "--limit", f"{limit:.0f}")
+    files = [path for path in sorted(run.output.glob("*/*.json")) if before.get(path) != path.stat().st_mtime_ns]
+    results: dict[str, Any] = {"files": [str(path.relative_to(run.output)) for path in files]}
+    for path in files:
+        found = report.load(path)
+        results[path.stem] = {
+            "cases": len(report.by_case(found)),
+            "not_reached": found["machine"].get("not_reached", []),
+            "refused": report.refusals([found]),
+        }
+    if not run.has_gpu:
+        results["gpu"] = NO_GPU
+    return results, None if code == 0 else _ending(code)
+
+
+@dataclass(frozen=True)
+class Section:
+    """least: seconds without which it is not started; most: the share of the budget that it may take."""
+
+    name: str
+    work: Callable[[Run], Outcome]
+    least: float
+    most: float
+
+
+#: In the order of their value; time that one leaves unused goes to those after it.
+SECTIONS = (
+    Section("library", library, 30, 0.5),
+    Section("environment", environment, 5, 0.2),
+    Section("ceilings", ceilings, 10, 0.15),
+    Section("tests", tests, 20, 0.35),
+    Section("sanitizer", sanitizer, 20, 0.2),
+    Section("benchmarks", benchmarks, 20, 1.0),
+)
+#: Those that --only can choose.
+CHOICES = ("ceilings", "tests", "sanitizer", "benchmarks")
 
 
 def summary(run: Run) -> str:
@@ -159,17 +287,15 @@ def summary(run: Run) -> str:
     for name, entry in run.found["sections"].items():
         seconds = f"{entry['seconds']:6.1f} s" if "seconds" in entry else " " * 8
         lines.append(f"{name:<12} {entry['status']:<8} {seconds}  {entry.get('reason', '')}".rstrip())
-        for key, value in entry.get("results", {}).items():
-            if name in ("ceilings", "tests", "sanitizer"):
-                lines.append(f"    {key}: {value}")
+        if name in ("ceilings", "tests", "sanitizer"):
+            lines += [f"    {key}: {value}" for key, value in entry.get("results", {}).items()]
     for file in run.found["sections"].get("benchmarks", {}).get("results", {}).get("files", []):
-        results = report.load(run.output / file)
-        lines.append(f"{'':<69}" + "".join(f"{name:>10}" for name in (*report.PROVIDERS, "copy")) + "  cpp vs eager")
-        for case, rows in report.by_case(results).items():
-            times = [report.time_text(rows.get(name)) for name in (*report.PROVIDERS, "copy")]
+        names = (*report.PROVIDERS, "copy")
+        lines.append(f"{'':<69}" + "".join(f"{name:>10}" for name in names) + "  cpp vs eager")
+        for case, rows in report.by_case(report.load(run.output / file)).items():
+            times = "".join(f"{report.time_text(rows.get(name)):>10}" for name in names)
             speedup = rows.get("cpp", {}).get("speedup", {}).get("eager")
-            ratio = "" if speedup is None else f"{speedup:.2f}x"
-            lines.append(f"{case!s:<69}" + "".join(f"{text:>10}" for text in times) + f"{ratio:>14}")
+            lines.append(f"{case!s:<69}{times}{'' if speedup is None else f'{speedup:.2f}x':>14}")
     return "\n".join(lines)
 
 
@@ -177,12 +303,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--budget", type=float, default=540, help="seconds after which the run has ended")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for the whole run (default: 540)")
     parser.add_argument(
-        "--library", help='folder that holds a prebuilt library, or "build"; by default what the checkout has'
+        "--library", help='folder of a prebuilt library, or "build" (default: the library in the checkout)'
     )
-    parser.add_argument("--only", default=",".join(CHOICES), help=f"comma-separated, of {', '.join(CHOICES)}")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny maps")
+    parser.add_argument("--only", default=",".join(CHOICES), help=f"sections, of {', '.join(CHOICES)} (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="try everything on the CPU, with tiny maps")
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(CHOICES):
@@ -200,18 +326,17 @@ def main(arguments: list[str] | None = None) -> int:
         if section.name in CHOICES and section.name not in options.only:
             continue
         if section.name in CHOICES and not run.has_gpu and not options.dry_run:
-            run.skip(section, "no GPU; --dry-run walks the run without one")
+            run.note(section, {"status": "skipped", "reason": "no GPU; --dry-run tries the run without one"})
             continue
         run.do(section)
         if section.name == "environment":
-            environment = run.found["sections"]["environment"].get("results", {})
-            run.has_gpu = environment.get("device_type") == "cuda"
+            found = run.found["sections"]["environment"].get("results", {})
+            run.has_gpu = found.get("device_type") == "cuda"
     run.found["seconds"] = round(time.monotonic() - run.start, 1)
     run.save()
     print(summary(run))
     sections = run.found["sections"].values()
-    ran_on_gpu = run.has_gpu or options.dry_run
-    return 0 if ran_on_gpu and all(entry["status"] != "failed" for entry in sections) else 1
+    return 0 if (run.has_gpu or options.dry_run) and all(entry["status"] != "failed" for entry in sections) else 1
 
 
 if __name__ == "__main__":

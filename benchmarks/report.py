@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from benchmarks import census, detectors, front_page  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.bench.cases import targets  # noqa: E402
-from fpn_fast.bench.report import Row, by_case, load, markdown  # noqa: E402
+from fpn_fast.bench.report import by_case, load, markdown  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: The folder of the machine whose figures the pages show.
@@ -69,25 +69,22 @@ def target_lines(results: dict[str, Any]) -> tuple[list[str], bool]:
     if results["machine"]["device_type"] != "cpu":
         return lines, all_met
     for case, rows in by_case(results).items():
-        for target in targets(case):
-            times = rows.get("cpp", {}).get("speedup", {}).get(target.provider)
-            value = "no figure" if times is None else f"{times:.2f}x"
-            held = [(times is not None and times >= target.times, f"{value} {target.provider}, wants {target.times}x")]
-            if target.peak_share is not None:
-                share = peak_share(rows, target.provider)
-                value = "no figure" if share is None else f"{share:.1%}"
-                text = f"{value} of {target.provider}'s peak memory, wants {target.peak_share:.0%} at most"
-                held.append((share is not None and share <= target.peak_share, text))
-            for met, text in held:
-                all_met &= met
-                lines.append(f"{'met   ' if met else 'MISSED'} {case}: {text}")
+        row = rows.get("cpp", {})
+        for what, bound in targets(case).items():
+            if what == "peak":
+                peak, other = (rows.get(name, {}).get("peak_bytes") for name in ("cpp", "eager"))
+                value = peak / other if peak is not None and other else None
+                met, text = value is not None and value <= bound, f"of eager's peak memory, wants {bound:.0%} at most"
+            elif what == "copy":
+                value = row.get("copy_share")
+                met, text = value is not None and value >= bound, f"of a copy's bandwidth, wants {bound:.0%}"
+            else:
+                value = row.get("speedup", {}).get(what)
+                met, text = value is not None and value >= bound, f"times as fast as {what}, wants {bound:g}"
+            all_met &= met
+            figure = "no figure" if value is None else f"{value:.3g}"
+            lines.append(f"{'met   ' if met else 'MISSED'} {case}: {figure} {text}")
     return lines, all_met
-
-
-def peak_share(rows: dict[str, Row], provider: str) -> float | None:
-    """The library's peak memory as a share of the provider's; None where either was not measured."""
-    own, other = (rows.get(name, {}).get("peak_bytes") for name in ("cpp", provider))
-    return None if own is None or not other else own / other
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import torch
 from fpn_fast import _library, backends
 from fpn_fast._version import __version__
 from fpn_fast.bench import command as bench
+from fpn_fast.bench.machine import keep_freed_memory
 from fpn_fast.verify import command as verify
 
 
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     verify.add_arguments(commands)
     bench.add_arguments(commands)
     options = parser.parse_args(arguments)
+    if arguments is None and options.command == "bench":
+        keep_freed_memory()
     return options.run(options)
 
 

@@ -9,8 +9,9 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from benchmarks import detectors
-from fpn_fast.bench import sampling
+from fpn_fast.bench import timing
 from fpn_fast.bench.machine import facts
+from fpn_fast.bench.rows import Results, Row
 
 
 def retinanet(weights, weights_backbone, **options):
@@ -27,7 +28,7 @@ def small_detectors(monkeypatch):
 
 
 def test_cases_in_small(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sampling, "MIN_ROUNDS", 3)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
     arguments = ["--device", "cpu", "--tiny", "--no-compile", "--case-seconds", "0", "--results", str(tmp_path)]
     for case in ("faster_rcnn-inference-320", "faster_rcnn-training", "retinanet-inference-320"):
         arguments += ["--case", case]
@@ -35,15 +36,16 @@ def test_cases_in_small(tmp_path, capsys, monkeypatch):
     (file,) = tmp_path.glob("*/detectors.json")
     results = json.loads(file.read_text())
     rows = results["rows"]
-    assert len(rows) == 3 + 2 + 3  # training has no static form
-    assert {row["provider"] for row in rows} == {"eager", "fpn_fast", "static"}
+    assert len(rows) == 3 + 2 + 3  # StaticDetector is for inference
+    backends = {row["provider"]: row["backend"] for row in rows}
+    assert backends == {"eager": "torch", "fpn_fast": "cpp", "static": "cpp"}
     for row in rows:
         assert row["p20"] <= row["p50"] <= row["p80"]
         assert row["rounds"] == 3
-    waits = {(row["model"], row["provider"]): row["waits"] for row in rows if not row["training"]}
-    assert waits["faster_rcnn", "static"] == waits["retinanet", "static"] == 0
-    assert waits["faster_rcnn", "fpn_fast"] == 2
-    assert waits["faster_rcnn", "eager"] > 10
+    syncs = {(row["model"], row["provider"]): row["syncs"] for row in rows if not row["training"]}
+    assert syncs["faster_rcnn", "static"] == syncs["retinanet", "static"] == 0
+    assert syncs["faster_rcnn", "fpn_fast"] == 2
+    assert syncs["faster_rcnn", "eager"] > 10
     stages = next(row["stages"] for row in rows if row["model"] == "faster_rcnn" and row["provider"] == "eager")
     assert set(stages) >= {*detectors.REPLACED, "backbone", "heads", "transform", "FPN convolutions"}
     printed = capsys.readouterr().out
@@ -81,19 +83,39 @@ def test_what_differs_is_refused():
     nothing = [{name: each[:0] for name, each in found[0].items()}]
     assert "nothing to compare" in detectors.problem(nothing, nothing)
     assert detectors.problem({"loss": torch.tensor(1.1)}, {"loss": torch.tensor(1.0)}) == "loss is 1.1, not 1"
-    refused = detectors.Row(detectors.Case("retinanet", (64, 96), 1), "fpn_fast", refused="loss is 1.1, not 1")
-    results = json.loads(detectors.as_json(facts("cpu"), [refused], []))
-    assert "| fpn_fast | refused: loss is 1.1, not 1 |" in detectors.table(results)
 
 
-def test_what_the_library_is_held_to():
+def results_of(tmp_path, *rows):
+    kept = Results(tmp_path, "detectors", facts("cpu"))
+    kept.add(list(rows))
+    return json.loads(kept.path.read_text())
+
+
+def row(case, name, **fields):
+    return Row(case, name, "wall", "clock", **{"p50": 1e4, "speedup": {}, **fields})
+
+
+def test_a_refused_detector_is_shown(tmp_path):
+    refused = Row(detectors.Case("retinanet", (64, 96), 1), "fpn_fast", "none", "none", refused="loss is 1.1, not 1")
+    assert "| fpn_fast | refused: loss is 1.1, not 1 |" in detectors.table(results_of(tmp_path, refused))
+
+
+def test_an_accelerated_detector_that_ran_by_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(detectors.fpn_fast, "accelerate", lambda model: None)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
+    case = detectors.Case("faster_rcnn", (64, 96), 2, training=True)
+    rows = detectors.measure(case, torch.device("cpu"), 0.0, False, lambda text: None)
+    assert {r.provider: r.refused for r in rows} == {"eager": None, "fpn_fast": "torch computed this"}
+
+
+def test_targets(tmp_path):
     case = detectors.Case("retinanet", (64, 96), 1)
-    eager = detectors.Row(case, "eager", 10.0, stages={"detections": 8.0, "heads": 1.0})
-    fast = detectors.Row(case, "fpn_fast", 5.0, speedup={"eager": 2.0}, stages={"detections": 2.0, "heads": 1.0})
-    slow = detectors.Row(case, "fpn_fast", 5.0, speedup={"eager": 0.9}, stages={"detections": 3.0})
+    eager = row(case, "eager", stages={"detections": 8.0, "heads": 1.0})
+    fast = row(case, "fpn_fast", speedup={"eager": 2.0}, stages={"detections": 2.0, "heads": 1.0})
+    slow = row(case, "fpn_fast", speedup={"eager": 0.9}, stages={"detections": 3.0})
 
-    def held(row):
-        lines, met = detectors.target_lines(json.loads(detectors.as_json(facts("cpu"), [eager, row], [])))
+    def held(own):
+        lines, met = detectors.target_lines(results_of(tmp_path, eager, own))
         return [line[:6] for line in lines], met
 
     assert held(fast) == (["met   ", "met   "], True)
@@ -101,12 +123,11 @@ def test_what_the_library_is_held_to():
 
 
 def test_cases_of_an_earlier_run_stay_where_it_was_of_the_same_commit(tmp_path):
-    machine, path = {"commit": "abc"}, tmp_path / "detectors.json"
+    machine = {**facts("cpu"), "commit": "abc"}
     cases = [detectors.Case("retinanet", (64, 96), 1), detectors.Case("retinanet", (64, 96), 2, training=True)]
-    assert detectors.earlier_rows(path, machine, cases) == []
-    path.write_text(detectors.as_json(machine, [detectors.Row(case, "eager", 10.0) for case in cases], []))
-    (kept,) = detectors.earlier_rows(path, machine, cases[:1])
-    assert kept["training"]
-    assert detectors.earlier_rows(path, {"commit": "def"}, cases[:1]) == []
-    again = json.loads(detectors.as_json(machine, [detectors.Row(cases[0], "eager", 5.0)], [kept]))
-    assert [row["p50"] for row in again["rows"]] == [10.0, 5.0]
+    Results(tmp_path, "detectors", machine).add([row(case, "eager") for case in cases])
+    keep = lambda r: r["training"]  # noqa: E731
+    again = Results(tmp_path, "detectors", machine, keep)
+    again.add([row(cases[0], "eager", p50=5e3)])
+    assert [r["p50"] for r in json.loads(again.path.read_text())["rows"]] == [1e4, 5e3]
+    assert Results(tmp_path, "detectors", {**machine, "commit": "def"}, keep).rows == []

@@ -244,7 +244,7 @@ def accelerated(name):
 def test_waits_for_the_lengths_of_its_lists_alone(name, waits):
     """torchvision waits 20 times and more."""
     model = accelerated(name)
-    assert census.count(lambda: model(images())).waits == {"tolist": waits}
+    assert census.count(lambda: model(images())).syncs == {"tolist": waits}
 
 
 @pytest.mark.parametrize("name", DENSE)

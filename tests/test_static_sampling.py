@@ -133,7 +133,7 @@ def test_neither_stage_waits(masks: bool) -> None:
             _, head_losses = model.roi_heads(leaves, proposals, batch.image_sizes, on_device)
             sum((losses | head_losses).values()).backward()
 
-    assert not count(step).waits
+    assert not count(step).syncs
 
 
 def test_a_whole_step_waits_for_what_torchvision_checks_alone() -> None:
@@ -150,7 +150,7 @@ def test_a_whole_step_waits_for_what_torchvision_checks_alone() -> None:
 
         # A number of the host.
         with mock.patch.object(GeneralizedRCNNTransform, "torch_choice", lambda transform, sizes: sizes[0]):
-            return count(step).waits.total()
+            return count(step).syncs.total()
 
     def both(model: nn.Module) -> None:
         fpn_fast.accelerate(model)

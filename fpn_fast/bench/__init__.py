@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of every op against the eager sequence it replaces and against ``torch.compile``.
 
-- cases.py: what is measured, as data; providers.py, selection.py and libraries.py: who computes it, and the check that
-  each computes the same; nvidia_mapping.py: a rival on a GPU; rois.py and scenes.py: of what.
-- harness.py: how it is measured; cpu_timing.py and gpu_timing.py: what is timed there; counting.py: what is counted;
-  machine.py: on what.
-- command.py: ``python -m fpn_fast bench``; report.py, plots.py and page.py: rows to tables, plots and a page.
+The path of a figure: a case (cases.py: shapes and least bytes) is computed by providers (providers.py, from the op's
+statement in torchvision_ops.py or libraries.py, on inputs of rois.py and scenes.py), checked, sampled in rounds
+(harness.py, with timing.py or gpu_timing.py and counting.py), kept as a row (rows.py, beside the facts of machine.py),
+and shown (report.py). command.py is ``python -m fpn_fast bench``.
 
-Needs torchvision, whose code is the rival; what detectron2 and mmdetection do is stated in libraries.py.
+Needs torchvision.
 """

@@ -15,16 +15,18 @@ import torch
 
 from fpn_fast.bench.cases import FAMILIES, Case, tiny
 
-#: Seconds for each case beyond warming up, and with --quick; most of a case's time is torch.compile's.
+#: Seconds per case after warming up, and with --quick. torch.compile takes most of a case's time.
 SECONDS, QUICK_SECONDS = 4.0, 0.5
 SUMMARY = "measures every op on this machine against torchvision and torch.compile"
 _DESCRIPTION = """\
-Measures every op against the eager sequence it replaces, as torchvision writes it, and against torch.compile. What
-gives wrong results is refused and has no figures; what is slower than its rival is shown as plainly as what is faster.
+Measures every op against the eager code that it replaces and against torch.compile. A provider with a wrong result is
+refused and has no figures. Cases in which a rival is faster are listed at the end.
 
-Writes <output>/<machine>/<family>.json after every case, and at the end report.md, report.html (one page that holds
-everything) and, with matplotlib, plots as PNG. Exits with 0; 1 if a row was refused or, with --compare, if one became
-slower; 2 for bad arguments."""
+On Linux the command starts itself again with two settings that make glibc keep freed memory, for all providers alike.
+An allocator in LD_PRELOAD, or settings of your own, are kept and recorded instead.
+
+Writes <output>/<machine>/<family>.json after every case, and report.md and report.html (one page, nothing to fetch) at
+the end. Exits with 0; with 1 if a row was refused or, with --compare, became slower; with 2 for bad arguments."""
 
 
 def add_arguments(commands: Any) -> argparse.ArgumentParser:
@@ -32,17 +34,49 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "bench", help=SUMMARY, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("fpn_fast_bench"), help="folder; %(default)s by default")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
-    parser.add_argument("--family", nargs="+", metavar="FAMILY", choices=list(FAMILIES), help="only these: %(choices)s")
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="only cases of these ops")
-    parser.add_argument("--only", default="", help="comma-separated: cases whose name contains one of these")
-    parser.add_argument("--providers", help="comma-separated, of eager, compile, nvidia, cpp, triton; all by default")
-    parser.add_argument("--quick", action="store_true", help="the first case of each family and direction, briefly")
-    parser.add_argument("--seconds", type=float, help=f"for each case, beyond warming up; {SECONDS:g} by default")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="start no case after this many seconds")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="earlier results, a file or a machine's folder")
-    parser.add_argument("--tiny", action="store_true", help="a few pixels and rounds: walks the code, measures nothing")
+    parser.add_argument(
+        "--output", type=Path, default=Path("fpn_fast_bench"), help="folder for all results (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda if there is a GPU)")
+    parser.add_argument(
+        "--family",
+        nargs="+",
+        metavar="FAMILY",
+        choices=list(FAMILIES),
+        help="families of cases to measure, of %(choices)s (default: all)",
+    )
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="ops to measure (default: all)")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXTS",
+        help="measure only cases whose name contains one of these texts, separated by commas",
+    )
+    parser.add_argument(
+        "--providers",
+        metavar="NAMES",
+        help="providers to measure, separated by commas: eager, compile, cpp, triton (default: all)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"the first case of each family and direction, {QUICK_SECONDS:g} s each"
+    )
+    parser.add_argument("--seconds", type=float, help=f"seconds per case after warming up (default: {SECONDS:g})")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="start no case after so many seconds (default: no limit)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="mark what became slower than in these results: a file, or a folder of files",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny maps and three rounds: a trial of the command, not a measurement"
+    )
     parser.set_defaults(run=bench, parser=parser)
     return parser
 
@@ -61,7 +95,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _chosen(options: argparse.Namespace, device_type: str) -> dict[str, list[Case]]:
-    """Family -> the cases that are wanted; ValueError where there is nothing to measure or to measure with."""
+    """Family -> the chosen cases; ValueError where there are none, or nothing to measure with."""
     if importlib.util.find_spec("torchvision") is None:
         raise ValueError("bench measures against torchvision, which is not installed: pip install torchvision")
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -78,7 +112,7 @@ def _chosen(options: argparse.Namespace, device_type: str) -> dict[str, list[Cas
     for family, each in cases.items():
         wanted = [c for c in each if any(w in str(c) for w in words) and (not options.ops or c.op in options.ops)]
         if options.quick and family != "growth":
-            # Of equal keys a dict keeps the last, and the first case is the one that counts most.
+            # A dict keeps the last of equal keys, and a family begins with its most valuable case.
             wanted = list({(c.op, c.direction): c for c in reversed(wanted)}.values())[::-1]
         cases[family] = [tiny(case) for case in wanted] if options.tiny else wanted
     if not any(cases.values()):
@@ -110,15 +144,14 @@ def _line(row: Any) -> str:
 
 
 def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_type: str) -> dict[str, Any]:
-    """Family -> its results file, written after every case; the families that were reached."""
+    """Family -> its results file, for the families that were reached. A file is written after every case."""
     from fpn_fast.bench import harness, machine, providers
     from fpn_fast.bench.rows import Results
     from fpn_fast.verify.report import Progress
 
     begin = time.monotonic()
     names = options.providers.split(",") if options.providers else None
-    facts = machine.facts(device_type) | {"matmul_gflop_per_s": round(machine.matmul_gflop_per_s(device_type), 1)}
-    facts |= {"tiny": True} if options.tiny else {}
+    facts = machine.facts(device_type) | ({"tiny": True} if options.tiny else {})
     seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else SECONDS
     progress, done, total = Progress(sys.stderr), 0, sum(map(len, chosen.values()))
     found: dict[str, Any] = {}
@@ -130,7 +163,7 @@ def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_
                 print(f"the limit of {options.limit:.0f} s is reached: {len(cases) - i} cases of {family} left out")
                 break
             progress(done, total, str(case))
-            # Where nothing is measured the graphs are made and run; code for them would take most of the time.
+            # A trial makes and runs the graphs; generating code for them would take most of its time.
             compiler = "aot_eager" if options.tiny else "inductor"
             candidates = providers.providers(case, device_type, names, compiler=compiler)
             rounds = 3 if options.tiny else harness.MAX_ROUNDS
@@ -150,50 +183,26 @@ def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_
 
 def _finish(found: dict[str, Path], before: list[dict[str, Any]] | None) -> int:
     """Writes the reports of the results files; returns the exit code."""
-    from fpn_fast.bench import page, report
+    from fpn_fast.bench import report
 
     results = {family: report.load(path) for family, path in found.items()}
-    compared = None if before is None else report.changes(before, list(results.values()))
+    every = list(results.values())
+    compared = None if before is None else report.changes(before, every)
     folder = next(iter(found.values())).parent
-    figures = _figures(results, folder)
-    note = "" if figures else NO_PLOTS
     tables = [
         f"## {family}\n\n{report.markdown(each, full=True, compared=compared)}" for family, each in results.items()
     ]
     (folder / "report.md").write_text("\n".join(["# fpn_fast benchmarks\n", *tables]))
-    (folder / "report.html").write_text(page.page(results, figures, compared, note))
+    (folder / "report.html").write_text(report.page(results, compared))
     print(f"\nwritten to {folder}: report.html, report.md, {', '.join(path.name for path in found.values())}")
-    if note:
-        print(note)
-    refused, slower = report.refusals(list(results.values())), report.slower(list(results.values()))
+    refused = report.refusals(every)
     worse = [f"{case} {name}: {change:.2f}x the time" for (case, name), change in (compared or {}).items()
              if change > report.REGRESSION]  # fmt: skip
     if compared is not None and not compared:
         print("nothing to compare: the earlier results have none of these cases")
-    for title, lines in (("a rival is faster", slower), ("slower than before", worse)):
-        print(*(f"{title}: {line}" for line in lines), sep="\n", end="\n" if lines else "")
-    print(*(f"refused: {line}" for line in refused), sep="\n", end="\n" if refused else "", file=sys.stderr)
+    for title, lines in (("a rival is faster", report.slower(every)), ("slower than before", worse)):
+        for line in lines:
+            print(f"{title}: {line}")
+    for line in refused:
+        print(f"refused: {line}", file=sys.stderr)
     return 1 if refused or worse else 0
-
-
-NO_PLOTS = "No plots: they need matplotlib (pip install matplotlib)."
-
-
-def _figures(results: dict[str, dict[str, Any]], folder: Path) -> dict[Path, str]:
-    """The PNG files that matplotlib made of `results`, and their captions; none without it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return {}
-    from fpn_fast.bench import plots
-
-    every, figures = list(results.values()), {}
-    if plots.speedups(every, folder / "speedups.png"):
-        figures[folder / "speedups.png"] = "How many times as fast as its rivals each op is."
-    if plots.roofline(every, folder / "roofline.png"):
-        figures[folder / "roofline.png"] = "Each kernel under the machine's roofline."
-    if "growth" in results and plots.growth(results["growth"], folder / "growth.png"):
-        figures[folder / "growth.png"] = "Time against RoIs, anchors, ground truths, batch and image size."
-    for family, each in results.items():
-        if family != "growth":
-            plots.times(each, folder / f"{family}.png")
-            figures[folder / f"{family}.png"] = f"{family}: median time of each case, p20 to p80 as whiskers."
-    return figures

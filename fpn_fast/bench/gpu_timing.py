@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a case is measured on a GPU, in the rounds of harness.py. There are three metrics:
+"""How a call is timed on a GPU. There are three metrics:
 
-- gpu_cold: time on the GPU alone, of calls that take turns over sets of inputs (and of outputs, which are kept for one
-  turn) of more than three times the L2 together, so that every call reads from memory. The calls are captured in a CUDA
-  graph whose replay is timed by events, which leaves the cost of launches out. Where a provider cannot be captured the
-  method is `events`, and the cost is in.
+- gpu_cold: the GPU's time for calls that take turns over sets of inputs (and outputs, which live for one turn) of more
+  than three times the L2 together, so that every call reads from memory. The calls are captured in a CUDA graph whose
+  replay is timed by events, which excludes the cost of launches. Where a provider cannot be captured the method is
+  ``events``, which includes it.
 - gpu_warm: the same over one set, which may stay in the L2.
-- wall: what a caller who issues such calls back to back waits for each, launches included, by the host's clock.
+- wall: the host's time per call of calls issued back to back, launches included.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from torch import Tensor
 
 from fpn_fast.bench.cases import Case, bytes_moved
 from fpn_fast.bench.providers import Provider, bind, running
-from fpn_fast.bench.sampling import Measurement, Sampler
+from fpn_fast.bench.timing import Measurement, Sampler
 
 Step = Callable[[], Any]
 
-#: Sets take this many times the L2 together; a line is then gone before its set's turn comes again.
+#: All sets together take this many times the L2, so a line is evicted before its set's turn comes again.
 L2_TIMES = 3
-#: Two sets could leave lines of the first in the L2, and more than 16 of tiny maps change nothing.
+#: Two sets could leave lines of the first in the L2; more than 16 of tiny maps change nothing.
 MIN_SETS, MAX_SETS = 3, 16
-#: A replay this long is read to a per mille by events, which count in half microseconds.
+#: Seconds per replay: events, with a grain of half a microsecond, then err by less than a thousandth.
 REPLAY_SECONDS = 0.001
-#: Nodes in a graph: more take time to capture and change nothing.
+#: Nodes in a graph; more take time to capture and change nothing.
 MAX_CALLS = 240
 
 
 class GpuClock:
-    """The stream on which everything is captured and timed, and what is asked of it. Tests put another in its place."""
+    """The stream on which everything is captured and timed. Tests put another in its place."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
 
     def on_stream(self) -> Any:
-        """Context in which work goes to the stream."""
+        """A context whose work goes to the stream."""
         return torch.cuda.stream(self.stream)
 
     def synchronize(self) -> None:
-        """Waits for all work."""
+        """Returns when all work is done."""
         torch.cuda.synchronize()
 
     def elapsed(self, run: Step) -> float:
-        """Seconds on the GPU from before to after what `run` launches."""
+        """The GPU's seconds for what `run` launches."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -60,7 +60,7 @@ class GpuClock:
         return start.elapsed_time(end) / 1e3
 
     def capture(self, run: Step) -> Step:
-        """`run` as the replay of a CUDA graph; RuntimeError where it cannot be captured."""
+        """`run` as the replay of a CUDA graph; raises RuntimeError where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             run()
@@ -84,7 +84,7 @@ def input_sets(case: Case) -> int:
 
 
 def in_turn(steps: Sequence[Step], calls: int) -> Step:
-    """`calls` calls that take turns over `steps`; a step's result is kept until its next turn, as its inputs are."""
+    """`calls` calls that take turns over `steps`; a step's result lives until its next turn."""
     kept: list[Any] = [None] * len(steps)
 
     def run() -> None:
@@ -123,7 +123,7 @@ def gpu_measurement(steps: Sequence[Step], state: Callable[[], Any]) -> Measurem
 
 
 def wall_measurement(steps: Sequence[Step], state: Callable[[], Any]) -> Measurement:
-    """Wall time of calls issued back to back and waited for together."""
+    """Wall time of calls issued back to back, with one synchronisation at the end."""
     gpu = clock()
 
     def seconds(calls: int) -> float:
@@ -163,7 +163,7 @@ def measurements(
 
 
 def copy_measurement(case: Case) -> dict[str, Measurement]:
-    """A copy that reads and writes as many bytes as `case` must, over as many sets."""
+    """A copy that reads and writes as many bytes as `case` must, over as many sets of buffers."""
 
     def step() -> Step:
         source = torch.randn(bytes_moved(case) // 8, device="cuda")
@@ -174,7 +174,7 @@ def copy_measurement(case: Case) -> dict[str, Measurement]:
 
 
 def peak_bytes(step: Step) -> int:
-    """Memory that one call takes at its peak."""
+    """The peak memory of one call, in bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

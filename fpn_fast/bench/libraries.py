@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neck, RoI extractor and proposals of a Faster R-CNN R50, as detectron2 and mmdetection are configured for it.
+"""Neck, RoI extractor and proposals of a Faster R-CNN R50, as detectron2 and mmdetection configure it.
 
-Eager is what the library does now, step by step, in plain PyTorch; its own RoIAlign and NMS kernels are torchvision's
+Eager states in plain PyTorch, step by step, what the library does. Its own RoIAlign and NMS kernels are torchvision's
 here, whose results are the same. ``tests/against_mmdet.py`` holds these statements against mmdetection itself. Ours are
-the modules of :mod:`fpn_fast.nn.detectron2` and :mod:`fpn_fast.nn.mmdet`. Convolutions are part of a neck, and both
-sides have the same.
+the modules of :mod:`fpn_fast.nn.detectron2` and :mod:`fpn_fast.nn.mmdet`. A neck includes its convolutions, which are
+the same on both sides.
 
 Sources: detectron2/modeling/backbone/fpn.py, poolers.py, anchor_generator.py, box_regression.py and
 proposal_generator/proposal_utils.py; mmdet/models/necks/fpn.py, roi_heads/roi_extractors/single_level_roi_extractor.py,
@@ -26,9 +26,9 @@ from torchvision.ops import batched_nms, nms, roi_align
 
 from fpn_fast.bench import scenes
 from fpn_fast.bench.cases import NECK_CHANNELS, Case, image_size, scales
-from fpn_fast.bench.op import Op, listed
+from fpn_fast.bench.op import OnDevice, Op, listed, unpadded
 from fpn_fast.bench.rois import random_rois
-from fpn_fast.bench.selection import PROPOSAL_IOU, Sizes, by_reference, decided, unpadded
+from fpn_fast.bench.torchvision_ops import PROPOSAL_IOU, gradient_sums, head_maps, memory_format, random_maps
 from fpn_fast.nn import detectron2, mmdet
 from fpn_fast.nn._pyramid import Layer
 from fpn_fast.nn.detectron2.fpn import ShapeSpec
@@ -37,11 +37,11 @@ SCALE_CLAMP = math.log(1000 / 16)
 RATIOS = (0.5, 1.0, 2.0)
 
 
-# Necks: four maps of a ResNet, then each level's lateral and output convolution, weights and biases.
+# Necks: inputs are four maps of a ResNet, then weights and biases of all lateral and of all output convolutions.
 
 
 class _Given(nn.Module):
-    """A backbone whose maps are there already."""
+    """A backbone that hands on the maps it is given."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -52,6 +52,11 @@ class _Given(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.output_shape(), maps, strict=True))
+
+
+#: A neck's convolutions and its last level.
+_NECK = frozenset(("aten::convolution", "aten::convolution_backward", "aten::max_pool2d_with_indices",
+                   "aten::max_pool2d_with_indices_backward"))  # fmt: skip
 
 
 def _convolution(weight: Tensor, bias: Tensor) -> Layer:
@@ -68,17 +73,18 @@ def _neck(
     count = len(case.levels)
     keys = [f"{names(level)[i]}.{key}" for i in range(2) for level in range(count) for key in ("weight", "bias")]
     module.requires_grad_(False)
-    form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
 
-    def inputs(case: Case, device: torch.device) -> list[Tensor]:
+    def inputs(device: torch.device) -> list[Tensor]:
         maps = [
             torch.randn(case.batch, share * case.channels, *size, device=device)
             for share, size in zip(NECK_CHANNELS, case.levels, strict=True)
         ]
         weights = [module.get_parameter(key).detach().to(device) for key in keys]
-        # Biases are drawn as zeros, which would hide that one is not used.
+        # Biases are initialised as zeros, which would hide one that is not used.
         weights = [torch.randn_like(each) if each.dim() == 1 else each for each in weights]
-        return [each.contiguous(memory_format=form) if each.dim() == 4 else each for each in maps + weights]
+        return [
+            each.contiguous(memory_format=memory_format(case)) if each.dim() == 4 else each for each in maps + weights
+        ]
 
     def plain(tensors: Sequence[Tensor]) -> list[Tensor]:
         layers = [_convolution(*tensors[i : i + 2]) for i in range(count, len(tensors), 2)]
@@ -88,7 +94,7 @@ def _neck(
         found = functional_call(module, dict(zip(keys, tensors[count:], strict=True)), (tensors[:count],))
         return list(found.values()) if isinstance(found, dict) else listed(found)
 
-    return Op(inputs, by_reference(fused), plain, fused, compiled=plain, kernel="top_down")
+    return Op(inputs, plain, fused, plain, "top_down", fullgraph=True, beside=_NECK | gradient_sums(case))
 
 
 def detectron2_fpn(case: Case) -> Op:
@@ -134,22 +140,9 @@ def _extractor(
     case: Case, eager: Callable[[Sequence[Tensor], Any], Tensor], fused: Callable[[Sequence[Tensor], Any], Tensor],
     by_image: bool,
 ) -> Op:  # fmt: skip
-    """eager, fused: of maps, and of boxes of each image or RoIs [K, 5]."""
+    """eager, fused: called with the maps, and with the boxes of each image or RoIs [K, 5]."""
     rois = random_rois(case.batch, case.rois, *image_size(case), case.clustered)
-    lists = [rois[rois[:, 0] == i, 1:] for i in range(case.batch)]
-    on: dict[torch.device, Any] = {}
-    form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
-
-    def boxes(device: torch.device) -> Any:
-        if device not in on:
-            on[device] = [each.to(device) for each in lists] if by_image else rois.to(device)
-        return on[device]
-
-    def inputs(case: Case, device: torch.device) -> list[Tensor]:
-        return [
-            torch.randn(case.batch, case.channels, *size, device=device).contiguous(memory_format=form)
-            for size in case.levels
-        ]
+    boxes = OnDevice([rois[rois[:, 0] == i, 1:] for i in range(case.batch)] if by_image else rois)
 
     def ours(maps: Sequence[Tensor]) -> Tensor:
         return fused(maps, boxes(maps[0].device))
@@ -157,7 +150,7 @@ def _extractor(
     def plain(maps: Sequence[Tensor]) -> Tensor:
         return eager(maps, boxes(maps[0].device))
 
-    return Op(inputs, by_reference(ours), plain, ours, compiled=plain, fullgraph=False, kernel="multiscale_roi_align")
+    return Op(random_maps(case), plain, ours, plain, "multiscale_roi_align")
 
 
 def detectron2_pooler(case: Case) -> Op:
@@ -214,33 +207,24 @@ def _proposals(
     eager: Callable[[Sequence[Tensor], Sequence[Tensor]], list[tuple[Tensor, Tensor]]],
     fused: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> Op:
-    """eager: of logits and deltas, boxes and scores of each image; fused: of the images' sizes too, the padded form."""
-    head = scenes.rpn_head(image_size(case), case.levels)
-    count, sizes = len(case.levels), Sizes(case.batch, image_size(case))
-    form = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
-
-    def inputs(case: Case, device: torch.device) -> list[Tensor]:
-        tables = scenes.head_tables(head, case.batch, 1)
-        return [m.to(device).contiguous(memory_format=form) for table in tables for m in scenes.maps_of(head, table)]
+    """eager: logits and deltas -> (boxes, scores) per image; fused: these and the images' sizes -> padded tensors."""
+    count, sizes = len(case.levels), OnDevice(torch.tensor([image_size(case)] * case.batch))
 
     def plain(maps: Sequence[Tensor]) -> list[Tensor]:
         found = eager(maps[:count], maps[count:])
         return [boxes for boxes, _ in found] + [scores for _, scores in found]
 
     def ours(maps: Sequence[Tensor]) -> Any:
-        padded = fused(maps[:count], maps[count:], sizes.on(maps[0].device))
+        padded = fused(maps[:count], maps[count:], sizes(maps[0].device))
         return unpadded(padded) if maps[0].device.type == "cpu" else padded
 
-    reference = by_reference(ours)
-    return Op(
-        inputs, reference, plain, ours, compiled=plain, fullgraph=False, kernel="generate_proposals",
-        expected=decided(reference, unpadded),
-    )  # fmt: skip
+    inputs = head_maps(case, scenes.rpn_head(image_size(case), case.levels))
+    return Op(inputs, plain, ours, plain, "generate_proposals", decides=True, tensors_of=unpadded)
 
 
-def _flat(maps: Sequence[Tensor], numbers: int) -> list[Tensor]:
-    """Maps [N, A * numbers, H, W] -> for each [N, H * W * A, numbers]."""
-    return [each.unflatten(1, (-1, numbers)).permute(0, 3, 4, 1, 2).reshape(len(each), -1, numbers) for each in maps]
+def _flat(maps: Sequence[Tensor], values: int) -> list[Tensor]:
+    """Maps [N, A * K, H, W] -> tables [N, H * W * A, K]."""
+    return [each.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).reshape(len(each), -1, values) for each in maps]
 
 
 def _shifted(table: Tensor, size: torch.Size, stride: int) -> Tensor:
@@ -252,24 +236,19 @@ def _shifted(table: Tensor, size: torch.Size, stride: int) -> Tensor:
 
 
 def detectron2_proposals(case: Case) -> Op:
-    """The tail of detectron2's RPN: all anchors, all boxes, then the highest logits."""
+    """The end of detectron2's RPN: all anchors, all boxes, then the highest logits."""
     strides = [4 << level for level in range(len(case.levels))]
     generator = detectron2.DefaultAnchorGenerator(
         sizes=[[8 * stride] for stride in strides], aspect_ratios=[list(RATIOS)], strides=strides, offset=0.0
     )
     height, width = image_size(case)
     top_n = case.pre_nms_top_n
-    # Numbers, as they are read once for a model.
+    # Plain floats: a model reads them from its generator once.
     known: Any = SimpleNamespace(
         cell_anchors=[table.tolist() for table in generator.cell_anchors], strides=strides, offset=0.0
     )
-    on: dict[torch.device, list[Tensor]] = {}
-
-    def cells(device: torch.device) -> list[Tensor]:
-        """Buffers there, which are on the device already."""
-        if device not in on:
-            on[device] = [table.to(device) for table in generator.cell_anchors]
-        return on[device]
+    # detectron2 has them as buffers, on the device.
+    cells = OnDevice(list(generator.cell_anchors))
 
     def decoded(anchors: Tensor, deltas: Tensor) -> Tensor:
         sides = anchors[:, 2:] - anchors[:, :2]
@@ -284,7 +263,7 @@ def detectron2_proposals(case: Case) -> Op:
         parts = zip(cells(device), strides, _flat(logits, 1), _flat(deltas, 4), logits, strict=True)
         for i, (table, stride, flat, codes, each) in enumerate(parts):
             anchors = _shifted(table, each.shape[2:], stride)
-            # Each image's own copy, as detectron2 makes it.
+            # A copy per image, as detectron2 makes it.
             repeated = anchors[None].expand(batch, -1, -1).reshape(-1, 4)
             boxes = decoded(repeated, codes.reshape(-1, 4)).view(batch, -1, 4)
             best, index = flat[..., 0].topk(min(top_n, flat.size(1)), dim=1)
@@ -315,7 +294,7 @@ def detectron2_proposals(case: Case) -> Op:
 
 
 def mmdet_proposals(case: Case) -> Op:
-    """The tail of mmdetection's RPNHead: of each image and level a sort, then the boxes of the highest scores."""
+    """The end of mmdetection's RPNHead: a sort per image and level, then the boxes of the highest scores."""
     strides = [4 << level for level in range(len(case.levels))]
     generator = mmdet.AnchorGenerator(strides, RATIOS, scales=[8.0])
     coder = mmdet.DeltaXYWHBBoxCoder()
@@ -325,7 +304,7 @@ def mmdet_proposals(case: Case) -> Op:
         "min_bbox_size": 0,
     }  # fmt: skip
     height, width = image_size(case)
-    # Numbers: to read a tensor on the CPU, as they are, counts as a wait where any tensor could be on a GPU.
+    # Plain floats: reading a tensor would count as a host synchronisation.
     known: Any = SimpleNamespace(
         base_anchors=[table.tolist() for table in generator.base_anchors], strides=generator.strides
     )
@@ -342,7 +321,7 @@ def mmdet_proposals(case: Case) -> Op:
 
     def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         device = logits[0].device
-        # Each time: they are kept on the CPU there.
+        # mmdetection keeps them on the CPU and copies them each time.
         sized = zip((table.to(device) for table in generator.base_anchors), strides, logits, strict=True)
         priors = [_shifted(table, each.shape[2:], stride) for table, stride, each in sized]
         found = []

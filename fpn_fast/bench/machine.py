@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures were measured on. ``python -m fpn_fast.bench.machine`` prints it; nothing here changes a setting."""
+"""The machine that figures belong to, and its allocator. ``python -m fpn_fast.bench.machine`` prints all facts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from fpn_fast import __version__, _library, backends
 
 #: The checkout, where this is one.
 ROOT = Path(__file__).resolve().parents[2]
-#: Settings of the memory allocator, which decide what a fresh output costs on a CPU.
+#: Settings of the memory allocator, on which the cost of a fresh output depends on a CPU.
 ALLOCATOR_VARIABLES = (
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
@@ -34,18 +33,36 @@ ALLOCATOR_VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "THP_MEM_ALLOC_ENABLE",
 )
+_CPU_VARIABLES = {"GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+#: With these, glibc keeps freed memory. By default it returns large blocks to the system, which hands out zeroed pages
+#: anew for every output: most of the time of a merge, whoever computes it.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,pstate,driver_version"
 
 
-def commit() -> str | None:
-    """The commit of the checkout, with "+changes" where the library's sources differ from it; None where there is none.
+def allocator() -> dict[str, str]:
+    """The allocator settings in the environment."""
+    return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
 
-    FPN_FAST_COMMIT in the environment says it for a copy without its history.
+
+def keep_freed_memory() -> None:
+    """Starts this process again with KEEP_FREED_MEMORY in its environment, which glibc reads when a process starts.
+
+    Does nothing without glibc, and where the environment already has settings of an allocator: they win.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not _CPU_VARIABLES & set(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" where the library's sources differ from it; None outside a checkout.
+
+    FPN_FAST_COMMIT in the environment names it for a copy without history.
     """
     if stated := os.environ.get("FPN_FAST_COMMIT"):
         return stated
     if not (ROOT / "csrc" / "ops.cpp").exists():
-        # Installed: a repository around the installation is another project's.
+        # An installation: a repository around it is another project's.
         return None
     try:
         git = ["git", "-C", str(ROOT)]
@@ -94,7 +111,7 @@ def facts(device_type: str) -> dict[str, Any]:
         "fpn_fast": __version__,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
+        "allocator": allocator(),
     }
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties()
@@ -116,27 +133,13 @@ def facts(device_type: str) -> dict[str, Any]:
     return found
 
 
-def matmul_gflop_per_s(device_type: str, size: int = 1024) -> float:
-    """Arithmetic per second of a float32 matrix product, the best of five: a roofline's roof."""
-    a, b = (torch.randn(size, size, device=device_type) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        if device_type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        if device_type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
-
-
 def slug(machine: dict[str, Any]) -> str:
-    """The name of the machine's folder of results: one for each device, thread count and allocator setting."""
+    """The folder of a machine's results, by device, threads, and allocator where it is not KEEP_FREED_MEMORY."""
     words = [machine["device"]]
     if machine["device_type"] == "cpu":
         words += [str(machine["threads"]), "threads"]
-    words += [f"{name} {value}" for name, value in machine["allocator"].items()]
+    if machine["allocator"] != KEEP_FREED_MEMORY:
+        words += [f"{name} {value}" for name, value in machine["allocator"].items()]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
@@ -153,7 +156,7 @@ def kernels() -> list[dict[str, Any]] | str:
 
 
 def environment() -> dict[str, Any]:
-    """Everything that a GPU run notes about its machine."""
+    """All facts about the machine, its backends and its kernels."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         **facts(device_type),

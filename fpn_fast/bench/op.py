@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an op is called, and what is right."""
+"""How an op is called, by whom, and what its result is held to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from fpn_fast.bench.cases import Case
+from fpn_fast import backends
 
 Function = Callable[[Sequence[Tensor]], Any]
+
+#: A decoded box is about eight roundings of coordinates up to this many pixels.
+DECODE_ROUNDINGS, DECODE_RANGE = 8, 4096
+#: Roundings of a score, relative to 1.
+SCORE_ROUNDINGS = 4
 
 
 def listed(result: Any) -> list[Tensor]:
@@ -20,23 +26,44 @@ def listed(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+def unpadded(result: Any) -> list[Tensor]:
+    """(boxes [N, P, 4], ..., counts [N]) -> the boxes of each image, then the rest of each; a list stays as it is."""
+    if isinstance(result, list | Tensor):
+        return listed(result)
+    *padded, counts = result
+    lengths = counts.tolist()
+    return [image[:length] for tensor in padded for image, length in zip(tensor, lengths, strict=True)]
+
+
 def largest(tensor: Tensor) -> float:
-    """The largest magnitude; NaN if there is one, 0 of nothing."""
+    """The largest magnitude; NaN if there is one, 0 if the tensor is empty."""
     return torch.linalg.vector_norm(tensor, ord=torch.inf).item() if tensor.numel() else 0.0
+
+
+class OnDevice:
+    """Tensors made on the CPU and copied to each device once: a CUDA graph cannot hold the copy."""
+
+    def __init__(self, value: Any) -> None:
+        self.there: dict[torch.device, Any] = {torch.device("cpu"): value}
+
+    def __call__(self, device: torch.device) -> Any:
+        if device not in self.there:
+            value = self.there[torch.device("cpu")]
+            self.there[device] = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, value)
+        return self.there[device]
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """The right results of a case in float64, their dtypes, and how far from them each may be."""
+    """The right results of a case in float64, their dtypes, and the largest error allowed in each."""
 
     results: list[Tensor]
     bounds: list[float]
     dtypes: list[torch.dtype]
-    #: Of what a provider gives, the tensors that are compared.
     tensors_of: Callable[[Any], list[Tensor]] = listed
 
     def problem(self, actual: Any) -> str | None:
-        """What is wrong with the result of a step; None where it is right."""
+        """What is wrong with a provider's result; None where it is right."""
         actual = self.tensors_of(actual)
         if len(actual) != len(self.results):
             return f"{len(actual)} results where the reference has {len(self.results)}"
@@ -53,18 +80,42 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Op:
-    """How one op is called: each function takes the case's inputs and gives a tensor or a list of them."""
+    """How one op is called; each function takes the case's inputs and returns a tensor or a list of them.
 
-    inputs: Callable[[Case, torch.device], list[Tensor]]
-    reference: Function
+    eager: the sequence that the op replaces; fused: the op; compiled: what torch.compile is given, as one graph where
+        fullgraph; None where it cannot compile what the op replaces.
+    kernel: the registered op that has to run where a backend of ours is timed.
+    beside: torch operators that may run beside that kernel, such as a neck's convolutions.
+    tensors_of: the tensors of a result that are compared. decides: they are decisions, about which float64 says
+        nothing: the same elements in the same order as the reference in the same dtype, floats to rounding.
+    """
+
+    inputs: Callable[[torch.device], list[Tensor]]
     eager: Function
     fused: Function
-    #: What torch.compile is given, and whether as one graph; None where it cannot compile what the op replaces.
     compiled: Function | None
-    fullgraph: bool = True
-    #: What else is known to do the same on a GPU, by the provider's name.
-    on_gpu: Mapping[str, Function] = field(default_factory=dict)
-    #: The op whose kernels `fused` runs, where that is not the case's.
-    kernel: str | None = None
-    #: The check of an op that decides, given its inputs; None: as far from float64 as the reference in the same dtype.
-    expected: Callable[[Sequence[Tensor]], Expectation] | None = None
+    kernel: str
+    fullgraph: bool = False
+    beside: frozenset[str] = frozenset()
+    decides: bool = False
+    tensors_of: Callable[[Any], list[Tensor]] = listed
+
+    def reference(self, inputs: Sequence[Tensor]) -> Any:
+        """`fused` by the reference in plain PyTorch."""
+        with backends.use("reference"):
+            return self.fused(inputs)
+
+    def decision(self, inputs: Sequence[Tensor]) -> Expectation:
+        """What an op that decides must return."""
+
+        def bound(tensor: Tensor) -> float:
+            if not tensor.is_floating_point():
+                return 0.0
+            eps = torch.finfo(tensor.dtype).eps
+            return DECODE_ROUNDINGS * DECODE_RANGE * eps if tensor.dim() == 2 else SCORE_ROUNDINGS * eps
+
+        with torch.no_grad():
+            results = self.tensors_of(self.reference(inputs))
+        return Expectation(
+            [each.double() for each in results], list(map(bound, results)), [r.dtype for r in results], self.tensors_of
+        )

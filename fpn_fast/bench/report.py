@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows to tables, what became slower since another run, and what is slower than its rival."""
+"""Rows to tables, a plot and one HTML page; what became slower since another run, and what is slower than a rival."""
 
 from __future__ import annotations
 
+import html
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fpn_fast.bench.cases import Case, bytes_moved, targets
+from fpn_fast.bench.machine import KEEP_FREED_MEMORY
 
 #: In the order of the columns; the last two are the library's.
 PROVIDERS = {
@@ -19,35 +24,38 @@ PROVIDERS = {
 }
 FUSED = ("cpp", "triton")
 BASELINES = ("eager", "compile", "nvidia")
+#: A time relative to an earlier run's, above which a row is marked.
+REGRESSION = 1.1
 
 Row = dict[str, Any]
+#: (case, provider) -> time now over time before.
+Changes = dict[tuple[Case, str], float]
 
 
 def load(path: Path) -> dict[str, Any]:
     """A results file: its machine and its rows."""
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def case_of(row: Row) -> Case:
-    """The case that `row` measured."""
-    # A file from before a field was there has the field's default.
+    """The case that `row` measured; fields that an older file lacks have their defaults."""
     fields = {name: row[name] for name in Case.__dataclass_fields__ if name in row}
     return Case(**{**fields, "levels": tuple(map(tuple, row["levels"]))})
 
 
-def metric(machine: dict[str, Any], case: Case) -> str:
-    """What a table shows: on a GPU the time of the GPU, but where call overhead counts the caller's wait."""
-    return "gpu_cold" if machine["device_type"] == "cuda" and not case.overhead else "wall"
-
-
 def by_case(results: dict[str, Any], words: tuple[str, ...] = ()) -> dict[Case, dict[str, Row]]:
-    """Case -> provider -> its row of the case's metric, or its refused one."""
+    """Case -> provider -> the row to show, or its refused one.
+
+    On a GPU that is the GPU's time from memory; the caller's where call overhead counts, and on a CPU.
+    """
     found: dict[Case, dict[str, Row]] = {}
     for row in results["rows"]:
         case = case_of(row)
         if all(word in str(case) for word in words):
+            on_gpu = results["machine"]["device_type"] == "cuda" and not case.overhead
             rows = found.setdefault(case, {})
-            if row["metric"] in (metric(results["machine"], case), "none"):
+            if row["metric"] in ("gpu_cold" if on_gpu else "wall", "none"):
                 rows[row["provider"]] = row
     return found
 
@@ -70,18 +78,11 @@ def memory_text(row: Row | None) -> str:
     return f"{value:.3g} MB" if value < 1e3 else f"{value:.0f} MB"
 
 
-#: A ratio to the results compared with, above which a row is marked.
-REGRESSION = 1.1
-
-#: (case, provider) -> time now over time before.
-Changes = dict[tuple[Case, str], float]
-
-
 def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Changes:
     """How the library's times changed between two lists of results.
 
-    Times are taken relative to eager's of the same run where both runs have it, so that a machine which is slower as a
-    whole changes nothing.
+    Times are relative to eager's in the same run where both runs have it, so a machine that is slower as a whole
+    changes nothing.
     """
 
     def own(results: list[dict[str, Any]]) -> dict[tuple[Case, str], Row]:
@@ -101,24 +102,13 @@ def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Change
     return found
 
 
-def change_text(change: float | None) -> str:
-    """A change for a table: marked where it is a regression."""
-    if change is None:
-        return ""
-    return f"{change:.2f}x the time: REGRESSION" if change > REGRESSION else f"{change:.2f}x the time"
-
-
 def cells(
-    results: dict[str, Any],
-    overhead: bool,
-    words: tuple[str, ...] = (),
-    *,
-    full: bool = False,
+    results: dict[str, Any], overhead: bool, words: tuple[str, ...] = (), *, full: bool = False,
     compared: Changes | None = None,
-) -> list[list[str]]:
-    """The header and lines of one table: the cases where bytes count, or those where `overhead` does.
+) -> list[list[str]]:  # fmt: skip
+    """The header and lines of one table: the cases where bytes count, or those where call `overhead` does.
 
-    full: with operations, host waits and peak memory; compared: with what changed.
+    full: with operations, host synchronisations and peak memory; compared: with what changed since an earlier run.
     """
     cases = {case: rows for case, rows in by_case(results, words).items() if case.overhead == overhead}
     if not cases:
@@ -126,44 +116,61 @@ def cells(
     present = [name for name in PROVIDERS if any(name in rows for rows in cases.values())]
     fused = [name for name in present if name in FUSED]
     counted = [name for name in present if full and name != "compile"]
-    # Shown where the library is held to it.
-    memory = full or any(target.peak_share is not None for case in cases for target in targets(case))
-    header = ["op", "case", "N", "dtype", "memory format", "direction", *(PROVIDERS[name] for name in present)]
-    header += [f"{name} vs {baseline}" for name in fused for baseline in BASELINES if baseline in present]
-    if not overhead:
-        header += [f"{name}, share of copy" for name in fused]
-    if memory:
-        header += [f"peak memory, {PROVIDERS[name]}" for name in present]
-    header += ["least bytes"] if full else []
-    header += [f"{what}, {PROVIDERS[name]}" for what in ("operations", "host waits") for name in counted]
-    header += [f"{name} against before" for name in fused if compared is not None]
-    lines = [header]
+    rivals = [name for name in present if name in BASELINES]
+    memory = present if full or any("peak" in targets(case) for case in cases) else []
+    copies = [] if overhead else fused
+    lines = [
+        ["op", "case", "N", "dtype", "memory format", "direction", *(PROVIDERS[name] for name in present)]
+        + [f"{name} vs {rival}" for name in fused for rival in rivals]
+        + [f"{name}, share of copy" for name in copies]
+        + [f"peak memory, {PROVIDERS[name]}" for name in memory]
+        + (["least bytes"] if full else [])
+        + [f"{what}, {PROVIDERS[name]}" for what in ("operations", "host synchronisations") for name in counted]
+        + [f"{name} against before" for name in fused if compared is not None]
+    ]
     for case, rows in cases.items():
-        line = [case.op, case.name, str(case.batch), case.dtype, case.memory_format, case.direction]
-        line += [time_text(rows.get(name)) for name in present]
-        speedups = [
-            rows.get(name, {}).get("speedup", {}).get(baseline)
-            for name in fused
-            for baseline in BASELINES
-            if baseline in present
-        ]
-        line += ["" if speedup is None else f"{speedup:.2f}x" for speedup in speedups]
-        if not overhead:
-            shares = [rows.get(name, {}).get("copy_share") for name in fused]
-            line += ["" if share is None else f"{share:.0%}" for share in shares]
-        if memory:
-            line += [memory_text(rows.get(name)) for name in present]
-        line += [f"{bytes_moved(case) / 1e6:.3g} MB"] if full else []
-        line += [str(rows.get(name, {}).get(what, "")) for what in ("operations", "waits") for name in counted]
-        line += [change_text(compared.get((case, name))) for name in fused] if compared is not None else []
-        lines.append(line)
+
+        def of(name: str, *keys: str, rows: dict[str, Row] = rows) -> Any:
+            found: Any = rows.get(name, {})
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            return found
+
+        def text(value: Any, form: str) -> str:
+            return "" if value is None else format(value, form)
+
+        changed = [compared.get((case, name)) for name in fused] if compared is not None else []
+        ratios = [text(of(name, "speedup", rival), ".2f") for name in fused for rival in rivals]
+        lines.append(
+            [case.op, case.name, str(case.batch), case.dtype, case.memory_format, case.direction]
+            + [time_text(rows.get(name)) for name in present]
+            + [ratio and f"{ratio}x" for ratio in ratios]
+            + [text(of(name, "copy_share"), ".0%") for name in copies]
+            + [memory_text(rows.get(name)) for name in memory]
+            + ([f"{bytes_moved(case) / 1e6:.3g} MB"] if full else [])
+            + [text(of(name, what), "d") for what in ("operations", "syncs") for name in counted]
+            + [
+                "" if each is None else f"{each:.2f}x the time{': REGRESSION' * (each > REGRESSION)}"
+                for each in changed
+            ]
+        )
     return lines
 
 
-def table(lines: list[list[str]]) -> list[str]:
-    """A header and lines as Markdown."""
-    rule = ["---"] * 6 + ["---:"] * (len(lines[0]) - 6) if lines else []
-    return ["| " + " | ".join(line) + " |" for line in ([lines[0], rule, *lines[1:]] if lines else [])]
+def table(lines: list[list[str]], left: int = 6) -> str:
+    """A header and lines as Markdown, the first `left` columns to the left."""
+    rule = ["---"] * left + ["---:"] * (len(lines[0]) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def place(machine: dict[str, Any]) -> str:
+    """Device, threads, versions, commit, date and allocator that figures belong to."""
+    threads = f", {machine['threads']} threads" if machine["device_type"] == "cpu" else ""
+    settings = "".join(f", {name}={value}" for name, value in machine["allocator"].items())
+    if machine["allocator"] == KEEP_FREED_MEMORY:
+        settings = ", glibc keeping freed memory"
+    commit = machine["commit"] or "unknown"
+    return f"{machine['device']}{threads}, torch {machine['torch']}, commit {commit}, {machine['date']}{settings}"
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -171,15 +178,13 @@ def caption(results: dict[str, Any]) -> str:
     machine = results["machine"]
     what = "GPU time from memory (call overhead: wall time)" if machine["device_type"] == "cuda" else "wall time"
     tiny = "A walk through the code with tiny maps, no measurement: " if machine.get("tiny") else ""
-    place = tiny + machine["device"] + (f", {machine['threads']} threads" if machine["device_type"] == "cpu" else "")
-    settings = "".join(f", {name}={value}" for name, value in machine["allocator"].items())
     copies = [row["copy_gb_per_s"] for row in results["rows"] if row["provider"] == "copy"]
     copy = f" Copies in the same rounds reach {min(copies):.3g} to {max(copies):.3g} GB/s." if copies else ""
-    refused = sorted({f"{case_of(row)} {row['provider']}" for row in results["rows"] if "refused" in row})
-    note = f" Refused, their results being wrong: {'; '.join(refused)}." if refused else ""
+    refused = sorted(refusals([results]))
+    note = f" Refused: {'; '.join(refused)}." if refused else ""
     return (
-        f"{place}, torch {machine['torch']}, commit {machine['commit'] or 'unknown'}, {machine['date']}{settings}: "
-        f"median {what}; ratios are medians over rounds, above 1 where fpn_fast is faster.{copy}{note}"
+        f"{tiny}{place(machine)}: median {what}; ratios are medians over rounds, above 1 where fpn_fast is faster."
+        f"{copy}{note}"
     )
 
 
@@ -187,31 +192,140 @@ def markdown(
     results: dict[str, Any], words: tuple[str, ...] = (), *, full: bool = False, compared: Changes | None = None
 ) -> str:
     """Both tables and the caption; see :func:`cells`."""
-    parts = [table(cells(results, overhead, words, full=full, compared=compared)) for overhead in (False, True)]
-    return "\n\n".join(["\n".join(lines) for lines in parts if lines] + [caption(results)]) + "\n"
+    parts = [cells(results, overhead, words, full=full, compared=compared) for overhead in (False, True)]
+    return "\n\n".join([*(table(lines) for lines in parts if lines), caption(results)]) + "\n"
 
 
 def slower(results: list[dict[str, Any]]) -> list[str]:
-    """A line for each case of which another provider is faster than the library's best."""
+    """A line for each case in which another provider is faster than the library's best."""
     lines = []
     for each in results:
         for case, rows in by_case(each).items():
             own = [(row["p50"], name) for name, row in rows.items() if name in FUSED and "p50" in row]
-            if not own:
-                continue
-            best = min(own)[1]
-            for rival in BASELINES:
-                times = rows[best].get("speedup", {}).get(rival)
-                if times is not None and times < 1:
-                    lines.append(f"{case}: {times:.2f}x {rival}")
+            speedup = rows[min(own)[1]].get("speedup", {}) if own else {}
+            lines += [f"{case}: {speedup[rival]:.2f}x {rival}" for rival in BASELINES if speedup.get(rival, 1) < 1]
     return lines
 
 
 def refusals(results: list[dict[str, Any]]) -> list[str]:
-    """A line for each row that was refused, its results being wrong."""
+    """A line for each row that was refused."""
     return [
         f"{case_of(row)} {row['provider']}: {row['refused']}"
         for each in results
         for row in each["rows"]
         if "refused" in row
     ]
+
+
+_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img"
+ font-family="system-ui, sans-serif">
+<title>{title}</title>
+<style>
+text {{ fill: #1f2328; font-size: 13px }} .title {{ font-size: 15px; font-weight: 600 }}
+.note {{ fill: #59636e; font-size: 12px }}
+.whole {{ fill: #0a6b5d }} .stage {{ fill: #2f6fbd }} .slower {{ fill: #c4452e }} line {{ stroke: #8c959f }}
+@media (prefers-color-scheme: dark) {{
+text {{ fill: #e6edf3 }} .note {{ fill: #9198a1 }}
+.whole {{ fill: #2ea893 }} .stage {{ fill: #5a9bea }} .slower {{ fill: #f0765c }}
+}}
+</style>
+{body}
+</svg>
+"""
+
+
+def ratio_text(ratio: float) -> str:
+    """A speed-up to three digits at most."""
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def bars(title: str, note: str, ratios: Sequence[tuple[str, float, str]]) -> str:
+    """An SVG of horizontal bars, readable in light and dark, on a logarithmic scale: what is slower points to the left.
+
+    ratios: (label, speed-up, ``whole`` or ``stage``).
+    """
+    left, width, step, top = 280, 400, 24, 64
+    powers = [0.0, *(math.log2(ratio) for _, ratio, _ in ratios)]
+    scale = width / max(max(powers) - min(powers), 1e-3)
+    one = left - min(powers) * scale
+    body = [
+        f'<text class="title" x="16" y="26">{html.escape(title)}</text>',
+        f'<text class="note" x="16" y="46">{html.escape(note)}</text>',
+    ]
+    for i, (label, ratio, kind) in enumerate(ratios):
+        y, end = top + i * step, one + math.log2(ratio) * scale
+        body += [
+            f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>',
+            f'<rect class="{"slower" if ratio < 1 else kind}" x="{min(one, end):.1f}" y="{y}" '
+            f'width="{abs(end - one):.1f}" height="17" rx="2"/>',
+            f'<text x="{max(one, end) + 6:.1f}" y="{y + 13}">{ratio_text(ratio)}</text>',
+        ]
+    bottom = top + len(ratios) * step
+    body.append(f'<line x1="{one:.1f}" y1="{top - 6}" x2="{one:.1f}" y2="{bottom}"/>')
+    return _SVG.format(height=bottom + 12, title=html.escape(title), body="\n".join(body))
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem;
+ color-scheme: light dark }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 12px } svg { max-width: 760px }
+td, th { border: 1px solid #8888; padding: 3px 7px; text-align: left; white-space: nowrap }
+tr.slower td { background: #f0b42940 } tr.refused td, tr.regression td { background: #f0765c50 }
+"""
+_HOW = """
+<p>Every provider of a case is computed from the same inputs, checked against the reference in float64, and then sampled
+in turn, round by round. A provider whose result differs, or whose backend did not compute it, is <em>refused</em> and
+has no figures. Times are medians. A ratio
+is the median of the ratios within each round, above 1 where fpn_fast is faster.
+<em>Share of copy</em> is the least traffic of the case, as a share of the bandwidth of a copy in the same rounds.
+<em>Operations</em> and <em>host synchronisations</em> are counted, not timed. Rows where a rival is faster are yellow,
+refused and regressed ones red.</p>
+"""
+
+
+def _html_table(lines: list[list[str]]) -> str:
+    def kind(line: list[str]) -> str:
+        if "refused" in line:
+            return "refused"
+        if any(text.endswith("REGRESSION") for text in line):
+            return "regression"
+        ratios = [text for name, text in zip(lines[0], line, strict=True) if " vs " in name and text]
+        return "slower" if any(float(text[:-1]) < 1 for text in ratios) else ""
+
+    header = "".join(f"<th>{html.escape(name.strip('`'))}</th>" for name in lines[0])
+    rows = "\n".join(
+        f'<tr class="{kind(line)}">' + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
+        for line in lines[1:]
+    )
+    return f'<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>'
+
+
+def page(found: dict[str, dict[str, Any]], compared: Changes | None = None) -> str:
+    """One HTML page that holds all of a run and fetches nothing.
+
+    found: family -> its results; compared: what changed since another run.
+    """
+    every = list(found.values())
+    groups: dict[str, list[float]] = {}
+    for results in every:
+        for case, rows in by_case(results).items():
+            own = [row for name, row in rows.items() if name in FUSED and "eager" in row.get("speedup", {})]
+            if own and not case.axis:
+                label = f"{case.op}, {case.direction}" + (", call overhead" if case.overhead else "")
+                groups.setdefault(label, []).append(min(own, key=lambda row: row["p50"])["speedup"]["eager"])
+    means = [(label, statistics.geometric_mean(ratios), "stage") for label, ratios in groups.items()]
+    parts = [bars("Speed-up over eager", "Geometric mean over the cases; logarithmic scale.", means)] if means else []
+    for title, lines in (("Refused", refusals(every)), ("Where a rival is faster", slower(every))):
+        items = "\n".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        parts.append(f"<h2>{title}</h2>\n<ul>\n{items}\n</ul>" if lines else "")
+    parts.append("<h2>How to read this</h2>" + _HOW)
+    for family, results in found.items():
+        parts.append(f"<h2>{html.escape(family)}</h2>")
+        tables = [cells(results, overhead, full=True, compared=compared) for overhead in (False, True)]
+        parts += [_html_table(lines) for lines in tables if lines]
+        parts.append(f"<p>{html.escape(caption(results))}</p>")
+    body = "\n".join(filter(None, parts))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>fpn_fast benchmarks</title>\n'
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>fpn_fast benchmarks</h1>\n{body}\n</body></html>\n"
+    )

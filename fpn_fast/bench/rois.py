@@ -12,12 +12,13 @@ from torch import Tensor
 from fpn_fast import ops
 from fpn_fast.reference.multiscale_roi_align import axis_weights
 
-#: COCO's objects by side, in pixels: a share of them is small, medium and large. Images are resized by about SCALE.
+#: COCO's small, medium and large objects: their share, and the range of their sides in pixels. Detectors enlarge COCO's
+#: images by about SCALE.
 SIZES = ((0.41, 8.0, 32.0), (0.34, 32.0, 96.0), (0.25, 96.0, 400.0))
 SCALE = 1.667
 #: Spread of the logarithm of the aspect ratio.
 ASPECT = 0.4
-#: Crowded: this share of the RoIs lies around so many objects, as a detector's proposals do.
+#: Clustered RoIs: this share of them lies around so many objects, as a detector's proposals do.
 CROWDED_SHARE, OBJECTS = 0.75, 8
 
 
@@ -67,7 +68,7 @@ def pixels_read(
     clustered: bool,
     aligned: bool = False,
 ) -> int:
-    """Pixels of all maps that some RoI reads: what has to come from memory once, whoever pools."""
+    """Pixels of all maps that at least one RoI reads: the least that a pooler loads from memory."""
     height, width = (round(size / scales[0]) for size in levels[0])
     rois = random_rois(batch, count, height, width, clustered)
     maps = [torch.zeros(batch, *size, dtype=torch.bool) for size in levels]
@@ -77,14 +78,3 @@ def pixels_read(
         cols = axis_weights(x1, x2, levels[level][1], output_size, *arguments)[0].any(0)
         maps[level][int(image)] |= rows[:, None] & cols
     return sum(int(each.sum()) for each in maps)
-
-
-@functools.lru_cache(maxsize=64)
-def adaptive_samples(
-    batch: int, count: int, height: int, width: int, scales: tuple[float, ...], output_size: int, clustered: bool
-) -> float:
-    """Samples of a bin where their number follows the RoI's size, the mean over all RoIs."""
-    rois = random_rois(batch, count, height, width, clustered)
-    scale = torch.tensor(scales)[ops.assign_levels(rois, scales)]
-    sides = ((rois[:, 3:] - rois[:, 1:3]) * scale[:, None] / output_size).ceil()
-    return sides.prod(1).mean().item()

@@ -9,39 +9,45 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fpn_fast.bench.cases import Case
 from fpn_fast.bench.machine import slug
 
 
 @dataclass
 class Row:
-    """A provider's time for a case by one metric; no figures where it was refused.
+    """A provider's figures for a case by one metric; none where it was refused.
 
-    Times are microseconds per call. `speedup` holds, by provider, the median over all rounds of that provider's time
-    over this one's in the same round.
+    case: a frozen dataclass, whose fields become the row's.
+    metric: ``wall``, a caller's time; ``gpu_cold`` and ``gpu_warm``, the GPU's alone, see gpu_timing.py.
+    method: ``clock``, ``graph`` (replay) or ``events``.
+    bytes: the least that the case can move; None where nobody counted.
+    p50, p20, p80: microseconds per call over `rounds` samples of `calls` calls.
+    speedup: by provider, the median over all rounds of its time over this one's in the same round.
+    copy_gb_per_s, copy_share: a copy's bandwidth in the same rounds, and the share of it that `bytes` in `p50` make.
+    backend: who computed the result, as the dispatcher saw it: ``cpp``, ``triton`` or ``torch``.
+    peak_bytes: the peak memory of one call, outputs included.
+    operations, syncs: per call, counted and not timed, see counting.py.
+    stages: milliseconds per stage of a whole detector.
+    refused: why there are no figures.
     """
 
-    case: Case
+    case: Any
     provider: str
-    #: wall: as a caller waits; gpu_cold and gpu_warm: on the GPU alone, see gpu_timing.py.
     metric: str
-    #: clock, graph (replay) or events.
     method: str
-    bytes: int
+    bytes: int | None = None
     p50: float | None = None
     p20: float | None = None
     p80: float | None = None
     rounds: int = 0
     calls: int = 0
     speedup: dict[str, float] | None = None
-    #: The bandwidth of the copy measured in the same rounds, and the share of it that `bytes` in `p50` make.
     copy_gb_per_s: float | None = None
     copy_share: float | None = None
-    #: Memory that one call takes at its peak, outputs included.
+    backend: str | None = None
     peak_bytes: int | None = None
-    #: Of one call, counted, not timed (see counting.py): operations handed to the device, and host waits.
     operations: int | None = None
-    waits: int | None = None
+    syncs: int | None = None
+    stages: dict[str, float] | None = None
     refused: str | None = None
 
 
@@ -55,34 +61,46 @@ def _short(value: Any) -> Any:
 
 
 def as_dict(row: Row) -> dict[str, Any]:
-    """`row` as JSON holds it: the case's fields beside the row's, and nothing that is None."""
+    """`row` as JSON holds it: the case's fields, then the row's, without those that are None."""
     fields = asdict(row)
     fields = {**fields.pop("case"), **fields}
     return {key: _short(value) for key, value in fields.items() if value is not None}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes all of `text` or, if the process ends before, nothing."""
+    """Writes all of `text`, or nothing if the process ends before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(text)
     os.replace(unfinished, path)
 
 
-class Results:
-    """The rows of one family on one machine, in a file that is complete after every case."""
+def write_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes a JSON object: the fields of `head`, then ``rows``, one a line."""
+    lines = ",\n".join(map(json.dumps, rows))
+    write_text(path, f'{json.dumps(head, indent=1)[:-2]},\n"rows": [\n{lines}\n]}}\n')
 
-    def __init__(self, folder: Path, family: str, machine: dict[str, Any]) -> None:
+
+class Results:
+    """The rows of one family on one machine, in a file that is complete after every case.
+
+    With `keep`, rows of the file at hand stay where it is of the same commit and `keep` is true of them.
+    """
+
+    def __init__(self, folder: Path, family: str, machine: dict[str, Any], keep: Any = None) -> None:
         self.path = folder / slug(machine) / f"{family}.json"
         self.machine = dict(machine)
-        self.rows: list[Row] = []
+        self.rows: list[dict[str, Any]] = []
+        if keep is not None and self.path.exists():
+            earlier = json.loads(self.path.read_text())
+            if earlier["machine"]["commit"] == machine["commit"]:
+                self.rows = [row for row in earlier["rows"] if keep(row)]
 
     def add(self, rows: list[Row]) -> None:
         """Adds a case's rows and writes the file."""
-        self.rows += rows
+        self.rows += map(as_dict, rows)
         self.save()
 
     def save(self) -> None:
         """Writes the file."""
-        lines = ",\n".join(json.dumps(as_dict(row)) for row in self.rows)
-        write_text(self.path, f'{{"machine": {json.dumps(self.machine, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+        write_rows(self.path, {"machine": self.machine}, self.rows)

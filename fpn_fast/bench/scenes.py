@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of objects as a trained detector sees them: what its heads give, its boxes, and its masks.
+"""Inputs of the selecting ops, as a trained detector sees them: outputs of heads, boxes and masks.
 
-Selection takes as long as its data make it: boxes that crowd around objects suppress each other, and few scores are
-high. So nothing here is uniform noise.
+How long selection takes depends on the data: boxes that crowd around objects suppress each other, and few scores are
+high. Uniform noise would measure something else.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torchvision.ops import box_iou
 from fpn_fast import ops
 from fpn_fast.bench.rois import random_boxes
 
-#: Objects of an image: COCO's mean is 7.3, and crowded images count for more of the time.
+#: Objects in an image. COCO's mean is 7.3, and crowded images take more of the time.
 OBJECTS = 20
-#: A box about an object: its centre is off by this share of the object's sides, its sides by this much in logarithm.
+#: Errors of a detected box: of its centre, in sides of the object, and of its sides, in logarithms.
 CENTRE_NOISE, SIDE_NOISE = 0.15, 0.2
-#: The share of boxes that have nothing to do with an object.
+#: The share of boxes that belong to no object.
 STRAY = 0.25
-#: Logits: of an anchor far from all objects, what one gains with its IoU, from none to a perfect fit, and noise.
+#: Logits: of the background, the gain from an IoU of 0 to 1 with an object, and their noise.
 BACKGROUND_LOGIT, OBJECT_GAIN, LOGIT_NOISE = -6.0, 8.0, 0.7
-#: So many of an image's logits are this far apart, which float32 tells apart before and after a sigmoid: of equal ones
-#: each side may keep another.
+#: The highest logits of an image are at least this far apart, which float32 tells apart before and after a sigmoid.
+#: Of equal logits each provider could keep another.
 APART, LOGIT_GAP = 300_000, 4e-6
-#: Boxes stand on this grid of pixels. torchvision's batched_nms moves the boxes of a group by a multiple of the image's
-#: side; on this grid no bits are lost by it for up to 1,500 groups, so that all keep the same boxes.
+#: Boxes lie on this grid of pixels. torchvision's batched_nms moves each group by a multiple of the image's side; on
+#: this grid the sum is exact for up to 1,500 groups, so that all providers keep the same boxes.
 GRID = 1 / 8
 
 
-# The same head is the same object, so that its tables are found again.
+# Compared by identity, so that the caches below find its tables again.
 @dataclass(eq=False)
 class Head:
-    """A dense head's place in an image: its maps, anchors and the image's size."""
+    """A dense head: the image's size, the sizes of its maps, and its anchors."""
 
     image_size: tuple[int, int]
     levels: tuple[tuple[int, int], ...]
@@ -47,16 +47,16 @@ class Head:
 
     @property
     def strides(self) -> list[tuple[int, int]]:
-        """(down, right) of each level, torchvision's quotients."""
+        """(vertical, horizontal) stride per level, torchvision's quotients."""
         return [(self.image_size[0] // height, self.image_size[1] // width) for height, width in self.levels]
 
     @functools.cached_property
     def cells(self) -> list[list[list[float]]]:
-        """The anchors around the origin, of each level."""
+        """The base anchors of each level."""
         return [table.tolist() for table in self.generator.cell_anchors]
 
     def images(self, batch: int, device: torch.device) -> ImageList:
-        """Images that take no memory: only their sizes are looked at."""
+        """Images that take no memory: only their sizes are read."""
         pixel = torch.empty((), device=device)
         return ImageList(pixel.expand(batch, 3, *self.image_size), [self.image_size] * batch)
 
@@ -64,24 +64,35 @@ class Head:
         """[M, 4], in (level, row, column, cell anchor) order."""
         return ops.AnchorGrid(self.cells, self.levels, self.strides).boxes()
 
+    def maps_of(self, table: Tensor) -> list[Tensor]:
+        """[N, M, K] -> a map [N, A * K, H, W] per level, without a copy."""
+        counts = [height * width * len(cells) for (height, width), cells in zip(self.levels, self.cells, strict=True)]
+        return [
+            level.view(len(level), *size, -1).permute(0, 3, 1, 2)
+            for level, size in zip(table.split(counts, 1), self.levels, strict=True)
+        ]
+
+
+_RATIOS = (0.5, 1.0, 2.0)
+
 
 @functools.lru_cache(maxsize=4)
 def rpn_head(image_size: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> Head:
-    """Faster R-CNN's: one size a level, three ratios."""
+    """Faster R-CNN's: one size per level, three ratios."""
     sizes = tuple((float(32 * 2**level),) for level in range(len(levels)))
-    return Head(image_size, levels, AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels)))
+    return Head(image_size, levels, AnchorGenerator(sizes, (_RATIOS,) * len(levels)))
 
 
 @functools.lru_cache(maxsize=4)
 def retinanet_head(image_size: tuple[int, int], levels: tuple[tuple[int, int], ...]) -> Head:
-    """RetinaNet's: three sizes a level, three ratios; torchvision rounds the sizes down."""
+    """RetinaNet's: three sizes per level, rounded down as torchvision does, three ratios."""
     base = [32 * 2**level for level in range(len(levels))]
     sizes = tuple((float(x), float(int(x * 2 ** (1 / 3))), float(int(x * 2 ** (2 / 3)))) for x in base)
-    return Head(image_size, levels, AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels)))
+    return Head(image_size, levels, AnchorGenerator(sizes, (_RATIOS,) * len(levels)))
 
 
 def _about(objects: Tensor, generator: torch.Generator) -> Tensor:
-    """A box about each of `objects` [B, 4], off by a detector's error."""
+    """A detected box for each of `objects` [B, 4]."""
     sides = objects[:, 2:] - objects[:, :2]
     noise = torch.randn(len(objects), 4, generator=generator)
     centres = (objects[:, :2] + objects[:, 2:]) / 2 + CENTRE_NOISE * noise[:, :2] * sides
@@ -91,12 +102,12 @@ def _about(objects: Tensor, generator: torch.Generator) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def detections(count: int, classes: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [count, 4], scores [count] without ties, and classes [count]: what a detector would suppress.
+    """Boxes [count, 4], scores [count] without ties, and classes [count], before suppression.
 
-    A box about an object mostly has the object's class and a higher score the nearer it is.
+    The nearer a box is to an object, the higher its score and the likelier the object's class.
     """
     generator = torch.Generator().manual_seed(count + classes)
-    # Of 30,000 boxes on one image no detector puts thousands about each object.
+    # No detector puts thousands of an image's 30,000 boxes around one object.
     objects = random_boxes(OBJECTS + count // 100, height, width, False, generator)
     kinds = torch.randint(classes, (len(objects),), generator=generator)
     chosen = torch.randint(len(objects), (count,), generator=generator)
@@ -132,7 +143,7 @@ def ground_truths(count: int, height: int, width: int) -> Tensor:
 def head_tables(head: Head, batch: int, classes: int) -> tuple[Tensor, Tensor]:
     """Logits [N, M, classes] and deltas [N, M, 4] of a trained head, in the order of :meth:`Head.anchors`.
 
-    Anchors near an object have a high logit (of its class) and a delta to a box about it; all others are background.
+    An anchor near an object has a high logit for the object's class and the deltas of a box around it.
     """
     generator = torch.Generator().manual_seed(len(head.levels) + batch)
     anchors, coder = head.anchors(), BoxCoder((1.0, 1.0, 1.0, 1.0))
@@ -150,15 +161,6 @@ def head_tables(head: Head, batch: int, classes: int) -> tuple[Tensor, Tensor]:
     return logits, deltas
 
 
-def maps_of(head: Head, table: Tensor) -> list[Tensor]:
-    """[N, M, numbers] -> maps [N, A * numbers, H, W], without a copy."""
-    numbers = [height * width * len(cells) for (height, width), cells in zip(head.levels, head.cells, strict=True)]
-    return [
-        level.view(len(level), *size, -1).permute(0, 3, 1, 2)
-        for level, size in zip(table.split(numbers, 1), head.levels, strict=True)
-    ]
-
-
 def _without_ties(logits: Tensor) -> Tensor:
     """`logits` in their order, the highest moved up a little where they are too close."""
     values, index = logits.flatten().topk(min(APART, logits.numel()))
@@ -168,7 +170,7 @@ def _without_ties(logits: Tensor) -> Tensor:
 
 
 def mask_probabilities(count: int, size: int) -> Tensor:
-    """[count, 1, size, size], most of them near 0 or 1, as a trained mask head gives: a blob in each box."""
+    """[count, 1, size, size]: a blob per box, mostly near 0 or 1, as a trained mask head gives it."""
     generator = torch.Generator().manual_seed(count)
     axis = torch.linspace(-1, 1, size)
     distance = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
@@ -177,7 +179,7 @@ def mask_probabilities(count: int, size: int) -> Tensor:
 
 
 def keypoint_logits(count: int, keypoints: int, size: int) -> Tensor:
-    """[count, keypoints, size, size], as a trained keypoint head gives: a hill somewhere in each, and low ones."""
+    """[count, keypoints, size, size]: one peak per heatmap over low hills, as a trained keypoint head gives it."""
     generator = torch.Generator().manual_seed(count)
     axis = torch.linspace(0, 1, size)
     x, y = torch.rand(2, count, keypoints, 1, 1, generator=generator)

@@ -7,12 +7,15 @@ import math
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from fpn_fast.bench import nvidia_mapping
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import nvidia_mapping
 from fpn_fast.triton import (
     _resample,
     generate_proposals,

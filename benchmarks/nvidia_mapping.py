@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-level RoIAlign as NVIDIA's MLPerf submission of Mask R-CNN maps it to a GPU, as a baseline for ours.
 
-The mapping is that of its four-level channels_last kernels: one launch for all levels, whose numbers are computed by
-PyTorch before; a block for each bin of each RoI, a thread for four channels, and every thread finds the samples of its
-bin for itself and reads four pixels for each, the same ones again where samples share them. Backward scatters by atomic
-additions into zeroed float32 gradients, which are cast in the end. Written anew from that description, in Triton; where
-theirs reads a thread's four channels one by one, a load here is of all four.
+The mapping is that of its four-level channels_last kernels. PyTorch computes the RoIs' levels, and one launch serves
+all levels: a block per bin of a RoI, a thread per four channels. Every thread computes the samples of its bin and reads
+four pixels for each, again where samples share them. Backward scatters by atomic additions into zeroed float32
+gradients, which are cast at the end. Written anew in Triton from that description; where theirs reads a thread's four
+channels one by one, one load here reads all four.
 
-Only for benchmarks, on four maps of a GPU in channels_last. Imported where Triton is there.
+For four maps on a GPU in channels_last. Needs Triton.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fpn_fast.bench.cases import Case, image_size, scales
+from fpn_fast.bench.op import Function, OnDevice
+from fpn_fast.bench.rois import random_rois
 
 LEVELS = 4
 CHANNELS_OF_A_THREAD = 4
@@ -93,7 +97,7 @@ def nvidia_mapping_backward_kernel(
     map0, map1, map2, map3, sizes, scales, rois, levels, grad, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     RATIO: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the maps' float32 gradients, [N, H, W, C] each, what grad [count, PH, PW, C] gives them."""
+    """Adds the gradient of grad [count, PH, PW, C] to the maps' float32 gradients, [N, H, W, C] each."""
     level, image, top, bin_h, left, bin_w, count_h, count_w = _bin_of_program(rois, levels, scales, PH, PW, RATIO)
     target, height, width = _map_of_level(level, map0, map1, map2, map3, sizes)
     channels = tl.arange(0, BLOCK_C)
@@ -112,7 +116,7 @@ def nvidia_mapping_backward_kernel(
 
 
 def _levels(rois: Tensor) -> Tensor:
-    """Canonical level 4 of four from 2 on, by PyTorch, as theirs are."""
+    """The level of each RoI, canonical level 4 of levels 2 to 5, by PyTorch as in theirs."""
     area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
     return (4 + torch.log2(area.sqrt() / 224 + 1e-6)).floor().clamp(2, 5).int() - 2
 
@@ -159,13 +163,31 @@ def pool(
 ) -> Tensor:
     """Pools RoIs as ``ops.multiscale_roi_align`` does with torchvision's levels.
 
-    maps: four, ``[N, C, H_l, W_l]`` in channels_last; rois: float32 ``[K, 5]``, inside the image and not empty;
-    scales: float32 ``[4]``; sizes: int32 ``[4, 2]`` of (H_l, W_l); all on one device.
-    sampling_ratio: samples on an axis of a bin; 0 for as many as a bin has pixels.
+    Args:
+        maps: four, ``[N, C, H_l, W_l]`` in channels_last.
+        rois: float32 ``[K, 5]``, inside the image and not empty.
+        scales: float32 ``[4]``.
+        sizes: int32 ``[4, 2]`` of (H_l, W_l).
+        sampling_ratio: samples per bin and axis; 0 for as many as the bin has pixels.
 
-    Returns ``[K, C, output_size, output_size]`` in channels_last, differentiable once with respect to the maps.
+    Returns:
+        ``[K, C, output_size, output_size]`` in channels_last, differentiable once with respect to the maps.
     """
     if len(maps) != LEVELS:
         raise ValueError(f"there are {LEVELS} maps, got {len(maps)}")
     pooled: Tensor = _Pool.apply(rois, scales, sizes, output_size, sampling_ratio, *maps)
     return pooled
+
+
+def rivals(case: Case) -> dict[str, Function]:
+    """``nvidia`` for a pooler's case in channels_last."""
+    if case.memory_format != "channels_last":
+        return {}
+    rois = OnDevice(random_rois(case.batch, case.rois, *image_size(case), case.clustered))
+    tables = OnDevice((torch.tensor(scales(case)), torch.tensor(case.levels, dtype=torch.int32)))
+
+    def function(maps: Sequence[Tensor]) -> Tensor:
+        device = maps[0].device
+        return pool(maps, rois(device), *tables(device), case.output_size, case.sampling_ratio)
+
+    return {"nvidia": function}
