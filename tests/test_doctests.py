@@ -7,13 +7,15 @@ import importlib
 import pytest
 
 MODULES = {
-    "feature_pyramid": 4, "roi_align": 3, "detectron2.fpn": 1, "detectron2.poolers": 3, "detectron2.proposals": 1,
-    "mmdet.config": 1, "mmdet.necks": 1, "mmdet.proposals": 1, "mmdet.roi_extractors": 3,
+    "nn.feature_pyramid": 4, "nn.roi_align": 3, "nn.detectron2.fpn": 1, "nn.detectron2.poolers": 3, "nn.detectron2.proposals": 1,
+    "nn.mmdet.config": 1, "nn.mmdet.necks": 1, "nn.mmdet.proposals": 1, "nn.mmdet.roi_extractors": 3,
+    "ops.generate_proposals": 1, "ops.levels": 1, "ops.match_anchors": 2, "ops.nms": 1, "ops.sigmoid_focal_loss": 1,
+    "ops.top_down": 2,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "least"), MODULES.items())
 def test_examples(name, least):
-    result = doctest.testmod(importlib.import_module(f"fpn_fast.nn.{name}"))
+    result = doctest.testmod(importlib.import_module(f"fpn_fast.{name}"))
     assert result.failed == 0
     assert result.attempted >= least

@@ -80,53 +80,56 @@ def generate_proposals(
     scores: str = TORCHVISION.scores,
     convention: str = TORCHVISION.convention,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The proposals of a batch of images, from the maps of the head; anchors are never in memory.
+    """Select an RPN's proposals for a batch of images, straight from the maps of its head.
 
-    Of each image and level: the highest `pre_nms_top_n` logits; their anchors, by arithmetic, decoded, clipped to the
-    image, filtered by size and score; suppressed among themselves. Then the `post_nms_top_n` highest scores of all
-    levels.
+    Per image and level: take the `pre_nms_top_n` highest logits, decode their boxes, clip them to the image, filter
+    them by size and score, and suppress overlapping ones. Per image: keep the `post_nms_top_n` highest scores of all
+    levels. Anchors are computed inside the kernel and never stored.
 
     Args:
         objectness: 1 to 8 maps of logits [N, A, H_l, W_l], of one dtype (float64, float32, float16 or bfloat16) and
-            device, with any strides. Under autocast, they and the deltas are promoted to the widest dtype among them.
-        deltas: as many maps [N, 4A, H_l, W_l], (dx, dy, dw, dh) of each anchor.
-        cell_anchors: for each level A anchors (x1, y1, x2, y2) about the origin, as numbers or as a tensor [A, 4]. A
-            tensor is read here, so that one on a GPU is waited for.
-        strides: for each level (stride_y, stride_x), integers: pixels between neighbouring anchors.
-        image_sizes: [N, 2] (height, width) in pixels, of any real type, on the maps' device.
-        pre_nms_top_n, post_nms_top_n: of each level and image, and of each image; 0 or more.
-        nms_thresh: intersection over union above which a box removes a lower one of its level.
-        score_thresh: the lowest probability that is proposed.
-        min_size: the shortest side, in pixels, of a clipped box; a longer one is asked for if `strict_size`.
-        weights, means, stds: a delta is divided by its weight, times its std, plus its mean.
-        scale_clamp, clamp: dw and dh are at most scale_clamp; for clamp="symmetric" (mmdetection) also at least
-            -scale_clamp, for "max" as small as they are.
-        center: an anchor's centre is "corner" ``x1 + width / 2``, or "mean" ``(x1 + x2) / 2`` (mmdetection); they round
-            differently.
-        center_clamp: the farthest, in pixels, that a centre moves along either axis (mmdetection's ctr_clamp, for
-            which it takes clamp="max").
-        center_offset: of the first anchor from the image's corner, in strides: detectron2's offset.
-        scores: "probability", or "logit" (detectron2): what levels are merged by, and what is returned.
-        convention: "torchvision" or "mmcv": how overlap is compared, see :func:`segmented_nms`.
+            device, with any strides. Under autocast they and the deltas are promoted to the widest dtype among them.
+        deltas: as many maps [N, 4A, H_l, W_l], (dx, dy, dw, dh) per anchor.
+        cell_anchors: per level A anchors (x1, y1, x2, y2) about the origin, as floats or as a tensor [A, 4]. Reading a
+            tensor on a GPU synchronises with the host.
+        strides: per level (stride_y, stride_x), integers: pixels between neighbouring anchors.
+        image_sizes: [N, 2] (height, width) in pixels, of any real dtype, on the maps' device.
+        pre_nms_top_n: boxes kept per level and image before suppression; 0 or more.
+        post_nms_top_n: boxes kept per image after suppression; 0 or more.
+        nms_thresh: intersection over union above which a box removes a lower-scored one of its level.
+        score_thresh: the lowest probability of a proposal; 0 by default.
+        min_size: the shortest side of a clipped box, in pixels; 0.001 by default. With `strict_size` a side must be
+            longer.
+        weights, means, stds: a delta is divided by its weight, multiplied by its std, and its mean is added.
+        scale_clamp, clamp: dw and dh are at most scale_clamp, log(1000 / 16) by default; with clamp="symmetric"
+            (mmdetection) also at least -scale_clamp, with "max" (default) unbounded below.
+        center: how an anchor's centre is computed: "corner" (default) ``x1 + width / 2``, or "mean" ``(x1 + x2) / 2``
+            (mmdetection). They round differently.
+        center_clamp: the farthest, in pixels, that a centre moves along either axis (mmdetection's ctr_clamp, which
+            goes with clamp="max"); infinite by default.
+        center_offset: offset of the first anchor from the image's corner, in strides (detectron2's offset); 0 by
+            default.
+        strict_size: see min_size; False by default.
+        scores: "probability" (default), or "logit" (detectron2): what ranks the levels' boxes and is returned.
+        convention: "torchvision" (default) or "mmcv": the overlap rule, see :func:`segmented_nms`.
 
-    Defaults are torchvision's. ``**vars(DETECTRON2)`` and ``**vars(MMDET)`` of this module give each library's.
+    Defaults are torchvision's. ``**vars(DETECTRON2)`` and ``**vars(MMDET)`` of this module give the other libraries'.
 
     Returns:
-        (boxes [N, P, 4], scores [N, P], counts [N]), P = post_nms_top_n: float32 (float64 for float64 maps) and int64.
-        Boxes are in image pixels, scores descending, zero after the last.
-
-        Equal logits count in the order of (y, x, anchor), equal scores in that of levels. A logit that is not finite
-        takes no place among the highest; an anchor with a delta or a corner that is not finite is never proposed.
-
-        Nothing here waits for a GPU. Levels are kept apart by suppressing each by itself, where torchvision moves boxes
-        of up to 1,000 candidates apart and loses some bits of their coordinates.
+        (boxes [N, P, 4], scores [N, P], counts [N]) with P = post_nms_top_n: float32 (float64 for float64 maps) and
+        int64. Boxes are in image pixels, scores descend, entries after an image's last proposal are zero. There is no
+        gradient.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above, or dtypes differ.
-        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
-        BackendUnavailableError: the backend asked for cannot serve the maps' device.
+        TypeError: an argument is not a tensor or has an unsupported dtype, or dtypes differ.
+        ValueError: shapes, devices or values do not fit; the message names the rule and the value received.
+        BackendUnavailableError: the requested backend cannot serve the maps' device.
 
-    No gradient, as in every RPN.
+    Note:
+        The call does not synchronise with the host. Equal logits rank in the order (y, x, anchor), equal scores in that
+        of levels. A logit that is not finite takes no place among the highest. An anchor with a delta or a corner that
+        is not finite is never proposed. Each level is suppressed by itself; torchvision shifts the boxes of up to 1,000
+        candidates apart instead, which costs some bits of their coordinates.
 
     Source: Ren et al., Faster R-CNN, 2015; torchvision/models/detection/rpn.py filter_proposals.
     """

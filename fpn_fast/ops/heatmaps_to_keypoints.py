@@ -12,32 +12,31 @@ from fpn_fast.ops._registration import call_kernel, register_op
 
 
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Resizes each heatmap to its box and finds its highest position, without ever holding the resized maps.
+    """Find the highest position of each heatmap resized to its box, without storing the resized maps.
 
     Args:
-        heatmaps: [R, K, h, w], K of each box, such as logits; float64, float32, float16 or bfloat16; h and w of 1 to
+        heatmaps: [R, K, h, w], K per box, such as logits; float64, float32, float16 or bfloat16; h and w from 1 to
             4096.
-        boxes: [R, 4], (x1, y1, x2, y2) in image pixels, of the same types; read in float32, or float64 where they are.
+        boxes: [R, 4], (x1, y1, x2, y2) in image pixels, of the same dtypes; read in float32 (float64 for float64).
 
     Returns:
-        keypoints [R, K, 3], (x, y, 1) in image pixels, and scores [R, K], the heatmap there; both float32.
-
-        torchvision's heatmaps_to_keypoints: the map is resized to the box's size rounded up, at least one pixel,
-        bicubically without aligned corners, in float32 (float64 for float64); the first of its highest positions in
-        row-major order is the keypoint, and a NaN is higher than any number. Every backend finds the same, bit for
-        bit. torchvision may find another position where two are equal to rounding; for half precision it rounds the
-        resized map first.
-
-        A side shorter than one pixel counts as one, also where the box is inverted. A box with a NaN or an infinity, or
-        a side longer than 8192 pixels, gives keypoints (0, 0, 0) and scores 0.
+        keypoints [R, K, 3], (x, y, 1) in image pixels, and scores [R, K], the heatmap's value there; both float32.
+        There is no gradient.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: shapes or devices do not fit.
-        BackendUnavailableError: the backend asked for cannot serve the heatmaps' device.
+        BackendUnavailableError: the requested backend cannot serve the heatmaps' device.
 
-    Nothing waits for a GPU but the reference, which asks for the boxes' sizes and takes some four times the memory of
-    a box's resized maps. Not differentiable.
+    Note:
+        Like in torchvision, the map is resized to the box's size rounded up, at least one pixel, bicubically without
+        aligned corners, in float32 (float64 for float64). The first of its highest positions in row-major order is the
+        keypoint; a NaN is higher than any number. All backends are equal bit for bit. torchvision may choose another
+        position where two are equal to rounding; for half precision it rounds the resized map first.
+
+        The call does not synchronise with the host, except by the reference, which reads the boxes' sizes and takes
+        about four times the memory of a box's resized maps. A side shorter than one pixel, or inverted, counts as one
+        pixel. A box that is not finite, or has a side longer than 8192 pixels, gives keypoints (0, 0, 0) and scores 0.
 
     Source: He et al., Mask R-CNN, 2017; torchvision/models/detection/roi_heads.py, heatmaps_to_keypoints.
     """

@@ -101,23 +101,26 @@ def assign_levels(
     canonical_level: float = 4,
     level_formula: str = "torchvision",
 ) -> Tensor:
-    """The map that each RoI is pooled from, as :func:`fpn_fast.ops.multiscale_roi_align` decides it.
+    """Return the map that each RoI is pooled from, by the rule of :func:`fpn_fast.ops.multiscale_roi_align`.
 
     Args:
         rois: [K, 5] (image, x1, y1, x2, y2) in image pixels.
         scales: map pixels per image pixel of each map, finest first.
-        canonical_scale, canonical_level: a RoI of canonical_scale**2 pixels belongs to canonical_level, whose stride is
-            2**canonical_level.
-        level_formula: ``"torchvision"``, ``"detectron2"`` or ``"mmdet"``; see
+        canonical_scale, canonical_level: a RoI of canonical_scale**2 pixels (224**2 by default) belongs to
+            canonical_level (4 by default), whose stride is 2**canonical_level.
+        level_formula: ``"torchvision"`` (default), ``"detectron2"`` or ``"mmdet"``; see
             :func:`fpn_fast.reference.assign_levels`, which computes the same with a logarithm.
 
     Returns:
-        [K] int64, 0 for the finest map; -1 for a RoI that belongs to none: with a NaN or, of several maps, inverted
-        along one axis.
+        [K] int64, 0 for the finest map; -1 for a RoI that belongs to none: one with a NaN or, with several maps,
+        inverted along one axis.
 
     Raises:
-        TypeError: rois are no tensor of floating-point numbers.
-        ValueError: rois are not [K, 5]; scales are not positive or not finest first; an unknown formula.
+        TypeError: rois are not a floating-point tensor.
+        ValueError: rois are not [K, 5]; scales are not positive or not finest first; the formula is unknown.
+
+    >>> assign_levels(torch.tensor([[0.0, 0, 0, 50, 50], [0, 0, 0, 400, 400]]), (1 / 4, 1 / 8, 1 / 16)).tolist()
+    [0, 2]
     """
     if not isinstance(rois, Tensor):
         raise TypeError(f"rois must be a tensor, got {type(rois).__name__}")

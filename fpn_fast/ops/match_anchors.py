@@ -16,19 +16,19 @@ from fpn_fast.ops._registration import call_kernel, register_op
 
 @dataclass(frozen=True)
 class AnchorGrid:
-    """Anchors of a pyramid as numbers, of which none is stored: the anchors around each cell of each level.
+    """The anchors of a pyramid as a rule: boxes around every cell of every level, computed where they are needed.
 
-    They stand in (level, row, column, cell anchor) order. Anchor `a` of the cell in row y and column x of a level is
-    its `cell_anchors[a]`, moved by ((x + offset) * stride right, (y + offset) * stride down).
+    Anchors stand in the order (level, row, column, cell anchor). Anchor `a` of the cell in row y and column x is
+    `cell_anchors[a]` moved by (x + offset) * stride to the right and (y + offset) * stride down.
 
     Args:
-        cell_anchors: for each level [A_l, 4] numbers, (x1, y1, x2, y2) around a cell's origin.
-        sizes: (H_l, W_l), the cells of each level.
-        strides: (down, right) of each level, whole pixels between cells.
-        offset: of a cell's origin, in strides: 0 in torchvision, 0.5 for centres.
+        cell_anchors: per level [A_l, 4] floats, (x1, y1, x2, y2) around a cell's origin.
+        sizes: per level (H_l, W_l), its cells.
+        strides: per level (down, right), whole pixels between cells.
+        offset: of a cell's origin, in strides: 0 (default) in torchvision, 0.5 for centres.
 
     Raises:
-        ValueError: levels without anchors or with other than four numbers each; different numbers of levels.
+        ValueError: the sequences differ in length; a level has no anchors, or one without four values.
 
     >>> grid = AnchorGrid(cell_anchors=[[(-4.0, -4.0, 4.0, 4.0)]], sizes=[(2, 3)], strides=[(8, 8)])
     >>> len(grid), grid.boxes()[-1].tolist()
@@ -77,36 +77,35 @@ def match_anchors(
     allow_low_quality_matches: bool = True,
     anchor_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each anchor's ground truth: the one of the highest IoU, the first of equals, or a code for none.
+    """Match each anchor to the ground truth of highest IoU, the first of equals, or to a code for none.
 
     Args:
-        gt_boxes: [N, G, 4], (x1, y1, x2, y2), the ground truths of each image, padded to G; see :func:`pad_boxes`.
-        gt_counts: [N] of an integer type, how many of them there are; None: G.
-        anchors: [M, 4], the same for every image; [N, M, 4]; or an :class:`AnchorGrid`, whose anchors are never stored.
-        high_threshold: an IoU of this and above is a match.
-        low_threshold: an IoU below this is background.
-        allow_low_quality_matches: whether an anchor whose IoU with some ground truth is the highest that this ground
-            truth has with any anchor keeps its match, however low that is; all anchors of the same IoU do.
-        anchor_counts: [N] of an integer type, how many anchors an image has; None: M.
+        gt_boxes: [N, G, 4], (x1, y1, x2, y2), the ground truths per image, padded to G; see :func:`pad_boxes`.
+        gt_counts: [N] integers, how many of them are real. None: G.
+        anchors: [M, 4], shared by all images; [N, M, 4]; or an :class:`AnchorGrid`, whose anchors are never stored.
+        high_threshold: an IoU at or above it is a match.
+        low_threshold: an IoU below it is background.
+        allow_low_quality_matches: whether an anchor also keeps its match, however low its IoU, if no anchor has a
+            higher IoU with some ground truth. True by default.
+        anchor_counts: [N] integers, how many anchors of an image are real. None (default): M.
 
-    Boxes are of float64, float32, float16 or bfloat16; IoUs are computed in float32, or in float64 if any box is.
+    Boxes are float64, float32, float16 or bfloat16. IoUs are computed in float32, or in float64 if any box is float64.
 
     Returns:
-        (matches, ious): [N, M] int64, the index of a ground truth, -1 below the low threshold or -2 between the
-        thresholds; and [N, M], the best IoU. For boxes of one type, float32 or float64, they equal torchvision's
-        box_iou and Matcher bit for bit.
-
-        Defined beyond torchvision: an image without ground truths gives -1 and 0; a box with a NaN or an infinity
-        takes no part, as what is beyond the counts; an IoU of two boxes without area is 0.
+        (matches, ious): [N, M] int64, the index of a ground truth, -1 below the low threshold, -2 between the
+        thresholds; and [N, M], the best IoU. For boxes of one dtype, float32 or float64, both equal torchvision's
+        box_iou and Matcher bit for bit. There is no gradient.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: shapes, devices or thresholds do not fit.
-        BackendUnavailableError: the backend asked for cannot serve the boxes' device.
-        RuntimeError: on a GPU, by the compiled library: an AnchorGrid of more than 8 levels or 64 cell anchors.
+        BackendUnavailableError: the requested backend cannot serve the boxes' device.
+        RuntimeError: an AnchorGrid has more than 8 levels or 64 cell anchors, for the compiled library on a GPU.
 
-    Memory grows with M and G, never with their product. Nothing waits for a GPU, but for the reference's upload of an
-    AnchorGrid's cell anchors. Two runs are equal bit for bit, and backends too. Not differentiable.
+    Note:
+        Memory grows with M and G, never with their product. The call does not synchronise with the host, except for the
+        reference's upload of an AnchorGrid. Two runs are equal bit for bit, and so are all backends. An image without
+        ground truths gives -1 and 0. A box that is not finite takes no part. The IoU of two boxes without area is 0.
 
     Source: Ren et al., Faster R-CNN, 2015, 3.1.2; torchvision/models/detection/_utils.py, Matcher.
     """
@@ -140,10 +139,15 @@ def match_anchors(
 
 
 def pad_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Boxes [L_i, 4] of each of N images -> ([N, G, 4], [N] int64): padded with zeros to the most, and counted.
+    """Pad the boxes [L_i, 4] of N images with zeros to one tensor, and count them.
 
-    For torchvision's targets: ``pad_boxes([t["boxes"] for t in targets])``. Raises ValueError for no images and for
-    other shapes.
+    For torchvision's targets: ``pad_boxes([t["boxes"] for t in targets])``.
+
+    Returns:
+        ([N, G, 4], [N] int64), G the largest L_i.
+
+    Raises:
+        ValueError: there are no images, or boxes are not [L, 4].
     """
     if not boxes:
         raise ValueError("boxes must have a tensor for each image, got an empty sequence")

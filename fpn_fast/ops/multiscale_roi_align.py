@@ -35,41 +35,42 @@ def multiscale_roi_align(
     levels: Tensor | None = None,
     pool_mode: str = "avg",
 ) -> Tensor:
-    """Pools each RoI from the map of its level to a fixed size: RoIAlign of all levels in one call.
+    """Pool each RoI from the map of its level to a fixed size: RoIAlign over all levels in one call.
 
     Args:
         features: 1 to 8 maps [N, C, H_l, W_l], finest first, of one dtype (float64, float32, float16 or bfloat16) and
             on one device, with any strides. Under autocast they are promoted to the widest dtype among them.
-        rois: [K, 5] (image, x1, y1, x2, y2), the image's index in the batch and corners in image pixels. Read in
-            float32, whatever the features' type (float64 for float64 features); they get no gradient.
+        rois: [K, 5] (image, x1, y1, x2, y2): the image's index in the batch and corners in image pixels. They are read
+            in float32 (float64 for float64 features) and get no gradient.
         output_size: bins along each axis, (PH, PW) or one number for both; at most 1024.
         scales: map pixels per image pixel of each map, such as (1/4, 1/8, 1/16, 1/32).
-        sampling_ratio: samples along each axis of a bin; 0 or less: one for each pixel of the bin, rounded up.
-        aligned: whether pixel centres lie at half-integers (detectron2's ROIAlignV2, mmcv's default). If not, a RoI
-            is at least one map pixel wide and high.
-        canonical_scale, canonical_level, level_formula: the rule of :func:`assign_levels`, for several maps.
-        levels: [K] of an integer type, the map of each RoI, instead of the rule. One that is no map gives a zero row.
-        pool_mode: ``"avg"``, a bin is the mean of its samples; or ``"max"``, the largest, as mmcv's RoIAlign has it,
-            for maps of at most 16,000 x 16,000 pixels. In both a sample more than a pixel off the map counts as zero.
+        sampling_ratio: samples along each axis of a bin. 0 or less (default): the bin's size in map pixels, rounded up.
+        aligned: True if pixel centres lie at half-integers (detectron2's ROIAlignV2, mmcv's default). If False
+            (default), a RoI is at least one map pixel wide and high.
+        canonical_scale, canonical_level, level_formula: the level rule, see :func:`assign_levels`.
+        levels: [K] integers, the map of each RoI, instead of the level rule. A RoI of an unknown map gets a zero row.
+        pool_mode: ``"avg"`` (default), the mean of a bin's samples; or ``"max"``, the largest, as in mmcv's RoIAlign,
+            for maps of at most 16,000 x 16,000 pixels. In both, a sample more than a pixel off the map counts as zero.
 
     Returns:
-        [K, C, PH, PW] in the features' dtype and the finest one's memory format; computed in float32 (float64 for
+        [K, C, PH, PW] in the features' dtype and the finest map's memory format; computed in float32 (float64 for
         float64) and rounded once.
 
-        Rows of zeros: a RoI that belongs to no map (see :func:`assign_levels`), that has a NaN, whose image is not in
-        the batch, or that is infinite. A bin that lies off the map, or more than 2**20 map pixels long with an adaptive
-        grid, is zero. Whether a NaN or infinite pixel reaches bins of the same RoI that do not read it is undefined.
-
-        The largest sample is the first of equal ones, in the order of rows, then columns, and the gradient goes to the
-        pixels of that one alone; to none if it is off the map. NaN and negative infinity are never the largest, and a
-        bin of nothing else, or without samples, is zero, where mmcv gives the lowest float.
-
     Raises:
-        TypeError: something is not a tensor, or not of a type above, or the features' dtypes differ.
-        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
-        BackendUnavailableError: the backend asked for cannot serve the features' device.
+        TypeError: an argument is not a tensor or has an unsupported dtype, or the features' dtypes differ.
+        ValueError: shapes, devices or values do not fit; the message names the rule and the value received.
+        BackendUnavailableError: the requested backend cannot serve the features' device.
 
-    The gradient is gathered without atomics: two runs are equal bit for bit. Not differentiable twice.
+    Note:
+        The gradient is gathered without atomics: two runs are equal bit for bit. There is no second derivative.
+
+        A RoI gets a row of zeros if it belongs to no map, has a NaN, is infinite, or names an image outside the batch.
+        A bin is zero if it lies off the map or is more than 2**20 map pixels long with an adaptive grid. Whether a NaN
+        or infinite pixel reaches other bins of the same RoI is undefined.
+
+        In ``"max"`` the first of equal samples wins, in the order of rows, then columns; its pixels alone get the
+        gradient, none if it is off the map. NaN and negative infinity never win. A bin without another sample is zero,
+        where mmcv returns the lowest float.
 
     Source: He et al., Mask R-CNN, 2017; torchvision/ops/poolers.py and csrc/ops/cpu/roi_align_kernel.cpp;
     mmcv/ops/csrc/common/cuda/roi_align_cuda_kernel.cuh.
@@ -96,10 +97,20 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    """RoIAlign of one map: :func:`torchvision.ops.roi_align` with its arguments, over :func:`multiscale_roi_align`.
+    """Pool RoIs from one map: :func:`torchvision.ops.roi_align` with its arguments, by :func:`multiscale_roi_align`.
 
-    input: [N, C, H, W]; boxes: [K, 5] (image, x1, y1, x2, y2), or a list of N tensors [L, 4]; returns [K, C, PH, PW] in
-    input's memory format. Boxes stay float32 where input is half precision.
+    Args:
+        input: [N, C, H, W].
+        boxes: [K, 5] (image, x1, y1, x2, y2), or a list of N tensors [L, 4]. They stay float32 for half-precision
+            input.
+        output_size, sampling_ratio, aligned: see :func:`multiscale_roi_align`.
+        spatial_scale: map pixels per image pixel; 1 by default.
+
+    Returns:
+        [K, C, PH, PW] in the input's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: see :func:`multiscale_roi_align`.
     """
     rois = boxes if isinstance(boxes, Tensor) else rois_of_images(boxes)
     return multiscale_roi_align(

@@ -15,21 +15,25 @@ from fpn_fast.reference.nms import CONVENTIONS
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """The boxes that are left when each one removes all lower ones that it overlaps: :func:`torchvision.ops.nms`.
+    """Return the boxes that remain after each removes the lower-scored ones it overlaps: :func:`torchvision.ops.nms`.
 
     Args:
         boxes: [B, 4], (x1, y1, x2, y2); compared in float32 (float64 for float64).
-        scores: [B], of any floating-point type.
-        iou_threshold: a box is removed by a kept one of a higher score if their intersection over union is larger.
+        scores: [B], of any floating-point dtype.
+        iou_threshold: intersection over union above which a kept box removes a lower-scored one.
 
     Returns:
-        int64 indices of the kept boxes, scores descending; of equal scores the lower index counts as the higher. Its
-        length is data: this is the one place where a GPU is waited for. :func:`segmented_nms` has none.
-
-        A box or score that is not finite is never kept and removes none.
+        int64 indices of the kept boxes, scores descending; of equal scores the lower index comes first.
 
     Raises:
         TypeError, ValueError: see :func:`segmented_nms`.
+
+    Note:
+        The length of the result is data, so the call synchronises with the host. :func:`segmented_nms` does not. A box
+        or score that is not finite is never kept and removes none.
+
+    >>> nms(torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5], [8, 8, 9, 9]]), torch.tensor([0.5, 0.9, 0.7]), 0.5).tolist()
+    [1, 2]
 
     Source: torchvision/csrc/ops/cpu/nms_kernel.cpp.
     """
@@ -37,13 +41,22 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`nms` in which only boxes of one group remove each other: :func:`torchvision.ops.batched_nms`.
+    """Suppress boxes within groups: :func:`torchvision.ops.batched_nms`.
 
-    idxs: [B] of an integer type, the group of each box; any numbers. The rest: see :func:`nms`.
+    Args:
+        boxes, scores, iou_threshold: see :func:`nms`.
+        idxs: [B] integers, the group of each box; any values.
 
-    Groups are kept apart by comparing them. Up to 1,000 boxes on a CPU, and 25,000 on a GPU, torchvision moves them
-    apart instead, by which coordinates lose some bits and boxes below zero can meet another group's:
-    ``segmented_nms(..., convention="torchvision_offset")`` does that.
+    Returns:
+        int64 indices of the kept boxes, see :func:`nms`.
+
+    Raises:
+        TypeError, ValueError: see :func:`segmented_nms`.
+
+    Note:
+        Groups are compared. torchvision shifts up to 1,000 boxes (25,000 on a GPU) apart instead: coordinates lose some
+        bits, and boxes below zero can meet another group's. ``segmented_nms(..., convention="torchvision_offset")``
+        does the same.
     """
     if not isinstance(idxs, Tensor):
         raise TypeError(f"idxs must be a tensor, got {type(idxs).__name__}")
@@ -60,34 +73,33 @@ def segmented_nms(
     *,
     convention: str = "torchvision",
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression of all images and groups in one call, with outputs of a fixed size.
+    """Suppress the boxes of all images and groups in one call, with outputs of a fixed size.
 
     Args:
         boxes: [N, B, 4], (x1, y1, x2, y2); compared in float32 (float64 for float64).
-        scores: [N, B], of any floating-point type.
-        groups: [N, B] of an integer type: only boxes of one group remove each other. None: all are one.
-        counts: [N] of an integer type: the boxes of image n are its first counts[n]. None: all B.
-        iou_threshold: a box is removed by a kept one of a higher score, or of an equal one and a lower index, if they
-            overlap by more.
-        max_output: how many of the kept boxes of an image to return.
-        convention: how overlap is compared.
-            "torchvision": ``intersection / union > iou_threshold``.
+        scores: [N, B], of any floating-point dtype.
+        groups: [N, B] integers: only boxes of one group remove each other. None: all are one group.
+        counts: [N] integers: the boxes of image n are its first counts[n]. None: all B.
+        iou_threshold: the overlap above which a kept box removes one with a lower score, or with an equal score and a
+            higher index.
+        max_output: kept boxes returned per image.
+        convention: the overlap rule.
+            "torchvision" (default): ``intersection / union > iou_threshold``.
             "mmcv": ``intersection > iou_threshold * union``.
             "torchvision_offset": the first, on boxes moved by ``group * (largest coordinate of the image + 1)`` instead
-            of groups, bit for bit as torchvision's batched_nms does it for few boxes.
+            of groups, equal to torchvision's batched_nms for up to 1,000 boxes bit for bit.
 
     Returns:
         (keep, counts): int64 indices [N, max_output] of the kept boxes, scores descending, of equal scores the lower
-        index first, and -1 after the last; and how many there are, [N] int64.
-
-        A box or score that is not finite is never kept and removes none. Nothing here waits for a GPU.
+        index first, and -1 after the last; and their number per image, [N] int64.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above.
-        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
-        BackendUnavailableError: the backend asked for cannot serve the boxes' device.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: shapes, devices or values do not fit; the message names the rule and the value received.
+        BackendUnavailableError: the requested backend cannot serve the boxes' device.
 
-    No gradient: indices have none.
+    Note:
+        The call does not synchronise with the host. A box or score that is not finite is never kept and removes none.
 
     Source: torchvision/ops/boxes.py batched_nms; mmcv/ops/nms.py.
     """

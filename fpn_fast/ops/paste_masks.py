@@ -19,29 +19,32 @@ def paste_masks(
     padding: int = 1,
     threshold: float | None = None,
 ) -> Tensor:
-    """Resizes each mask to its box and puts it into an image of zeros.
+    """Resize each mask to its box and paste it into an image of zeros.
 
     Args:
-        masks: [K, 1, M, M], such as probabilities; float64, float32, float16 or bfloat16; M of 1 to 4096.
-        boxes: [K, 4], (x1, y1, x2, y2) in image pixels, of the same types; read in float32, or float64 where they are.
-        image_size: (H, W).
-        padding: mask pixels of zeros put around a mask before it is resized; its box grows about its centre as much.
-        threshold: instead of values, whether they are above this: a quarter of the memory of float32.
+        masks: [K, 1, M, M], such as probabilities; float64, float32, float16 or bfloat16; M from 1 to 4096.
+        boxes: [K, 4], (x1, y1, x2, y2) in image pixels, of the same dtypes; read in float32 (float64 for float64).
+        image_size: (H, W) in pixels.
+        padding: zero pixels added around a mask before it is resized; its box grows about its centre in proportion. 1
+            by default.
+        threshold: return whether values are above it instead of the values, in a quarter of float32's memory. None by
+            default.
 
     Returns:
-        [K, 1, H, W] of masks' type, or bool with a threshold. The grown box's corners are cut to integers, first and
-        last pixel; the resize is bilinear, without aligned corners, in float32 (float64 for float64) and rounded once;
-        the threshold is compared before that. torchvision's paste_masks_in_image to rounding.
-
-        A box outside of the image or inverted gives zeros. So do, where torchvision raises or asks for a huge amount of
-        memory, a NaN, an infinity, and a corner more than 2**29 pixels away.
+        [K, 1, H, W] in the masks' dtype, or bool with a threshold. The grown box's corners are truncated to integers,
+        first and last pixel. The resize is bilinear without aligned corners, in float32 (float64 for float64), and
+        rounded once, after the comparison with the threshold. It equals torchvision's paste_masks_in_image to rounding.
+        There is no gradient.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above.
-        ValueError: shapes, devices or numbers do not fit.
-        BackendUnavailableError: the backend asked for cannot serve the masks' device.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: shapes, devices or values do not fit.
+        BackendUnavailableError: the requested backend cannot serve the masks' device.
 
-    Nothing waits for a GPU. The reference takes about four times the memory of the result. Not differentiable.
+    Note:
+        The call does not synchronise with the host. The reference takes about four times the memory of the result. A
+        box outside the image or inverted gives zeros. So does a box that is not finite or has a corner more than 2**29
+        pixels away, where torchvision raises an error or allocates a huge tensor.
 
     Source: He et al., Mask R-CNN, 2017; torchvision/models/detection/roi_heads.py, paste_masks_in_image.
     """

@@ -33,41 +33,40 @@ def select_box_detections(
     weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
     scale_clamp: float = math.log(1000 / 16),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The detections of a batch of images, from the logits and deltas of their boxes.
+    """Select the detections of a head that scores given boxes, for a batch of images.
 
-    Of all pairs of a box and a class but the first, which is background: those whose probability, by softmax, is above
-    the threshold, of each class at most the `class_top_n` highest; their boxes, decoded, clipped to the image and
-    filtered by size; what is left when each one removes lower ones of its class that it overlaps; and of that the
-    `max_detections` highest. Only pairs above the threshold are decoded.
+    Of all pairs of a box and a class, without class 0 (background): keep those with a softmax probability above the
+    threshold, at most `class_top_n` per class; decode their boxes, clip them to the image and filter them by size;
+    suppress overlapping boxes of the same class; keep the `max_detections` highest. Only pairs above the threshold are
+    decoded.
 
     Args:
-        logits: [N, R, classes], of float64, float32, float16 or bfloat16.
-        deltas: [N, R, 4], (dx, dy, dw, dh) of each box, or [N, R, 4 * classes], of each box and class.
+        logits: [N, R, classes], float64, float32, float16 or bfloat16.
+        deltas: [N, R, 4], (dx, dy, dw, dh) per box, or [N, R, 4 * classes], per box and class.
         boxes: [N, R, 4], (x1, y1, x2, y2) in image pixels.
-        counts: [N] of an integer type: the boxes of image n are its first counts[n]. None: all R.
-        image_sizes: [N, 2] (height, width) in pixels, of any real type, on the boxes' device.
-        score_thresh: a probability has to be above it.
-        nms_thresh: intersection over union above which a box removes a lower one of its class.
-        max_detections: of each image; 0 or more.
-        min_size: the shortest side, in pixels, of a clipped box.
-        class_top_n: of each class and image; 0 or more. None: all.
-        weights, scale_clamp: a delta is divided by its weight; dw and dh are at most scale_clamp.
-
-    Everything is computed in float32, in float64 if logits, deltas or boxes are of that.
+        counts: [N] integers: the boxes of image n are its first counts[n]. None: all R.
+        image_sizes: [N, 2] (height, width) in pixels, of any real dtype, on the boxes' device.
+        score_thresh: a probability must be above it.
+        nms_thresh: intersection over union above which a box removes a lower-scored one of its class.
+        max_detections: detections kept per image; 0 or more.
+        min_size: the shortest side of a clipped box, in pixels; 0 by default.
+        class_top_n: pairs kept per class and image before suppression; 0 or more. None (default): all.
+        weights, scale_clamp: a delta is divided by its weight, (10, 10, 5, 5) by default; dw and dh are at most
+            scale_clamp, log(1000 / 16) by default.
 
     Returns:
-        (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = max_detections: float32 (float64) and int64.
-        Boxes are in image pixels, scores descending, labels the classes from 1; zero after the last.
-
-        Equal probabilities count in the order of (box, class). A box with a logit that is a NaN or plus infinity, or
-        with a corner or a delta that is not finite, is never selected. Nothing here waits for a GPU.
+        (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]) with D = max_detections: float32 (float64 if logits,
+        deltas or boxes are float64) and int64. Boxes are in image pixels, scores descend, labels are class indices from
+        1, entries after an image's last detection are zero. There is no gradient.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above.
-        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
-        BackendUnavailableError: the backend asked for cannot serve the boxes' device.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: shapes, devices or values do not fit; the message names the rule and the value received.
+        BackendUnavailableError: the requested backend cannot serve the boxes' device.
 
-    No gradient, as in every detector.
+    Note:
+        The call does not synchronise with the host. Equal probabilities rank in the order (box, class). A box is never
+        selected if one of its logits is NaN or plus infinity, or a corner or delta is not finite.
 
     Source: Girshick, Fast R-CNN, 2015; Liu et al., SSD, 2016; torchvision/models/detection/roi_heads.py and ssd.py
     postprocess_detections.

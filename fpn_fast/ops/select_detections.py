@@ -41,45 +41,45 @@ def select_detections(
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     scale_clamp: float = math.log(1000 / 16),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The detections of a batch of images, from the maps of the head; anchors are never in memory.
+    """Select a dense head's detections for a batch of images, straight from its maps.
 
-    Of each image and level: the highest `pre_nms_top_n` pairs of an anchor and a class whose score is above the
-    threshold; their boxes, decoded and clipped to the image. Of all levels: what is left when each one removes lower
-    ones of its class that it overlaps, and of that the `max_detections` highest.
+    Per image and level: take the `pre_nms_top_n` highest pairs of an anchor and a class with a score above the
+    threshold, decode their boxes and clip them to the image. Per image: suppress overlapping boxes of the same class
+    and keep the `max_detections` highest. Anchors are computed inside the kernel and never stored.
 
     Args:
-        logits: 1 to 8 maps [N, A * classes, H_l, W_l], the classes of an anchor together, of one dtype (float64,
-            float32, float16 or bfloat16) and device, with any strides: a head's output that was permuted to
-            [N, H * W * A, classes] is such a map, seen through other strides. Under autocast, all maps are promoted to
-            the widest dtype among them.
+        logits: 1 to 8 maps [N, A * classes, H_l, W_l], the classes of an anchor adjacent, of one dtype (float64,
+            float32, float16 or bfloat16) and device, with any strides: a head's output permuted to [N, H * W * A,
+            classes] is a view of such a map. Under autocast all maps are promoted to the widest dtype among them.
         deltas: as many maps [N, 4A, H_l, W_l].
-        cell_anchors: for each level A anchors (x1, y1, x2, y2) about the origin, as numbers or as a tensor [A, 4]. A
-            tensor is read here, so that one on a GPU is waited for.
-        strides: for each level (stride_y, stride_x), integers: pixels between neighbouring anchors.
-        image_sizes: [N, 2] (height, width) in pixels, of any real type, on the maps' device.
-        score_thresh: a score has to be above it. It is the logit's sigmoid; with centerness, the root of its product
-            with the sigmoid of that.
-        pre_nms_top_n, max_detections: of each level and image, and of each image; 0 or more.
-        nms_thresh: intersection over union above which a box removes a lower one of its class.
-        centerness: none, or as many maps [N, A, H_l, W_l] of logits (FCOS).
-        coder: what deltas are: "deltas" (dx, dy, dw, dh), or "distances" (left, top, right, bottom) from the anchor's
-            centre, in the anchor's sides (FCOS).
-        weights, scale_clamp: of "deltas": each is divided by its weight; dw and dh are at most scale_clamp.
+        cell_anchors: per level A anchors (x1, y1, x2, y2) about the origin, as floats or as a tensor [A, 4]. Reading a
+            tensor on a GPU synchronises with the host.
+        strides: per level (stride_y, stride_x), integers: pixels between neighbouring anchors.
+        image_sizes: [N, 2] (height, width) in pixels, of any real dtype, on the maps' device.
+        score_thresh: a score must be above it. A score is the logit's sigmoid; with centerness, the square root of its
+            product with the sigmoid of the centerness.
+        pre_nms_top_n: pairs kept per level and image before suppression; 0 or more.
+        nms_thresh: intersection over union above which a box removes a lower-scored one of its class.
+        max_detections: detections kept per image; 0 or more.
+        centerness: none (default), or as many maps [N, A, H_l, W_l] of logits (FCOS).
+        coder: how deltas are read: "deltas" (default), (dx, dy, dw, dh); or "distances", (left, top, right, bottom)
+            from the anchor's centre in units of its sides (FCOS).
+        weights, scale_clamp: for "deltas": each is divided by its weight; dw and dh are at most scale_clamp, log(1000 /
+            16) by default.
 
     Returns:
-        (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), D = max_detections: float32 (float64 for float64
-        maps) and int64. Boxes are in image pixels, scores descending, labels the head's classes from 0; zero after the
-        last.
-
-        Equal logits (scores, with centerness) count in the order of (y, x, anchor, class), equal scores in that of
-        levels. What is not finite is never selected. Nothing here waits for a GPU.
+        (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]) with D = max_detections: float32 (float64 for
+        float64 maps) and int64. Boxes are in image pixels, scores descend, labels are class indices from 0, entries
+        after an image's last detection are zero. There is no gradient.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above, or dtypes differ.
-        ValueError: shapes, devices or numbers do not fit; the message says which rule was broken, and by what.
-        BackendUnavailableError: the backend asked for cannot serve the maps' device.
+        TypeError: an argument is not a tensor or has an unsupported dtype, or dtypes differ.
+        ValueError: shapes, devices or values do not fit; the message names the rule and the value received.
+        BackendUnavailableError: the requested backend cannot serve the maps' device.
 
-    No gradient, as in every detector.
+    Note:
+        The call does not synchronise with the host. Equal logits (scores, with centerness) rank in the order
+        (y, x, anchor, class), equal scores in that of levels. A pair with a value that is not finite is never selected.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017; Tian et al., FCOS, 2019;
     torchvision/models/detection/retinanet.py and fcos.py postprocess_detections.
@@ -109,7 +109,7 @@ def select_detections(
 
 
 def empty_detections(image_sizes: Tensor, max_detections: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten boxes, scores, labels and counts, for a tracer."""
+    """Return unwritten boxes, scores, labels and counts, for a tracer."""
     batch = image_sizes.size(0)
     return (
         image_sizes.new_empty((batch, max_detections, 4)),

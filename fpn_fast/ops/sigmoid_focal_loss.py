@@ -15,30 +15,31 @@ from fpn_fast.ops._schemas import FOCAL_TILE
 
 
 def sigmoid_focal_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, alpha: float = 0.25) -> Tensor:
-    """The sum of the focal losses of all classes of all anchors, gamma 2, without a table of one-hot targets.
+    """Sum the focal losses of all classes of all anchors, with gamma 2 and without a table of one-hot targets.
 
     Args:
-        logits: [M, C], one of each class; float64, float32, float16 or bfloat16. A sigmoid makes probabilities of them.
-        labels: [M] of an integer type, the class of each anchor from 0 to C - 1; any other number is none of them.
-        weights: [M], by which an anchor's losses are multiplied, 0 for one that does not count; None: 1.
-        alpha: the share of an anchor's own class; the others have 1 - alpha.
+        logits: [M, C], one per class; float64, float32, float16 or bfloat16.
+        labels: [M] integers, the class of each anchor from 0 to C - 1; any other value is background.
+        weights: [M], the factor of an anchor's losses, 0 to ignore it. None (default): 1.
+        alpha: the share of an anchor's own class, 0.25 by default; the others have 1 - alpha.
 
     Returns:
-        A number, float64 for float64 logits, else float32: the sum over anchors and classes of
-        ``weight * alpha_t * (1 - p_t)^2 * log(1 / p_t)``, that of ``torchvision.ops.sigmoid_focal_loss(...,
-        reduction="sum")`` with one-hot targets, to rounding. It is right for logits of any size; NaN stays NaN.
+        A scalar, float64 for float64 logits, else float32: the sum over anchors and classes of
+        ``weight * alpha_t * (1 - p_t)^2 * log(1 / p_t)``. It equals ``torchvision.ops.sigmoid_focal_loss(...,
+        reduction="sum")`` with one-hot targets to rounding. Logits of any size are safe; NaN stays NaN.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type above.
+        TypeError: an argument is not a tensor or has an unsupported dtype.
         ValueError: shapes or devices do not fit.
-        BackendUnavailableError: the backend asked for cannot serve the logits' device.
+        BackendUnavailableError: the requested backend cannot serve the logits' device.
         RuntimeError: a second derivative is asked for.
 
-    Differentiable by logits, once: the gradient is made in the forward, one table of their size. Nothing waits for a
-    GPU. Two runs are equal bit for bit; backends agree to rounding.
+    Note:
+        The forward pass computes the gradient for the logits too, one table of their size. The call does not
+        synchronise with the host. Two runs are equal bit for bit; backends agree to rounding.
 
     >>> print(f"{sigmoid_focal_loss(torch.tensor([[2.0, -1.0]]), torch.tensor([1])):.4f}")
-    1.4099
+    1.4130
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017.
     """

@@ -28,29 +28,35 @@ def top_down(
     scale_factor: int | None = None,
     fuse: str = "sum",
 ) -> list[Tensor]:
-    """Merges a pyramid top-down: ``merged[l] = laterals[l] + resample(merged[l + 1])``, ``merged[-1] = laterals[-1]``.
+    """Merge a pyramid top-down: ``merged[l] = laterals[l] + resample(merged[l + 1])``, ``merged[-1] = laterals[-1]``.
 
     Args:
         laterals: L maps [N, C, H_l, W_l], finest first, of one dtype (float64, float32, float16 or bfloat16) and on one
-            device, with any strides. Under autocast they are promoted to the widest dtype among them, as an addition
-            would.
-        mode: ``"nearest"`` or ``"bilinear"``. The coarser map is resampled to the lateral's size, whatever the ratio.
-        align_corners: of ``"bilinear"``, as in :func:`torch.nn.functional.interpolate`.
-        scale_factor: detectron2's form: the lateral must be exactly this many times as high and wide as the map above.
-        fuse: ``"sum"``, or ``"avg"`` for half the sum (detectron2's ``fuse_type="avg"``).
+            device, with any strides. Under autocast they are promoted to the widest dtype among them, like in an
+            addition.
+        mode: ``"nearest"`` (default) or ``"bilinear"``. The coarser map is resampled to the lateral's size, whatever
+            the ratio.
+        align_corners: see :func:`torch.nn.functional.interpolate`; for ``"bilinear"`` only. False by default.
+        scale_factor: if given, each lateral must be exactly this many times as high and wide as the map above it, as in
+            detectron2.
+        fuse: ``"sum"`` (default), or ``"avg"`` for half the sum (detectron2's ``fuse_type="avg"``).
 
     Returns:
-        L maps of the laterals' shapes, dtype and (each of its own lateral) memory format; the last is
-        ``laterals[-1]`` itself. Every level is computed in float32 (float64 for float64) and rounded once to the
-        storage type; ``"nearest"`` equals ``lateral + F.interpolate(top, size)`` bit for bit.
+        L maps with the shapes, dtype and memory formats of their laterals. The last is ``laterals[-1]`` itself. Every
+        level is computed in float32 (float64 for float64) and rounded once to the storage type. ``"nearest"`` equals
+        ``lateral + F.interpolate(top, size)`` bit for bit. Twice differentiable.
 
     Raises:
-        TypeError: something is not a tensor, or not of a floating type above, or the dtypes differ.
-        ValueError: no laterals; not [N, C, H, W]; N, C or device differ; an empty map; unknown mode or fuse;
-            align_corners without bilinear; a scale_factor that is no positive integer or does not fit the sizes.
-        BackendUnavailableError: the backend asked for cannot serve the laterals' device.
+        TypeError: a lateral is not a tensor or has an unsupported dtype, or the dtypes differ.
+        ValueError: laterals are missing, empty, not [N, C, H, W], or differ in N, C or device; mode or fuse is unknown;
+            align_corners is given without bilinear; scale_factor is not a positive integer or does not fit the sizes.
+        BackendUnavailableError: the requested backend cannot serve the laterals' device.
 
-    Differentiable, twice too. Source: Lin et al., Feature Pyramid Networks for Object Detection, 2017;
+    >>> merged = top_down([torch.ones(1, 8, 4, 6), torch.ones(1, 8, 2, 3)])
+    >>> merged[0].unique().item()
+    2.0
+
+    Source: Lin et al., Feature Pyramid Networks for Object Detection, 2017;
     torchvision/ops/feature_pyramid_network.py.
     """
     return _merge(list(laterals), mode, align_corners, scale_factor, fuse)
@@ -65,9 +71,18 @@ def upsample_add(
     scale_factor: int | None = None,
     fuse: str = "sum",
 ) -> Tensor:
-    """``lateral + resample(top to lateral's size)``: the two-map form of :func:`top_down`, with its options and errors.
+    """Return ``lateral + resample(top to lateral's size)``: :func:`top_down` for two maps.
 
-    lateral: [N, C, H, W]; top: [N, C, h, w]; returns [N, C, H, W].
+    Args:
+        lateral: [N, C, H, W].
+        top: [N, C, h, w].
+        mode, align_corners, scale_factor, fuse: see :func:`top_down`.
+
+    Returns:
+        [N, C, H, W] in the lateral's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: see :func:`top_down`.
     """
     return _merge([lateral, top], mode, align_corners, scale_factor, fuse)[0]
 
