@@ -8,9 +8,9 @@ import pytest
 
 MODULES = {
     "nn.feature_pyramid": 4, "nn.roi_align": 3, "nn.detectron2.fpn": 1, "nn.detectron2.poolers": 3,
-    "nn.detectron2.proposals": 1, "nn.mmdet.config": 1, "nn.mmdet.necks": 1, "nn.mmdet.proposals": 1, "nn.mmdet.roi_extractors": 3,
-    "ops.generate_proposals": 1, "ops.levels": 1, "ops.match_anchors": 2, "ops.nms": 1, "ops.sigmoid_focal_loss": 1,
-    "ops.top_down": 2,
+    "nn.detectron2.proposals": 1, "nn.mmdet.config": 1, "nn.mmdet.necks": 1, "nn.mmdet.proposals": 1,
+    "nn.mmdet.roi_extractors": 3, "ops.generate_proposals": 1, "ops.levels": 1, "ops.match_anchors": 2,
+    "ops.nms": 1, "ops.top_down": 2, "ops.sigmoid_focal_loss": 1,
 }  # fmt: skip
 
 
