@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples setup.py
+PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples tools setup.py
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize test-mmdet test-oldest build bench docs lint format clean
+.PHONY: help demo test fuzz sanitize wheel test-wheel test-mmdet test-oldest build bench docs lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,10 +21,8 @@ $(VENV)/.installed: requirements-dev.txt constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	@echo "building the library (a minute or so)"
-	@$(BIN)/python -m pip install --no-build-isolation --no-deps --verbose -e . > $(VENV)/build.log 2>&1 \
-		|| { tail -n 40 $(VENV)/build.log; exit 1; }
-	@grep -E '^ *fpn_fast: ' $(VENV)/build.log | sort -u
+	@$(BIN)/python tools/progress.py $(VENV)/build.log \
+		$(BIN)/python -m pip install --no-build-isolation --no-deps --verbose -e .
 	@touch $@
 
 build: $(VENV)/.built  ## .venv with pinned dependencies, and the compiled library
@@ -49,6 +47,12 @@ $(VENV)-%/.installed: $(VENV)/.installed requirements-%.txt
 		> "$$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
 	$(VENV)-$*/bin/python -m pip install --quiet --no-deps -r requirements-$*.txt
 	@touch $@
+
+wheel: $(VENV)/.installed  ## the wheel for Linux x86-64 in dist/, checked, installed and verified in a new environment
+	FPN_FAST_CUDA=$${FPN_FAST_CUDA:-1} $(BIN)/python tools/build_wheel.py $(WHEEL_ARGS)
+
+test-wheel: $(VENV)/.installed  ## the same, under every Python from 3.10 on that this machine has
+	FPN_FAST_CUDA=$${FPN_FAST_CUDA:-1} $(BIN)/python tools/build_wheel.py --every-python $(WHEEL_ARGS)
 
 test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's own, in an environment that has it
 	$(VENV)-mmdet/bin/python -m pytest tests/against_mmdet.py $(PYTEST_ARGS)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installing: a wheel with the CPU library, and what is left without a compiler."""
+"""Installing: a wheel with the CPU library, what is left without a compiler, and how wheels are built and checked."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 USE = (
@@ -46,6 +48,18 @@ def install_and_use(wheel: Path, folder: Path, code: str = "") -> str:
     return done.stdout
 
 
+def check_links_little(wheel: Path, folder: Path) -> None:
+    """The CPU library needs nothing of CUDA, no glibc from after 2.28 and no libstdc++ from after GCC 8."""
+    library = zipfile.ZipFile(wheel).extract("fpn_fast/_C.abi3.so", folder)
+    needs = subprocess.run(["objdump", "-p", library], capture_output=True, text=True, check=True).stdout
+    libraries = set(re.findall(r"NEEDED +(\S+?)\.so", needs))
+    assert "libtorch_cpu" in libraries
+    assert libraries <= {"libc10", "libtorch_cpu", "libstdc++", "libm", "libgcc_s", "libc"}
+    versions = {(name, tuple(map(int, v.split(".")))) for name, v in re.findall(r" (GLIBC(?:XX)?)_([\d.]+)\n", needs)}
+    assert {name for name, _ in versions} == {"GLIBC", "GLIBCXX"}
+    assert [v for v in versions if v[1] > {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24)}[v[0]]] == []
+
+
 @pytest.mark.slow
 def test_wheel_is_abi3_and_runs(tmp_path):
     # Unoptimised: a quarter of the time to build, and nothing here is timed.
@@ -55,6 +69,7 @@ def test_wheel_is_abi3_and_runs(tmp_path):
     assert "fpn_fast/_C.abi3.so" in names
     # A file with a cpython tag would serve one Python alone.
     assert not any("_C_cuda" in name or "cpython" in name or name.startswith("tests") for name in names)
+    check_links_little(wheel, tmp_path)
     facts = "print(fpn_fast._library.build_facts()['cuda'])"
     assert install_and_use(wheel, tmp_path, facts).split()[1:] == ["cpp", "64.0", "none"]
 
@@ -107,3 +122,70 @@ def test_cuda_switch_errors(value, message):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def run_tool(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_build_shows_its_progress_and_the_end_of_what_failed(tmp_path):
+    code = (
+        "import sys; print('  fpn_fast: two files'); print('  fpn_fast: two files')\n"
+        "for i in (1, 2): print(f'  [{i}/2] c++ -c {i}.cpp')\n"
+        "sys.exit(int(sys.argv[1]))"
+    )
+    always = (
+        "import progress, sys; progress.EVERY_S = 0; sys.exit(progress.run(progress.Path(sys.argv[1]), sys.argv[2:]))"
+    )
+    log = tmp_path / "logs" / "build.log"
+    command = [sys.executable, "-c", always, log, sys.executable, "-c", code, "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tools")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "fpn_fast: two files",
+        "  1 of 2 files compiled, 0:00",
+        "  2 of 2 files compiled, 0:00",
+    ]
+    assert log.read_text().count("\n") == 4
+    failed = run_tool("progress.py", log, sys.executable, "-c", code, "3")
+    assert failed.returncode == 3
+    assert "c++ -c 2.cpp" in failed.stdout
+    assert f"the whole output is in {log}" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "size", "message"),
+    [
+        ("cp311-cp311-manylinux_2_28_x86_64", "fpn_fast/_C.abi3.so", 1, "is not for Python 3.10 and later"),
+        ("cp310-abi3-linux_x86_64", "fpn_fast/_C.abi3.so", 1, "is not for Python 3.10 and later"),
+        ("cp310-abi3-manylinux_2_28_x86_64", "fpn_fast/a.cpython-311.so", 1, "files for one Python alone: fpn_fast/a"),
+        ("cp310-abi3-manylinux_2_28_x86_64", "fpn_fast/_C.abi3.so", 30_000_000, "more than "),
+        ("cp310-abi3-manylinux_2_28_x86_64", "fpn_fast/_C.abi3.so", 1, "cannot be installed, so nothing was tried"),
+    ],
+)
+def test_a_wheel_that_is_not_as_promised_is_refused(tmp_path, name, entry, size, message):
+    with zipfile.ZipFile(tmp_path / f"fpn_fast-0.1.0-{name}.whl", "w") as wheel:
+        wheel.writestr(entry, b"0" * size)
+    done = run_tool("build_wheel.py", "--no-build", "--folder", tmp_path, PIP_NO_INDEX="1", PIP_FIND_LINKS="")
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr
+
+
+def test_hosted_workflows_call_our_own_commands_alone():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            commands += [step["run"] for step in job["steps"] if "run" in step]
+    assert sorted(commands) == [".ci/run", "make test-wheel"]
+    assert "test-wheel" in targets
+
+
+@pytest.mark.parametrize("name", ["wrong-result", "slow", "request"])
+def test_issue_forms_ask_for_the_installation(name):
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert {"name", "description", "body"} <= form.keys()
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert any("fpn-fast info --json" in field["attributes"]["label"] for field in fields)
