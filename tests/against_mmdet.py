@@ -319,7 +319,7 @@ def test_benchmarks_state_what_mmdetection_does():
         case = cases.tiny([c for c in cases.FAMILIES["mmdet"]("cpu") if c.op == name][-1])
         case = replace(case, rois=40, direction="forward", memory_format="channels_first")
         of_case = providers.op_of(case)
-        return case, of_case.inputs(case, torch.device("cpu")), of_case.eager
+        return case, of_case.inputs(torch.device("cpu")), of_case.eager
 
     case, tensors, eager = small("mmdet_neck")
     theirs = MODELS.build(

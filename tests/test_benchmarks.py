@@ -122,7 +122,7 @@ def test_rois_are_inside_the_image_and_crowd_when_asked() -> None:
 @pytest.mark.parametrize(
     ("op_name", "changes", "elements"),
     [
-        # One level of 2 x 3 places and three anchors: 18 logits, 4 deltas of each of 5 candidates, 5 numbers of each of
+        # One level of 2 x 3 places and three anchors: 18 logits, 4 deltas of each of 5 candidates, 5 values of each of
         # 5 proposals.
         ("generate_proposals", {"levels": ((2, 3),), "anchors": 3, "pre_nms_top_n": 5}, 18 + 20 + 25),
         # Of few anchors all are candidates.
@@ -132,7 +132,7 @@ def test_rois_are_inside_the_image_and_crowd_when_asked() -> None:
         ("batched_nms", {"boxes": 10, "classes": 4}, (10 * 28 + 4 * 8) // 4),
         ("match_anchors", {"levels": ((2, 3),), "anchors": 3, "boxes": 5}, 5 * 4 + 18 * (4 + 2)),
         ("paste_masks", {"levels": ((8, 9),), "boxes": 2, "output_size": 28}, 2 * (28 * 28 + 4 + 72)),
-        # Maps, a keypoint of three numbers and a score of each of three in two boxes.
+        # Maps, a keypoint of three values and a score of each of three in two boxes.
         ("heatmaps_to_keypoints", {"boxes": 2, "classes": 3, "output_size": 56}, 2 * (4 + 3 * (56 * 56 + 4))),
     ],
 )
@@ -286,12 +286,12 @@ def test_peak_memory_sees_through_memory_that_was_kept() -> None:
     assert 0.9 * (16 << 20) < peak < 1.5 * (16 << 20)
 
 
-def test_census_counts_what_torchvision_waits_for() -> None:
+def test_census_counts_host_synchronisations() -> None:
     found = {(r["stage"].split(",")[0], r["batch"], r["library"]): r for r in census.rows((1, 2), small=True)}
     assert len(found) == 4 * 2 * 2
     for batch in (1, 2):
         theirs = {stage: found[stage, batch, "torchvision"] for stage in ("RPN", "RetinaNet", "mask pasting")}
-        # Of an image: small boxes, low scores and NMS; decode uploads two numbers, NMS one of each image.
+        # Of an image: small boxes, low scores and NMS; decode uploads two values, NMS one per image.
         assert theirs["RPN"]["syncs_by_cause"] == {
             "aten::nonzero": 2 * batch,
             "torchvision::nms": batch,
@@ -329,35 +329,23 @@ def test_cases_have_names_of_their_own(device_type: str) -> None:
 EAGER = providers.op_of(CASE).eager
 
 
-def _one_pixel_wrong(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
+def _last_pixel_wrong(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
     merged = EAGER(laterals)
     wrong = torch.zeros_like(merged[0])
     wrong[-1, -1, -1, -1] = 0.01
     return [merged[0] + wrong, *merged[1:]]
 
 
-def _not_a_number(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [merged * float("nan") for merged in EAGER(laterals)]
-
-
-def _map_missing(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
-    return EAGER(laterals)[1:]
-
-
 def _raises(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
     raise RuntimeError("planted")
 
 
-def _no_gradient_of_the_coarsest(laterals: list[torch.Tensor]) -> list[torch.Tensor]:
-    return EAGER([*laterals[:-1], laterals[-1].detach() + 0 * laterals[-1]])
-
-
 FAULTS = {
-    "one pixel": (_one_pixel_wrong, "forward", "differs from the reference"),
-    "nan": (_not_a_number, "forward", "differs from the reference by nan"),
-    "missing": (_map_missing, "forward", "3 results where the reference has 4"),
+    "one pixel": (_last_pixel_wrong, "forward", "differs from the reference"),
+    "nan": (lambda maps: [m * float("nan") for m in EAGER(maps)], "forward", "differs from the reference by nan"),
+    "missing": (lambda maps: EAGER(maps)[1:], "forward", "3 results where the reference has 4"),
     "raises": (_raises, "forward", "does not run: RuntimeError: planted"),
-    "gradient": (_no_gradient_of_the_coarsest, "backward", "result 3 differs"),
+    "gradient": (lambda maps: EAGER([*maps[:-1], maps[-1].detach() + 0 * maps[-1]]), "backward", "result 3 differs"),
 }
 
 
@@ -450,7 +438,7 @@ def test_a_process_starts_again_under_glibc_settings_once_and_the_users_own_win(
 def test_a_refused_row_is_kept_and_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    faulty = providers.Provider("cpp", _one_pixel_wrong)
+    faulty = providers.Provider("cpp", _last_pixel_wrong)
     right = providers.Provider("eager", EAGER)
     monkeypatch.setattr(providers, "providers", lambda case, device_type, names, compiler: [right, faulty])
     only = "fpn_800x1344-n1-float32-channels_last-forw"

@@ -267,8 +267,8 @@ def _multiscale_roi_align(device_type: str) -> list[Case]:
 
 
 def _selection(op: str, name: str, levels: Levels, batch: int = 1, memory_format: str = "channels_first",
-               **numbers: Any) -> Case:  # fmt: skip
-    return Case(op, name, levels, batch, 0, "float32", memory_format, "forward", **numbers)
+               **sizes: Any) -> Case:  # fmt: skip
+    return Case(op, name, levels, batch, 0, "float32", memory_format, "forward", **sizes)
 
 
 def _generate_proposals(device_type: str) -> list[Case]:

@@ -34,49 +34,25 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "bench", help=SUMMARY, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("fpn_fast_bench"), help="folder for all results (default: %(default)s)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda if there is a GPU)")
-    parser.add_argument(
-        "--family",
-        nargs="+",
-        metavar="FAMILY",
-        choices=list(FAMILIES),
-        help="families of cases to measure, of %(choices)s (default: all)",
-    )
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="ops to measure (default: all)")
-    parser.add_argument(
-        "--only",
-        default="",
-        metavar="TEXTS",
-        help="measure only cases whose name contains one of these texts, separated by commas",
-    )
-    parser.add_argument(
-        "--providers",
-        metavar="NAMES",
-        help="providers to measure, separated by commas: eager, compile, cpp, triton (default: all)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help=f"the first case of each family and direction, {QUICK_SECONDS:g} s each"
-    )
-    parser.add_argument("--seconds", type=float, help=f"seconds per case after warming up (default: {SECONDS:g})")
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=float("inf"),
-        metavar="SECONDS",
-        help="start no case after so many seconds (default: no limit)",
-    )
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="FILE",
-        help="mark what became slower than in these results: a file, or a folder of files",
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="tiny maps and three rounds: a trial of the command, not a measurement"
-    )
+    for name, text, keywords in (
+        ("--output", "folder for results (default: %(default)s)", {"type": Path, "default": Path("fpn_fast_bench")}),
+        ("--device", "where to measure (default: cuda if there is a GPU)", {"choices": ("cpu", "cuda")}),
+        ("--family", "families of cases to measure, of %(choices)s (default: all)",
+         {"nargs": "+", "metavar": "FAMILY", "choices": list(FAMILIES)}),
+        ("--ops", "ops to measure (default: all)", {"nargs": "+", "metavar": "OP"}),
+        ("--only", "measure only cases whose name contains one of these texts, separated by commas",
+         {"default": "", "metavar": "TEXTS"}),
+        ("--providers", "providers to measure, separated by commas: eager, compile, cpp, triton (default: all)",
+         {"metavar": "NAMES"}),
+        ("--quick", f"the first case of each family and direction, {QUICK_SECONDS:g} s each", {"action": "store_true"}),
+        ("--seconds", f"seconds per case after warming up (default: {SECONDS:g})", {"type": float}),
+        ("--limit", "start no case after so many seconds (default: no limit)",
+         {"type": float, "default": float("inf"), "metavar": "SECONDS"}),
+        ("--compare", "mark what became slower than in these results: a file, or a folder of files",
+         {"type": Path, "metavar": "FILE"}),
+        ("--tiny", "tiny maps and three rounds: a trial of the command, not a measurement", {"action": "store_true"}),
+    ):  # fmt: skip
+        parser.add_argument(name, help=text, **keywords)
     parser.set_defaults(run=bench, parser=parser)
     return parser
 

@@ -55,7 +55,7 @@ class Refused(Exception):
 
 @dataclass
 class Ready:
-    """A provider that has passed its checks: how to sample it, and what goes into its rows beside times."""
+    """A provider that has passed its checks: how to sample it, and the other fields of its rows."""
 
     measurements: dict[str, Measurement]
     facts: dict[str, Any]

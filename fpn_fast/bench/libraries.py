@@ -94,7 +94,7 @@ def _neck(
         found = functional_call(module, dict(zip(keys, tensors[count:], strict=True)), (tensors[:count],))
         return list(found.values()) if isinstance(found, dict) else listed(found)
 
-    return Op(inputs, plain, fused, plain, "top_down", fullgraph=True, beside=_NECK | gradient_sums(case))
+    return Op(inputs, plain, fused, plain, "top_down", fullgraph=True, alongside=_NECK | gradient_sums(case))
 
 
 def detectron2_fpn(case: Case) -> Op:

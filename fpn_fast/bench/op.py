@@ -85,7 +85,7 @@ class Op:
     eager: the sequence that the op replaces; fused: the op; compiled: what torch.compile is given, as one graph where
         fullgraph; None where it cannot compile what the op replaces.
     kernel: the registered op that has to run where a backend of ours is timed.
-    beside: torch operators that may run beside that kernel, such as a neck's convolutions.
+    alongside: torch operators that may run with that kernel, such as a neck's convolutions.
     tensors_of: the tensors of a result that are compared. decides: they are decisions, about which float64 says
         nothing: the same elements in the same order as the reference in the same dtype, floats to rounding.
     """
@@ -96,7 +96,7 @@ class Op:
     compiled: Function | None
     kernel: str
     fullgraph: bool = False
-    beside: frozenset[str] = frozenset()
+    alongside: frozenset[str] = frozenset()
     decides: bool = False
     tensors_of: Callable[[Any], list[Tensor]] = listed
 

@@ -27,7 +27,7 @@ from fpn_fast.ops._schemas import SCHEMAS
 OPS: dict[str, Callable[[Case], Op]] = {**torchvision_ops.OPS, **libraries.OPS}
 #: By op: further providers of a case on a GPU, by name.
 RIVALS: dict[str, Callable[[Case], dict[str, Function]]] = {}
-#: torch operators that may run beside any kernel of ours: they fill, copy and convert tensors.
+#: torch operators that may run with any kernel of ours: they fill, copy and convert tensors.
 _NO_ARITHMETIC = frozenset(
     f"aten::{name}"
     for name in (
@@ -142,7 +142,7 @@ def backend_seen(operators: Iterable[str]) -> str:
 def backend_problem(case: Case, provider: Provider, operators: Iterable[str]) -> str | None:
     """Why `operators`, seen by the dispatcher in a step, are not those of the backend that `provider` names.
 
-    The op's kernels have to be among them, and no operator of torch's that computes, but for those named in Op.beside.
+    The op's kernels must be among them, and no operator of torch that computes, except those named in Op.alongside.
     """
     operators, seen = set(operators), backend_seen(operators)
     wanted = provider.backend or "torch"
@@ -156,5 +156,5 @@ def backend_problem(case: Case, provider: Provider, operators: Iterable[str]) ->
         kernels.add(f"{op.kernel}_backward")
     if missing := {f"{space}::{kernel}" for kernel in kernels} - operators:
         return f"{', '.join(sorted(missing))} did not run"
-    others = {name for name in operators - op.beside - _NO_ARITHMETIC if not name.startswith(f"{space}::")}
+    others = {name for name in operators - op.alongside - _NO_ARITHMETIC if not name.startswith(f"{space}::")}
     return f"torch's operators computed a part: {', '.join(sorted(others))}" if others else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of ours beside the code of torchvision that it replaces.
+"""Every op of ours and the torchvision code that it replaces.
 
 On a CPU ours ends in lists whose lengths depend on the data, as torchvision's code does. On a GPU it returns padded
 tensors, which can be captured in a CUDA graph; torchvision cannot do that.
@@ -66,7 +66,7 @@ def top_down(case: Case) -> Op:
         reference.top_down,
         "top_down",
         fullgraph=True,
-        beside=gradient_sums(case),
+        alongside=gradient_sums(case),
     )
 
 
@@ -227,7 +227,7 @@ def sigmoid_focal_loss(case: Case) -> Op:
         return ops.sigmoid_focal_loss(logits[0], labels(logits[0].device))
 
     # The kernel gives a loss per anchor and the gradient of their sum; autograd scales it.
-    return Op(inputs, eager, fused, eager, "sigmoid_focal_loss", beside=frozenset(("aten::sum", "aten::mul")))
+    return Op(inputs, eager, fused, eager, "sigmoid_focal_loss", alongside=frozenset(("aten::sum", "aten::mul")))
 
 
 def match_anchors(case: Case) -> Op:
