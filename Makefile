@@ -32,7 +32,7 @@ demo: build  ## train a small Faster R-CNN on digits in photographs, torchvision
 		--smallest-digit 24 --steps 1200 --lr 2e-3 --lr-steps 800 1100 --eval-images 200 --output output/demo
 
 test: build  ## all tests that this machine can run
-	$(BIN)/python -m pytest tests -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n auto --dist worksteal $(PYTEST_ARGS)
 
 fuzz: build  ## every op with arguments that nobody should give it, for as long as FUZZ_EXAMPLES of each take
 	FPN_FAST_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py -q
@@ -58,7 +58,7 @@ test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's 
 	$(VENV)-mmdet/bin/python -m pytest tests/against_mmdet.py $(PYTEST_ARGS)
 
 test-oldest: build $(VENV)-oldest/.installed  ## all tests with the oldest torch that the library serves, as built with ours
-	$(VENV)-oldest/bin/python -m pytest tests -n auto --dist loadfile $(PYTEST_ARGS)
+	$(VENV)-oldest/bin/python -m pytest tests -n auto --dist worksteal $(PYTEST_ARGS)
 
 bench: build  ## benchmarks, as ratios to eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks --output output/benchmarks $(BENCH_ARGS)

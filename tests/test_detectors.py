@@ -277,7 +277,7 @@ def test_targets_in_evaluation_are_checked_as_torchvision_does():
         model(images(), bad)
 
 
-@pytest.mark.parametrize("name", [*DENSE, "ssd300_vgg16", "fasterrcnn_resnet50_fpn"])
+@pytest.mark.parametrize("name", [*DENSE, "ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
 def test_coders_of_your_own_are_served_by_torchvisions_steps(name):
     plain = build(name)
     fast = copy.deepcopy(plain)

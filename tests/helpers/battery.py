@@ -52,6 +52,7 @@ class Op:
 
     raw(backend, maps, case): the registered op and its arguments, for opcheck.
     twice: whether it can be differentiated twice; if not it says so.
+    registered: the backends that register an op of their own.
     """
 
     function: Callable[..., list[Tensor]]
@@ -60,6 +61,7 @@ class Op:
     check_forward: Callable[..., None]
     check_backward: Callable[..., None]
     twice: bool = True
+    registered: tuple[str, ...] = backends.BACKENDS
 
 
 def poison(like: list[Tensor]) -> None:
@@ -114,6 +116,10 @@ class Battery:
             metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
         if "memory_format" in metafunc.fixturenames:
             metafunc.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+
+    def quick(self, target) -> Case:
+        """The last case; Triton's interpreter takes seconds for it."""
+        return self.tiny if target == ("triton", "cpu") else self.cases[-1]
 
     def test_forward(self, target, case, dtype, memory_format):
         maps = case.inputs(dtype, target[1], memory_format, grad=False)
@@ -173,7 +179,7 @@ class Battery:
 
     def test_awkward_output_gradients(self, target):
         """Expanded (stride 0), transposed, and on one output only."""
-        case = self.cases[-1]
+        case = self.quick(target)
         maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
         for outputs in (self.op.function(maps, **case.options)[:1], self.op.function(maps, **case.options)):
             seeds = [torch.ones((), device=o.device).expand_as(o) for o in outputs]
@@ -186,7 +192,7 @@ class Battery:
                     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
     def test_gradients_of_some_inputs(self, target):
-        case = self.cases[-1]
+        case = self.quick(target)
         for chosen in range(len(case.sizes)):
             maps = case.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)
             alone = [m if i == chosen else m.detach() for i, m in enumerate(maps)]
@@ -237,9 +243,10 @@ class Battery:
 
     def test_opcheck(self, target):
         backend, device = target
-        if backend == "reference":
+        if backend not in self.op.registered:
             pytest.skip("plain PyTorch registers no op")
-        for memory_format in FORMATS.values():
+        formats = list(FORMATS.values())
+        for memory_format in formats if target != ("triton", "cpu") else formats[:1]:
             op, arguments = self.op.raw(
                 backend, self.tiny.inputs(torch.float32, device, memory_format, True), self.tiny
             )
@@ -248,8 +255,8 @@ class Battery:
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
     def test_compile_in_one_graph(self, target, dynamic):
         torch._dynamo.reset()
-        # Of plain PyTorch the graph is ours, the code made of it torch's.
-        compiler = "aot_eager" if target[0] == "reference" else "inductor"
+        # Of plain PyTorch the graph is ours, the code made of it torch's; the interpreter runs no code of its own.
+        compiler = "aot_eager" if target[0] == "reference" or target == ("triton", "cpu") else "inductor"
         function = lambda m: self.op.function(m, **self.tiny.options)  # noqa: E731
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=compiler)
         grown = Case("grown", tuple((2 * h, 2 * w) for h, w in self.tiny.sizes), self.tiny.options, batch=3)

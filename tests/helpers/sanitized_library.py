@@ -21,6 +21,7 @@ TESTS = (
     "multiscale_roi_align",
     "multiscale_roi_align_max",
     "nms",
+    "op_contracts",
     "paste_masks",
     "select_detections",
     "sigmoid_focal_loss",

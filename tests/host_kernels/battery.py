@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.devices import DTYPES as TYPES
 
 from . import run
 from .layouts import LAYOUTS, Layout
-
-TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in run.DTYPES}
 
 
 @dataclass

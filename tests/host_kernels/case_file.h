@@ -179,27 +179,36 @@ constexpr int64_t kTypeNumber = std::is_same_v<T, double>           ? 0
                                 : std::is_same_v<T, fpn_fast::Half> ? 2
                                                                     : 3;
 
-// Calls `body.template operator()<T>()` for the type T of `Types` that has this number.
+template <class... Types>
+struct TypeList {};
+using AllTypes = TypeList<double, float, fpn_fast::Half, fpn_fast::BFloat16>;
+using WideTypes = TypeList<double, float>;
+
+// Calls `body.template operator()<T>()` for the type T of `Types` with that number.
 template <class... Types, class Body>
-void dispatch(int64_t type, const Body& body) {
+void dispatch(TypeList<Types...>, int64_t type, const Body& body) {
   if (!((kTypeNumber<Types> == type && (body.template operator()<Types>(), true)) || ...)) fail("unknown type");
 }
 
-// The body of main of `PROGRAM KERNEL CASE_FILE`. It calls `run.template operator()<T>(kernel, file)` with the case's
-// type.
-template <class... Types, class Run>
+// A whole program, `PROGRAM KERNEL CASE_FILE`: `run` gets the kernel's name and the case for the type of the case.
+template <class Types, class Run>
 int main_of_types(int count, char** arguments, const Run& run) {
   if (count != 3) fail("usage: PROGRAM KERNEL CASE_FILE");
   const CaseFile file(arguments[2]);
   const std::string kernel = arguments[1];
-  dispatch<Types...>(file.numbers.at(0), [&]<class T>() { run.template operator()<T>(kernel, file); });
+  dispatch(Types(), file.numbers.at(0), [&]<class T>() { run.template operator()<T>(kernel, file); });
   file.write();
   return 0;
 }
 
-template <class Run>
+// The same; with a sanitizer, which takes the compiler long, float alone.
+template <class Types = AllTypes, class Run>
 int main_of(int count, char** arguments, const Run& run) {
-  return main_of_types<double, float, fpn_fast::Half, fpn_fast::BFloat16>(count, arguments, run);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  return main_of_types<TypeList<float>>(count, arguments, run);
+#else
+  return main_of_types<Types>(count, arguments, run);
+#endif
 }
 
 // The `launch` that the .cuh files call.

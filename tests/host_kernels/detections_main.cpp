@@ -86,15 +86,9 @@ void run_boxes(const std::vector<int64_t>& numbers, Tensors tensors) {
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  const auto run = []<class T>(const auto& kernel, const auto& file) {
+  return host_cuda::main_of(count, arguments, []<class T>(const auto& kernel, const auto& file) {
     if (kernel == "maps") return fpn_fast::run_maps<T>(file.numbers, file.tensors);
     // Boxes are float or double.
     if constexpr (sizeof(T) >= sizeof(float)) fpn_fast::run_boxes<T>(file.numbers, file.tensors);
-  };
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  // Building all types would take minutes.
-  return host_cuda::main_of_types<float>(count, arguments, run);
-#else
-  return host_cuda::main_of(count, arguments, run);
-#endif
+  });
 }

@@ -44,6 +44,6 @@ void run(const host_cuda::CaseFile& file) {
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  return host_cuda::main_of_types<double, float>(
+  return host_cuda::main_of<host_cuda::WideTypes>(
       count, arguments, []<class T>(const auto&, const auto& file) { fpn_fast::run<T>(file); });
 }

@@ -88,6 +88,6 @@ void run(const std::string& kernel, const host_cuda::CaseFile& file) {
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  return host_cuda::main_of(count, arguments,
-                            []<class T>(const auto& kernel, const auto& file) { fpn_fast::run<T>(kernel, file); });
+  return host_cuda::main_of_types<host_cuda::AllTypes>(
+      count, arguments, []<class T>(const auto& kernel, const auto& file) { fpn_fast::run<T>(kernel, file); });
 }

@@ -40,7 +40,7 @@ void run(bool only_sorts, const host_cuda::CaseFile& file) {
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  return host_cuda::main_of_types<double, float>(count, arguments, []<class T>(const auto& kernel, const auto& file) {
+  return host_cuda::main_of<host_cuda::WideTypes>(count, arguments, []<class T>(const auto& kernel, const auto& file) {
     fpn_fast::run<T>(kernel == "sort", file);
   });
 }

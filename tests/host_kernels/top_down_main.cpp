@@ -37,8 +37,9 @@ void run(bool backward, const host_cuda::CaseFile& file) {
 }  // namespace fpn_fast
 
 int main(int count, char** arguments) {
-  return host_cuda::main_of(count, arguments, []<class T>(const auto& kernel, const auto& file) {
-    const bool backward = kernel == "backward";
-    file.numbers.at(3) ? fpn_fast::run<T, true>(backward, file) : fpn_fast::run<T, false>(backward, file);
-  });
+  return host_cuda::main_of_types<host_cuda::AllTypes>(
+      count, arguments, []<class T>(const auto& kernel, const auto& file) {
+        const bool backward = kernel == "backward";
+        file.numbers.at(3) ? fpn_fast::run<T, true>(backward, file) : fpn_fast::run<T, false>(backward, file);
+      });
 }
