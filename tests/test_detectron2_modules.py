@@ -4,7 +4,6 @@
 import copy
 import math
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -349,21 +348,3 @@ def test_register_names_them_in_the_registries(integration, monkeypatch):
         assert type(made) is integration.FPN
         assert len(made(images())) == (5 if name == names[0] else 6)
     assert type(proposals.get(names[2])(detectron2_stand_in.Config(), None)) is integration.RPN
-
-
-def test_nothing_imports_the_libraries_unasked():
-    code = (
-        "import sys, torch, torchvision, fpn_fast\n"
-        "class Importer:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('mmdet', 'mmcv', 'mmengine', 'detectron2'): raise AssertionError(name)\n"
-        "sys.meta_path.insert(0, Importer())\n"
-        "print(len(fpn_fast.accelerate(torchvision.ops.RoIAlign(7, 1.0, 2)).swapped))\n"
-        "fpn_fast.nn.mmdet.build_neck(dict(type='FPN', in_channels=[8], out_channels=8, num_outs=1))\n"
-        "try: fpn_fast.integrations.mmdet\n"
-        "except AssertionError as error: print(error)\n"
-        "print(hasattr(fpn_fast.integrations, 'mmyolo'))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["1", "mmcv", "False"]

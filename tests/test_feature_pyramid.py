@@ -5,7 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
-from helpers.modules import COPIES, run_without_torchvision
+from helpers.modules import COPIES
 from torch import nn
 from torchvision.ops import feature_pyramid_network as torchvisions
 
@@ -133,13 +133,3 @@ def test_copies(copied):
     assert type(again) is FeaturePyramidNetwork
     for a, b in zip(again(features()).values(), ours(features()).values(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_works_without_torchvision():
-    found = run_without_torchvision(
-        "fpn = fpn_fast.nn.FeaturePyramidNetwork([8, 16], 4, fpn_fast.nn.LastLevelMaxPool())\n"
-        "out = fpn({'a': torch.rand(1, 8, 8, 8), 'b': torch.rand(1, 16, 4, 4)})\n"
-        "print([(k, tuple(v.shape)) for k, v in out.items()], str(fpn_fast.accelerate(fpn)))\n"
-    )
-    shapes = "[('a', (1, 4, 8, 8)), ('b', (1, 4, 4, 4)), ('pool', (1, 4, 2, 2))]"
-    assert found == [f"{shapes} fpn_fast: this model has no module with a fused implementation"]

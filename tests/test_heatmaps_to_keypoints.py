@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from helpers.devices import without_synchronising
-from helpers.keypoint_heatmaps import BOXES, CASES, DTYPES, EMPTY, INF, NAN, TRITON_CASES, same
+from helpers.devices import DTYPES, on_triton, without_synchronising
+from helpers.keypoint_heatmaps import BOXES, CASES, EMPTY, INF, NAN, TRITON_CASES, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
@@ -162,11 +162,8 @@ def test_backends_agree_bit_for_bit(boxes, size, seed):
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_triton_equals_the_reference_bit_for_bit(name, dtype):
     case = TRITON_CASES[name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with backends.use("triton"):
-        assert backends.choose(device, "heatmaps_to_keypoints") == "triton"
-        found = ops.heatmaps_to_keypoints(*(each.to(device) for each in case.inputs(DTYPES[dtype])))
-    assert same([each.cpu() for each in found], case.expected(DTYPES[dtype]))
+    found = on_triton("heatmaps_to_keypoints", *case.inputs(DTYPES[dtype]))
+    assert same(found, case.expected(DTYPES[dtype]))
 
 
 @pytest.mark.gpu

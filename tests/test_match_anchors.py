@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from helpers.anchor_matching import CASES
-from helpers.devices import without_synchronising
+from helpers.devices import on_triton, without_synchronising
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -220,16 +220,13 @@ def test_backends_agree_bit_for_bit_on_anything():
 @pytest.mark.parametrize("name", CASES)
 def test_triton_equals_the_reference_bit_for_bit(name, dtype):
     case = CASES[name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _, _, gts, counts, anchors, anchor_counts = [tensor.to(device) for tensor in case.tensors(dtype)]
+    _, _, gts, counts, anchors, anchor_counts = case.tensors(dtype)
     rule = {"high_threshold": case.high, "low_threshold": case.low, "allow_low_quality_matches": case.low_quality}
     if case.anchor_counts is not None:
         rule["anchor_counts"] = anchor_counts
-    with backends.use("triton"):
-        assert backends.choose(device, "match_anchors") == "triton"
-        results = ops.match_anchors(gts, counts, anchors if torch.is_tensor(case.anchors) else case.anchors, **rule)
-    for actual, expected in zip(results, case.expected(dtype), strict=True):
-        assert torch.equal(actual.cpu(), expected)
+    given = anchors if torch.is_tensor(case.anchors) else case.anchors
+    results = on_triton("match_anchors", gts, counts, given, **rule)
+    assert all(torch.equal(a, b) for a, b in zip(results, case.expected(dtype), strict=True))
 
 
 @pytest.mark.gpu

@@ -171,12 +171,6 @@ class TestMultiScaleRoIAlign(Battery):
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(_BACKWARD[backend], arguments, test_utils=utilities)
 
-    def test_opcheck(self, target):
-        backend, device = target
-        for memory_format in battery.FORMATS.values():
-            op, arguments = raw(backend, self.tiny.inputs(torch.float32, device, memory_format, True), self.tiny)
-            torch.library.opcheck(op, arguments)
-
     def test_one_graph_for_any_number_of_rois(self, target):
         torch._dynamo.reset()
         maps = self.tiny.inputs(torch.float32, target[1], torch.contiguous_format, grad=True)

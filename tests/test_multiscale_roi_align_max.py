@@ -148,12 +148,6 @@ class TestMultiScaleRoIAlignMax(Battery):
     tiny = Case("tiny", ((4, 6), (3, 4)), options(rois=SOME_ROIS[:2], output_size=(1, 2), sampling_ratio=2), channels=2)
     derivatives = (tiny.options,)
 
-    def test_opcheck(self, target):
-        backend, device = target
-        for memory_format in battery.FORMATS.values():
-            op, arguments = raw(backend, self.tiny.inputs(torch.float32, device, memory_format, True), self.tiny)
-            torch.library.opcheck(op, arguments)
-
     def test_backward_op_is_checked_too(self, target):
         backend, device = target
         maps = self.tiny.inputs(torch.float32, device, torch.channels_last, False)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from helpers.devices import without_synchronising
-from helpers.mask_pasting import CASES, DTYPES
+from helpers.devices import DTYPES, on_triton, without_synchronising
+from helpers.mask_pasting import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -139,12 +139,8 @@ def test_backends_agree_bit_for_bit(boxes, size):
 @pytest.mark.parametrize("name", CASES)
 def test_triton_equals_the_reference_bit_for_bit(name, dtype):
     case = CASES[name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    masks, boxes = (tensor.to(device) for tensor in case.inputs(dtype))
-    with backends.use("triton"):
-        assert backends.choose(device, "paste_masks") == "triton"
-        pasted = ops.paste_masks(masks, boxes, case.image, padding=case.padding, threshold=case.threshold)
-    assert torch.equal(pasted.cpu(), case.expected(dtype))
+    options = {"padding": case.padding, "threshold": case.threshold}
+    assert torch.equal(on_triton("paste_masks", *case.inputs(dtype), case.image, **options), case.expected(dtype))
 
 
 @pytest.mark.gpu

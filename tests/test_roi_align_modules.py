@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from helpers import small_detectors
-from helpers.modules import COPIES, assert_none_worse, outputs_and_gradients, run_without_torchvision
+from helpers.modules import COPIES, assert_none_worse, outputs_and_gradients
 from helpers.small_detectors import NAMES
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -331,19 +331,6 @@ def test_the_standalone_level_mapper_is_torchvisions():
         mapper, expected = _standalone.LevelMapper(*arguments), LevelMapper(*arguments)
         assert {**vars(mapper), "eps": mapper.eps} == vars(expected)
         assert torch.equal(mapper(boxes()), expected(boxes()))
-
-
-def test_works_without_torchvision():
-    found = run_without_torchvision(
-        "from fpn_fast import nn\n"
-        "pooler = nn.MultiScaleRoIAlign(['a', 'b'], 3, 2)\n"
-        "maps = {'a': torch.rand(1, 8, 16, 16), 'b': torch.rand(1, 8, 8, 8)}\n"
-        "boxes = [torch.tensor([[3.0, 4, 50, 60]])]\n"
-        "print(pooler(maps, boxes, [(64, 64)]).shape, pooler.scales, pooler.map_levels(boxes).tolist())\n"
-        "print(nn.RoIAlign(2, 0.25, 2)(maps['a'], boxes).shape)\n"
-        "print(nn.detectron2.ROIPooler(2, (1 / 4, 1 / 8), 0, 'ROIAlign')(list(maps.values()), boxes).shape)\n"
-    )
-    assert found == ["torch.Size([1, 8, 3, 3]) [0.25, 0.125] [0]", *["torch.Size([1, 8, 2, 2])"] * 2]
 
 
 # RoIAlign

@@ -82,23 +82,25 @@ def anchors_of(maps, cells):
     return [levels] * len(maps[0])
 
 
+def settings_of(coder, options, **others):
+    """What torchvision's steps read of their model."""
+    return SimpleNamespace(
+        score_thresh=options["score_thresh"], nms_thresh=options["nms_thresh"],
+        detections_per_img=options["max_detections"], box_coder=coder, **others,
+    )  # fmt: skip
+
+
 def torchvisions_retinanet(maps, **options):
     options = {**OPTIONS, **options}
-    model = SimpleNamespace(
-        score_thresh=options["score_thresh"], topk_candidates=options["pre_nms_top_n"],
-        nms_thresh=options["nms_thresh"], detections_per_img=options["max_detections"],
-        box_coder=_utils.BoxCoder((1.0, 1.0, 1.0, 1.0)),
-    )  # fmt: skip
+    model = settings_of(_utils.BoxCoder((1.0,) * 4), options, topk_candidates=options["pre_nms_top_n"])
     outputs = {"cls_logits": flat(maps.logits, CLASSES), "bbox_regression": flat(maps.deltas, 4)}
     sizes = SIZES[: len(maps.logits[0])]
     return retinanet.RetinaNet.postprocess_detections(model, outputs, anchors_of(maps.logits, CELLS), sizes)
 
 
 def torchvisions_fcos(maps):
-    model = SimpleNamespace(
-        score_thresh=0.2, topk_candidates=OPTIONS["pre_nms_top_n"], nms_thresh=OPTIONS["nms_thresh"],
-        detections_per_img=OPTIONS["max_detections"], box_coder=_utils.BoxLinearCoder(normalize_by_size=True),
-    )  # fmt: skip
+    coder, options = _utils.BoxLinearCoder(normalize_by_size=True), {**OPTIONS, "score_thresh": 0.2}
+    model = settings_of(coder, options, topk_candidates=options["pre_nms_top_n"])
     outputs = {
         "cls_logits": flat(maps.logits, CLASSES),
         "bbox_regression": flat([each.abs() for each in maps.deltas], 4),
@@ -288,23 +290,18 @@ def select_boxes(these, counts=None, **options):
     )
 
 
+SECOND_STAGE = _utils.BoxCoder((10.0, 10.0, 5.0, 5.0))
+
+
 def torchvisions_roi_heads(these, counts, **options):
-    options = {**BOX_OPTIONS, **options}
-    model = SimpleNamespace(
-        score_thresh=options["score_thresh"], nms_thresh=options["nms_thresh"],
-        detections_per_img=options["max_detections"], box_coder=_utils.BoxCoder((10.0, 10.0, 5.0, 5.0)),
-    )  # fmt: skip
+    model = settings_of(SECOND_STAGE, {**BOX_OPTIONS, **options})
     rows = [[table[n, :count] for n, count in enumerate(counts)] for table in vars(these).values()]
     found = roi_heads.RoIHeads.postprocess_detections(model, torch.cat(rows[0]), torch.cat(rows[1]), rows[2], SIZES)
     return [dict(zip(("boxes", "scores", "labels"), each, strict=True)) for each in zip(*found, strict=True)]
 
 
-def torchvisions_ssd(these, class_top_n, **options):
-    options = {**BOX_OPTIONS, **options}
-    model = SimpleNamespace(
-        score_thresh=options["score_thresh"], nms_thresh=options["nms_thresh"], topk_candidates=class_top_n,
-        detections_per_img=options["max_detections"], box_coder=_utils.BoxCoder((10.0, 10.0, 5.0, 5.0)),
-    )  # fmt: skip
+def torchvisions_ssd(these, class_top_n):
+    model = settings_of(SECOND_STAGE, BOX_OPTIONS, topk_candidates=class_top_n)
     outputs = {"cls_logits": these.logits, "bbox_regression": these.deltas}
     return ssd.SSD.postprocess_detections(model, outputs, list(these.boxes), SIZES)
 

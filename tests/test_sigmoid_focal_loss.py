@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from helpers.devices import without_synchronising
-from helpers.focal_losses import ALPHA, CASES, DTYPES, check
+from helpers.devices import DTYPES, without_synchronising
+from helpers.focal_losses import ALPHA, CASES, check
 from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
 from fpn_fast import ops, reference

@@ -25,24 +25,20 @@ KINDS = {
     "fcos": (detection.FCOS, {"num_classes": 5, "score_thresh": 0.07, "detections_per_img": 30}),
 }
 
+# Of five maps.
+ANCHORS = {
+    "fcos": (tuple((8 * 2**i,) for i in range(5)), ((1.0,),) * 5),
+    "retinanet": (tuple((16 * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),
+}
+
 
 @functools.cache
 def accelerated(kind):
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
     make, options = KINDS[kind]
-    if kind == "fcos":  # its anchors are for five maps
-        options = {
-            **options,
-            "anchor_generator": detection.fcos.AnchorGenerator(tuple((8 * 2**i,) for i in range(5)), ((1.0,),) * 5),
-        }
-    if kind == "retinanet":
-        options = {
-            **options,
-            "anchor_generator": detection.fcos.AnchorGenerator(
-                tuple((16 * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5
-            ),
-        }
+    if kind in ANCHORS:
+        options = {**options, "anchor_generator": detection.fcos.AnchorGenerator(*ANCHORS[kind])}
     model = make(backbone, min_size=64, max_size=100, **options)
     calibrate(model)
     fpn_fast.accelerate(model)

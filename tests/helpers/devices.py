@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from fpn_fast import backends, ops
 
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in
+          (torch.float64, torch.float32, torch.float16, torch.bfloat16)}  # fmt: skip
 CPU_AND_GPU = ["cpp", "reference", *(pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton"))]
 # A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of boxes.
 not_interpreted = pytest.mark.parametrize("every_backend", CPU_AND_GPU, indirect=True)
@@ -38,6 +40,14 @@ class OpsOn:
             return tree_map_only(Tensor, lambda t: t.cpu(), function(*arguments, **options))
 
         return call
+
+
+def on_triton(op: str, *arguments: Any, **options: Any) -> Any:
+    """What `op` gives on Triton: on a GPU, or on the CPU where Triton's interpreter runs; as tensors of the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with backends.use("triton"):
+        assert backends.choose(device, op) == "triton"
+        return getattr(OpsOn(device), op)(*arguments, **options)
 
 
 def without_synchronising(call: Callable[..., Any], runs: int = 1) -> list[Any]:

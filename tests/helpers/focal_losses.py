@@ -11,7 +11,6 @@ from fpn_fast import reference
 from fpn_fast.ops._schemas import FOCAL_TILE
 from fpn_fast.testing.tolerances import assert_linear
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALPHA = 0.3
 
 

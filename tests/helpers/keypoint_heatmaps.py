@@ -11,7 +11,6 @@ import torch
 from fpn_fast import reference
 
 NAN, INF = math.nan, math.inf
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Larger and smaller than the maps, of fractions, thin, of a pixel or less, inverted, far away.
 BOXES = (

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module is compared with another one: outputs, gradients, copies, and where torchvision is missing."""
+"""How a module is compared with another one: outputs, gradients and copies."""
 
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import torch
 from torch import nn
@@ -47,9 +45,3 @@ def _saved(module):
 
 #: Each makes an equal module of one.
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda module: pickle.loads(pickle.dumps(module)), "save": _saved}
-
-
-def run_without_torchvision(code):
-    """The lines that `code` prints in a process where torchvision cannot be imported."""
-    command = [sys.executable, "-c", "import sys; sys.modules['torchvision'] = None\nimport torch, fpn_fast\n" + code]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
