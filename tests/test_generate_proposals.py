@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-import sys
 
 import pytest
 import torch
-from helpers import devices
+from helpers.devices import check_on_a_gpu, not_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
@@ -19,34 +16,12 @@ from fpn_fast.ops.generate_proposals import _FORWARD, DETECTRON2, MMDET, TORCHVI
 from fpn_fast.reference.generate_proposals import anchors_at, decode, exponential, logistic
 
 NAN, INF = float("nan"), float("inf")
-BACKENDS = ["cpp", "reference"]
-GPU = [pytest.param(f"cuda-{name}", marks=pytest.mark.gpu) for name in ("cpp", "triton")]
-# A call takes Triton's interpreter some tenths of a second, and as many seconds where there are thousands of boxes.
-not_interpreted = pytest.mark.parametrize("backend", [*BACKENDS, *GPU], indirect=True)
 # Padded to 100 x 168, which the strides of the coarsest map do not divide.
 PADDED, SIZES = (100, 168), [(100, 160), (90, 168)]
 PYRAMID = ((25, 42), (13, 21), (7, 11), (4, 6))
 GENERATOR = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
 CELLS = [table.tolist() for table in GENERATOR.cell_anchors]
 FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@pytest.fixture(params=BACKENDS)
-def cpu_backend(request):
-    with backends.use(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=[*BACKENDS, "triton", *GPU])
-def backend(request, monkeypatch):
-    """Backends on the CPU, and those with kernels on a GPU, where `ops` of this file then runs."""
-    *device, name = request.param.split("-")
-    if request.param == "triton" and not backends.triton_interprets():
-        pytest.skip("Triton runs on the GPU here")
-    if device:
-        monkeypatch.setattr(sys.modules[__name__], "ops", devices.OpsOn(*device))
-    with backends.use(name):
-        yield name
 
 
 def head(dtype=torch.float32, form=torch.contiguous_format, batch=2, pyramid=PYRAMID, trained=False, seed=0):
@@ -106,7 +81,7 @@ def check_equal(found, expected, unit):
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torchvisions_rpn(backend, dtype, form, trained):
+def test_equals_torchvisions_rpn(every_backend, dtype, form, trained):
     objectness, deltas = head(dtype, form, trained=trained)
     found = propose(objectness, deltas, **vars(TORCHVISION))
     assert (found[0].dtype, found[1].dtype, found[2].dtype) == (dtype, dtype, torch.int64)
@@ -120,7 +95,7 @@ def test_equals_torchvisions_rpn(backend, dtype, form, trained):
      (50, 0, 0.7, 0.0), (200, 150, 0.7, 2.0)],
     ids=str,
 )  # fmt: skip
-def test_other_numbers(backend, numbers):
+def test_other_numbers(every_backend, numbers):
     """Fewer anchors than are asked for, fewer wanted than are left, nothing that is good enough, nothing wanted."""
     pre, post, thresh, score_thresh = numbers
     objectness, deltas = head()
@@ -133,7 +108,7 @@ def test_other_numbers(backend, numbers):
 @not_interpreted
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("levels", [1, 3])
-def test_batches_and_levels(backend, batch, levels):
+def test_batches_and_levels(every_backend, batch, levels):
     generator = AnchorGenerator(GENERATOR.sizes[:levels], GENERATOR.aspect_ratios[:levels])
     objectness, deltas = head(batch=batch, pyramid=PYRAMID[:levels])
     found = propose(objectness, deltas)
@@ -152,7 +127,7 @@ def test_cpp_is_the_reference_bit_for_bit(dtype, options):
     """Half precision has many equal logits: these are told apart by their order alone."""
     objectness, deltas = head(dtype, torch.channels_last, trained=True)
     results = []
-    for name in BACKENDS:
+    for name in ("cpp", "reference"):
         with backends.use(name):
             results.append(propose(objectness, deltas, **options))
     assert results[0][0].dtype == torch.float32
@@ -160,7 +135,7 @@ def test_cpp_is_the_reference_bit_for_bit(dtype, options):
 
 
 @not_interpreted
-def test_half_precision_is_read_exactly(backend):
+def test_half_precision_is_read_exactly(every_backend):
     """The same as of the maps in float32: anchors, decoding and overlap know no half precision."""
     for dtype in (torch.float16, torch.bfloat16):
         objectness, deltas = head(dtype)
@@ -170,7 +145,7 @@ def test_half_precision_is_read_exactly(backend):
 
 
 @not_interpreted
-def test_any_strides(backend):
+def test_any_strides(every_backend):
     objectness, deltas = head()
     expected = propose(objectness, deltas)
     for form in (torch.channels_last, torch.contiguous_format):
@@ -187,7 +162,7 @@ def test_any_strides(backend):
         assert all(torch.equal(a, b) for a, b in zip(propose(*views), expected, strict=True))
 
 
-def test_ties_go_in_torchvisions_order_of_anchors(backend):
+def test_ties_go_in_torchvisions_order_of_anchors(every_backend):
     """All logits equal: the first anchors of (y, x, anchor), and of equal scores the finer level first."""
     objectness, deltas = head(batch=1)
     objectness = [torch.full_like(m, 0.25) for m in objectness]
@@ -205,7 +180,7 @@ def test_ties_go_in_torchvisions_order_of_anchors(backend):
 
 
 @not_interpreted
-def test_bad_numbers_are_never_proposed(backend):
+def test_bad_numbers_are_never_proposed(every_backend):
     """What is left is as if the logits had been low; torchvision ranks NaN first."""
     objectness, deltas = head()
     bad = [m.clone() for m in objectness]
@@ -234,7 +209,7 @@ def test_bad_numbers_are_never_proposed(backend):
     assert not any(each.any() for each in nothing)
 
 
-def test_sizes_and_scores_that_are_hit_exactly(backend):
+def test_sizes_and_scores_that_are_hit_exactly(every_backend):
     """A box of exactly the least size, and a score of exactly the threshold, by >= and by >."""
     objectness, deltas = torch.zeros(1, 1, 1, 2), torch.zeros(1, 4, 1, 2)
     arguments = ([objectness], [deltas], [[(0, 0, 8, 4)]], [(1, 20)], torch.tensor([[50, 50]]))
@@ -277,7 +252,7 @@ def places(level, top, width, stride, offset):
     return torch.stack([x, y, x, y], 1) + torch.tensor(CELLS[level], dtype=torch.float64)[top % 3]
 
 
-def test_detectron2s_formulas(backend):
+def test_detectron2s_formulas(every_backend):
     """apply_deltas, find_top_rpn_proposals: the largest scale clamped, sides > 0, logits, anchors half a stride off."""
     objectness, deltas, options = numbers_of_libraries(DETECTRON2)
     strides = strides_of(objectness)
@@ -298,7 +273,7 @@ def test_detectron2s_formulas(backend):
 
 
 @pytest.mark.parametrize("center_clamp", [INF, 32, 0.5, 0], ids=str)
-def test_mmdetections_formulas(backend, center_clamp):
+def test_mmdetections_formulas(every_backend, center_clamp):
     """delta2bbox, RPNHead: means and stds, clamps, the mean of corners, sides > 0, mmcv's overlap. Where centres are
     clamped (YOLOF) scales are from above only."""
     objectness, deltas, options = numbers_of_libraries(MMDET)
@@ -365,7 +340,7 @@ def test_any_maps(data):
         "center_clamp": draw(st.sampled_from([INF, 32.0, 0.0])),
     }
     results = []
-    for name in BACKENDS:
+    for name in ("cpp", "reference"):
         with backends.use(name):
             results.append(propose(objectness, deltas, cells, **options))
     # float64 has no exponential of more digits to round.
@@ -374,47 +349,14 @@ def test_any_maps(data):
         torch.testing.assert_close(a, b, rtol=unit, atol=2**11 * unit)
 
 
-def raw(backend):
+def raw():
     objectness, deltas = head(pyramid=PYRAMID[2:])
     cells = torch.tensor(CELLS[2:]).flatten().tolist()
     ones = [1.0] * 4
-    return _FORWARD[backend], (
+    return _FORWARD["cpp"], (
         objectness, deltas, cells, [14, 15, 25, 28], torch.tensor(SIZES).float(), 20, 15, 0.7, 0.0, 1e-3,
         ones, [0.0] * 4, ones, 4.0, False, False, 0.0, INF, False, False, 0,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_opcheck(cpu_backend, device):
-    op, arguments = raw(cpu_backend)
-    torch.library.opcheck(op, tree_map_only(torch.Tensor, lambda t: devices.moved(t, device), arguments))
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(cpu_backend, dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda o, d: propose(o, d), fullgraph=True, dynamic=dynamic)
-    for pyramid in (PYRAMID[2:], ((9, 8), (5, 7))):
-        maps = head(pyramid=pyramid)
-        assert all(torch.equal(a, b) for a, b in zip(compiled(*maps), propose(*maps), strict=True))
-
-
-def test_nothing_waits_for_the_device():
-    """No value is looked at: fake tensors have none."""
-    with FakeTensorMode():
-        objectness = [torch.empty(2, 3, *size, device="cuda") for size in PYRAMID]
-        deltas = [torch.empty(2, 12, *size, device="cuda") for size in PYRAMID]
-        found = ops.generate_proposals(
-            objectness, deltas, CELLS, strides_of(objectness), torch.empty(2, 2, device="cuda"),
-            pre_nms_top_n=100, post_nms_top_n=50, nms_thresh=0.7,
-        )  # fmt: skip
-    assert [tuple(each.shape) for each in found] == [(2, 50, 4), (2, 50), (2,)]
-    assert {each.device.type for each in found} == {"cuda"}
-
-
-def test_schemas_of_all_namespaces_are_equal():
-    assert set(_FORWARD) == {"cpp", "triton", "reference"}
-    assert len({str(op._schema).partition("::")[2] for op in _FORWARD.values()}) == 1
 
 
 def test_autocast_promotes_and_gradients_are_not_kept():
@@ -429,7 +371,7 @@ def test_autocast_promotes_and_gradients_are_not_kept():
 
 
 def test_second_fence_holds_behind_the_python_checks():
-    op, arguments = raw("cpp")
+    op, arguments = raw()
     for i, value, message in (
         (1, arguments[1][:1], "as many of deltas"),
         (1, arguments[0], r"takes deltas of \d+ channels"),
@@ -498,40 +440,13 @@ def test_decoding_is_torchvisions_coder():
 @pytest.mark.parametrize("numbers", [(1000, 1000), (2000, 2000)], ids=str)
 @pytest.mark.parametrize("name", ["cpp", "triton"])
 def test_a_gpu_proposes_what_the_cpu_does(name, dtype, form, numbers):
-    """At a detector's size, bit for bit; the same in every run, with no wait."""
+    """At a detector's size, bit for bit; the same in every run, without synchronising."""
     pyramid = ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))
     objectness, deltas = head(dtype, form, pyramid=pyramid, trained=True)
     cells = [*CELLS, (torch.tensor(CELLS[-1]) * 2).tolist()]
     options = {"pre_nms_top_n": numbers[0], "post_nms_top_n": numbers[1], "nms_thresh": 0.7}
     strides, sizes = strides_of(objectness, (800, 1344)), torch.tensor([[800, 1333], [780, 1344]])
-    expected = ops.generate_proposals(objectness, deltas, cells, strides, sizes, **options)
-    maps, sizes = [[m.cuda() for m in each] for each in (objectness, deltas)], sizes.cuda()
-    with backends.use(name):
-        ops.generate_proposals(*maps, cells, strides, sizes, **options)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            results = [ops.generate_proposals(*maps, cells, strides, sizes, **options) for _ in range(2)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for found in results:
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cpp", "triton"])
-def test_can_be_captured_in_a_graph(name):
-    objectness, deltas = ([m.cuda() for m in each] for each in head())
-    sizes = torch.tensor(SIZES).float().cuda()
-    options = {"pre_nms_top_n": 200, "post_nms_top_n": 150, "nms_thresh": 0.7}
-    call = lambda: ops.generate_proposals(objectness, deltas, CELLS, strides_of(objectness), sizes, **options)  # noqa: E731
-    with backends.use(name):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        # Other numbers than when it was captured.
-        for maps, new in zip((objectness, deltas), head(seed=5), strict=True):
-            for mine, other in zip(maps, new, strict=True):
-                mine.copy_(other)
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+    call = lambda objectness, deltas, sizes: ops.generate_proposals(  # noqa: E731
+        objectness, deltas, cells, strides, sizes, **options
+    )
+    check_on_a_gpu(name, call, objectness, deltas, sizes)

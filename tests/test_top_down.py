@@ -166,14 +166,6 @@ def test_autocast_promotes_to_the_widest():
         assert ops.top_down(half)[0].dtype == torch.bfloat16
 
 
-def test_schemas_of_both_namespaces_are_equal():
-    pytest.importorskip("triton")
-    for forms in (_FORWARD, _BACKWARD):
-        schemas = {str(op._schema).partition("::")[2] for op in forms.values()}
-        assert set(forms) == {"cpp", "triton"}
-        assert len(schemas) == 1
-
-
 def maps(*sizes, channels=2, dtype=torch.float32):
     return [torch.zeros(1, channels, *size, dtype=dtype) for size in sizes]
 
