@@ -319,7 +319,7 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
         f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {ours[0]['test']['images']} images; "
         f"{figures['device']}, {figures['threads']} threads, {figures['processes']} process(es)",
         f"fpn_fast's backend: {figures['backend']}",
-        *(f"picture: {path}" for path in figures["pictures"]),
+        *(f"image: {path}" for path in figures["pictures"]),
         f"all figures: {output / 'figures.json'}",
     ]
     return "\n".join(lines)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -245,23 +246,20 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes) -> li
     return tracks
 
 
-class Interrupts:
-    """In the ``with`` block the first Ctrl-C only sets ``seen``: the step ends before the checkpoint is written."""
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """In the block the first Ctrl-C only fills the list: the step ends before the checkpoint is written."""
+    seen: list[int] = []
 
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
 
-    def __enter__(self) -> Interrupts:
-        self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def be_deterministic() -> None:
