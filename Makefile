@@ -29,7 +29,7 @@ build: $(VENV)/.built  ## .venv with pinned dependencies, and the compiled libra
 
 demo: build  ## train a small Faster R-CNN on digits in photographs, torchvision's and ours (under 4 minutes on 2 cores)
 	$(BIN)/python examples/train_detector.py --compare --backbone slim_resnet --heads tiny --channels 64 --image-size 128 \
-		--smallest-digit 24 --steps 1200 --lr 2e-3 --lr-steps 800 1100 --eval-images 200 --output output/demo
+		--smallest-digit 24 --steps 1000 --lr 2e-3 --lr-steps 650 900 --eval-images 200 --output output/demo
 
 test: build  ## all tests that this machine can run
 	$(BIN)/python -m pytest tests -n auto --dist worksteal $(PYTEST_ARGS)

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,20 +45,6 @@ SMALLER = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the guide's reader stands."""
-    folder, threads = tmp_path_factory.mktemp("guide"), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        # These tests read no times.
-        patch.setattr(detector_report, "REPEATS", 1)
-        yield folder
-    torch.set_num_threads(threads)
-    for checkpoint in folder.rglob("checkpoint.pt"):
-        checkpoint.unlink()
-
-
 def small(command: str) -> list[str]:
     """The command's words with small sizes in the place of the guide's."""
     words = shlex.split(command.replace("--heads torchvision", "--heads small"))
@@ -75,34 +60,42 @@ def small(command: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("number", range(len(COMMANDS)))
-def test_a_command_of_the_guide_runs(number: int, folder: Path) -> None:
-    program, *words = small(COMMANDS[number])
-    if program == "torchrun":
-        words[words.index("examples/train_detector.py")] = str(ROOT / "examples" / "train_detector.py")
-        command = [sys.executable, "-m", "torch.distributed.run", *words]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=540)
-        assert done.returncode == 0, done.stderr
-        assert json.loads((folder / "runs/two/figures.json").read_text())["processes"] == 2
-        return
-    assert program == "python"
-    script, *arguments = words
-    assert (ROOT / script).is_file()
-    assert importlib.import_module(Path(script).stem).main(arguments) in (0, None)
-
-
-def test_the_ablation_has_left_its_table(folder: Path) -> None:
-    found = json.loads((folder / "runs/ablation/ablation.json").read_text())
+def test_the_commands_of_the_guide_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One test: a command needs what those before it wrote."""
+    assert len(COMMANDS) == len(set(COMMANDS)) == 9
+    assert sum(command.startswith("torchrun ") for command in COMMANDS) == 1
+    monkeypatch.chdir(tmp_path)
+    # These tests read no times.
+    monkeypatch.setattr(detector_report, "REPEATS", 1)
+    threads = torch.get_num_threads()
+    try:
+        for command in COMMANDS:
+            run(*small(command))
+    finally:
+        torch.set_num_threads(threads)
+        # pytest keeps the folders of three sessions.
+        for checkpoint in tmp_path.rglob("checkpoint.pt"):
+            checkpoint.unlink()
+    assert json.loads(Path("runs/two/figures.json").read_text())["processes"] == 2
+    found = json.loads(Path("runs/ablation/ablation.json").read_text())
     assert [row["row"] for row in found["rows"]] == ["FPN, torchvision", "single level, C4"]
     for row in found["rows"]:
         assert [run["seed"] for run in row["runs"]] == [3, 5]
         assert all(run["AP_by_step"][0]["step"] == 1 and run["final_loss"] > 0 for run in row["runs"])
-    table = (folder / "runs/ablation/ablation.md").read_text()
+    table = Path("runs/ablation/ablation.md").read_text()
     assert "| single level, C4 | " in table
     assert "means of seeds 3, 5; " in table
     assert found["command"] in table
 
 
-def test_the_guide_has_all_kinds_of_commands() -> None:
-    assert len(COMMANDS) == len(set(COMMANDS)) == 9
-    assert sum(command.startswith("torchrun ") for command in COMMANDS) == 1
+def run(program: str, *words: str) -> None:
+    if program == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", *words]
+        command[command.index("examples/train_detector.py")] = str(ROOT / "examples" / "train_detector.py")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+        assert done.returncode == 0, done.stderr
+        return
+    script, *arguments = words
+    assert program == "python", program
+    assert (ROOT / script).is_file(), script
+    assert importlib.import_module(Path(script).stem).main(arguments) in (0, None), (script, *arguments)
