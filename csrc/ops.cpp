@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every op schema, and nothing else. What each op does stands in fpn_fast/ops/<op>.py.
+// The schema of every op. fpn_fast/ops/<op>.py says what the op does.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fpn_fast, library) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The top-down merge on the CPU. Bound by memory: each lateral is read once, each merged map written once, and the
-// coarser map is read from cache. Two loop nests serve every layout:
-//   - planes (channels_first, and any other strides): a source row is resampled along W into a buffer that its two or
-//     so destination rows then add, so that the indexing happens once per source row and the sums are plain vectors;
+// The top-down merge on the CPU. Memory bandwidth limits it: each lateral is read once, each merged map is written
+// once, and the coarser map is read from cache. Two loop nests serve all memory formats:
+//   - planes (channels_first, and any other strides): a source row is resampled along W into a buffer once, and the
+//     destination rows that read it, two or so, add it as plain vectors.
 //   - pixels (channels_last): the channels of a pixel are the vector.
 #include "../torch/top_down.h"
 
@@ -28,15 +28,15 @@ struct LevelPair {
   bool average;
 };
 
-// One source row resampled to the destination's width. `row` remembers which, so that it is made once. A plane uses
-// two, for the rows above and below, and the values of a third for their blend.
+// A source row that is resampled to the destination's width, and its index. A plane uses two buffers, for the rows
+// above and below, and a third for their blend.
 template <class acc_t>
 struct RowBuffer {
   int row = -1;
   std::vector<acc_t> values;
 };
 
-// The resampling of every column, worked out once per level.
+// The resampling of every column, computed once per level.
 template <bool kBilinear, class acc_t>
 struct ColumnTable {
   std::vector<int> lo, hi;
@@ -196,7 +196,7 @@ void merge_pathway(const std::vector<FeatureMap<const T>>& laterals, const std::
     }
     return;
   }
-  // A plane's whole pathway before the next plane: its coarser levels stay in the core's own cache.
+  // A plane's whole pathway before the next plane, so that its coarser levels stay in the core's own cache.
   const int64_t channels = laterals[0].channels;
   parallel_rows(laterals[0].batch * channels, plane_elements, [&](int64_t begin, int64_t end) {
     RowBuffer<acc_t> buffers[3];
@@ -210,24 +210,17 @@ void merge_pathway(const std::vector<FeatureMap<const T>>& laterals, const std::
   });
 }
 
-std::vector<Tensor> top_down_cpu(std::vector<Tensor> laterals, int64_t mode, bool average) {
-  std::vector<Tensor> merged = empty_merged(laterals, mode);
-  if (merged.empty() || laterals[0].numel() == 0) return merged;
-  dispatch_floating(laterals[0].scalar_type(), "top_down", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto lateral_maps = to_feature_maps<const T>(laterals);
-    const auto merged_maps = to_feature_maps<T>(merged);
-    if (static_cast<Resample>(mode) == Resample::kNearest) {
-      merge_pathway<false, T>(lateral_maps, merged_maps, Resample::kNearest, average);
-    } else {
-      merge_pathway<true, T>(lateral_maps, merged_maps, static_cast<Resample>(mode), average);
-    }
-  });
-  return merged;
-}
+struct Cpu {
+  template <class T>
+  static void merge(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
+                    Resample mode, bool average, const Tensor&) {
+    mode == Resample::kNearest ? merge_pathway<false, T>(laterals, merged, mode, average)
+                               : merge_pathway<true, T>(laterals, merged, mode, average);
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("top_down", TORCH_BOX(&top_down_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) { library.impl("top_down", TORCH_BOX(&top_down<Cpu>)); }
 
 }  // namespace fpn_fast

@@ -197,27 +197,19 @@ void gather_pathway(const std::vector<FeatureMap<const T>>& grads, const std::ve
   });
 }
 
-std::vector<Tensor> top_down_backward_cpu(std::vector<Tensor> grads, int64_t coarse_height, int64_t coarse_width,
-                                          int64_t mode, bool average) {
-  std::vector<Tensor> sums = empty_lateral_grads(grads, coarse_height, coarse_width, mode);
-  if (grads[0].numel() == 0) return sums;
-  dispatch_floating(grads[0].scalar_type(), "top_down_backward", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto grad_maps = to_feature_maps<const T>(grads);
-    const auto sum_maps = to_feature_maps<T>(sums);
-    if (static_cast<Resample>(mode) == Resample::kNearest) {
-      gather_pathway<false, T>(grad_maps, sum_maps, Resample::kNearest, average);
-    } else {
-      gather_pathway<true, T>(grad_maps, sum_maps, static_cast<Resample>(mode), average);
-    }
-  });
-  return sums;
-}
+struct Cpu {
+  template <class T>
+  static void gather(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
+                     Resample mode, bool average, const Tensor&) {
+    mode == Resample::kNearest ? gather_pathway<false, T>(grads, sums, mode, average)
+                               : gather_pathway<true, T>(grads, sums, mode, average);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CPU, library) {
-  library.impl("top_down_backward", TORCH_BOX(&top_down_backward_cpu));
+  library.impl("top_down_backward", TORCH_BOX(&top_down_backward<Cpu>));
 }
 
 }  // namespace fpn_fast

@@ -11,47 +11,38 @@ namespace fpn_fast {
 namespace {
 
 template <class T>
-std::vector<FeatureMap<T>> marked_maps(const std::vector<Tensor>& tensors, bool channels_last) {
-  auto maps = to_feature_maps<T>(tensors);
+std::vector<FeatureMap<T>> marked(std::vector<FeatureMap<T>> maps, bool channels_last) {
   for (auto& map : maps) mark_vectorised(map, channels_last);
   return maps;
 }
 
-// Calls `body.template operator()<T, kChannelsLast>(launch)` on the maps' device. The memory format of the first map
-// decides how threads map to elements. Maps with other strides give the same result more slowly.
-template <class Body>
-void dispatch_maps(const std::vector<Tensor>& maps, const char* op, const Body& body) {
-  run_on(maps[0], [&](const auto& launch) {
-    dispatch_floating(maps[0].scalar_type(), op, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      is_channels_last(maps[0]) ? body.template operator()<T, true>(launch)
-                                : body.template operator()<T, false>(launch);
+// The memory format of the first map decides how threads map to elements. Maps with other strides give the same result
+// more slowly.
+struct Cuda {
+  template <class T>
+  static void merge(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
+                    Resample mode, bool average, const Tensor& first) {
+    run_on(first, [&](const auto& launch) {
+      const bool last = is_channels_last(first);
+      const auto sources = marked(laterals, last);
+      const auto targets = marked(merged, last);
+      last ? merge_in_launches<T, true>(sources, targets, mode, average, launch)
+           : merge_in_launches<T, false>(sources, targets, mode, average, launch);
     });
-  });
-}
+  }
 
-std::vector<Tensor> top_down_cuda(std::vector<Tensor> laterals, int64_t mode, bool average) {
-  std::vector<Tensor> merged = empty_merged(laterals, mode);
-  if (merged.empty() || laterals[0].numel() == 0) return merged;
-  dispatch_maps(laterals, "top_down", [&]<class T, bool kChannelsLast>(const auto& launch) {
-    merge_in_launches<T, kChannelsLast>(marked_maps<const T>(laterals, kChannelsLast),
-                                        marked_maps<T>(merged, kChannelsLast), static_cast<Resample>(mode), average,
-                                        launch);
-  });
-  return merged;
-}
-
-std::vector<Tensor> top_down_backward_cuda(std::vector<Tensor> grads, int64_t coarse_height, int64_t coarse_width,
-                                           int64_t mode, bool average) {
-  std::vector<Tensor> sums = empty_lateral_grads(grads, coarse_height, coarse_width, mode);
-  if (grads[0].numel() == 0) return sums;
-  dispatch_maps(grads, "top_down_backward", [&]<class T, bool kChannelsLast>(const auto& launch) {
-    gather_in_launches<T, kChannelsLast>(marked_maps<const T>(grads, kChannelsLast),
-                                         marked_maps<T>(sums, kChannelsLast), static_cast<Resample>(mode), average,
-                                         launch);
-  });
-  return sums;
-}
+  template <class T>
+  static void gather(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
+                     Resample mode, bool average, const Tensor& first) {
+    run_on(first, [&](const auto& launch) {
+      const bool last = is_channels_last(first);
+      const auto sources = marked(grads, last);
+      const auto targets = marked(sums, last);
+      last ? gather_in_launches<T, true>(sources, targets, mode, average, launch)
+           : gather_in_launches<T, false>(sources, targets, mode, average, launch);
+    });
+  }
+};
 
 template <class T, bool kChannelsLast, bool kBilinear>
 void add_kernels(KernelTable& table, const std::string& type) {
@@ -72,8 +63,8 @@ const RegisterKernels kernels([](KernelTable& table) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_fast, CUDA, library) {
-  library.impl("top_down", TORCH_BOX(&top_down_cuda));
-  library.impl("top_down_backward", TORCH_BOX(&top_down_backward_cuda));
+  library.impl("top_down", TORCH_BOX(&top_down<Cuda>));
+  library.impl("top_down_backward", TORCH_BOX(&top_down_backward<Cuda>));
 }
 
 }  // namespace fpn_fast
