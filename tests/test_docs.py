@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation: every block of Python is run, every command of ours is one that there is, and the site builds."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -27,8 +28,11 @@ def blocks(path: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(path.read_text())
 
 
+# tests/test_deploy.py runs the page that compiles a detector.
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
+    "page",
+    [page for page in PAGES if "```python" in page.read_text() and page.stem != "deploy"],
+    ids=lambda page: page.stem,
 )
 def test_python_blocks_run(page, monkeypatch, tmp_path):
     """All of a page in one namespace, as a reader would type them."""
@@ -65,7 +69,34 @@ def test_commands_are_ones_that_there_are(path, monkeypatch, tmp_path):
 
 def test_every_block_has_a_language_that_a_test_knows():
     for path in PAGES:
-        assert {language for language, _ in blocks(path)} <= {"python", "sh", "json", "yaml"}, path
+        assert {language for language, _ in blocks(path)} <= {"python", "sh", "json", "yaml", "cpp"}, path
+
+
+def public_docstrings():
+    """(name, text) of every docstring that documents a module, class or function without an underscore."""
+    for path in sorted((ROOT / "fpn_fast").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                name = getattr(node, "name", path.stem)
+                if not name.startswith("_") or name == "__init__":
+                    yield f"{path.relative_to(ROOT)}: {name}", ast.get_docstring(node) or ""
+
+
+def test_words_that_a_reader_would_have_to_translate_stay_out():
+    words = re.compile(
+        "host wait|waits for (the|a) GPU|without a wait|few numbers|in no form|as its library does".replace(" ", r"\s+"),
+        re.IGNORECASE,
+    )
+    texts = [(path.name, path.read_text()) for path in (*PAGES, *ROOT.glob("*.md"))]
+    texts += public_docstrings()
+    assert len(texts) > 300
+    assert words.search("It never waits\nfor a GPU.")
+    assert [(name, found.group()) for name, text in texts for found in words.finditer(text)] == []
+
+
+def test_the_readme_fits_on_three_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_drawings_are_there_and_well_formed():

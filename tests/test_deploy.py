@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/deploy.md as a reader would follow it: its Python, then its C++ and shell lines over the files that it wrote."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_detectors import calibrate
+from torchvision.ops import box_iou
+
+import fpn_fast
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = BLOCK.findall((ROOT / "docs" / "deploy.md").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """What the page's Python leaves: its names, and its files in ``scope["folder"]``."""
+    folder = tmp_path_factory.mktemp("deploy")
+    torch.manual_seed(0)
+    scope = {"__name__": "__main__", "folder": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for text in (text for language, text in BLOCKS if language == "python"):
+            exec(compile(text, "docs/deploy.md", "exec"), scope)
+            if "detector" not in scope:
+                # Scores of random weights are nearly equal: a rounding would reorder them.
+                calibrate(scope["model"])
+    scope["images"].numpy().tofile(folder / "image.raw")
+    return scope
+
+
+def is_found(found, expected, iou):
+    """Whether each detection is one of `expected`, by label, overlap and score: equal scores may change places."""
+    same = box_iou(found["boxes"], expected["boxes"]) >= iou
+    same &= found["labels"][:, None] == expected["labels"]
+    same &= (found["scores"][:, None] - expected["scores"]).abs() <= 1e-3
+    return same.any(1)
+
+
+def test_onnx_and_the_package_give_the_detections_of_torchvision(page):
+    assert page["model"].roi_heads.__module__.startswith("torchvision")
+    with torch.no_grad():
+        (expected,) = page["model"](list(page["images"]))
+    count = len(expected["boxes"])
+    assert count > 10
+    packaged = page["detector"].unpad(page["packaged"])[0]
+    onnx = {name: torch.from_numpy(page[name]) for name in expected}
+    # onnxruntime's RoIAlign rounds otherwise, which moves boxes by a fraction of a pixel.
+    for found, iou in ((packaged, 0.999), (onnx, 0.9)):
+        assert len(found["boxes"]) == count
+        assert is_found(found, expected, iou).all()
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-4)
+
+
+def test_cpp_lines_print_the_same_detections(page):
+    """Compiled against this libtorch, run in a process without Python."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    (source,) = (text for language, text in BLOCKS if language == "cpp")
+    (page["folder"] / "deploy.cpp").write_text(source)
+    (script,) = (text for language, text in BLOCKS if language == "sh")
+    # "python" of the page is this one, with this package.
+    environment = {**os.environ, "PYTHONPATH": str(Path(fpn_fast.__file__).parents[1])}
+    script = f"set -e\npython() {{ '{sys.executable}' \"$@\"; }}\n{script}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=page["folder"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = torch.tensor([[float(number) for number in line.split()] for line in done.stdout.splitlines()])
+    found = page["detector"].unpad(page["packaged"])[0]
+    torch.testing.assert_close(printed[:, 0].long(), found["labels"])
+    torch.testing.assert_close(printed[:, 1], found["scores"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(printed[:, 2:], found["boxes"], rtol=0, atol=1e-2)
