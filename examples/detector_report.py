@@ -24,6 +24,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
 from processes import Processes
 from torch import Tensor, nn
+from torchvision.ops import nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
@@ -38,7 +39,7 @@ REPEATS, UNCOUNTED_REPEATS = 40, 5
 TIMING_SECONDS = 10
 # Images in detections.png and pyramid.png, and the side that a drawn image is enlarged to, in pixels.
 SHOWN_DETECTIONS, SHOWN_PYRAMIDS, SHOWN_SIDE = 8, 3, 384
-SHOWN_SCORE, SHOWN_AT_LEAST = 0.4, 2
+SHOWN_SCORE, SHOWN_AT_LEAST, SHOWN_OVERLAP = 0.4, 2, 0.4
 
 
 def stage_seconds(tracks: list[Track], name: str, batch: Batch, settings: Settings) -> dict[str, Any]:
@@ -128,9 +129,10 @@ def draw_detections(data: DetectionData, detections: dict[str, dict[int, dict[st
         image, target = data[index]
         scale = SHOWN_SIDE / min(image.shape[-2:])
         drawn = F.resize(image, [round(side * scale) for side in image.shape[-2:]]).clamp(0, 1)
-        kept = found["scores"] >= SHOWN_SCORE
-        # Best first: a model that has learned little still shows where it looks, with low scores.
-        kept[:SHOWN_AT_LEAST] = True
+        # The detector suppresses within a class; here one class per place is legible.
+        best = nms(found["boxes"], found["scores"], SHOWN_OVERLAP)
+        # A model that has learned little still shows where it looks, with low scores.
+        kept = best[: max(SHOWN_AT_LEAST, int((found["scores"][best] >= SHOWN_SCORE).sum()))]
         boxes, labels, scores = (found[key][kept] for key in ("boxes", "labels", "scores"))
         colours = [PALETTE[label % len(PALETTE)] for label in labels]
         style: dict[str, Any] = {"colors": colours, "label_background_colors": colours, "fill_labels": True, "width": 3}
@@ -143,9 +145,8 @@ def draw_detections(data: DetectionData, detections: dict[str, dict[int, dict[st
         axes.set_title(f"{name}, test image {index + 1}", fontsize=10)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.suptitle(
-        f"Detections with scores of {SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}; annotations in white"
-    )
+    shown = f"scores of {SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}"
+    figure.suptitle(f"Detections, one class per place, with {shown}; annotations in white")
     figure.savefig(path)
 
 
