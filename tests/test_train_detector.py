@@ -145,6 +145,8 @@ def test_sizes_span_the_pyramid() -> None:
     # Log-uniform: an equal share to each of the octaves 12-24, 24-48, 48-96; 96-160 has less, and is crowded out more.
     shares = np.histogram(sides, bins=(0, 24, 48, 96, 200))[0] / len(sides)
     assert shares.min() > 0.1
+    large = np.concatenate([digits.make_scene("train", i, 128, seed=0, smallest=24).boxes for i in range(40)])
+    assert 23 <= (large[:, 2:] - large[:, :2]).max(axis=1).min() <= 26
 
 
 def test_boxes_are_tight_around_the_ink() -> None:
