@@ -113,7 +113,7 @@ def _line(row: Any) -> str:
     label = f"{row.case!s:<72} {row.provider:<8}"
     if row.p50 is None:
         return f"{label} refused: {row.refused}"
-    share = "" if row.copy_share is None else f"{row.copy_share:7.0%} of a copy"
+    share = "" if row.copy_share is None or row.provider == "copy" else f"{row.copy_share:7.0%} of a copy"
     eager = (row.speedup or {}).get("eager")
     times = "" if eager is None else f"{eager:7.2f}x eager"
     return f"{label} {row.metric:<9} {row.p50:11.1f} us  {row.p20:11.1f} to {row.p80:<11.1f}{times}{share}"
