@@ -11,7 +11,7 @@ from torchvision.models.detection.retinanet import RetinaNet, RetinaNetClassific
 from torchvision.models.resnet import resnet18
 
 from fpn_fast.nn import RetinaNet as FusedRetinaNet
-from fpn_fast.nn._focal_loss import classification_loss
+from fpn_fast.nn.dense_detectors import classification_loss
 
 CLASSES = 7
 

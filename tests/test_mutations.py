@@ -14,7 +14,7 @@ from helpers.planted_faults import FAULTS
 # Runs `verify` for each [fault's number, ops, report], two at a time, and prints the exit codes. Each is a fork of a
 # process that has imported torch, which takes longer than to verify an op; the library is loaded after the fork.
 DRIVER = f"""
-import json, os, sys
+import json, multiprocessing, os, sys
 import torch, torchvision
 
 def verify(number, ops, report):
@@ -23,25 +23,8 @@ def verify(number, ops, report):
     from fpn_fast.__main__ import main
     return main(["verify", "--quick", "--backends", "cpp", "--json", report, "--ops", *ops])
 
-def end_of_one():
-    process, status = os.wait()
-    codes[running.pop(process)] = os.waitstatus_to_exitcode(status)
-
-running, codes = {{}}, {{}}
-for number, ops, report in json.loads(sys.argv[1]):
-    if len(running) == 2:
-        end_of_one()
-    process = os.fork()
-    if process == 0:
-        code = 70
-        try:
-            code = verify(number, ops, report)
-        finally:
-            os._exit(code)
-    running[process] = report
-while running:
-    end_of_one()
-print(json.dumps(codes))
+with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    print(json.dumps(pool.starmap_async(verify, json.loads(sys.argv[1]), chunksize=1).get(timeout=600)))
 """
 
 
@@ -58,9 +41,9 @@ def outcomes(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)
     found = {}
-    for (_, _, report), name in zip(runs, ["", *(fault.name for fault in FAULTS)], strict=True):
+    for (_, _, report), name, code in zip(runs, ["", *(fault.name for fault in FAULTS)], codes, strict=True):
         assert Path(report).exists(), done.stderr
-        found[name] = codes[report], json.loads(Path(report).read_text())
+        found[name] = code, json.loads(Path(report).read_text())
         assert found[name][1]["environment"]["library"] == str(library / "fpn_fast" / "_C.abi3.so")
     return found
 

@@ -31,19 +31,33 @@ def verify(capsys, *arguments: str) -> tuple[int, str]:
     return code, printed.out + printed.err
 
 
+def python(folder, code: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `code` in another process and another folder."""
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | environment)
+
+
 @pytest.fixture
-def broken(monkeypatch):
+def add(monkeypatch):
+    """Adds the check of a function that draws, in float32 and by the reference."""
+
+    def add(name, draw):
+        check = Check(name, draw, ("top_down",), (torch.float32,), (), ("reference",))
+        monkeypatch.setitem(CHECKS, name, check)
+
+    return add
+
+
+@pytest.fixture
+def broken(add):
     """A check whose op is right but for its third case."""
 
     def draw(draw: Draw) -> trial.Trial:
-        value = draw.place(draw.normal(3))
         wrong = 1.0 if draw.number % 6 == 2 else 0.0
-        return trial.Trial(
-            "three numbers", [value], lambda x: [x[0] + wrong], lambda x: [x[0]], lambda i: trial.exactly
-        )
+        call = lambda x: [x[0] + wrong]  # noqa: E731
+        return trial.Trial("three numbers", [draw.place(draw.normal(3))], call, list, lambda i: trial.exactly)
 
-    check = Check("broken", draw, ("top_down",), (torch.float32,), ("numbers",), ("reference",))
-    monkeypatch.setitem(CHECKS, "broken", check)
+    add("broken", draw)
 
 
 def test_every_op_and_module_is_checked():
@@ -58,19 +72,7 @@ def test_passes_and_prints_a_table(capsys):
     code, text = verify(capsys, "--ops", "top_down", "match_anchors", "--cases", "2", "--backends", "cpp", "reference")
     assert code == 0
     lines = text.splitlines()
-    assert lines[0].split() == [
-        "op",
-        "backend",
-        "device",
-        "type",
-        "cases",
-        "worst",
-        "ulp",
-        "error",
-        "bound",
-        "decisions",
-        "result",
-    ]
+    assert " ".join(lines[0].split()) == "op backend device type cases worst ulp error bound decisions result"
     rows = [line.split() for line in lines if line.startswith(("top_down", "match_anchors"))]
     assert {tuple(row[:4]) for row in rows if row[2] == "cpu"} == {
         (op, backend, "cpu", dtype)
@@ -117,11 +119,11 @@ def test_a_failure_is_told_in_every_form(capsys, tmp_path, broken):
     assert code == 0
 
 
-def test_what_raises_has_failed(capsys, monkeypatch):
+def test_what_raises_has_failed(capsys, add):
     def draw(draw):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setitem(CHECKS, "raises", Check("raises", draw, ("top_down",), (torch.float32,), (), ("reference",)))
+    add("raises", draw)
     code, text = verify(capsys, "--ops", "raises", "--cases", "1")
     assert code == 1
     assert "raised RuntimeError: no such luck" in text
@@ -162,6 +164,7 @@ def test_bad_arguments_exit_with_2(capsys, arguments, message):
         ('{"top_down": [{"sizes": [[4, 0]]}]}', "top_down has sizes"),
         ('{"top_down": [{"batch": 1.5}]}', "top_down has batch 1.5"),
         ('{"top_down": [{"channels": true}]}', "top_down has channels true"),
+        ('{"heatmaps_to_keypoints": [{"heatmap_size": 7}]}', "heatmaps_to_keypoints has heatmap_size 7"),
     ],
 )
 def test_bad_shapes_exit_with_2(capsys, tmp_path, content, message):
@@ -222,17 +225,15 @@ def test_layouts():
         assert placed.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
 
 
-def test_unwritten_memory_shows(monkeypatch):
-    def draw(draw):
-        def call(_):
-            out = torch.empty(4)
-            out[1:] = 0
-            return [out, torch.zeros(2, dtype=torch.int64)]
+def test_unwritten_memory_shows(add):
+    zeros = [torch.zeros(4), torch.zeros(2, dtype=torch.int64)]
 
-        return trial.Trial("", [], call, lambda _: [torch.zeros(4), torch.zeros(2, dtype=torch.int64)],
-                           lambda i: trial.decided(), decisions=True)  # fmt: skip
+    def call():
+        out = torch.empty(4)
+        out[1:] = 0
+        return [out, zeros[1]]
 
-    monkeypatch.setitem(CHECKS, "u", Check("u", draw, ("top_down",), (torch.float32,), (), ("reference",)))
+    add("u", lambda draw: trial.decision("", call, lambda: zeros))
     (row,) = run(Plan(["u"], ["reference"], 0, 1))
     message = "output 0: [4] float32 differs from the reference in 1 of 4 elements, most at (0,): nan and not 0.0"
     assert row.failures[0].message.startswith(message)
@@ -255,7 +256,7 @@ def double_gradient(x):
         (lambda x: [double_gradient(x)], "gradient 0: [2, 3, 4, 5] float32 differs"),
     ],
 )
-def test_rules_find(monkeypatch, outputs, message):
+def test_rules_find(add, outputs, message):
     def draw(draw):
         # Whole numbers: sums and differences are exact.
         maps = [draw.place(draw.integers(-9, 9, 2, 3, 4, 5).double())]
@@ -263,7 +264,7 @@ def test_rules_find(monkeypatch, outputs, message):
                            lambda *_: [trial.not_worse(5)], form=torch.contiguous_format,
                            output_seeds=draw.seeds)  # fmt: skip
 
-    monkeypatch.setitem(CHECKS, "w", Check("w", draw, ("top_down",), (torch.float32,), (), ("reference",)))
+    add("w", draw)
     (row,) = run(Plan(["w"], ["reference"], 0, 1))
     assert message in row.failures[0].message
 
@@ -339,8 +340,7 @@ sys.exit(fpn_fast.__main__.main(["verify", "--ops", "roi_align", "nms", "--cases
 
 @pytest.mark.parametrize("optimise", [[], ["-O"], ["-OO"]], ids=str)
 def test_a_planted_fault_is_found_with_and_without_assert_statements(tmp_path, optimise):
-    command = [sys.executable, *optimise, "-c", FAULT]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = python(tmp_path, FAULT, *optimise)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("roi_align ", "nms "))]
     assert {(row[0], row[9]) for row in rows} == {("roi_align", "FAIL"), ("nms", "pass")}
@@ -358,7 +358,7 @@ for arguments in (["--help"], ["verify", "--help"], ["bench", "--help"], ["info"
 
 
 def test_commands_need_no_docstrings(tmp_path):
-    done = subprocess.run([sys.executable, "-OO", "-c", COMMANDS], capture_output=True, text=True, cwd=tmp_path)
+    done = python(tmp_path, COMMANDS, "-OO")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Checks every op and module" in done.stdout
     assert "backends for cpu tensors:" in done.stdout
@@ -375,9 +375,7 @@ assert "nn.RegionProposalNetwork" not in CHECKS
 
 
 def test_needs_torch_alone(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", TORCH_ALONE]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = python(tmp_path, TORCH_ALONE, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -30,7 +30,7 @@ from fpn_fast.bench.op import OnDevice, Op, listed, unpadded
 from fpn_fast.bench.rois import random_rois
 from fpn_fast.bench.torchvision_ops import PROPOSAL_IOU, gradient_sums, head_maps, memory_format, random_maps
 from fpn_fast.nn import detectron2, mmdet
-from fpn_fast.nn._pyramid import Layer
+from fpn_fast.nn._shared import Layer
 from fpn_fast.nn.detectron2.fpn import ShapeSpec
 
 SCALE_CLAMP = math.log(1000 / 16)

@@ -54,6 +54,11 @@ class Report:
         return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines, *self.limits])
 
 
+def replacing(*kinds: type) -> dict[type, type]:
+    """Class of a library -> fused class. Each of `kinds` subclasses the class of its name that it replaces."""
+    return {next(base for base in kind.__mro__[1:] if base.__name__ == kind.__name__): kind for kind in kinds}
+
+
 #: Each has a module in this package, which imports the library.
 _LIBRARIES = ("detectron2", "mmdet", "torchvision")
 
@@ -67,6 +72,8 @@ def __getattr__(name: str) -> Any:
 
 def _fused(model: nn.Module) -> dict[type, type]:
     """Class -> fused class, for the libraries that `model` has classes of. No other library is imported."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     roots = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
     fused: dict[type, type] = {}
     for library in _LIBRARIES:
@@ -79,9 +86,10 @@ def _qualified(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def _swap(name: str, module: nn.Module, new: type) -> Entry:
+    entry = Entry(name, _qualified(type(module)), f"now {_qualified(new)}")
+    module.__class__ = new
+    return entry
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -104,21 +112,20 @@ def accelerate(model: nn.Module) -> Report:
     >>> print(accelerate(pyramid).swapped[0].note)
     now fpn_fast.FeaturePyramidNetwork
     """
-    _check_model(model)
     fused = _fused(model)
     report = Report()
     for name, module in model.named_modules():
-        kind = type(module)
-        # A fused class may refuse some settings of the class that it replaces.
-        if kind in fused and (reason := getattr(fused[kind], "problem", lambda _: None)(module)):
-            report.left.append(Entry(name, _qualified(kind), reason))
-        elif kind in fused:
-            module.__class__ = fused[kind]
-            report.swapped.append(Entry(name, _qualified(kind), f"now {_qualified(fused[kind])}"))
+        kind, note = type(module), None
+        if kind in fused:
+            # A fused class may refuse some settings of the class that it replaces.
+            note = getattr(fused[kind], "problem", lambda _: None)(module)
+            if note is None:
+                report.swapped.append(_swap(name, module, fused[kind]))
         elif kind in fused.values():
-            report.left.append(Entry(name, _qualified(kind), "fused already"))
+            note = "fused already"
         elif base := next((base for base in kind.__mro__[1:] if base in fused), None):
             note = f"a subclass of {_qualified(base)}, which may compute something else"
+        if note is not None:
             report.left.append(Entry(name, _qualified(kind), note))
     if any(type(module) in fused.values() for module in model.modules()):
         report.limits.append(_LIMIT)
@@ -133,12 +140,9 @@ def restore(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a module.
     """
-    _check_model(model)
     originals = {new: old for old, new in _fused(model).items()}
     report = Report()
     for name, module in model.named_modules():
-        kind = type(module)
-        if kind in originals:
-            module.__class__ = originals[kind]
-            report.swapped.append(Entry(name, _qualified(kind), f"now {_qualified(originals[kind])}"))
+        if type(module) in originals:
+            report.swapped.append(_swap(name, module, originals[type(module)]))
     return report

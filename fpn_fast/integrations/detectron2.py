@@ -20,6 +20,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from fpn_fast import backends
+from fpn_fast.integrations import replacing
+from fpn_fast.nn._shared import values_of
 from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
 from fpn_fast.nn.detectron2.fpn import FPNForward
 from fpn_fast.nn.detectron2.poolers import PoolerForward
@@ -57,8 +59,8 @@ class RPN(rpn.RPN):
     kernel. detectron2 raises where a prediction is not finite; here training goes on without that prediction.
     """
 
-    # (tensors, their values)
-    _cells: tuple[list[Tensor], list[Any]] | None = None
+    # (cell anchors, their values)
+    _numbers: tuple[tuple[Tensor, ...], list[Any]] | None = None
 
     def forward(
         self, images: Any, features: dict[str, Tensor], gt_instances: list[Any] | None = None
@@ -101,12 +103,7 @@ class RPN(rpn.RPN):
         return self.losses(anchors, flat_logits, labels, flat_deltas, boxes)
 
     def _cell_values(self) -> list[Any]:
-        """The cell anchors as lists. Reading them from a GPU synchronises, so they are read again only if replaced."""
-        tables = list(self.anchor_generator.cell_anchors)
-        known = self._cells
-        if known is None or any(a is not b for a, b in zip(known[0], tables, strict=True)):
-            known = self._cells = (tables, [table.tolist() for table in tables])
-        return known[1]
+        return values_of(self, list(self.anchor_generator.cell_anchors))
 
     def _knows_anchors(self) -> bool:
         """Whether the op knows how anchors are made and coded."""
@@ -116,7 +113,7 @@ class RPN(rpn.RPN):
         return len({len(table) for table in generator.cell_anchors}) == 1
 
 
-FUSED: dict[type, type] = {fpn.FPN: FPN, poolers.ROIPooler: ROIPooler, rpn.RPN: RPN}
+FUSED = replacing(FPN, ROIPooler, RPN)
 
 
 def build_fast_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
@@ -146,13 +143,12 @@ def register() -> list[str]:
     Returns:
         The registered names.
     """
-    names = []
-    for registry, builders in (
-        (BACKBONE_REGISTRY, (build_fast_resnet_fpn_backbone, build_fast_retinanet_resnet_fpn_backbone)),
-        (PROPOSAL_GENERATOR_REGISTRY, (build_fast_rpn,)),
-    ):
-        for builder in builders:
-            names.append(builder.__name__)
-            if builder.__name__ not in registry:
-                registry.register(builder)
-    return names
+    registries = {
+        build_fast_resnet_fpn_backbone: BACKBONE_REGISTRY,
+        build_fast_retinanet_resnet_fpn_backbone: BACKBONE_REGISTRY,
+        build_fast_rpn: PROPOSAL_GENERATOR_REGISTRY,
+    }
+    for builder, registry in registries.items():
+        if builder.__name__ not in registry:
+            registry.register(builder)
+    return [builder.__name__ for builder in registries]

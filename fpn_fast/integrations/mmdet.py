@@ -6,7 +6,7 @@ They are subclasses of mmdetection's own. :mod:`fpn_fast.nn.mmdet` has the modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from fpn_fast import backends
+from fpn_fast.integrations import replacing
 from fpn_fast.nn.mmdet import predict_proposals, proposals_of_images
 from fpn_fast.nn.mmdet.necks import FPNForward, PAFPNForward, merge_options
 from fpn_fast.nn.mmdet.proposals import check_config
@@ -30,15 +31,13 @@ from fpn_fast.nn.mmdet.roi_extractors import LAYER_KEYS, GenericForward, SingleF
 class _Checked:
     """A module that raises ValueError when it is built with unsupported settings; accelerate() asks before it swaps."""
 
+    # Why a module of the class that this one replaces has to stay unchanged; None where it can be swapped.
+    problem: Callable[[Any], str | None]
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if reason := self.problem(self):
             raise ValueError(reason)
-
-    @staticmethod
-    def problem(module: Any) -> str | None:
-        """Why `module`, of the class that this one replaces, has to stay unchanged; None where it can be swapped."""
-        raise NotImplementedError
 
 
 class _Neck(_Checked):
@@ -129,13 +128,7 @@ class RPNHead(rpn_head.RPNHead):
         return len(set(priors.num_base_priors)) == 1
 
 
-FUSED: dict[type, type] = {
-    fpn.FPN: FPN,
-    pafpn.PAFPN: PAFPN,
-    single_level_roi_extractor.SingleRoIExtractor: SingleRoIExtractor,
-    generic_roi_extractor.GenericRoIExtractor: GenericRoIExtractor,
-    rpn_head.RPNHead: RPNHead,
-}
+FUSED = replacing(FPN, PAFPN, SingleRoIExtractor, GenericRoIExtractor, RPNHead)
 
 
 def register() -> list[str]:

@@ -17,7 +17,9 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
 def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-    """gt_boxes [G, 4], G > 0, and boxes [M, 4] -> [M] int64, equal to ``matcher(similarity(gt_boxes, boxes))``."""
+    """gt_boxes [G, 4] and boxes [M, 4] -> [M] int64: ``matcher(similarity(gt_boxes, boxes))``, all -1 for G = 0."""
+    if gt_boxes.numel() == 0:
+        return torch.full(boxes.shape[:1], Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64, device=boxes.device)
     if not _is_served(matcher, similarity, gt_boxes, boxes):
         return matcher(similarity(gt_boxes, boxes))
     return _matches(matcher, gt_boxes[None], None, boxes)[0]
@@ -38,9 +40,7 @@ def match_images(
     padded, counts = ops.pad_boxes([each.to(target_type) for each in gt_boxes])
     if all(each == target_type for each in types) and _is_served(matcher, similarity, padded, boxes):
         return _matches(matcher, padded, counts, boxes), padded
-    none = torch.full(boxes.shape[:1], Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64, device=boxes.device)
-    rows = [match_boxes(matcher, similarity, each, boxes) if each.numel() else none for each in gt_boxes]
-    return torch.stack(rows), padded
+    return torch.stack([match_boxes(matcher, similarity, each, boxes) for each in gt_boxes]), padded
 
 
 def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> bool:
@@ -89,13 +89,10 @@ def assign_targets_to_anchors(
     labels, matched = [], []
     for boxes, target in zip(anchors, targets, strict=False):
         gt_boxes = target["boxes"]
-        if gt_boxes.numel() == 0:
-            labels.append(torch.zeros(boxes.shape[:1], dtype=torch.float32, device=boxes.device))
-            matched.append(torch.zeros(boxes.shape, dtype=torch.float32, device=boxes.device))
-            continue
         matches = match_boxes(matcher, similarity, gt_boxes, boxes)
         labels.append(labels_of(matches))
-        matched.append(gt_boxes[matches.clamp(min=0)])
+        none = torch.zeros_like(boxes, dtype=torch.float32)
+        matched.append(gt_boxes[matches.clamp(min=0)] if gt_boxes.numel() else none)
     return labels, matched
 
 
@@ -114,11 +111,9 @@ def assign_targets_to_proposals(
     """
     indices, labels = [], []
     for boxes, gts, of_gts in zip(proposals, gt_boxes, gt_labels, strict=False):
-        if gts.numel() == 0:
-            indices.append(torch.zeros(boxes.shape[:1], dtype=torch.int64, device=boxes.device))
-            labels.append(torch.zeros_like(indices[-1]))
-            continue
         matches = match_boxes(matcher, box_iou, gts, boxes)
         indices.append(matches.clamp(min=0))
-        labels.append(torch.where(matches >= 0, of_gts[indices[-1]].to(torch.int64), matches + 1))
+        # Without ground truths there is no label to look up.
+        own = of_gts[indices[-1]].to(torch.int64) if gts.numel() else indices[-1]
+        labels.append(torch.where(matches >= 0, own, matches + 1))
     return indices, labels

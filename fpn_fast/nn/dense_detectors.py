@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet, ssd
-from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
-from fpn_fast.nn._focal_loss import classification_loss
-from fpn_fast.nn._proposals import sizes_beside
+from fpn_fast.nn._shared import sizes_beside
 from fpn_fast.nn.region_proposal import AnchorGenerator as FusedAnchorGenerator
 from fpn_fast.nn.region_proposal import cell_numbers
 
@@ -47,6 +47,31 @@ def _as_maps(tables: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def classification_loss(logits: Tensor, matches: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+    """The focal loss of all anchors, divided by each image's number of matched anchors and averaged over images.
+
+    It is sync-free, and has one temporary of the logits' size instead of torchvision's twelve.
+
+    Args:
+        logits: [N, M, classes], float32 or float64.
+        matches: per image [M] int64: the index of each anchor's ground truth, -1 for background, -2 for an ignored
+            anchor.
+        labels: per image [G_n] int64: the class of each ground truth.
+
+    Returns:
+        A scalar. It equals torchvision's ``RetinaNetClassificationHead.compute_loss`` up to rounding. It has no second
+        derivative.
+    """
+    matched = torch.stack(list(matches))
+    positive = matched >= 0
+    share = (positive.sum(1, keepdim=True).clamp(min=1) * len(matches)).to(logits.dtype).reciprocal()
+    weights = torch.where(matched == Matcher.BETWEEN_THRESHOLDS, 0, share)
+    # One class more, because gather needs a row also where an image has no ground truth.
+    classes = [F.pad(own, (0, 1))[match.clamp(min=0)] for own, match in zip(labels, matches, strict=True)]
+    own_class = torch.where(positive, torch.stack(classes), -1)
+    return ops.sigmoid_focal_loss(logits.flatten(0, 1), own_class.flatten(), weights.flatten())
+
+
 class _DenseDetector(nn.Module):
     """A detector that computes anchors inside the kernel in evaluation, and synchronises with the host once a batch."""
 
@@ -60,12 +85,9 @@ class _DenseDetector(nn.Module):
     topk_candidates: int
     nms_thresh: float
     detections_per_img: int
-
-    def _knows_coder(self) -> bool:
-        raise NotImplementedError
-
-    def _coding(self, maps: dict[str, list[Tensor]]) -> dict[str, Any]:
-        raise NotImplementedError
+    # Of a subclass: whether the op supports its box coder, and the op's options for it.
+    _knows_coder: Callable[[], bool]
+    _coding: Callable[[dict[str, list[Tensor]]], dict[str, Any]]
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Images [C, H, W] -> losses by name in training, otherwise per image a dict of "boxes", "scores", "labels"."""
@@ -143,12 +165,10 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
         """The losses of the head's outputs [N, M, K], given anchors [M, 4] and ground truths per image."""
-        matches = []
-        for own_anchors, target in zip(anchors, targets, strict=False):
-            if target["boxes"].numel() == 0:
-                matches.append(torch.full((len(own_anchors),), -1, dtype=torch.int64, device=own_anchors.device))
-            else:
-                matches.append(_matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own_anchors))
+        matches = [
+            _matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own)
+            for own, target in zip(anchors, targets, strict=False)
+        ]
         logits = head_outputs["cls_logits"]
         known = self._knows_head() and logits.dtype in (torch.float32, torch.float64) and len(matches) == len(logits)
         if backends.falls_back(self, logits, "sigmoid_focal_loss", known=known):

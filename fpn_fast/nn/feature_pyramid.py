@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from fpn_fast.nn._pyramid import merge_pyramid
+from fpn_fast.nn._shared import merge_pyramid
 
 if importlib.util.find_spec("torchvision") is not None:
     # torchvision's models check isinstance, so its classes are the base where it is installed.

@@ -17,7 +17,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
-from fpn_fast.nn._proposals import proposals_of_images, sizes_beside
+from fpn_fast.nn._shared import proposals_of_images, sizes_beside, values_of
 
 __all__ = ["AnchorGenerator", "RegionProposalNetwork"]
 
@@ -43,14 +43,7 @@ class AnchorGenerator(_AnchorGeneratorBase):
 
         Synchronises once if torchvision's module has moved ``cell_anchors`` to a GPU before.
         """
-        known, cells = self._numbers, self.cell_anchors
-        if (
-            known is None
-            or len(known[0]) != len(cells)
-            or any(a is not b for a, b in zip(known[0], cells, strict=True))
-        ):
-            known = self._numbers = (tuple(cells), [table.tolist() for table in cells])
-        return known[1]
+        return values_of(self, self.cell_anchors)
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         numbers = self.cell_numbers()
@@ -176,11 +169,7 @@ class RegionProposalNetwork(_RegionProposalBase):
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> tuple[Tensor, Tensor]:
         """torchvision's losses, bit for bit. The sampler reads labels alone, so it can run before boxes are encoded."""
-        # Of one image, because all images have the same anchors.
-        (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
-        matches, gt_boxes = _matching.match_images(
-            self.proposal_matcher, self.box_similarity, [target["boxes"] for target in targets], anchors
-        )
+        anchors, matches, gt_boxes = self._matched(images, maps, targets)
         labels = _matching.labels_of(matches)
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(list(labels)))
         sampled = torch.cat([positive, negative])
@@ -189,6 +178,12 @@ class RegionProposalNetwork(_RegionProposalBase):
         goals = self.box_coder.encode_single(gt_boxes[image, matches[image, anchor]], anchors[anchor])
         box_loss = smooth_l1_loss(box_deltas[positive], goals, beta=1 / 9, reduction="sum") / sampled.numel()
         return binary_cross_entropy_with_logits(scores.flatten()[sampled], labels.flatten()[sampled]), box_loss
+
+    def _matched(self, images: ImageList, maps: list[Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The anchors [M, 4], which all images share, their matches [N, M], and padded ground truths [N, G, 4]."""
+        (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
+        boxes = [target["boxes"] for target in targets]
+        return anchors, *_matching.match_images(self.proposal_matcher, self.box_similarity, boxes, anchors)
 
 
 def cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:

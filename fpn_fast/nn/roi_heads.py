@@ -14,7 +14,7 @@ from torchvision.models.detection._utils import BoxCoder
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
-from fpn_fast.nn._proposals import sizes_beside
+from fpn_fast.nn._shared import sizes_beside
 from fpn_fast.nn.dense_detectors import Padded, lists_of
 
 __all__ = ["GeneralizedRCNNTransform", "RoIHeads"]

@@ -134,10 +134,7 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> tuple[Tensor, Tensor]:
         """torchvision's losses: a mean over the sample, and a sum over positives divided by the sample's size."""
-        (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
-        matches, gt_boxes = _matching.match_images(
-            self.proposal_matcher, self.box_similarity, [target["boxes"] for target in targets], anchors
-        )
+        anchors, matches, gt_boxes = self._matched(images, maps, targets)
         places, kinds = self.fg_bg_sampler.sample(_matching.labels_of(matches))
         count = (kinds >= 0).sum().clamp(min=1)
         scores, box_deltas = concat_box_prediction_layers(objectness, deltas)

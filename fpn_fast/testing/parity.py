@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,38 +66,35 @@ def assert_parity(
     if exact and (rtol is not None or atol is not None):
         raise ValueError("exact=True allows no rtol and no atol; leave one or the other out")
     fast, reference = _same_weights(fast, reference)
-    call = fast
-    if compile:
-        call = torch.compile(fast, backend=compile if isinstance(compile, str) else "inductor")
-    device = _device_of(inputs, keywords)
-    ours = _run(call, fast, inputs, keywords, gradients, autocast, seed, device)
-    theirs = _run(reference, reference, inputs, keywords, gradients, autocast, seed, device, seeds=ours.seeds)
-    _check_structure(ours.tensors, theirs.tensors)
+    run = functools.partial(_run, inputs=inputs, keywords=keywords, gradients=gradients, seed=seed)
+    ours, seeds = run(fast, autocast=autocast, compile=compile)
+    theirs, _ = run(reference, autocast=autocast, seeds=seeds)
+    _check_structure(ours, theirs)
     if exact or rtol is not None or atol is not None:
-        for name, actual in ours.tensors.items():
-            _check(name, tolerances.close(actual, theirs.tensors[name], rtol or 0.0, atol or 0.0))
+        for name, actual in ours.items():
+            _check(name, tolerances.close(actual, theirs[name], rtol or 0.0, atol or 0.0))
         return
-    floats = {name: t for name, t in theirs.tensors.items() if t.dtype.is_floating_point and t.numel()}
-    truth = _in_float64(reference, inputs, keywords, gradients, seed, device, ours.seeds) if floats else {}
+    floats = {name: t for name, t in theirs.items() if t.dtype.is_floating_point and t.numel()}
+    truth: dict[str, Tensor] = {}
+    if floats:
+        wide = copy.deepcopy(reference).double() if isinstance(reference, nn.Module) else reference
+        try:
+            truth, _ = run(wide, widen=True, seeds=seeds)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"the reference cannot run in float64 ({error}); give rtol and atol, or exact=True"
+            ) from error
     shares = _own_errors(floats, truth, autocast)
-    for name, actual in ours.tensors.items():
+    for name, actual in ours.items():
         if name in floats:
             _check(name, _compare_with_truth(actual, truth[name], shares[_kind(name)], autocast))
         else:
-            _check(name, tolerances.equal(actual, theirs.tensors[name]))
+            _check(name, tolerances.equal(actual, theirs[name]))
 
 
 def _check(name: str, error: tolerances.Error) -> None:
     if not error.within:
         raise AssertionError(f"{name} {error.text}")
-
-
-@dataclass
-class _Results:
-    """Outputs and gradients by name, detached, and the gradients of the outputs that were used."""
-
-    tensors: dict[str, Tensor]
-    seeds: dict[str, Tensor]
 
 
 def _same_weights(fast: Callable[..., Any], reference: Callable[..., Any]) -> tuple[Any, Any]:
@@ -110,49 +107,56 @@ def _same_weights(fast: Callable[..., Any], reference: Callable[..., Any]) -> tu
     return fast, reference
 
 
-def _device_of(*trees: Any) -> str:
-    tensors = [leaf for leaf in _leaves(trees, "").values() if isinstance(leaf, Tensor)]
-    return tensors[0].device.type if tensors else "cpu"
-
-
-def _leaves(tree: Any, prefix: str) -> dict[str, Any]:
-    return {prefix + keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
+def _tensors(tree: Any, prefix: str) -> dict[str, Tensor]:
+    found = {prefix + keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
+    return {name: leaf for name, leaf in found.items() if isinstance(leaf, Tensor)}
 
 
 def _run(
-    call: Callable[..., Any],
     owner: Any,
+    *,
     inputs: tuple[Any, ...],
-    keywords: Mapping[str, Any],
+    keywords: dict[str, Any],
     gradients: bool,
-    autocast: torch.dtype | None,
     seed: int,
-    device: str,
+    autocast: torch.dtype | None = None,
+    compile: bool | str = False,
+    widen: bool = False,
     seeds: dict[str, Tensor] | None = None,
-) -> _Results:
-    """Runs `call` on fresh leaves. owner: the module that has the parameters, or a function."""
-    fresh = lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad) if _is_tensor(leaf) else leaf  # noqa: E731
-    inputs, keywords = tree_map(fresh, inputs), tree_map(fresh, dict(keywords))
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Runs a module or function on fresh leaves. widen: whether these are float64; seeds: gradients of the outputs.
+
+    Returns:
+        Outputs and gradients by name, detached, and the gradients of the outputs that were used.
+    """
+
+    def fresh(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        copied = leaf.detach().clone()
+        return (copied.double() if widen and leaf.is_floating_point() else copied).requires_grad_(leaf.requires_grad)
+
+    inputs, keywords = tree_map(fresh, inputs), tree_map(fresh, keywords)
+    given = {**_tensors(inputs, "gradient of input "), **_tensors(keywords, "gradient of keyword ")}
+    device = next((leaf.device.type for leaf in given.values()), "cpu")
+    call = torch.compile(owner, backend=compile if isinstance(compile, str) else "inductor") if compile else owner
     with torch.random.fork_rng(), torch.set_grad_enabled(gradients):
         torch.manual_seed(seed)
         with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            outputs = call(*inputs, **keywords)
-    named = {name: leaf for name, leaf in _leaves(outputs, "output").items() if _is_tensor(leaf)}
+            named = _tensors(call(*inputs, **keywords), "output")
     results = {name: leaf.detach() for name, leaf in named.items()}
     if not gradients:
-        return _Results(results, {})
-    differentiable = {name: leaf for name, leaf in named.items() if leaf.requires_grad}
-    leaves = {**_leaves(inputs, "gradient of input "), **_leaves(keywords, "gradient of keyword ")}
-    leaves = {name: leaf for name, leaf in leaves.items() if _is_tensor(leaf) and leaf.requires_grad}
+        return results, {}
     if isinstance(owner, nn.Module):
-        leaves |= {f"gradient of {name}": p for name, p in owner.named_parameters() if p.requires_grad}
+        given |= {f"gradient of {name}": parameter for name, parameter in owner.named_parameters()}
+    leaves = {name: leaf for name, leaf in given.items() if leaf.requires_grad}
     if seeds is None:
         generator = torch.Generator().manual_seed(seed)
-        seeds = {
-            name: torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for name, leaf in named.items()
-        }
+        seeds = {n: torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for n, leaf in named.items()}
     # Another shape is reported as such, not as another gradient.
-    differentiable = {n: leaf for n, leaf in differentiable.items() if n in seeds and seeds[n].shape == leaf.shape}
+    differentiable = {
+        n: leaf for n, leaf in named.items() if leaf.requires_grad and n in seeds and seeds[n].shape == leaf.shape
+    }
     if differentiable and leaves:
         grads = torch.autograd.grad(
             list(differentiable.values()),
@@ -161,11 +165,7 @@ def _run(
             materialize_grads=True,
         )
         results |= {name: grad.detach() for name, grad in zip(leaves, grads, strict=True)}
-    return _Results(results, seeds)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
+    return results, seeds
 
 
 def _check_structure(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -177,36 +177,7 @@ def _check_structure(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
             f"fast lacks {missing or 'none'} of the reference's outputs, and gives {more or 'none'} more"
         )
     for name, actual in ours.items():
-        expected = theirs[name]
-        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-            raise AssertionError(
-                f"{name} is {list(actual.shape)} {actual.dtype}, the reference's is {list(expected.shape)} "
-                f"{expected.dtype}"
-            )
-
-
-def _in_float64(
-    reference: Any,
-    inputs: tuple[Any, ...],
-    keywords: Mapping[str, Any],
-    gradients: bool,
-    seed: int,
-    device: str,
-    seeds: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """The reference's results in float64; ValueError where it has none."""
-    widen = lambda leaf: (  # noqa: E731
-        leaf.detach().double().requires_grad_(leaf.requires_grad)
-        if _is_tensor(leaf) and leaf.dtype.is_floating_point
-        else leaf
-    )
-    wide = copy.deepcopy(reference).double() if isinstance(reference, nn.Module) else reference
-    try:
-        return _run(
-            wide, wide, tree_map(widen, inputs), tree_map(widen, dict(keywords)), gradients, None, seed, device, seeds
-        ).tensors
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"the reference cannot run in float64 ({error}); give rtol and atol, or exact=True") from error
+        _check(name, tolerances.alike(actual, theirs[name]))
 
 
 #: The largest map side that the errors of float64 weights are allowed for.

@@ -98,11 +98,17 @@ def _kind(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
+def alike(actual: Tensor, expected: Tensor) -> Error:
+    """The same shape and dtype."""
+    if (actual.shape, actual.dtype) == (expected.shape, expected.dtype):
+        return Error()
+    return failure(f"is {_kind(actual)}, the reference's is {_kind(expected)}")
+
+
 def equal(actual: Tensor, expected: Tensor) -> Error:
     """Class 1: all elements equal, NaN where NaN, with the same shape and dtype and any strides."""
-    if actual.dtype != expected.dtype:
-        return failure(f"is {_kind(actual)}, the reference's is {_kind(expected)}")
-    return compare(actual, expected, 0.0, "they have to be equal")
+    same_kind = alike(actual, expected)
+    return compare(actual, expected, 0.0, "they have to be equal") if same_kind.within else same_kind
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> Error:

@@ -142,3 +142,8 @@ def text_of(maps: Sequence[Tensor]) -> str:
         return "no maps"
     sizes = ", ".join("x".join(map(str, m.shape[2:])) for m in maps)
     return f"{maps[0].shape[0]}x{maps[0].shape[1]}x[{sizes}]"
+
+
+def padded(table: Tensor, room: int, value: float = -1) -> Tensor:
+    """[K, ...] -> [room, ...] with `value` in the rows added, so that lists of different lengths can be compared."""
+    return torch.nn.functional.pad(table, [0, 0] * (table.dim() - 1) + [0, room - len(table)], value=value)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from fpn_fast import _torch_private, backends
 from fpn_fast.testing import tolerances
 from fpn_fast.verify.checks import CHECKS, Check
 from fpn_fast.verify.draw import Draw
-from fpn_fast.verify.trial import Measure, Trial
+from fpn_fast.verify.trial import Measure, Rule, Trial
 
 #: Triton's interpreter takes a thousand times a kernel's time, so few cases have to do.
 INTERPRETED_CASES = 3
@@ -137,12 +139,8 @@ def _run_case(
         try:
             with _exact_arithmetic():
                 if expected is None:
-                    expected = _Expected(
-                        *(
-                            check.draw(Draw(check.name, number, dtype, place, small=small, given=given))
-                            for place in ("cpu", device)
-                        )
-                    )
+                    draws = (Draw(check.name, number, dtype, on, small=small, given=given) for on in ("cpu", device))
+                    expected = _Expected(*map(check.draw, draws))
                 text = expected.trial.text
                 measure = expected.measure(row.backend)
         except Exception as error:
@@ -201,23 +199,21 @@ class _Expected:
                 return Measure(tolerances.failure(wrong))
             if differentiate:
                 grads = torch.autograd.grad(outputs, inputs, self.seeds, materialize_grads=True)
-        measure = Measure()
-        for i, (output, plain, exact) in enumerate(zip(outputs, self.plain, self.exact, strict=True)):
-            measure = measure.worst(_named(f"output {i}", trial.rules(i)(output.detach().cpu(), plain, exact)))
+        rules = [trial.rules(i) for i in range(len(outputs))]
+        found = _judged("output", rules, _detached(outputs), self.plain, self.exact)
         if differentiate:
-            results = zip(grads, self.plain_grads, self.exact_grads, self.gradient_rules, strict=True)
-            for i, (grad, plain, exact, rule) in enumerate(results):
-                measure = measure.worst(_named(f"gradient {i}", rule(grad.cpu(), plain, exact)))
-        return measure
+            found += _judged("gradient", self.gradient_rules, _detached(grads), self.plain_grads, self.exact_grads)
+        return functools.reduce(Measure.worst, found, Measure())
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().cpu() for t in tensors]
 
 
-def _named(name: str, measure: Measure) -> Measure:
-    error = replace(measure.error, text=f"{name}: {measure.error.text}")
-    return replace(measure, error=error)
+def _judged(name: str, rules: list[Rule], *results: list[Tensor]) -> list[Measure]:
+    measures = [rule(*each) for rule, *each in zip(rules, *results, strict=True)]
+    texts = [f"{name} {i}: {measure.error.text}" for i, measure in enumerate(measures)]
+    return [replace(m, error=replace(m.error, text=text)) for m, text in zip(measures, texts, strict=True)]
 
 
 def _gradients(trial: Trial, inputs: list[Tensor], seeds: list[Tensor]) -> Sequence[Tensor]:
@@ -236,6 +232,18 @@ def _wrong_form(outputs: list[Tensor], plain: list[Tensor], form: torch.memory_f
         if form is not None and output.dim() == 4 and not output.is_contiguous(memory_format=form):
             return f"output {i} is not {form}: its strides are {output.stride()}"
     return None
+
+
+_SIDE = r"[1-9]\d*"
+_PAIR = rf"\[{_SIDE}, {_SIDE}\]"
+#: The JSON of a size in a user's file, by its key; others are positive integers.
+_SIZES = {
+    "sizes": rf"\[{_PAIR}(, {_PAIR})*\]",
+    "image": _PAIR,
+    "heatmap_size": _PAIR,
+    "output_size": f"{_PAIR}|{_SIDE}",
+    **dict.fromkeys(("rois", "boxes", "ground_truths", "masks", "batch"), r"\d+"),
+}
 
 
 def read_shapes(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -259,19 +267,6 @@ def read_shapes(path: Path) -> dict[str, list[dict[str, Any]]]:
             if key not in CHECKS[op].keys:
                 known = ", ".join(CHECKS[op].keys) or "none"
                 raise ValueError(f"{path}: {op} has no size {key!r}; it has: {known}")
-            if not _are_sizes(key, value):
+            if not re.fullmatch(_SIZES.get(key, _SIDE), json.dumps(value)):
                 raise ValueError(f"{path}: {op} has {key} {json.dumps(value)}; see `fpn-fast verify --help`")
     return shapes
-
-
-def _are_sizes(key: str, value: Any) -> bool:
-    """Whether `value` is valid for `key`: a list of pairs, a pair, or an integer that is not negative."""
-    number = lambda v, least: type(v) is int and v >= least  # noqa: E731
-    pair = lambda v: isinstance(v, list) and len(v) == 2 and all(number(n, 1) for n in v)  # noqa: E731
-    if key == "sizes":
-        return isinstance(value, list) and bool(value) and all(pair(v) for v in value)
-    if key == "image":
-        return pair(value)
-    if key == "output_size":
-        return pair(value) or number(value, 1)
-    return number(value, 0 if key in ("rois", "boxes", "ground_truths", "masks", "batch") else 1)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fpn_fast import backends
 from fpn_fast.testing import tolerances
 from fpn_fast.testing.tolerances import Error
+from fpn_fast.verify.draw import Draw
 
 #: Smaller elements, as a share of the largest of their tensor, count with the unit in the last place of this share:
 #: where terms cancel, the result's own unit says nothing.
@@ -100,6 +102,12 @@ def decided(rtol: float = 0.0, atol: float = 0.0) -> Rule:
     return rule
 
 
+def boxes_rule(dtype: torch.dtype) -> Rule:
+    """Equal, but in float64 within a unit: nothing wider rounds their exponential. Corners are at most 2,048 pixels."""
+    unit = 2.0**-51 if dtype == torch.float64 else 0.0
+    return decided(rtol=unit, atol=2**11 * unit)
+
+
 @dataclass
 class Trial:
     """One case of an op or module.
@@ -124,3 +132,20 @@ class Trial:
     decisions: bool = False
     form: torch.memory_format | None = None
     output_seeds: Callable[[Sequence[Tensor]], list[Tensor]] = field(default=lambda outputs: [])
+
+
+def decision(
+    text: str, call: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], rule: Rule | None = None
+) -> Trial:
+    """A case whose outputs are decisions and have no gradient. rule: of each output; by default it is equal."""
+    return Trial(text, [], lambda _: call(), lambda _: plain(), lambda i: rule or decided(), decisions=True)
+
+
+def against_reference(draw: Draw, text: str, run: Callable[[str], Sequence[Tensor]]) -> Trial:
+    """Decisions and boxes by `run` on the case's device, which have to be those by the reference on the CPU."""
+
+    def plain() -> Sequence[Tensor]:
+        with backends.use("reference"):
+            return run("cpu")
+
+    return decision(text, lambda: run(draw.device), plain, boxes_rule(draw.dtype))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_fast.nn._pyramid import merge_pyramid
+from fpn_fast.nn._shared import merge_pyramid
 
 __all__ = ["FPN", "LastLevelMaxPool", "LastLevelP6P7", "ShapeSpec"]
 

@@ -5,29 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fpn_fast import ops
-from fpn_fast.nn._proposals import proposals_of_images, sizes_beside
+from fpn_fast.nn._shared import proposals_of_images, sizes_beside
 from fpn_fast.ops.generate_proposals import DETECTRON2
 from fpn_fast.reference.generate_proposals import anchors_at
 
 __all__ = ["DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_images"]
-
-
-class Anchors(Protocol):
-    """The attributes that :func:`find_top_rpn_proposals` reads; detectron2's DefaultAnchorGenerator has them too."""
-
-    @property
-    def cell_anchors(self) -> Iterable[Tensor | Sequence[Sequence[float]]]: ...
-    @property
-    def strides(self) -> Sequence[int]: ...
-    @property
-    def offset(self) -> float: ...
 
 
 class DefaultAnchorGenerator(nn.Module):
@@ -110,7 +99,7 @@ def _cell_anchor(size: float, ratio: float) -> list[float]:
 def find_top_rpn_proposals(
     pred_objectness_logits: Sequence[Tensor],
     pred_anchor_deltas: Sequence[Tensor],
-    anchor_generator: Anchors,
+    anchor_generator: Any,
     image_sizes: Sequence[Sequence[int]] | Tensor,
     *,
     pre_nms_topk: int,

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_fast.nn._pyramid import merge_pyramid
+from fpn_fast.nn._shared import merge_pyramid
 from fpn_fast.nn.mmdet.conv_module import ConvModule
 
 __all__ = ["FPN", "PAFPN"]

@@ -6,13 +6,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpn_fast import ops
-from fpn_fast.nn._proposals import proposals_of_images, sizes_beside
+from fpn_fast.nn._shared import proposals_of_images, sizes_beside
 from fpn_fast.ops.generate_proposals import MMDET
 from fpn_fast.reference.generate_proposals import anchors_at
 
@@ -21,30 +21,6 @@ __all__ = ["AnchorGenerator", "DeltaXYWHBBoxCoder", "predict_proposals", "propos
 #: Keys of an RPN's test_cfg and of the nms in it. split_thr only chooses between equivalent paths in mmcv.
 _CONFIG_KEYS = ("nms_pre", "max_per_img", "nms", "min_bbox_size")
 _NMS_KEYS = ("type", "iou_threshold", "split_thr")
-
-
-class Anchors(Protocol):
-    """The attributes that :func:`predict_proposals` reads; mmdetection's AnchorGenerator has them too."""
-
-    @property
-    def base_anchors(self) -> Sequence[Tensor]: ...
-    @property
-    def strides(self) -> Sequence[tuple[int, int]]: ...
-
-
-class Coder(Protocol):
-    """The attributes that :func:`predict_proposals` reads; mmdetection's DeltaXYWHBBoxCoder has them too."""
-
-    @property
-    def means(self) -> Sequence[float]: ...
-    @property
-    def stds(self) -> Sequence[float]: ...
-    @property
-    def clip_border(self) -> bool: ...
-    @property
-    def add_ctr_clamp(self) -> bool: ...
-    @property
-    def ctr_clamp(self) -> float: ...
 
 
 class AnchorGenerator:
@@ -185,8 +161,8 @@ def _check_clip_border(clip_border: bool) -> None:
 def predict_proposals(
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
-    prior_generator: Anchors,
-    bbox_coder: Coder,
+    prior_generator: Any,
+    bbox_coder: Any,
     image_sizes: Sequence[Sequence[int]] | Tensor,
     cfg: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,10 +63,7 @@ def register(
 from fpn_fast.verify.checks import (  # noqa: E402, F401
     detections,
     feature_pyramid,
-    keypoints,
-    losses,
-    masks,
-    proposals,
+    heads,
     roi_align,
     selection,
 )

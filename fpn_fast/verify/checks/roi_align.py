@@ -15,7 +15,7 @@ from fpn_fast.ops.levels import level_thresholds
 from fpn_fast.reference.multiscale_roi_align import LEVEL_FORMULAS
 from fpn_fast.verify.checks import register
 from fpn_fast.verify.draw import INF, NAN, Draw, form_of, text_of
-from fpn_fast.verify.trial import Rule, Trial, chosen, decided, not_worse
+from fpn_fast.verify.trial import Rule, Trial, chosen, decision, not_worse
 
 _KEYS = ("batch", "channels", "sizes", "rois", "output_size")
 #: The kernels behind the modules are checked in every type where the ops are.
@@ -76,7 +76,7 @@ def _threshold_boxes(draw: Draw, count: int, maps: int, rule: dict[str, Any]) ->
 
 @dataclass
 class Scene:
-    """A pyramid and RoIs on it. sizes: (H, W) of each map; rois: [K, 5] on the device."""
+    """A pyramid, RoIs on it, and how to pool them. sizes: (H, W) of each map; rois: [K, 5] on the device."""
 
     batch: int
     sizes: list[tuple[int, int]]
@@ -84,14 +84,9 @@ class Scene:
     maps: list[Tensor]
     rois: Tensor
     layout: str
-
-    @property
-    def text(self) -> str:
-        return f"{text_of(self.maps)}, {self.layout}, {len(self.rois)} RoIs"
-
-    @property
-    def largest(self) -> int:
-        return max(max(size) for size in self.sizes)
+    output_size: tuple[int, int]
+    sampling_ratio: int
+    aligned: bool
 
 
 def _scene(
@@ -118,29 +113,32 @@ def _scene(
         absent = torch.tensor([-1.0, batch, NAN, INF, 1e20], dtype=torch.float64)
         image = torch.where(draw.uniform(count) < 0.2, absent[draw.integers(0, 4, count)], image)
     rois = torch.cat([image[:, None], boxes], 1).to(draw.wide).to(draw.device)
-    return Scene(batch, sizes, [2.0 ** -(2 + i) for i in range(len(sizes))], maps, rois, layout)
+    scales = [2.0 ** -(2 + i) for i in range(len(sizes))]
+    largest = 3 if draw.small else 7
+    bins = draw.size("output_size", lambda: (draw.integer(1, largest), draw.integer(1, largest)))
+    output_size = (bins, bins) if isinstance(bins, int) else (int(bins[0]), int(bins[1]))
+    ratio = draw.choice((0, -1, 1, 2, 2, 3))
+    return Scene(batch, sizes, scales, maps, rois, layout, output_size, ratio, draw.chance(0.5))
 
 
 def _trial(
     draw: Draw,
     scene: Scene,
     levels: Tensor,
-    output_size: tuple[int, int],
-    sampling_ratio: int,
-    aligned: bool,
     call: Callable[[list[Tensor]], list[Tensor]],
     *,
     maximum: bool = False,
     form: torch.memory_format | None = None,
     text: str = "",
 ) -> Trial:
-    """The truth of whatever pools `scene` with these numbers; levels: [K], the map of each RoI."""
+    """The truth of whatever pools `scene`; levels: [K], the map of each RoI."""
+    output_size, largest = scene.output_size, max(max(size) for size in scene.sizes)
 
     def arguments(like: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         return scene.rois.to(like.device, wide), levels.to(like.device)
 
-    numbers: Any = (scene.scales, sampling_ratio, aligned)
+    numbers: Any = (scene.scales, scene.sampling_ratio, scene.aligned)
 
     def plain(maps: list[Tensor]) -> list[Tensor]:
         if maximum:
@@ -161,27 +159,20 @@ def _trial(
 
     def gradient_rules(seeds: list[Tensor], *_: list[Tensor]) -> list[Rule]:
         magnitudes = plain_gradients(absolute, [seeds[0].cpu().double().abs()])
-        return [not_worse(scene.largest, each) for each in magnitudes]
+        return [not_worse(largest, each) for each in magnitudes]
 
     return Trial(
-        f"{scene.text}, {output_size[0]}x{output_size[1]} bins, ratio {sampling_ratio}, aligned {aligned}{text}",
+        f"{text_of(scene.maps)}, {scene.layout}, {len(scene.rois)} RoIs, {output_size[0]}x{output_size[1]} bins, "
+        f"ratio {scene.sampling_ratio}, aligned {scene.aligned}{text}",
         scene.maps,
         call,
         plain,
-        lambda i: chosen if maximum else not_worse(scene.largest, magnitude),
+        lambda i: chosen if maximum else not_worse(largest, magnitude),
         gradient_rules,
         plain_gradients,
         form=form,
         output_seeds=draw.seeds,
     )
-
-
-def _grid(draw: Draw) -> tuple[tuple[int, int], int]:
-    """Bins and samples."""
-    largest = 3 if draw.small else 7
-    given = draw.size("output_size", lambda: (draw.integer(1, largest), draw.integer(1, largest)))
-    height, width = (given, given) if isinstance(given, int) else given
-    return (int(height), int(width)), draw.choice((0, -1, 1, 2, 2, 3))
 
 
 _FLAVOURS = ("any", "odd RoIs", "any", "one pixel", "thresholds", "any", "no RoIs", "odd RoIs", "any", "no images")
@@ -198,42 +189,34 @@ def multiscale_roi_align(draw: Draw, maximum: bool = False) -> Trial:
     flavour = draw.flavour(*_FLAVOURS)
     levels = draw.integer(2 if flavour == "thresholds" else 1, 3 if draw.small else 5)
     scene = _scene(draw, levels, rule, flavour=flavour, flat=maximum and draw.chance(0.5))
-    output_size, sampling_ratio = _grid(draw)
-    aligned, given = draw.chance(0.5), None
+    given = None
     if draw.chance(0.15):
         given = draw.integers(-1, len(scene.maps), len(scene.rois)).to(draw.device)
     expected = ops.assign_levels(scene.rois, scene.scales, **rule) if given is None else given
 
     def call(maps: list[Tensor]) -> list[Tensor]:
         pooled = ops.multiscale_roi_align(
-            maps, scene.rois, output_size, scene.scales, sampling_ratio=sampling_ratio, aligned=aligned, levels=given,
-            pool_mode="max" if maximum else "avg", **rule,
+            maps, scene.rois, scene.output_size, scene.scales, sampling_ratio=scene.sampling_ratio,
+            aligned=scene.aligned, levels=given, pool_mode="max" if maximum else "avg", **rule,
         )  # fmt: skip
         return [pooled]
 
     text = f", {rule['level_formula']}{'' if given is None else ', given levels'}"
-    return _trial(
-        draw, scene, expected, output_size, sampling_ratio, aligned, call,
-        maximum=maximum, form=form_of(scene.maps, scene.layout), text=text,
-    )  # fmt: skip
+    return _trial(draw, scene, expected, call, maximum=maximum, form=form_of(scene.maps, scene.layout), text=text)
 
 
 @register("roi_align", ops=("multiscale_roi_align",), keys=_KEYS)
 @register("nn.RoIAlign", ops=("multiscale_roi_align",), dtypes=_OF_MODULES, keys=_KEYS, module=True)
 def roi_align(draw: Draw, module: bool = False) -> Trial:
     scene = _scene(draw, 1, {}, flavour=draw.flavour("any", "odd RoIs", "any", "one pixel", "any", "no RoIs"))
-    output_size, sampling_ratio = _grid(draw)
-    aligned = draw.chance(0.5)
-    numbers = (output_size, 1 / 4, sampling_ratio, aligned)
+    numbers = (scene.output_size, 1 / 4, scene.sampling_ratio, scene.aligned)
     levels = torch.where(scene.rois.isnan().any(1), -1, 0)
 
     def call(maps: list[Tensor]) -> list[Tensor]:
         return [nn.RoIAlign(*numbers)(maps[0], scene.rois) if module else ops.roi_align(maps[0], scene.rois, *numbers)]
 
     scene.maps, scene.sizes, scene.scales = scene.maps[:1], scene.sizes[:1], scene.scales[:1]
-    return _trial(
-        draw, scene, levels, output_size, sampling_ratio, aligned, call, form=form_of(scene.maps, scene.layout)
-    )  # fmt: skip
+    return _trial(draw, scene, levels, call, form=form_of(scene.maps, scene.layout))
 
 
 @register("assign_levels", backends=("reference",), dtypes=(torch.float32,), keys=("rois",))
@@ -251,13 +234,10 @@ def assign_levels(draw: Draw) -> Trial:
     usable = (area.sqrt() == area.double().sqrt().float()) | ~(area > 0)
     rois = rois[usable].to(draw.device)
     scales = [2.0 ** -(2 + i) for i in range(maps)]
-    return Trial(
+    return decision(
         f"{len(rois)} RoIs, {maps} maps, {formula}",
-        [],
-        lambda _: [ops.assign_levels(rois, scales, **rule)],
-        lambda _: [reference.assign_levels(rois.cpu(), 2, 1 + maps, **rule)],
-        lambda i: decided(),
-        decisions=True,
+        lambda: [ops.assign_levels(rois, scales, **rule)],
+        lambda: [reference.assign_levels(rois.cpu(), 2, 1 + maps, **rule)],
     )
 
 
@@ -273,8 +253,8 @@ def pooler(draw: Draw, library: str = "torchvision") -> Trial:
     # Heights of which torchvision's module infers the scales that these maps have.
     draw.given.setdefault("sizes", [(8 >> i, draw.integer(1, 12 >> i)) for i in range(draw.integer(1, 3))])
     scene = _scene(draw, 1, rule, flavour=flavour, images=True)
-    output_size, sampling_ratio = _grid(draw)
-    aligned = library != "torchvision" and draw.chance(0.5)
+    scene.aligned = scene.aligned and library != "torchvision"
+    bins, ratio = scene.output_size, scene.sampling_ratio
     levels = torch.where(scene.rois.isnan().any(1), -1, 0)
     if len(scene.maps) > 1:
         levels = ops.assign_levels(scene.rois, scene.scales, **rule)
@@ -282,16 +262,16 @@ def pooler(draw: Draw, library: str = "torchvision") -> Trial:
     names = [str(i) for i in range(len(scene.maps))]
     module: Any
     if library == "torchvision":
-        module = nn.MultiScaleRoIAlign(names, output_size, sampling_ratio, canonical_scale=_CANONICAL_SCALE)
+        module = nn.MultiScaleRoIAlign(names, bins, ratio, canonical_scale=_CANONICAL_SCALE)
         images = [(4 * scene.sizes[0][0], 4 * scene.sizes[0][1])] * scene.batch
         call = lambda maps: [module(dict(zip(names, maps, strict=True)), boxes, images)]  # noqa: E731
     elif library == "detectron2":
-        kind = "ROIAlignV2" if aligned else "ROIAlign"
-        module = nn.detectron2.ROIPooler(output_size, scene.scales, sampling_ratio, kind, _CANONICAL_SCALE)
+        kind = "ROIAlignV2" if scene.aligned else "ROIAlign"
+        module = nn.detectron2.ROIPooler(bins, scene.scales, ratio, kind, _CANONICAL_SCALE)
         call = lambda maps: [module(maps, boxes)]  # noqa: E731
     else:
-        layer = {"type": "RoIAlign", "output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned}
+        layer = {"type": "RoIAlign", "output_size": bins, "sampling_ratio": ratio, "aligned": scene.aligned}
         strides = [4 * 2**i for i in range(len(scene.maps))]
         module = nn.mmdet.SingleRoIExtractor(layer, scene.maps[0].size(1), strides, _CANONICAL_SCALE / 4)
         call = lambda maps: [module(maps, scene.rois)]  # noqa: E731
-    return _trial(draw, scene, levels, output_size, sampling_ratio, aligned, call)
+    return _trial(draw, scene, levels, call)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,8 @@ from fpn_fast import ops, reference
 from fpn_fast.ops.nms import CONVENTIONS
 from fpn_fast.verify.checks import register
 from fpn_fast.verify.checks.roi_align import boxes_in
-from fpn_fast.verify.draw import INF, NAN, Draw
-from fpn_fast.verify.trial import Trial, decided
+from fpn_fast.verify.draw import INF, NAN, Draw, padded
+from fpn_fast.verify.trial import Trial, decision
 
 _BAD = (NAN, INF, -INF, 1e30)
 
@@ -42,16 +44,13 @@ def segmented_nms(draw: Draw) -> Trial:
     convention = draw.choice(CONVENTIONS)
     threshold = draw.choice((-0.5, 0.0, 0.25, 0.5, 0.5, 0.7, 1.0))
     limit = draw.integer(0, room + 2)
-    return Trial(
+    return decision(
         f"{batch} x {room} boxes, {flavour}, groups {groups is not None}, over {threshold}, {convention}",
-        [],
-        lambda _: ops.segmented_nms(boxes, scores, groups, counts, threshold, limit, convention=convention),
-        lambda _: reference.segmented_nms(
+        lambda: ops.segmented_nms(boxes, scores, groups, counts, threshold, limit, convention=convention),
+        lambda: reference.segmented_nms(
             boxes.cpu().to(draw.wide), scores.cpu().to(draw.wide), None if groups is None else groups.cpu(),
             None if counts is None else counts.cpu(), threshold, limit, convention,
         ),
-        lambda i: decided(),
-        decisions=True,
     )  # fmt: skip
 
 
@@ -78,22 +77,15 @@ def nms(draw: Draw, grouped: bool = False) -> Trial:
     groups = draw.integers(0, draw.integer(0, 9), room).to(draw.device) if grouped else None
     threshold = draw.choice((0.0, 0.3, 0.5, 0.7, 1.0))
 
-    def call(_: list[Tensor]) -> list[Tensor]:
-        kept = (
-            ops.nms(boxes, scores, threshold) if groups is None else ops.batched_nms(boxes, scores, groups, threshold)
-        )
-        return [_padded(kept, room)]
+    scene = (boxes, scores) if groups is None else (boxes, scores, groups)
+    suppress: Any = ops.nms if groups is None else ops.batched_nms
 
-    def plain(_: list[Tensor]) -> list[Tensor]:
+    def plain() -> list[Tensor]:
         numbers = (boxes.cpu().to(draw.wide), scores.cpu().to(draw.wide))
-        return [_padded(reference.nms(*numbers, None if groups is None else groups.cpu(), threshold), room)]
+        return [padded(reference.nms(*numbers, None if groups is None else groups.cpu(), threshold), room)]
 
-    return Trial(f"{room} boxes, {flavour}, over {threshold}", [], call, plain, lambda i: decided(), decisions=True)
-
-
-def _padded(kept: Tensor, room: int) -> Tensor:
-    """Indices and then -1, so that lists of different lengths can be compared."""
-    return torch.nn.functional.pad(kept, (0, room - len(kept)), value=-1)
+    text = f"{room} boxes, {flavour}, over {threshold}"
+    return decision(text, lambda: [padded(suppress(*scene, threshold), room)], plain)
 
 
 @register("match_anchors", keys=("batch", "ground_truths", "anchors"))
@@ -116,23 +108,18 @@ def match_anchors(draw: Draw) -> Trial:
     if flavour == "grid":
         described = _grid(draw)
         stored = described.boxes(draw.wide, draw.device)
-    gt_counts = (
-        draw.integers(0, g, batch).to(draw.device) if draw.chance(0.5) else torch.full((batch,), g).to(draw.device)
-    )
+    gt_counts = (draw.integers(0, g, batch) if draw.chance(0.5) else torch.full((batch,), g)).to(draw.device)
     anchor_counts = draw.integers(0, stored.size(-2), batch).to(draw.device) if draw.chance(0.3) else None
-    return Trial(
+    return decision(
         f"{batch} x {g} ground truths, {stored.size(-2)} anchors, {flavour}, high, low and low-quality {rule}",
-        [],
-        lambda _: ops.match_anchors(
+        lambda: ops.match_anchors(
             gts, gt_counts, described, high_threshold=rule[0], low_threshold=rule[1],
             allow_low_quality_matches=rule[2], anchor_counts=anchor_counts,
         ),
-        lambda _: reference.match_anchors(
+        lambda: reference.match_anchors(
             gts.cpu().to(draw.wide), gt_counts.cpu(), stored.cpu().to(draw.wide),
             None if anchor_counts is None else anchor_counts.cpu(), *rule,
         ),
-        lambda i: decided(),
-        decisions=True,
     )  # fmt: skip
 
 

@@ -16,10 +16,10 @@ from torchvision.ops import MultiScaleRoIAlign as PlainPooler
 
 from fpn_fast import backends, nn
 from fpn_fast.verify.checks import register
-from fpn_fast.verify.checks.proposals import boxes_rule, head_maps
+from fpn_fast.verify.checks.detections import head_maps
 from fpn_fast.verify.checks.roi_align import boxes_in
-from fpn_fast.verify.draw import Draw, text_of
-from fpn_fast.verify.trial import Trial, decided, not_worse
+from fpn_fast.verify.draw import Draw, padded, text_of
+from fpn_fast.verify.trial import Trial, against_reference, boxes_rule, decision, not_worse
 
 _SINGLE = (torch.float32, torch.float64)
 
@@ -48,13 +48,8 @@ def anchor_generator(draw: Draw) -> Trial:
     plain, fast = _generators(draw, len(sizes))
     maps = [torch.zeros(2, 1, *size, dtype=draw.dtype, device=draw.device) for size in sizes]
     images = ImageList(torch.zeros(2, 3, 100, 168, device=draw.device), [(100, 160), (90, 168)])
-    return Trial(
-        text_of(maps),
-        [],
-        lambda _: fast(images, maps),
-        lambda _: plain(_on("cpu", images), [m.cpu() for m in maps]),
-        lambda i: decided(),
-        decisions=True,
+    return decision(
+        text_of(maps), lambda: fast(images, maps), lambda: plain(_on("cpu", images), [m.cpu() for m in maps])
     )
 
 
@@ -82,24 +77,15 @@ def region_proposal_network(draw: Draw) -> Trial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sampler_seed)
             boxes, losses = own(_on(device, images), named, targets)
-        room = module.post_nms_top_n()
-        padded = [torch.nn.functional.pad(b, (0, 0, 0, room - len(b)), value=-1.0) for b in boxes]
-        # Of randomly sampled anchors, and a GPU has random numbers of its own.
-        return [*padded, *(losses.values() if device == "cpu" and draw.device == "cpu" else ())]
+        # Losses are of randomly sampled anchors, and a GPU has random numbers of its own.
+        found = losses.values() if device == draw.device == "cpu" else ()
+        return [*(padded(b, module.post_nms_top_n()) for b in boxes), *found]
 
-    def plain(_: list[Tensor]) -> list[Tensor]:
-        with backends.use("reference"):
-            return run("cpu")
+    return against_reference(draw, f"{text_of(features)}, {_mode(module)}", run)
 
-    mode = "training" if module.training else "evaluation"
-    return Trial(
-        f"{text_of(features)}, {mode}",
-        [],
-        lambda _: run(draw.device),
-        plain,
-        lambda i: boxes_rule(draw.dtype),
-        decisions=True,
-    )
+
+def _mode(module: torch.nn.Module) -> str:
+    return "training" if module.training else "evaluation"
 
 
 @register("nn.RoIHeads", ops=("match_anchors",), dtypes=_SINGLE)
@@ -117,14 +103,8 @@ def roi_heads_matching(draw: Draw) -> Trial:
         indices, found = module.assign_targets_to_proposals(*lists)
         return [*indices, *found]
 
-    return Trial(
-        f"{[len(p) for p in proposals]} proposals, {[len(t) for t in truths]} ground truths",
-        [],
-        lambda _: run(fast, draw.device),
-        lambda _: run(plain, "cpu"),
-        lambda i: decided(),
-        decisions=True,
-    )
+    text = f"{[len(p) for p in proposals]} proposals, {[len(t) for t in truths]} ground truths"
+    return decision(text, lambda: run(fast, draw.device), lambda: run(plain, "cpu"))
 
 
 @register("nn.GeneralizedRCNNTransform", ops=("paste_masks",), dtypes=_SINGLE)
@@ -231,27 +211,9 @@ def dense_detector(draw: Draw, kind: str) -> Trial:
             pairs = zip(truths, labels, strict=True)
             targets = [{"boxes": boxes.to(device, draw.dtype), "labels": of} for boxes, of in pairs]
             return list(own(placed, targets).values())
-        room = own.detections_per_img
-        padded = []
-        for found in own(placed):
-            for table in found.values():
-                space = [0, 0] * (table.dim() - 1) + [0, room - len(table)]
-                padded.append(torch.nn.functional.pad(table, space, value=-1))
-        return padded
+        return [padded(table, own.detections_per_img) for found in own(placed) for table in found.values()]
 
-    def plain(_: list[Tensor]) -> list[Tensor]:
-        with backends.use("reference"):
-            return run("cpu")
-
-    mode = "training" if module.training else "evaluation"
-    return Trial(
-        f"{kind}, images {sizes}, {mode}",
-        [],
-        lambda _: run(draw.device),
-        plain,
-        lambda i: boxes_rule(draw.dtype),
-        decisions=True,
-    )
+    return against_reference(draw, f"{kind}, images {sizes}, {_mode(module)}", run)
 
 
 @register("nn.StaticDetector", ops=("select_detections",), dtypes=_SINGLE)
@@ -262,28 +224,18 @@ def static_detector(draw: Draw) -> Trial:
     size, batch = (draw.integer(30, 100), draw.integer(30, 100)), draw.integer(1, 2)
     images = torch.zeros(batch, 3, *size, dtype=draw.dtype)
 
-    def on(device: str) -> Any:
-        return copy.deepcopy(module).to(device, draw.dtype)
+    names = ("boxes", "scores", "labels")
 
-    def call(_: list[Tensor]) -> list[Tensor]:
-        found = nn.StaticDetector(on(draw.device), size, batch)(images.to(draw.device))
-        return [found[name] for name in ("boxes", "scores", "labels", "counts")]
+    def call() -> list[Tensor]:
+        own = copy.deepcopy(module).to(draw.device, draw.dtype)
+        found = nn.StaticDetector(own, size, batch)(images.to(draw.device))
+        return [found[name] for name in (*names, "counts")]
 
-    def plain(_: list[Tensor]) -> list[Tensor]:
+    def plain() -> list[Tensor]:
         with backends.use("reference"):
-            lists = on("cpu")(list(images))
+            lists = copy.deepcopy(module).to("cpu", draw.dtype)(list(images))
         room = module.detections_per_img
-        tables = [
-            [torch.nn.functional.pad(f[name], [0, 0] * (f[name].dim() - 1) + [0, room - len(f[name])]) for f in lists]
-            for name in ("boxes", "scores", "labels")
-        ]
-        return [*map(torch.stack, tables), torch.tensor([len(f["labels"]) for f in lists])]
+        tables = [torch.stack([padded(f[name], room, 0) for f in lists]) for name in names]
+        return [*tables, torch.tensor([len(f["labels"]) for f in lists])]
 
-    return Trial(
-        f"{kind}, {batch} images {size}",
-        [],
-        call,
-        plain,
-        lambda i: boxes_rule(draw.dtype),
-        decisions=True,
-    )
+    return decision(f"{kind}, {batch} images {size}", call, plain, boxes_rule(draw.dtype))
