@@ -3,8 +3,6 @@ import pytest
 import torch
 from helpers.devices import DTYPES, on_triton, without_synchronising
 from helpers.keypoint_heatmaps import BOXES, CASES, EMPTY, INF, NAN, TRITON_CASES, same
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 from torchvision.models.detection import roi_heads
 
@@ -136,22 +134,6 @@ def test_a_nan_is_the_highest_as_in_torchvision(backend):
 def test_cpp_equals_the_reference_bit_for_bit(name, dtype):
     with backends.use("cpp"):
         assert same(ops.heatmaps_to_keypoints(*CASES[name].inputs(dtype)), CASES[name].expected(dtype))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(*[st.floats(-30, 80, width=32)] * 2, *[st.floats(-2, 60, width=32)] * 2), max_size=4),
-    st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    st.integers(0, 99),
-)
-def test_backends_agree_bit_for_bit(boxes, size, seed):
-    boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes]).reshape(-1, 4)
-    heatmaps = heatmaps_of(len(boxes), 3, size, seed=seed)
-    results = []
-    for name in ("cpp", "reference"):
-        with backends.use(name):
-            results.append(ops.heatmaps_to_keypoints(heatmaps, boxes))
-    assert same(*results)
 
 
 @pytest.mark.parametrize(

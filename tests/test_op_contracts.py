@@ -100,8 +100,15 @@ def test_opcheck(backend, recipe, device):
         torch.library.opcheck(function, given, options)
 
 
-@of_others
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("backend", "recipe", "dynamic"),
+    [
+        *((name, recipe, on) for recipe in OTHERS for name, on in (("cpp", False), ("cpp", True), ("reference", True))),
+        *(("triton", recipe, False) for recipe in SELECTIONS),
+    ],
+    ids=lambda value: {False: "static", True: "dynamic"}.get(value, getattr(value, "__name__", value)),
+    indirect=["backend"],
+)
 def test_compiles_in_one_graph(backend, recipe, dynamic):
     torch._dynamo.reset()
     inductor = backend == "cpp" and dynamic
@@ -155,7 +162,7 @@ def test_any_strides(backend, recipe, last):
     call = call_of(recipe)
     expected = call.op(**call.arguments)
     arguments = tree_map_only(Tensor, lambda t: strided(t, last), call.arguments)
-    if call.sums is None or recipe in (calls.paste_masks, calls.paste_masks_above):
+    if call.sums is None:
         leaves = [each for each in tree_leaves(arguments) if isinstance(each, Tensor) and each.is_floating_point()]
         for each in leaves:
             each.requires_grad_()

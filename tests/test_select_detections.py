@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.devices import check_on_a_gpu, not_interpreted
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchvision.models.detection import _utils, fcos, retinanet, roi_heads, ssd
 
 from fpn_fast import backends, ops
@@ -384,50 +382,6 @@ def test_a_size_that_is_hit_exactly(every_backend):
 
 
 # ---- both ---------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_anything(data):
-    """Sizes, types, formats and few different numbers, so that many tie: cpp against the reference."""
-    draw = data.draw
-    side, dtype = st.integers(1, 7), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    pyramid = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
-    form = draw(st.sampled_from(list(FORMATS.values())))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    values = torch.tensor([0.0, -0.0, 1.5, -3.0, 30.0, -1e4, NAN, INF])
-
-    def numbers(shape, kinds):
-        return values[torch.randint(0, kinds, shape, generator=generator)].to(dtype)
-
-    def made(channels, kinds):
-        return [numbers((2, channels, *size), kinds).contiguous(memory_format=form) for size in pyramid]
-
-    maps = SimpleNamespace(logits=made(6, 8), deltas=made(8, 4), centers=made(2, 8))
-    options = {
-        "score_thresh": draw(st.sampled_from([-1.0, 0.0, 0.05, 0.5, 0.9])),
-        "pre_nms_top_n": draw(st.integers(0, 70)),
-        "max_detections": draw(st.integers(0, 70)),
-        "nms_thresh": draw(st.sampled_from([-0.5, 0.0, 0.4, 0.7])),
-        "centerness": draw(st.sampled_from([(), maps.centers])),
-        "coder": draw(st.sampled_from(["deltas", "distances"])),
-    }
-    fast, plain = each_backend(lambda: select(maps, CELLS[: len(pyramid)], **options))
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
-    room, classes = draw(st.integers(0, 9)), draw(st.integers(1, 4))
-    these = SimpleNamespace(
-        logits=numbers((2, room, classes), 8), deltas=numbers((2, room, 4 * classes), 4), boxes=numbers((2, room, 4), 8)
-    )
-    these.boxes[..., 2:] += 5
-    options = {
-        "score_thresh": options["score_thresh"],
-        "class_top_n": draw(st.sampled_from([None, 0, 2])),
-        "nms_thresh": options["nms_thresh"],
-        "max_detections": options["max_detections"],
-    }
-    counts = draw(st.sampled_from([None, torch.tensor([1, 99])]))
-    fast, plain = each_backend(lambda: select_boxes(these, counts, **options))
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
 def raw_maps():

@@ -40,9 +40,14 @@ def _boxes(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tenso
     return corners.sort(-2).values.flatten(-2).to(dtype)
 
 
-def _maps(generator: torch.Generator, dtype: torch.dtype, channels: int, size: int) -> list[Tensor]:
-    sizes = ((9 * size, 12 * size), (5 * size, 6 * size))
-    return [_normal(generator, dtype, 2, channels, *each) for each in sizes]
+def _sizes(generator: torch.Generator, size: int) -> list[tuple[int, int]]:
+    """Of two maps."""
+    sides = torch.randint(1, 10, (2, 2), generator=generator) * size
+    return [(height, width) for height, width in sides.tolist()]
+
+
+def _maps(generator: torch.Generator, dtype: torch.dtype, channels: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    return [_normal(generator, dtype, 2, channels, *size) for size in sizes]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -55,14 +60,14 @@ def _rois(generator: torch.Generator, dtype: torch.dtype, size: int) -> Tensor:
 
 
 def top_down(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
-    arguments = {"laterals": _maps(g, dtype, 3, size), "mode": "nearest", "align_corners": False, "scale_factor": None,
-                 "fuse": "sum"}  # fmt: skip
+    arguments = {"laterals": _maps(g, dtype, 3, _sizes(g, size)), "mode": "nearest", "align_corners": False,
+                 "scale_factor": None, "fuse": "sum"}  # fmt: skip
     kinds = {"mode": "word", "align_corners": "flag", "scale_factor": "size", "fuse": "word"}
     return Call(ops.top_down, arguments, kinds, sums=8)
 
 
 def upsample_add(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
-    lateral, top = _maps(g, dtype, 3, size)
+    lateral, top = _maps(g, dtype, 3, _sizes(g, size))
     kinds = {"mode": "word", "align_corners": "flag", "scale_factor": "size", "fuse": "word"}
     arguments = {"lateral": lateral, "top": top, "mode": "bilinear", "align_corners": True, "scale_factor": None,
                  "fuse": "avg"}  # fmt: skip
@@ -71,9 +76,10 @@ def upsample_add(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
 
 def multiscale_roi_align(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
     rois = _rois(g, dtype, size)
-    arguments = {"features": _maps(g, dtype, 3, size), "rois": rois, "output_size": 3, "scales": [0.25, 0.125],
-                 "sampling_ratio": 2, "aligned": False, "canonical_scale": 224, "canonical_level": 4,
-                 "level_formula": "torchvision", "pool_mode": "avg"}  # fmt: skip
+    arguments = {"features": _maps(g, dtype, 3, _sizes(g, size)), "rois": rois, "output_size": 3,
+                 "scales": [0.25, 0.125], "sampling_ratio": 2, "aligned": False,
+                 "canonical_scale": 224, "canonical_level": 4, "level_formula": "torchvision",
+                 "pool_mode": "avg"}  # fmt: skip
     kinds = {"output_size": "size", "scales": "list", "sampling_ratio": "size", "aligned": "flag",
              "canonical_scale": "number", "canonical_level": "number", "level_formula": "word",
              "pool_mode": "word"}  # fmt: skip
@@ -82,8 +88,8 @@ def multiscale_roi_align(g: torch.Generator, dtype: torch.dtype, size: int = 1) 
 
 def roi_align(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
     rois = _rois(g, dtype, size)
-    arguments = {"input": _maps(g, dtype, 3, size)[0], "boxes": rois, "output_size": 3, "spatial_scale": 0.25,
-                 "sampling_ratio": 2, "aligned": True}  # fmt: skip
+    arguments = {"input": _maps(g, dtype, 3, _sizes(g, size))[0], "boxes": rois, "output_size": 3,
+                 "spatial_scale": 0.25, "sampling_ratio": 2, "aligned": True}  # fmt: skip
     kinds = {"output_size": "size", "spatial_scale": "number", "sampling_ratio": "size", "aligned": "flag"}
     return Call(ops.roi_align, arguments, kinds, sums=64, finite=("input",))
 
@@ -99,8 +105,9 @@ _CELLS = [[(-8.0, -4.0, 8.0, 4.0), (-6.0, -6.0, 6.0, 6.0)], [(-16.0, -8.0, 16.0,
 
 
 def generate_proposals(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
+    sizes = _sizes(g, size)
     arguments = {
-        "objectness": _maps(g, dtype, 2, size), "deltas": [m * 0.2 for m in _maps(g, dtype, 8, size)],
+        "objectness": _maps(g, dtype, 2, sizes), "deltas": [m * 0.2 for m in _maps(g, dtype, 8, sizes)],
         "cell_anchors": _CELLS, "strides": [(4, 4), (8, 8)], "image_sizes": torch.tensor([[36, 48], [30, 40]]),
         "pre_nms_top_n": 20, "post_nms_top_n": 10, "nms_thresh": 0.7, "score_thresh": 0.0, "min_size": 1e-3,
         "weights": (1.0,) * 4, "means": (0.0,) * 4, "stds": (1.0,) * 4, "scale_clamp": 4.0, "clamp": "max",
@@ -117,8 +124,9 @@ def generate_proposals(g: torch.Generator, dtype: torch.dtype, size: int = 1) ->
 
 
 def select_detections(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
+    sizes = _sizes(g, size)
     arguments = {
-        "logits": _maps(g, dtype, 6, size), "deltas": [m * 0.2 for m in _maps(g, dtype, 8, size)],
+        "logits": _maps(g, dtype, 6, sizes), "deltas": [m * 0.2 for m in _maps(g, dtype, 8, sizes)],
         "cell_anchors": _CELLS, "strides": [(4, 4), (8, 8)], "image_sizes": torch.tensor([[36, 48], [30, 40]]),
         "score_thresh": 0.3, "pre_nms_top_n": 20, "nms_thresh": 0.5, "max_detections": 10, "coder": "deltas",
         "weights": (1.0,) * 4, "scale_clamp": 4.0,
@@ -185,7 +193,7 @@ def paste_masks(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
                  "boxes": _boxes(g, _wide(dtype), 3 * size), "image_size": (20, 24), "padding": 1,
                  "threshold": None}  # fmt: skip
     kinds = {"image_size": "list", "padding": "size", "threshold": "number"}
-    return Call(ops.paste_masks, arguments, kinds, sums=64, finite=("masks",))
+    return Call(ops.paste_masks, arguments, kinds)
 
 
 def heatmaps_to_keypoints(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
@@ -225,7 +233,8 @@ def paste_masks_above(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> 
 
 def select_detections_by_distances(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
     call = select_detections(g, dtype, size)
-    others = {"centerness": _maps(g, dtype, 2, size), "coder": "distances"}
+    sizes = [tuple(m.shape[2:]) for m in call.arguments["logits"]]
+    others = {"centerness": _maps(g, dtype, 2, sizes), "coder": "distances"}
     return Call(ops.select_detections, call.arguments | others, call.kinds)
 
 
