@@ -78,8 +78,8 @@ def test_dense_maps_are_accessed_16_bytes_at_a_time(compiled, arch):
             continue
         # Without a gradient the focal loss stores one number for a program.
         assert row["wide_stores"] > 0 or row["mode"] == "gradient False", row
-        # channels_first gathers single columns of the other map; its own side is wide.
-        assert row["wide_loads"] > 0, row
+        # channels_first gathers single columns of the other map; its own side, where there is one, is wide.
+        assert row["wide_loads"] > 0 or (row["gathers_only"] and not row["channels_last"]), row
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -48,12 +48,12 @@ class Driver:
 
 
 def launches_compiled(arch):
-    """A list that gets (kernel, what it is compiled to) at every launch from now on."""
+    """A list that gets (kernel, what it is compiled to, its constants) at every launch from now on."""
     compiled = []
 
     def launch(kernel, grid):
         return lambda *arguments, **options: compiled.append(
-            (kernel, kernel.run(*arguments, grid=grid, warmup=True, **options))
+            (kernel, kernel.run(*arguments, grid=grid, warmup=True, **options), options)
         )
 
     JITFunction.__getitem__ = launch
@@ -199,8 +199,10 @@ def main():
             compiled.clear()
             launch()
             # A kernel that is launched again, as for each region of suppression, is the same one.
-            for kernel, found in {found.hash: (kernel, found) for kernel, found in compiled}.values():
+            for kernel, found, constants in {each[1].hash: each for each in compiled}.values():
                 rows.append(row(kernel, found, arch, str(dtype).removeprefix("torch."), channels_last, mode))
+                # The gradient of the coarsest map, which has no gradient of its own to add.
+                rows[-1]["gathers_only"] = constants.get("HAS_GRAD") is False
     print(json.dumps(rows))
 
 
