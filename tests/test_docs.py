@@ -86,7 +86,7 @@ def public_docstrings():
 def test_words_that_a_reader_would_have_to_translate_stay_out():
     words = "host wait|waits for (the|a) GPU|without a wait|few numbers|in no form|as its library does"
     words = re.compile(words.replace(" ", r"\s+"), re.IGNORECASE)
-    texts = [(path.name, path.read_text()) for path in (*PAGES, *ROOT.glob("*.md"))]
+    texts = [(path.name, path.read_text()) for path in (*PAGES, *(ROOT / "docs" / "img").iterdir(), *ROOT.glob("*.md"))]
     texts += public_docstrings()
     assert len(texts) > 300
     assert words.search("It never waits\nfor a GPU.")
