@@ -401,7 +401,7 @@ ERRORS = [
     ({"strides": [(4.0, 4), (8, 8)]}, TypeError, "strides must be integers"),
     ({"image_sizes": SIZES}, TypeError, "image_sizes must be a tensor, got list"),
     ({"image_sizes": torch.tensor(SIZES[:1])}, ValueError, r"image_sizes must be \[N, 2\], \(2, 2\), got \(1, 2\)"),
-    ({"image_sizes": torch.tensor(SIZES).to("meta")}, ValueError, "image_sizes must be on the maps' device"),
+    ({"image_sizes": torch.tensor(SIZES).to("meta")}, ValueError, "image_sizes must be on the device of the maps"),
     ({"pre_nms_top_n": -1}, ValueError, "pre_nms_top_n must be 0 or more, got -1"),
     ({"post_nms_top_n": -1}, ValueError, "post_nms_top_n must be 0 or more, got -1"),
     ({"weights": (1, 1)}, ValueError, "weights must be four"),

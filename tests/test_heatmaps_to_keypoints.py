@@ -183,8 +183,8 @@ ERRORS = [
     ({"heatmaps": MAPS[:, 0]}, ValueError, r"heatmaps must be \[R, K, h, w\].*got \(2, 4, 5\)"),
     ({"heatmaps": MAPS[:, :, :0]}, ValueError, "h and w of 1 to 4096"),
     ({"heatmaps": torch.zeros(2, 1, 1, 4097)}, ValueError, r"1 to 4096, got \(2, 1, 1, 4097\)"),
-    ({"boxes": BOX[:1]}, ValueError, r"boxes must be \[R, 4\] with R of heatmaps, 2, got \(1, 4\)"),
-    ({"boxes": BOX.to("meta")}, ValueError, "boxes must be on the heatmaps' device, cpu, got meta"),
+    ({"boxes": BOX[:1]}, ValueError, r"boxes must be \[R, 4\], \(2, 4\), got \(1, 4\)"),
+    ({"boxes": BOX.to("meta")}, ValueError, "boxes must be on the device of heatmaps, cpu, got meta"),
 ]
 
 

@@ -14,6 +14,7 @@ from host_kernels.layouts import LAYOUTS, Layout, place, poisoned
 
 from fpn_fast import reference
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
+from fpn_fast.reference._roi_align import axis_samples
 from fpn_fast.reference.multiscale_roi_align import axis_weights
 from fpn_fast.testing import tolerances
 
@@ -237,8 +238,8 @@ class TestMultiScaleRoIAlign(HostBattery):
         finest, _ = self.outputs(case.backward(torch.float32, layouts, place(grad, layouts[0])))
         (_, x1, y1, x2, y2), (height, width) = case.rois[k], case.sizes[0]
         numbers = (case.scales[0], case.sampling_ratio, case.aligned, torch.float32)
-        rows, _ = axis_weights(y1, y2, height, 3, *numbers)
-        cols, _ = axis_weights(x1, x2, width, 3, *numbers)
+        rows = axis_weights(axis_samples(y1, y2, height, 3, *numbers), height)
+        cols = axis_weights(axis_samples(x1, x2, width, 3, *numbers), width)
         expected = torch.zeros(finest.shape, dtype=torch.bool)
         expected[1, channel] = (rows[row] != 0)[:, None] & (cols[column] != 0)
         assert torch.equal(finest.isnan(), expected)

@@ -311,7 +311,7 @@ ERRORS = [
     ({"anchors": ANCHORS.to("meta")}, ValueError, "anchors must be on the device of gt_boxes, cpu, got meta"),
     ({"gt_counts": [3, 3]}, TypeError, "gt_counts must be a tensor, got list"),
     ({"gt_counts": torch.zeros(2)}, TypeError, "gt_counts must be of an integer type, got torch.float32"),
-    ({"gt_counts": torch.tensor([1])}, ValueError, r"gt_counts must be \[N\], one for each of 2 images, got \(1,\)"),
+    ({"gt_counts": torch.tensor([1])}, ValueError, r"gt_counts must be \[N\], \(2,\), got \(1,\)"),
     ({"gt_counts": torch.tensor([1, 1], device="meta")}, ValueError, "gt_counts must be on the device"),
     ({"anchor_counts": torch.tensor([1])}, ValueError, r"anchor_counts must be \[N\]"),
     ({"low_threshold": 0.8}, ValueError, "low_threshold must be at most high_threshold, 0.7, got 0.8"),

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torchvision.ops.poolers import LevelMapper
 
 from fpn_fast import backends, ops, reference
+from fpn_fast.ops import _roi_align
 from fpn_fast.ops.levels import level_thresholds, thresholds_of
-from fpn_fast.ops.multiscale_roi_align import _BACKWARD, _FORWARD
 from fpn_fast.testing import tolerances
 
+_FORWARD, _BACKWARD = (found["multiscale_roi_align"] for found in (_roi_align._FORWARD, _roi_align._BACKWARD))
 NAN, INF = float("nan"), float("inf")
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 # For maps of 25 x 42 pixels at a quarter: an image of 100 x 168.
@@ -398,7 +399,7 @@ ERRORS = [
     ({"rois": [[0, 0, 0, 4, 4]]}, TypeError, "rois must be a tensor, got list"),
     ({"rois": torch.zeros(3, 4)}, ValueError, r"rois must be \[K, 5\].*got \(3, 4\)"),
     ({"rois": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "rois must be float64.*int64"),
-    ({"rois": torch.zeros(3, 5, device="meta")}, ValueError, "rois must be on the features' device, cpu, got meta"),
+    ({"rois": torch.zeros(3, 5, device="meta")}, ValueError, "rois must be on the device of features, cpu, got meta"),
     ({"output_size": 0}, ValueError, "output_size must be 1 to 1024 bins along each axis, got 0"),
     ({"output_size": (7, 2000)}, ValueError, "output_size must be 1 to 1024"),
     ({"sampling_ratio": 2000}, ValueError, "sampling_ratio must be at most 1024, got 2000"),

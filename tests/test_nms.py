@@ -304,13 +304,13 @@ ERRORS = [
     ({"boxes": BOXES.int()}, TypeError, r"boxes must be float64, float32, float16 or bfloat16, got torch.int32"),
     ({"scores": SCORES[:1]}, ValueError, r"scores must be one for each box, \(2, 5\), got \(1, 5\)"),
     ({"scores": SCORES.long()}, TypeError, r"scores must be float64.*got torch.int64"),
-    ({"scores": SCORES.to("meta")}, ValueError, "scores must be on the boxes' device, cpu, got meta"),
+    ({"scores": SCORES.to("meta")}, ValueError, "scores must be on the device of boxes, cpu, got meta"),
     ({"scores": [0.5] * 5}, TypeError, "scores must be a tensor, got list"),
     ({"groups": SCORES}, TypeError, "groups must be of an integer type, got torch.float32"),
-    ({"groups": GROUPS[0]}, ValueError, r"groups must be \(2, 5\), as the boxes are, got \(5,\)"),
+    ({"groups": GROUPS[0]}, ValueError, r"groups must be \[N, B\], \(2, 5\), got \(5,\)"),
     ({"groups": [1]}, TypeError, "groups must be a tensor, got list"),
-    ({"counts": GROUPS}, ValueError, r"counts must be \(2,\)"),
-    ({"counts": GROUPS[:, 0].to("meta")}, ValueError, "counts must be on the boxes' device"),
+    ({"counts": GROUPS}, ValueError, r"counts must be \[N\], \(2,\)"),
+    ({"counts": GROUPS[:, 0].to("meta")}, ValueError, "counts must be on the device of boxes"),
     ({"iou_threshold": NAN}, ValueError, "iou_threshold must be a number, got nan"),
     ({"max_output": -1}, ValueError, "max_output must be 0 or more, got -1"),
     ({"convention": "soft"}, ValueError, "convention must be torchvision, mmcv or torchvision_offset, got 'soft'"),
@@ -329,7 +329,7 @@ def test_errors_of_torchvisions_forms():
         ops.nms(BOXES, SCORES, 0.5)
     with pytest.raises(TypeError, match="idxs must be a tensor, got int"):
         ops.batched_nms(BOXES[0], SCORES[0], 3, 0.5)
-    with pytest.raises(ValueError, match=r"idxs must be \(5,\)"):
+    with pytest.raises(ValueError, match=r"idxs must be \[B\], \(5,\)"):
         ops.batched_nms(BOXES[0], SCORES[0], GROUPS, 0.5)
 
 

@@ -150,8 +150,8 @@ ERRORS = [
     ({"masks": MASKS[:, 0]}, ValueError, r"masks must be \[K, 1, M, M\].*got \(2, 4, 4\)"),
     ({"masks": torch.zeros(2, 1, 4, 5)}, ValueError, r"masks must be \[K, 1, M, M\].*got \(2, 1, 4, 5\)"),
     ({"masks": torch.zeros(2, 1, 0, 0)}, ValueError, "M of 1 to 4096"),
-    ({"boxes": BOX[:1]}, ValueError, r"boxes must be \[K, 4\] with K of masks, 2, got \(1, 4\)"),
-    ({"boxes": BOX.to("meta")}, ValueError, "boxes must be on the masks' device, cpu, got meta"),
+    ({"boxes": BOX[:1]}, ValueError, r"boxes must be \[K, 4\], \(2, 4\), got \(1, 4\)"),
+    ({"boxes": BOX.to("meta")}, ValueError, "boxes must be on the device of masks, cpu, got meta"),
     ({"image_size": (-1, 5)}, ValueError, r"image_size must be \(H, W\).*got \(-1, 5\)"),
     ({"padding": -1}, ValueError, "padding must be 0 to 4096 mask pixels, got -1"),
 ]

@@ -134,9 +134,9 @@ ERRORS = [
     ({"labels": LABELS.bool()}, TypeError, "labels must be of an integer type, got torch.bool"),
     ({"weights": LABELS}, TypeError, "weights must be float64.*int64"),
     ({"logits": LOGITS[None]}, ValueError, r"logits must be \[M, C\], got \(1, 4, 3\)"),
-    ({"labels": LABELS[:2]}, ValueError, r"labels must be \[M\] with M of logits, 4, got \(2,\)"),
-    ({"weights": WEIGHTS[:, None]}, ValueError, r"weights must be \[M\] with M of logits, 4, got \(4, 1\)"),
-    ({"labels": LABELS.to("meta")}, ValueError, "labels must be on the logits' device, cpu, got meta"),
+    ({"labels": LABELS[:2]}, ValueError, r"labels must be \[M\], \(4,\), got \(2,\)"),
+    ({"weights": WEIGHTS[:, None]}, ValueError, r"weights must be \[M\], \(4,\), got \(4, 1\)"),
+    ({"labels": LABELS.to("meta")}, ValueError, "labels must be on the device of logits, cpu, got meta"),
 ]
 
 

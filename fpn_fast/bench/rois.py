@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import ops
+from fpn_fast.reference._roi_align import axis_samples
 from fpn_fast.reference.multiscale_roi_align import axis_weights
 
 #: COCO's small, medium and large objects: their share, and the range of their sides in pixels. Detectors enlarge COCO's
@@ -74,7 +75,9 @@ def pixels_read(
     maps = [torch.zeros(batch, *size, dtype=torch.bool) for size in levels]
     for (image, x1, y1, x2, y2), level in zip(rois.tolist(), ops.assign_levels(rois, scales).tolist(), strict=True):
         arguments = (scales[level], sampling_ratio, aligned, torch.float32)
-        rows = axis_weights(y1, y2, levels[level][0], output_size, *arguments)[0].any(0)
-        cols = axis_weights(x1, x2, levels[level][1], output_size, *arguments)[0].any(0)
+        rows, cols = (
+            axis_weights(axis_samples(lo, hi, size, output_size, *arguments), size).any(0)
+            for lo, hi, size in zip((y1, x1), (y2, x2), levels[level], strict=True)
+        )
         maps[level][int(image)] |= rows[:, None] & cols
     return sum(int(each.sum()) for each in maps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that several ops share."""
+"""Argument checks that several ops share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_sizes(**sizes: int) -> None:
-    """Each of `sizes` is an integer of 0 or more; a tracer's counts as one.
-
-    Raises:
-        TypeError: one is no integer.
-        ValueError: one is negative.
-    """
+    """Raise TypeError unless `sizes` are integers (or a tracer's symbols), ValueError unless they are 0 or more."""
     for name, value in sizes.items():
         if not isinstance(value, (Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -25,14 +20,52 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
-def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:
-    """`maps`, all [N, C, H, W] of one type and device; promoted to the widest type among them under autocast.
+def check_tensor(tensor: Tensor, name: str) -> None:
+    """Raise TypeError unless `tensor` is a tensor of a dtype in DTYPES."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
-    name: the caller's word for them, in errors.
+
+def check_shape(tensor: Tensor, name: str, letters: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `tensor` has `shape`, which `letters` spell, such as "[N, 4]"."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {letters}, {shape}, got {tuple(tensor.shape)}")
+
+
+def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    """Raise ValueError unless `tensor` is on the device of `like`."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
+
+
+def check_integers(
+    tensor: Tensor, name: str, letters: str, shape: tuple[int, ...], like: Tensor, like_name: str
+) -> Tensor:
+    """Return `tensor` as contiguous int64.
 
     Raises:
-        TypeError: something is not a tensor, or not of a type in DTYPES, or the types differ outside autocast.
-        ValueError: no maps; not [N, C, H, W]; N, C or device differ; an empty map.
+        TypeError: it is not a tensor of an integer dtype.
+        ValueError: it does not have `shape` or is not on the device of `like`.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be of an integer type, got {tensor.dtype}")
+    check_shape(tensor, name, letters, shape)
+    check_device(tensor, name, like, like_name)
+    return tensor.long().contiguous()
+
+
+def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:
+    """Return `maps` [N, C, H_l, W_l]; under autocast, promoted to the widest dtype among them.
+
+    name: the argument's name, for errors.
+
+    Raises:
+        TypeError: a map is not a tensor or has a dtype outside DTYPES, or the dtypes differ outside autocast.
+        ValueError: there are no maps; a map is empty or not [N, C, H, W]; N, C or device differ.
     """
     if not maps:
         raise ValueError(f"{name} must hold at least one map, got an empty sequence")

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops that read a detector's head check alike: its maps, the anchors behind them, and the images' sizes."""
+"""Argument checks of the ops that read a detector's head: its maps, its anchors and the sizes of the images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpn_fast.ops._checks import check_maps
+from fpn_fast.ops._checks import check_device, check_maps, check_shape
 from fpn_fast.ops._registration import constant
 
 #: csrc/common/head_decoding.h: kMaxProposalLevels.
@@ -22,7 +23,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_numbers(**numbers: float) -> list[float]:
-    """`numbers` as constants, none of which is NaN."""
+    """Return `numbers` as constants; raise ValueError for a NaN."""
     found = [constant(value) for value in numbers.values()]
     for name, value in zip(numbers, found, strict=True):
         if math.isnan(value):
@@ -31,7 +32,7 @@ def check_numbers(**numbers: float) -> list[float]:
 
 
 def check_fours(**fours: Sequence[float]) -> list[list[float]]:
-    """Each of `fours` is four numbers, for (dx, dy, dw, dh), none of which is NaN; as constants."""
+    """Return `fours`, values for (dx, dy, dw, dh), as constants; raise ValueError for a NaN or another count."""
     found = []
     for name, values in fours.items():
         if len(values) != 4:
@@ -43,9 +44,10 @@ def check_fours(**fours: Sequence[float]) -> list[list[float]]:
 
 
 def check_head(**maps: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The maps of a head by name, detached: as many of each as of the first, of its sizes, on its device.
+    """Return the maps of a head by name, detached and, under autocast, promoted to the widest dtype among them.
 
-    Under autocast all are promoted to the widest dtype among them. Channels are the caller's to check.
+    Raises TypeError or ValueError unless all names have equally many maps on one device. Shapes are checked by
+    :func:`check_channels`.
     """
     names = list(maps)
     found = [
@@ -57,8 +59,7 @@ def check_head(**maps: Sequence[Tensor]) -> list[list[Tensor]]:
     for name, others in zip(names[1:], found[1:], strict=True):
         if len(others) != len(first):
             raise ValueError(f"{name} must be one for each of the {len(first)} maps of {names[0]}, got {len(others)}")
-        if others[0].device != first[0].device:
-            raise ValueError(f"{name} must be on the device of {names[0]}, {first[0].device}, got {others[0].device}")
+        check_device(others[0], name, first[0], names[0])
         if others[0].dtype != first[0].dtype and not torch.is_autocast_enabled(first[0].device.type):
             raise TypeError(f"{name} must be of the dtype of {names[0]}, {first[0].dtype}, got {others[0].dtype}")
     widest = first[0].dtype
@@ -68,7 +69,7 @@ def check_head(**maps: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def check_channels(name: str, what: str, maps: Sequence[Tensor], channels: int, like: Sequence[Tensor]) -> None:
-    """`maps` are [N, `channels`, H, W], with N, H and W of the maps in `like`; `what` is their shape in words."""
+    """Raise ValueError unless `maps` are [N, `channels`, H, W] with N, H and W of `like`; `what` spells that shape."""
     for i, (each, other) in enumerate(zip(maps, like, strict=True)):
         expected = (other.size(0), channels, other.size(2), other.size(3))
         if tuple(each.shape) != expected:
@@ -85,15 +86,13 @@ def check_strides(strides: Sequence[tuple[int, int]], levels: int) -> list[int]:
 
 
 def check_image_sizes(image_sizes: Tensor, like: Tensor) -> Tensor:
-    """[N, 2] with N of `like`, in the type in which boxes of its type are computed."""
+    """Return the sizes, [N, 2] with N of `like`, in the dtype in which boxes are computed from `like`."""
     if not isinstance(image_sizes, Tensor):
         raise TypeError(f"image_sizes must be a tensor, got {type(image_sizes).__name__}")
     if image_sizes.is_complex():
         raise TypeError(f"image_sizes must be of a real type, got {image_sizes.dtype}")
-    if image_sizes.dim() != 2 or image_sizes.size(0) != like.size(0) or image_sizes.size(1) != 2:
-        raise ValueError(f"image_sizes must be [N, 2], {(like.size(0), 2)}, got {tuple(image_sizes.shape)}")
-    if image_sizes.device != like.device:
-        raise ValueError(f"image_sizes must be on the maps' device, {like.device}, got {image_sizes.device}")
+    check_shape(image_sizes, "image_sizes", "[N, 2]", (like.size(0), 2))
+    check_device(image_sizes, "image_sizes", like, "the maps")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return image_sizes.detach().to(dtype).contiguous()
 
@@ -101,7 +100,7 @@ def check_image_sizes(image_sizes: Tensor, like: Tensor) -> Tensor:
 def flatten_cells(
     cell_anchors: Sequence[Sequence[Sequence[float]] | Tensor], levels: int, anchors: int | None
 ) -> list[float]:
-    """The tables of `levels` levels in one list; each has `anchors` rows, or as many as the first."""
+    """Return the values of all levels' anchors [A, 4] in one list; A is `anchors`, or the first level's for None."""
     if len(cell_anchors) != levels:
         raise ValueError(f"cell_anchors must be a table for each of the {levels} levels, got {len(cell_anchors)}")
     flat: list[float] = []
@@ -113,3 +112,19 @@ def flatten_cells(
             raise ValueError(f"cell_anchors must be {anchors} anchors (x1, y1, x2, y2) at level {i}, got {rows}")
         flat.extend(value for row in rows for value in row)
     return [constant(value) for value in flat]
+
+
+def run_reference(
+    specification: Callable[..., Any],
+    maps: Sequence[list[Tensor]],
+    cell_anchors: list[float],
+    strides: list[int],
+    image_sizes: Tensor,
+    *rule: Any,
+) -> Any:
+    """Call `specification` with an op's arguments; it takes a table of anchors and a pair of strides per level."""
+    tables = image_sizes.new_tensor(cell_anchors).view(len(maps[0]), -1, 4)
+    pairs = list(zip(strides[::2], strides[1::2], strict=True))
+    # Autocast would round the products of the specification.
+    with torch.autocast(image_sizes.device.type, enabled=False):
+        return specification(*maps, list(tables), pairs, image_sizes, *rule)

@@ -1,38 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both pool modes of multi-level RoIAlign remember for their gradients, and refuse."""
+"""The ops of multi-level RoIAlign in both pool modes: their rules for tracers and autograd, and their references.
+
+A forward op takes (features, rois, levels, pooled_height, pooled_width, *rule), where `rule` is (scales, thresholds,
+sampling_ratio, aligned). In max mode it also returns the winners. A backward op takes (grad, *saved, batch, sizes,
+*rule, channels_last), where `saved` is (rois, levels), in max mode (winners, rois, levels).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fpn_fast._memory_format import is_channels_last
+from fpn_fast import backends, reference
+from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast._torch_private import below_autograd
+from fpn_fast.ops._outputs import empty_grads, empty_pooled, empty_pooled_and_winners
+from fpn_fast.ops._registration import call_kernel, records_gradient, register_op, traced
+from fpn_fast.ops.levels import levels_by_area
 
 
-def remember_sizes(ctx: Any, features: Sequence[Tensor], numbers: Sequence[Any]) -> None:
-    """Keeps what a gradient needs of the features [N, C, H_l, W_l]: no feature, only sizes."""
+class _RoIAlign(torch.autograd.Function):
+    """The route without a tracer. The registered rules do the same and take several times as long per call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, backend: str, rois: Tensor, levels: Tensor | None, rule: tuple[Any, ...], *features: Tensor
+    ) -> Any:
+        ctx.op = _BACKWARD[name][backend]
+        with below_autograd():
+            output = _FORWARD[name][backend](list(features), rois, levels, *rule)
+        _setup_context(ctx, (features, rois, levels, *rule), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (5 + len(ctx.sizes) // 2)
+        with below_autograd():
+            return (None,) * 5 + tuple(_feature_grads(ctx.op, ctx, grad))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Keep what a gradient needs: the sizes of the features, not the features."""
+    features, rois, levels, _, _, *ctx.rule = inputs
+    if isinstance(output, tuple):
+        _, winners = output
+        ctx.save_for_backward(winners, rois, levels)
+        ctx.mark_non_differentiable(winners)
+        ctx.set_materialize_grads(False)
+    else:
+        ctx.save_for_backward(rois, levels)
     ctx.batch = features[0].size(0)
     ctx.sizes = [size for feature in features for size in feature.shape[2:]]
     ctx.channels_last = is_channels_last(features[0])
-    ctx.numbers = numbers[2:]
 
 
-def in_order(ctx: Any, grad: Tensor) -> Tensor:
-    """`grad` [K, C, PH, PW] in the finest feature's format: put in order once, not each time that it is read."""
-    return grad.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format)
+def _feature_grads(op: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> list[Tensor]:
+    # Many pixels read one bin: a copy in the maps' memory format costs less than strided reads.
+    grad = grad.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format)
+    return op(grad, *ctx.saved_tensors, ctx.batch, ctx.sizes, *ctx.rule, ctx.channels_last)
 
 
-def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """setup_context of a backward op."""
 
 
-def refuse_second_derivative(backend: str) -> Any:
-    """The backward of a backward op."""
-
+def _refuse_second_derivative(backend: str) -> Callable[..., Any]:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         raise RuntimeError("multiscale_roi_align is not differentiable twice")
 
     return backward
+
+
+def _register(
+    name: str, empty: Callable[..., Any], specification: Callable[..., Any], specification_backward: Callable[..., Any]
+) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """Register the forward and the backward op of a pool mode."""
+
+    def backward(backend: str) -> Callable[..., Any]:
+        def rule(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Any, ...]:
+            grads = None if grad is None else _feature_grads(backward_ops[backend], ctx, grad)
+            return grads, *[None] * 8
+
+        return rule
+
+    def run_reference(
+        features: list[Tensor], rois: Tensor, levels: Tensor | None, height: int, width: int,
+        scales: list[float], thresholds: list[float], *rule: Any,
+    ) -> Any:  # fmt: skip
+        if levels is None:
+            levels = levels_by_area(rois, len(features), thresholds)
+        form = memory_format(features[0])
+        # Autocast would round the products of the specification.
+        with torch.autocast(features[0].device.type, enabled=False):
+            found = specification(features, rois, levels, (height, width), scales, *rule)
+        if isinstance(found, Tensor):
+            return found.contiguous(memory_format=form)
+        return tuple(each.contiguous(memory_format=form) for each in found)
+
+    def run_reference_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+        *winners, rois, levels, batch, sizes, scales, thresholds, sampling_ratio, aligned, channels_last = arguments
+        if levels is None:
+            levels = levels_by_area(rois, len(sizes) // 2, thresholds)
+        pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = specification_backward(grad, *winners, rois, levels, batch, pairs, scales, sampling_ratio, aligned)
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        return [each.contiguous(memory_format=form) for each in grads]
+
+    forward_ops = register_op(
+        name, fake=empty, setup_context=_setup_context, backward=backward, reference=run_reference
+    )
+    backward_ops = register_op(
+        f"{name}_backward",
+        fake=empty_grads,
+        setup_context=_keep_nothing,
+        backward=_refuse_second_derivative,
+        reference=run_reference_backward,
+    )
+    return forward_ops, backward_ops
+
+
+_AVG, _MAX = "multiscale_roi_align", "multiscale_roi_align_max"
+_FORWARD, _BACKWARD = {}, {}
+_FORWARD[_AVG], _BACKWARD[_AVG] = _register(
+    _AVG, empty_pooled, reference.multiscale_roi_align, reference.multiscale_roi_align_backward
+)
+_FORWARD[_MAX], _BACKWARD[_MAX] = _register(
+    _MAX, empty_pooled_and_winners, reference.multiscale_roi_align_max, reference.multiscale_roi_align_max_backward
+)
+
+
+def pool(name: str, features: list[Tensor], rois: Tensor, levels: Tensor | None, *rule: Any) -> Any:
+    """Run the forward op `name` on checked arguments, with a gradient where autograd records one."""
+    backend = backends.choose_for(features[0], name)
+    if not traced() and records_gradient(features):
+        return _RoIAlign.apply(name, backend, rois, levels, rule, *features)
+    return call_kernel(_FORWARD[name][backend], features, rois, levels, *rule)

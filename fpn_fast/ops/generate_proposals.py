@@ -22,7 +22,9 @@ from fpn_fast.ops._heads import (
     check_numbers,
     check_strides,
     flatten_cells,
+    run_reference,
 )
+from fpn_fast.ops._outputs import empty_detections
 from fpn_fast.ops._registration import register_op
 from fpn_fast.ops.nms import CONVENTIONS
 
@@ -161,40 +163,15 @@ def generate_proposals(
     )  # fmt: skip
 
 
-def _fake(
-    objectness: list[Tensor],
-    deltas: list[Tensor],
-    cell_anchors: list[float],
-    strides: list[int],
-    image_sizes: Tensor,
-    pre_nms_top_n: int,
-    post_nms_top_n: int,
-    *numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch = image_sizes.size(0)
-    return (
-        image_sizes.new_empty((batch, post_nms_top_n, 4)),
-        image_sizes.new_empty((batch, post_nms_top_n)),
-        image_sizes.new_empty((batch,), dtype=torch.int64),
-    )
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    image_sizes, post_nms_top_n = arguments[4], arguments[6]
+    boxes, scores, _, counts = empty_detections(image_sizes, post_nms_top_n)
+    return boxes, scores, counts
 
 
-def _reference(
-    objectness: list[Tensor],
-    deltas: list[Tensor],
-    cell_anchors: list[float],
-    strides: list[int],
-    image_sizes: Tensor,
-    *numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tables = image_sizes.new_tensor(cell_anchors).view(len(objectness), -1, 4)
-    pairs = list(zip(strides[::2], strides[1::2], strict=True))
-    *others, convention = numbers
-    # Autocast would round the products of the specification.
-    with torch.autocast(objectness[0].device.type, enabled=False):
-        return reference.generate_proposals(
-            objectness, deltas, list(tables), pairs, image_sizes, *(*others, CONVENTIONS[convention])
-        )
+def _reference(objectness: list[Tensor], deltas: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *others, convention = arguments
+    return run_reference(reference.generate_proposals, [objectness, deltas], *others, CONVENTIONS[convention])
 
 
 _FORWARD = register_op("generate_proposals", fake=_fake, reference=_reference)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._checks import check_device, check_shape, check_tensor
 from fpn_fast.ops._registration import call_kernel, register_op
 
 
@@ -40,17 +40,12 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
 
     Source: He et al., Mask R-CNN, 2017; torchvision/models/detection/roi_heads.py, heatmaps_to_keypoints.
     """
-    for tensor, name in ((heatmaps, "heatmaps"), (boxes, "boxes")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    check_tensor(heatmaps, "heatmaps")
+    check_tensor(boxes, "boxes")
     if heatmaps.dim() != 4 or not (1 <= heatmaps.size(2) <= 4096 and 1 <= heatmaps.size(3) <= 4096):
         raise ValueError(f"heatmaps must be [R, K, h, w], h and w of 1 to 4096, got {tuple(heatmaps.shape)}")
-    if boxes.dim() != 2 or boxes.size(1) != 4 or boxes.size(0) != heatmaps.size(0):
-        raise ValueError(f"boxes must be [R, 4] with R of heatmaps, {heatmaps.size(0)}, got {tuple(boxes.shape)}")
-    if boxes.device != heatmaps.device:
-        raise ValueError(f"boxes must be on the heatmaps' device, {heatmaps.device}, got {boxes.device}")
+    check_shape(boxes, "boxes", "[R, 4]", (heatmaps.size(0), 4))
+    check_device(boxes, "boxes", heatmaps, "heatmaps")
     coordinates = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     heatmaps, boxes = heatmaps.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
     op = _OP[backends.choose_for(heatmaps, "heatmaps_to_keypoints")]
@@ -65,8 +60,4 @@ def _fake(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _reference(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.heatmaps_to_keypoints(heatmaps, boxes)
-
-
-_OP = register_op("heatmaps_to_keypoints", fake=_fake, reference=_reference)
+_OP = register_op("heatmaps_to_keypoints", fake=_fake, reference=reference.heatmaps_to_keypoints)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._checks import check_device, check_integers, check_tensor
 from fpn_fast.ops._registration import call_kernel, register_op
 
 
@@ -109,8 +110,7 @@ def match_anchors(
 
     Source: Ren et al., Faster R-CNN, 2015, 3.1.2; torchvision/models/detection/_utils.py, Matcher.
     """
-    if not isinstance(gt_boxes, Tensor):
-        raise TypeError(f"gt_boxes must be a tensor, got {type(gt_boxes).__name__}")
+    check_tensor(gt_boxes, "gt_boxes")
     if gt_boxes.dim() != 3 or gt_boxes.size(2) != 4:
         raise ValueError(f"gt_boxes must be [N, G, 4], (x1, y1, x2, y2), got {tuple(gt_boxes.shape)}")
     if not low_threshold <= high_threshold:
@@ -118,9 +118,6 @@ def match_anchors(
     stored = None if isinstance(anchors, AnchorGrid) else anchors
     if stored is not None:
         _check_anchors(stored, gt_boxes)
-    for boxes, name in ((gt_boxes, "gt_boxes"), (stored, "anchors")):
-        if boxes is not None and boxes.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {boxes.dtype}")
     wide = torch.float64 in (gt_boxes.dtype, None if stored is None else stored.dtype)
     dtype = torch.float64 if wide else torch.float32
     gt_boxes = gt_boxes.detach().to(dtype).contiguous()
@@ -128,9 +125,10 @@ def match_anchors(
         stored = stored.detach().to(dtype).contiguous()
     if gt_counts is None:
         gt_counts = torch.full(gt_boxes.shape[:1], gt_boxes.size(1), dtype=torch.int64, device=gt_boxes.device)
-    gt_counts = _check_counts(gt_counts, gt_boxes, "gt_counts")
+    images = (gt_boxes.size(0),)
+    gt_counts = check_integers(gt_counts, "gt_counts", "[N]", images, gt_boxes, "gt_boxes")
     if anchor_counts is not None:
-        anchor_counts = _check_counts(anchor_counts, gt_boxes, "anchor_counts")
+        anchor_counts = check_integers(anchor_counts, "anchor_counts", "[N]", images, gt_boxes, "gt_boxes")
     numbers = anchors._numbers() if isinstance(anchors, AnchorGrid) else ([], [], [], [], 0.0)
     thresholds = (float(high_threshold), float(low_threshold))
     arguments = (gt_boxes, gt_counts, stored, anchor_counts, *numbers, *thresholds, bool(allow_low_quality_matches))
@@ -163,25 +161,13 @@ def pad_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _check_anchors(anchors: Tensor, gt_boxes: Tensor) -> None:
     if not isinstance(anchors, Tensor):
         raise TypeError(f"anchors must be a tensor or an AnchorGrid, got {type(anchors).__name__}")
+    check_tensor(anchors, "anchors")
     batched = anchors.dim() == 3 and anchors.size(0) == gt_boxes.size(0)
     if (anchors.dim() != 2 and not batched) or anchors.size(-1) != 4:
         raise ValueError(
             f"anchors must be [M, 4] or [N, M, 4] with N of gt_boxes, {gt_boxes.size(0)}, got {tuple(anchors.shape)}"
         )
-    if anchors.device != gt_boxes.device:
-        raise ValueError(f"anchors must be on the device of gt_boxes, {gt_boxes.device}, got {anchors.device}")
-
-
-def _check_counts(counts: Tensor, gt_boxes: Tensor, name: str) -> Tensor:
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(counts).__name__}")
-    if counts.dtype.is_floating_point or counts.dtype.is_complex or counts.dtype == torch.bool:
-        raise TypeError(f"{name} must be of an integer type, got {counts.dtype}")
-    if counts.dim() != 1 or counts.size(0) != gt_boxes.size(0):
-        raise ValueError(f"{name} must be [N], one for each of {gt_boxes.size(0)} images, got {tuple(counts.shape)}")
-    if counts.device != gt_boxes.device:
-        raise ValueError(f"{name} must be on the device of gt_boxes, {gt_boxes.device}, got {counts.device}")
-    return counts.long().contiguous()
+    check_device(anchors, "anchors", gt_boxes, "gt_boxes")
 
 
 def _boxes(
@@ -199,19 +185,9 @@ def _boxes(
 
 
 def _fake(
-    gt_boxes: Tensor,
-    gt_counts: Tensor,
-    anchors: Tensor | None,
-    anchor_counts: Tensor | None,
-    cell_anchors: list[float],
-    cells: list[int],
-    sizes: list[int],
-    strides: list[int],
-    offset: float,
-    high_threshold: float,
-    low_threshold: float,
-    allow_low_quality_matches: bool,
-) -> tuple[Tensor, Tensor]:
+    gt_boxes: Tensor, gt_counts: Tensor, anchors: Tensor | None, anchor_counts: Tensor | None,
+    cell_anchors: list[float], cells: list[int], sizes: list[int], *arguments: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if anchors is not None:
         count = anchors.size(-2)
     else:
@@ -221,23 +197,12 @@ def _fake(
 
 
 def _reference(
-    gt_boxes: Tensor,
-    gt_counts: Tensor,
-    anchors: Tensor | None,
-    anchor_counts: Tensor | None,
-    cell_anchors: list[float],
-    cells: list[int],
-    sizes: list[int],
-    strides: list[int],
-    offset: float,
-    *rule: float,
+    gt_boxes: Tensor, gt_counts: Tensor, anchors: Tensor | None, anchor_counts: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    *grid, high, low, allow_low_quality_matches = arguments
     if anchors is None:
-        anchors = _boxes(cell_anchors, cells, sizes, strides, offset, gt_boxes.dtype, gt_boxes.device)
-    high, low, allow_low_quality_matches = rule
-    return reference.match_anchors(
-        gt_boxes, gt_counts, anchors, anchor_counts, high, low, bool(allow_low_quality_matches)
-    )
+        anchors = _boxes(*(*grid, gt_boxes.dtype, gt_boxes.device))
+    return reference.match_anchors(gt_boxes, gt_counts, anchors, anchor_counts, high, low, allow_low_quality_matches)
 
 
 _OP = register_op("match_anchors", fake=_fake, reference=_reference)

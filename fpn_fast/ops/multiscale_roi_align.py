@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fpn_fast import backends, reference
-from fpn_fast._memory_format import memory_format
-from fpn_fast._torch_private import below_autograd
-from fpn_fast.ops._checks import DTYPES, check_maps
-from fpn_fast.ops._registration import call_kernel, constant, records_gradient, register_op, traced
-from fpn_fast.ops._roi_align import in_order, keep_nothing, refuse_second_derivative, remember_sizes
-from fpn_fast.ops.levels import MAX_LEVELS, levels_by_area, thresholds_of
-from fpn_fast.ops.multiscale_roi_align_max import pool_max
+from fpn_fast.ops._checks import check_device, check_integers, check_maps, check_tensor
+from fpn_fast.ops._registration import constant
+from fpn_fast.ops._roi_align import pool
+from fpn_fast.ops.levels import MAX_LEVELS, thresholds_of
+
+#: csrc/common/roi_align_max.h: kMaxWinnerSize.
+MAX_SIZE = 16000
 
 
 def multiscale_roi_align(
@@ -80,13 +77,21 @@ def multiscale_roi_align(
     height, width = _check_output_size(output_size)
     features = check_maps(list(features), "features")
     rois, levels = _check_rois(features, rois, scales, sampling_ratio, levels)
-    scales = tuple(constant(scale) for scale in scales)
+    scales = [constant(scale) for scale in scales]
     # One that no area passes stands for none: autograd's tracer takes an empty list for one of tensors.
     thresholds = [math.inf]
     if levels is None and len(scales) > 1:
-        thresholds = thresholds_of(scales, constant(canonical_scale), constant(canonical_level), level_formula)
-    pool = pool_max if pool_mode == "max" else _pool
-    return pool(features, rois, levels, height, width, list(scales), thresholds, int(sampling_ratio), bool(aligned))
+        thresholds = thresholds_of(tuple(scales), constant(canonical_scale), constant(canonical_level), level_formula)
+    rule = (height, width, scales, thresholds, int(sampling_ratio), bool(aligned))
+    if pool_mode == "avg":
+        return pool("multiscale_roi_align", features, rois, levels, *rule)
+    for i, feature in enumerate(features):
+        if feature.size(2) > MAX_SIZE or feature.size(3) > MAX_SIZE:
+            raise ValueError(
+                f"features must be at most {MAX_SIZE} x {MAX_SIZE} pixels for pool_mode 'max', got "
+                f"{tuple(feature.shape)} at {i}"
+            )
+    return pool("multiscale_roi_align_max", features, rois, levels, *rule)[0]
 
 
 def roi_align(
@@ -147,169 +152,12 @@ def _check_rois(
         raise ValueError(f"scales must be one for each of the {len(features)} features, got {len(scales)}")
     if sampling_ratio > 1024:
         raise ValueError(f"sampling_ratio must be at most 1024, got {sampling_ratio}")
-    if not isinstance(rois, Tensor):
-        raise TypeError(f"rois must be a tensor, got {type(rois).__name__}")
+    check_tensor(rois, "rois")
     if rois.dim() != 2 or rois.size(1) != 5:
         raise ValueError(f"rois must be [K, 5], (image, x1, y1, x2, y2), got {tuple(rois.shape)}")
-    if rois.dtype not in DTYPES:
-        raise TypeError(f"rois must be float64, float32, float16 or bfloat16, got {rois.dtype}")
-    device = features[0].device
-    if rois.device != device:
-        raise ValueError(f"rois must be on the features' device, {device}, got {rois.device}")
+    check_device(rois, "rois", features[0], "features")
     coordinates = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     rois = rois.detach().to(coordinates).contiguous()
     if levels is not None:
-        if levels.dtype.is_floating_point or levels.dtype.is_complex or levels.dtype == torch.bool:
-            raise TypeError(f"levels must be of an integer type, got {levels.dtype}")
-        if levels.dim() != 1 or levels.size(0) != rois.size(0):
-            raise ValueError(f"levels must be [K], one for each of the rois, got {tuple(levels.shape)}")
-        if levels.device != device:
-            raise ValueError(f"levels must be on the features' device, {device}, got {levels.device}")
-        levels = levels.detach().long().contiguous()
+        levels = check_integers(levels, "levels", "[K]", (rois.size(0),), features[0], "features")
     return rois, levels
-
-
-def _pool(features: list[Tensor], rois: Tensor, levels: Tensor | None, *numbers: Any) -> Tensor:
-    backend = backends.choose_for(features[0], "multiscale_roi_align")
-    if not traced() and records_gradient(features):
-        return _MultiScaleRoIAlign.apply(backend, rois, levels, numbers, *features)
-    return call_kernel(_FORWARD[backend], features, rois, levels, *numbers)
-
-
-def _fake(
-    features: list[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    pooled_height: int,
-    pooled_width: int,
-    scales: list[float],
-    thresholds: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    first = features[0]
-    return torch.empty(
-        (rois.size(0), first.size(1), pooled_height, pooled_width),
-        dtype=first.dtype,
-        device=first.device,
-        memory_format=memory_format(first),
-    )
-
-
-def _fake_backward(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    batch: int,
-    sizes: list[int],
-    scales: list[float],
-    thresholds: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    channels_last: bool,
-) -> list[Tensor]:
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    return [
-        torch.empty((batch, grad.size(1), height, width), dtype=grad.dtype, device=grad.device, memory_format=form)
-        for height, width in zip(sizes[::2], sizes[1::2], strict=True)
-    ]
-
-
-def _remember(
-    ctx: Any, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, numbers: Sequence[Any]
-) -> None:
-    ctx.save_for_backward(rois, levels)
-    remember_sizes(ctx, features, numbers)
-
-
-def _feature_grads(backend: str, ctx: Any, grad: Tensor) -> list[Tensor]:
-    """The gradient of each feature, in the memory format of the finest one."""
-    rois, levels = ctx.saved_tensors
-    return _BACKWARD[backend](in_order(ctx, grad), rois, levels, ctx.batch, ctx.sizes, *ctx.numbers, ctx.channels_last)
-
-
-class _MultiScaleRoIAlign(torch.autograd.Function):
-    """The route without a tracer; :func:`_backward` is the same for the registered op."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, rois: Tensor, levels: Tensor | None, numbers: tuple[Any, ...], *features: Tensor
-    ) -> Tensor:
-        ctx.backend = backend
-        _remember(ctx, features, rois, levels, numbers)
-        with below_autograd():
-            return _FORWARD[backend](list(features), rois, levels, *numbers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with below_autograd():
-            return (None, None, None, None, *_feature_grads(ctx.backend, ctx, grad))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, rois, levels, *numbers = inputs
-    _remember(ctx, features, rois, levels, numbers)
-
-
-def _backward(backend: str) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _feature_grads(backend, ctx, grad), *[None] * 8
-
-    return backward
-
-
-def _reference_levels(rois: Tensor, levels: Tensor | None, maps: int, thresholds: list[float]) -> Tensor:
-    return levels_by_area(rois, maps, thresholds) if levels is None else levels
-
-
-def _reference(
-    features: list[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    pooled_height: int,
-    pooled_width: int,
-    scales: list[float],
-    thresholds: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    levels = _reference_levels(rois, levels, len(features), thresholds)
-    size = (pooled_height, pooled_width)
-    # Autocast would round the products of the specification.
-    with torch.autocast(features[0].device.type, enabled=False):
-        pooled = reference.multiscale_roi_align(features, rois, levels, size, scales, sampling_ratio, aligned)
-    return pooled.contiguous(memory_format=memory_format(features[0]))
-
-
-def _reference_backward(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    batch: int,
-    sizes: list[int],
-    scales: list[float],
-    thresholds: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    channels_last: bool,
-) -> list[Tensor]:
-    levels = _reference_levels(rois, levels, len(sizes) // 2, thresholds)
-    pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
-    arguments = (grad, rois, levels, batch, pairs, scales, sampling_ratio, aligned)
-    with torch.autocast(grad.device.type, enabled=False):
-        grads = reference.multiscale_roi_align_backward(*arguments)
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    return [g.contiguous(memory_format=form) for g in grads]
-
-
-_FORWARD = register_op(
-    "multiscale_roi_align", fake=_fake, setup_context=_setup_context, backward=_backward, reference=_reference
-)
-_BACKWARD = register_op(
-    "multiscale_roi_align_backward",
-    fake=_fake_backward,
-    setup_context=keep_nothing,
-    backward=refuse_second_derivative,
-    reference=_reference_backward,
-)

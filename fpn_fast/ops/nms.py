@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-maximum suppression: of one image as torchvision has it, and of all images and groups in one call."""
+"""Non-maximum suppression: torchvision's functions, and one op for all images and groups of a batch."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES, check_sizes
+from fpn_fast.ops._checks import check_device, check_integers, check_shape, check_sizes, check_tensor
 from fpn_fast.ops._registration import constant, register_op
 from fpn_fast.reference.nms import CONVENTIONS
 
@@ -58,8 +59,6 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         bits, and boxes below zero can meet another group's. ``segmented_nms(..., convention="torchvision_offset")``
         does the same.
     """
-    if not isinstance(idxs, Tensor):
-        raise TypeError(f"idxs must be a tensor, got {type(idxs).__name__}")
     return _of_one_image(boxes, scores, idxs, iou_threshold)
 
 
@@ -108,16 +107,18 @@ def segmented_nms(
     check_sizes(max_output=max_output)
     _check_boxes(boxes, "[N, B, 4]", 3)
     boxes, scores = _numbers(boxes, scores)
-    groups = check_integers(groups, "groups", boxes, (boxes.size(0), boxes.size(1)))
-    counts = check_integers(counts, "counts", boxes, (boxes.size(0),))
+    if groups is not None:
+        groups = check_integers(groups, "groups", "[N, B]", (boxes.size(0), boxes.size(1)), boxes, "boxes")
+    if counts is not None:
+        counts = check_integers(counts, "counts", "[N]", (boxes.size(0),), boxes, "boxes")
     return _suppress(boxes, scores, groups, counts, iou_threshold, max_output, CONVENTIONS.index(convention))
 
 
 def _of_one_image(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
     _check_boxes(boxes, "[B, 4]", 2)
     boxes, scores = _numbers(boxes, scores)
-    groups = check_integers(groups, "idxs", boxes, (boxes.size(0),))
-    groups = None if groups is None else groups.unsqueeze(0)
+    if groups is not None:
+        groups = check_integers(groups, "idxs", "[B]", (boxes.size(0),), boxes, "boxes").unsqueeze(0)
     keep, counts = _suppress(boxes.unsqueeze(0), scores.unsqueeze(0), groups, None, iou_threshold, boxes.size(0), 0)
     return keep[0, : int(counts)]
 
@@ -130,74 +131,34 @@ def _check_boxes(boxes: Tensor, shape: str, dimensions: int) -> None:
 
 
 def _numbers(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes [..., 4] and scores [...] in the type in which they are compared."""
-    for name, each in (("boxes", boxes), ("scores", scores)):
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(each).__name__}")
-        if each.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {each.dtype}")
-    if scores.shape != boxes.shape[:-1]:
-        raise ValueError(f"scores must be one for each box, {tuple(boxes.shape[:-1])}, got {tuple(scores.shape)}")
-    if scores.device != boxes.device:
-        raise ValueError(f"scores must be on the boxes' device, {boxes.device}, got {scores.device}")
+    """Return boxes [..., 4] and scores [...] in the dtype in which they are compared."""
+    check_tensor(boxes, "boxes")
+    check_tensor(scores, "scores")
+    check_shape(scores, "scores", "one for each box", tuple(boxes.shape[:-1]))
+    check_device(scores, "scores", boxes, "boxes")
     dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
     return boxes.detach().to(dtype).contiguous(), scores.detach().to(dtype).contiguous()
 
 
-def check_integers(tensor: Tensor | None, name: str, boxes: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """`tensor` as contiguous int64, if it is of an integer type, of `shape` and on the boxes' device."""
-    if tensor is None:
-        return None
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must be of an integer type, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, as the boxes are, got {tuple(tensor.shape)}")
-    if tensor.device != boxes.device:
-        raise ValueError(f"{name} must be on the boxes' device, {boxes.device}, got {tensor.device}")
-    return tensor.long().contiguous()
-
-
 def _suppress(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    counts: Tensor | None,
-    iou_threshold: float,
-    max_output: int,
-    convention: int,
+    boxes: Tensor, scores: Tensor, groups: Tensor | None, counts: Tensor | None, iou_threshold: float, *output: int
 ) -> tuple[Tensor, Tensor]:
+    """Run the op; `output` is (max_output, index of the convention)."""
     iou_threshold = constant(iou_threshold)
     if math.isnan(iou_threshold):
         raise ValueError("iou_threshold must be a number, got nan")
     backend = backends.choose_for(boxes, "segmented_nms")
-    return _FORWARD[backend](boxes, scores, groups, counts, iou_threshold, max_output, convention)
+    return _FORWARD[backend](boxes, scores, groups, counts, iou_threshold, *output)
 
 
-def _fake(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    counts: Tensor | None,
-    iou_threshold: float,
-    max_output: int,
-    convention: int,
-) -> tuple[Tensor, Tensor]:
-    batch = boxes.size(0)
+def _fake(boxes: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    batch, max_output = boxes.size(0), arguments[-2]
     return boxes.new_empty((batch, max_output), dtype=torch.int64), boxes.new_empty((batch,), dtype=torch.int64)
 
 
-def _reference(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    counts: Tensor | None,
-    iou_threshold: float,
-    max_output: int,
-    convention: int,
-) -> tuple[Tensor, Tensor]:
-    return reference.segmented_nms(boxes, scores, groups, counts, iou_threshold, max_output, CONVENTIONS[convention])
+def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *others, convention = arguments
+    return reference.segmented_nms(*(*others, CONVENTIONS[convention]))
 
 
 _FORWARD = register_op("segmented_nms", fake=_fake, reference=_reference)

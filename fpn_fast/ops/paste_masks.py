@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._checks import check_device, check_shape, check_tensor
 from fpn_fast.ops._registration import call_kernel, register_op
 
 
@@ -48,17 +48,12 @@ def paste_masks(
 
     Source: He et al., Mask R-CNN, 2017; torchvision/models/detection/roi_heads.py, paste_masks_in_image.
     """
-    for tensor, name in ((masks, "masks"), (boxes, "boxes")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    check_tensor(masks, "masks")
+    check_tensor(boxes, "boxes")
     if masks.dim() != 4 or masks.size(1) != 1 or masks.size(2) != masks.size(3) or not 1 <= masks.size(3) <= 4096:
         raise ValueError(f"masks must be [K, 1, M, M], M of 1 to 4096, got {tuple(masks.shape)}")
-    if boxes.dim() != 2 or boxes.size(1) != 4 or boxes.size(0) != masks.size(0):
-        raise ValueError(f"boxes must be [K, 4] with K of masks, {masks.size(0)}, got {tuple(boxes.shape)}")
-    if boxes.device != masks.device:
-        raise ValueError(f"boxes must be on the masks' device, {masks.device}, got {boxes.device}")
+    check_shape(boxes, "boxes", "[K, 4]", (masks.size(0), 4))
+    check_device(boxes, "boxes", masks, "masks")
     height, width = image_size
     if not (0 <= height <= 2**29 and 0 <= width <= 2**29):
         raise ValueError(f"image_size must be (H, W), up to 2**29 pixels each, got {tuple(image_size)}")
@@ -78,10 +73,4 @@ def _fake(
     return masks.new_empty((masks.size(0), 1, height, width), dtype=dtype)
 
 
-def _reference(
-    masks: Tensor, boxes: Tensor, height: int, width: int, padding: int, threshold: float | None = None
-) -> Tensor:
-    return reference.paste_masks(masks, boxes, height, width, padding, threshold)
-
-
-_OP = register_op("paste_masks", fake=_fake, reference=_reference)
+_OP = register_op("paste_masks", fake=_fake, reference=reference.paste_masks)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES, check_sizes
+from fpn_fast.ops._checks import check_device, check_integers, check_sizes, check_tensor
 from fpn_fast.ops._heads import check_fours, check_image_sizes, check_numbers
+from fpn_fast.ops._outputs import empty_detections
 from fpn_fast.ops._registration import register_op
-from fpn_fast.ops.nms import check_integers
-from fpn_fast.ops.select_detections import empty_detections
 
 
 def select_box_detections(
@@ -72,7 +71,8 @@ def select_box_detections(
     postprocess_detections.
     """
     logits, deltas, boxes = _check_tables(logits, deltas, boxes)
-    counts = check_integers(counts, "counts", boxes, (boxes.size(0),))
+    if counts is not None:
+        counts = check_integers(counts, "counts", "[N]", (boxes.size(0),), boxes, "boxes")
     sizes = check_image_sizes(image_sizes, boxes)
     check_sizes(max_detections=max_detections, class_top_n=0 if class_top_n is None else class_top_n)
     (weights,) = check_fours(weights=weights)
@@ -91,16 +91,12 @@ def _check_tables(logits: Tensor, deltas: Tensor, boxes: Tensor) -> list[Tensor]
     """The three in the type in which they are computed, contiguous."""
     tables = {"logits": logits, "deltas": deltas, "boxes": boxes}
     for name, each in tables.items():
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(each).__name__}")
-        if each.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {each.dtype}")
+        check_tensor(each, name)
         if each.dim() != 3 or each.shape[:2] != logits.shape[:2]:
             raise ValueError(
                 f"{name} must be [N, R, ...], as logits {tuple(logits.shape)} are, got {tuple(each.shape)}"
             )
-        if each.device != logits.device:
-            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {each.device}")
+        check_device(each, name, logits, "logits")
     classes = logits.size(2)
     if classes < 1:
         raise ValueError("logits must be [N, R, classes] with at least the background, got none")
@@ -114,26 +110,16 @@ def _check_tables(logits: Tensor, deltas: Tensor, boxes: Tensor) -> list[Tensor]
 
 
 def _fake(
-    logits: Tensor,
-    deltas: Tensor,
-    boxes: Tensor,
-    counts: Tensor | None,
-    image_sizes: Tensor,
-    score_thresh: float,
-    min_size: float,
-    class_top_n: int | None,
-    nms_thresh: float,
-    max_detections: int,
-    *coding: Any,
+    logits: Tensor, deltas: Tensor, boxes: Tensor, counts: Tensor | None, image_sizes: Tensor, *rule: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, max_detections, _, _ = rule
     return empty_detections(image_sizes, max_detections)
 
 
-def _reference(
-    logits: Tensor, deltas: Tensor, boxes: Tensor, counts: Tensor | None, image_sizes: Tensor, *numbers: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(boxes.device.type, enabled=False):
-        return reference.select_box_detections(logits, deltas, boxes, counts, image_sizes, *numbers)
+def _reference(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Autocast would round the products of the specification.
+    with torch.autocast(logits.device.type, enabled=False):
+        return reference.select_box_detections(logits, *arguments)
 
 
 _FORWARD = register_op("select_box_detections", fake=_fake, reference=_reference)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
@@ -21,7 +20,9 @@ from fpn_fast.ops._heads import (
     check_numbers,
     check_strides,
     flatten_cells,
+    run_reference,
 )
+from fpn_fast.ops._outputs import empty_detections
 from fpn_fast.ops._registration import register_op
 
 
@@ -108,47 +109,15 @@ def select_detections(
     )  # fmt: skip
 
 
-def empty_detections(image_sizes: Tensor, max_detections: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return unwritten boxes, scores, labels and counts, for a tracer."""
-    batch = image_sizes.size(0)
-    return (
-        image_sizes.new_empty((batch, max_detections, 4)),
-        image_sizes.new_empty((batch, max_detections)),
-        image_sizes.new_empty((batch, max_detections), dtype=torch.int64),
-        image_sizes.new_empty((batch,), dtype=torch.int64),
-    )
-
-
-def _fake(
-    logits: list[Tensor],
-    deltas: list[Tensor],
-    centerness: list[Tensor],
-    cell_anchors: list[float],
-    strides: list[int],
-    image_sizes: Tensor,
-    score_thresh: float,
-    pre_nms_top_n: int,
-    nms_thresh: float,
-    max_detections: int,
-    *coding: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    image_sizes, max_detections = arguments[5], arguments[9]
     return empty_detections(image_sizes, max_detections)
 
 
 def _reference(
-    logits: list[Tensor],
-    deltas: list[Tensor],
-    centerness: list[Tensor],
-    cell_anchors: list[float],
-    strides: list[int],
-    image_sizes: Tensor,
-    *numbers: Any,
+    logits: list[Tensor], deltas: list[Tensor], centerness: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tables = image_sizes.new_tensor(cell_anchors).view(len(logits), -1, 4)
-    pairs = list(zip(strides[::2], strides[1::2], strict=True))
-    # Autocast would round the products of the specification.
-    with torch.autocast(logits[0].device.type, enabled=False):
-        return reference.select_detections(logits, deltas, centerness, list(tables), pairs, image_sizes, *numbers)
+    return run_reference(reference.select_detections, [logits, deltas, centerness], *arguments)
 
 
 _FORWARD = register_op("select_detections", fake=_fake, reference=_reference)

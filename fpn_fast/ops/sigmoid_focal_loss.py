@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops._checks import check_device, check_integers, check_shape, check_tensor
 from fpn_fast.ops._registration import register_op
 from fpn_fast.ops._schemas import FOCAL_TILE
 
@@ -43,34 +43,21 @@ def sigmoid_focal_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = 
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
-    _check(logits, labels, weights)
+    check_tensor(logits, "logits")
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [M, C], got {tuple(logits.shape)}")
+    labels = check_integers(labels, "labels", "[M]", (logits.size(0),), logits, "logits")
+    if weights is not None:
+        check_tensor(weights, "weights")
+        check_shape(weights, "weights", "[M]", (logits.size(0),))
+        check_device(weights, "weights", logits, "logits")
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     if weights is None:
         weights = torch.ones(len(logits), dtype=accumulate, device=logits.device)
     weights = weights.detach().to(accumulate).contiguous()
     backend = backends.choose_for(logits, "sigmoid_focal_loss")
-    total: Tensor = _FocalLoss.apply(backend, logits.contiguous(), labels.long().contiguous(), weights, float(alpha))
+    total: Tensor = _FocalLoss.apply(backend, logits.contiguous(), labels, weights, float(alpha))
     return total
-
-
-def _check(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-    for tensor, name in ((logits, "logits"), (labels, "labels"), (weights, "weights")):
-        if tensor is None and name == "weights":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name == "labels":
-            if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-                raise TypeError(f"labels must be of an integer type, got {tensor.dtype}")
-        elif tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-        if name == "logits":
-            if tensor.dim() != 2:
-                raise ValueError(f"logits must be [M, C], got {tuple(tensor.shape)}")
-        elif tensor.dim() != 1 or tensor.size(0) != logits.size(0):
-            raise ValueError(f"{name} must be [M] with M of logits, {logits.size(0)}, got {tuple(tensor.shape)}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} must be on the logits' device, {logits.device}, got {tensor.device}")
 
 
 class _FocalLoss(torch.autograd.Function):

@@ -97,7 +97,6 @@ def _merge(laterals: list[Tensor], mode: str, align_corners: bool, scale_factor:
     if backend == "reference":
         return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
     if not traced() and records_gradient(laterals):
-        # The registered rule has the same formula and takes several times as long per call.
         merged = _TopDown.apply(backend, code, average, *laterals)
     else:
         merged = call_kernel(_FORWARD[backend], laterals, code, average)
@@ -150,36 +149,32 @@ def _fake_backward(
 
 
 def _lateral_grads(
-    backend: str, grads: Sequence[Tensor], coarse_size: tuple[int, int], mode: int, average: bool, coarser: bool
+    backend: str, mode: int, average: bool, coarse_size: Sequence[int], grads: Sequence[Tensor], coarser: bool
 ) -> list[Tensor | None]:
-    """Gradients of all laterals from those of the merged maps but the coarsest; only the finest unless `coarser`.
+    """Return the gradients of all laterals; only the finest one's unless `coarser`.
 
-    The finest lateral's is its merged map's own. Each coarser one adds what the pixels that read it pass on.
+    grads: of the merged maps without the coarsest; coarse_size: (h, w) of the coarsest. The gradient of the finest
+    lateral is that of its merged map. A coarser one also gathers the gradients of the pixels that read it.
     """
     finest = grads[0] / 2 if average else grads[0]
     if not coarser:
         return [finest, *([None] * len(grads))]
-    arguments = ([finest, *grads[1:]], *coarse_size, mode, average)
-    if records_gradient(arguments[0]):
-        return [finest, *_BACKWARD[backend](*arguments)]
-    return [finest, *call_kernel(_BACKWARD[backend], *arguments)]
+    op, arguments = _BACKWARD[backend], ([finest, *grads[1:]], *coarse_size, mode, average)
+    return [finest, *(op(*arguments) if records_gradient(arguments[0]) else call_kernel(op, *arguments))]
 
 
 class _TopDown(torch.autograd.Function):
-    """The route without a tracer; :func:`_backward` is the same for the registered op."""
+    """The gradient of an eager call. The registered rule has the same formula and takes several times as long."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, mode: int, average: bool, *laterals: Tensor) -> tuple[Tensor, ...]:
-        ctx.backend, ctx.mode, ctx.average = backend, mode, average
-        ctx.coarse_size = tuple(laterals[-1].shape[2:])
+        ctx.rule = backend, mode, average, laterals[-1].shape[2:]
         with below_autograd():
             return tuple(_FORWARD[backend](list(laterals), mode, average))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coarser = any(ctx.needs_input_grad[4:])
-        lateral_grads = _lateral_grads(ctx.backend, grads, ctx.coarse_size, ctx.mode, ctx.average, coarser)
-        return (None, None, None, *lateral_grads)
+        return None, None, None, *_lateral_grads(*ctx.rule, grads, coarser=any(ctx.needs_input_grad[4:]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -192,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(backend: str) -> Any:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         full = [ctx.like.new_zeros(s) if g is None else g for g, s in zip(grads, ctx.shapes, strict=True)]
-        lateral_grads = _lateral_grads(backend, full, ctx.coarse_size, ctx.mode, ctx.average, coarser=True)
+        lateral_grads = _lateral_grads(backend, ctx.mode, ctx.average, ctx.coarse_size, full, coarser=True)
         return lateral_grads, None, None
 
     return backward
@@ -205,14 +200,14 @@ def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tens
 
 
 def _double_backward(backend: str) -> Any:
-    """The gather's transpose is the merge again, of the incoming gradients, with nothing at the finest level."""
+    """The gather's transpose is the merge of the incoming gradients, with zeros at the finest level."""
 
     def backward(ctx: Any, grad_sums: list[Tensor | None]) -> tuple[Any, ...]:
         laterals = [
             ctx.like.new_zeros(s) if g is None else g for g, s in zip([None, *grad_sums], ctx.shapes, strict=True)
         ]
         merged = _FORWARD[backend](laterals, ctx.mode, ctx.average)
-        # The finest gradient enters the gather whole; the merge halved it like the others.
+        # The gather does not halve the finest gradient; the merge did.
         finest = merged[0] * 2 if ctx.average else merged[0]
         return [finest, *merged[1:]], None, None, None, None
 

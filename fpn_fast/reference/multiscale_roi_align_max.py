@@ -1,100 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-level RoIAlign in max mode in plain PyTorch. This file is the specification; the kernels are checked against
-it. Note [Winners] in csrc/common/roi_align_max.h says what a winner is."""
+it. Note [Winners] in csrc/common/roi_align_max.h defines a winner."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fpn_fast.reference.multiscale_roi_align import MAX_ADAPTIVE_SAMPLES, located_rois
+from fpn_fast.reference._roi_align import Samples, each_roi
 
-_SAMPLE_MARGIN = 8
 _WINNER_MASK = (1 << 15) - 1
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The samples of every bin along one axis, all [pooled, S], of which bins have up to S that are looked at.
-
-    number: in the bin; exists: whether there is such a sample; on_map: whether it lies on the map; lo, hi: the pixels
-    that it reads; weight_lo, weight_hi: with which weights.
-    """
-
-    number: Tensor
-    exists: Tensor
-    on_map: Tensor
-    lo: Tensor
-    hi: Tensor
-    weight_lo: Tensor
-    weight_hi: Tensor
-
-    def to(self, device: torch.device) -> Samples:
-        return Samples(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
-
-def axis_samples(
-    lo: float, hi: float, size: int, pooled: int, scale: float, sampling_ratio: int, aligned: bool, dtype: torch.dtype
-) -> Samples:
-    """Along one axis, the samples of each bin: those of :func:`fpn_fast.reference.multiscale_roi_align.axis_weights`.
-
-    Of a grid far larger than the map only what can be on it is looked at, and some more: where it goes on beyond the
-    map, a sample off the map is among these.
-    """
-    offset = 0.5 if aligned else 0.0
-    ends = torch.tensor([lo, hi], dtype=dtype) * scale - offset
-    start, extent = ends[0], ends[1] - ends[0]
-    if not aligned:
-        extent = extent.clamp(min=1)
-    bin_size = extent / pooled
-    samples = sampling_ratio
-    if sampling_ratio <= 0:
-        samples = math.ceil(bin_size.item()) if 0 < bin_size.item() <= MAX_ADAPTIVE_SAMPLES else 0
-    base = start + torch.arange(pooled, dtype=dtype) * bin_size
-    first, last = torch.zeros(pooled, dtype=torch.int64), torch.full((pooled,), samples)
-    if samples > 2 * _SAMPLE_MARGIN and bin_size > 0:
-        per_pixel = samples / bin_size
-        first = ((-1 - base) * per_pixel - _SAMPLE_MARGIN).nan_to_num(0).clamp(0, samples).long()
-        last = ((size - base) * per_pixel + _SAMPLE_MARGIN).nan_to_num(0).clamp(0, samples).long()
-    number = first[:, None] + torch.arange(max(int((last - first).max()), 0))
-    coordinate = base[:, None] + (number.to(dtype) + 0.5) * bin_size / samples
-    on_map = (coordinate >= -1) & (coordinate <= size)
-    coordinate = torch.where(on_map, coordinate, 0).clamp(0, size - 1)
-    floor = coordinate.floor()
-    weight_hi = coordinate - floor
-    high = (floor + 1).clamp(max=size - 1)
-    return Samples(number, number < last[:, None], on_map, floor.long(), high.long(), 1 - weight_hi, weight_hi)
-
-
-def _each_roi(
-    rois: Tensor,
-    levels: Tensor,
-    batch: int,
-    sizes: Sequence[tuple[int, int]],
-    output_size: tuple[int, int],
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    dtype: torch.dtype,
-) -> Iterator[tuple[int, int, int, Samples, Samples]]:
-    """(k, level, image, rows, cols) of each RoI that has a level, and samples."""
-    for k, level, image, (x1, y1, x2, y2) in located_rois(rois, levels, batch, len(sizes)):
-        (height, width), scale = sizes[level], scales[level]
-        arguments = (scale, sampling_ratio, aligned, dtype)
-        rows = axis_samples(y1, y2, height, output_size[0], *arguments)
-        cols = axis_samples(x1, x2, width, output_size[1], *arguments)
-        if rows.number.numel() and cols.number.numel():
-            yield k, level, image, rows.to(rois.device), cols.to(rois.device)
-
-
 def _bilinear(image: Tensor, rows: Samples, cols: Samples) -> Tensor:
-    """[C, H, W] -> [C, PH, PW, SY * SX], the bilinear values of each bin's samples in the order of rows, then columns.
+    """Interpolate an image [C, H, W] at the samples of each bin: [C, PH, PW, SY * SX], rows first, then columns.
 
-    The order of operations is part of the specification, for values are compared.
+    The order of operations is part of the specification because the values are compared.
     """
 
     def across(row: Tensor) -> Tensor:
@@ -115,15 +39,16 @@ def multiscale_roi_align_max(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(pooled, winners): each bin's largest sample, and which one that is.
+    """Return the largest sample of each bin and its position: (pooled, winners), both [K, C, *output_size].
 
-    Arguments are those of :func:`fpn_fast.reference.multiscale_roi_align`; both results are [K, C, *output_size].
-    pooled, in the features' type: the greatest bilinear value, computed in float32 (float64 for float64) and rounded
-    once. A sample more than a pixel off the map counts as 0. The first of equal ones wins, in the order of rows, then
-    columns; NaN and negative infinity never do, and without a winner a bin is 0, as are rows of RoIs without a level.
-    winners, int32: -1 where no gradient goes, or ``row << 16 | column`` of the sample, both modulo 2**15.
+    Arguments: see :func:`fpn_fast.reference.multiscale_roi_align`.
 
-    Source: mmcv/ops/csrc/common/cuda/roi_align_cuda_kernel.cuh, whose bins without a winner are the lowest float.
+    pooled has the features' dtype; bilinear values are computed in float32 (float64 for float64) and rounded once. A
+    sample more than a pixel off the map counts as 0. The first of equal samples wins, in the order of rows, then
+    columns. NaN and negative infinity never win. A bin without a winner is 0, and so is the row of a RoI without a
+    level. winners is int32: ``row << 16 | column`` of the sample, both modulo 2**15; -1 for a bin without gradient.
+
+    Source: mmcv/ops/csrc/common/cuda/roi_align_cuda_kernel.cuh, where a bin without a winner is the lowest float.
     """
     first = features[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -131,15 +56,15 @@ def multiscale_roi_align_max(
     pooled = torch.zeros(shape, dtype=dtype, device=first.device)
     winners = torch.full(shape, -1, dtype=torch.int32, device=first.device)
     sizes = [(f.size(2), f.size(3)) for f in features]
-    for k, level, image, rows, cols in _each_roi(
-        rois, levels, first.size(0), sizes, output_size, scales, sampling_ratio, aligned, dtype
-    ):
+    rule = (output_size, scales, sampling_ratio, aligned, dtype)
+    for k, level, image, rows, cols in each_roi(rois, levels, first.size(0), sizes, *rule):
+        rows, cols = rows.to(rois.device), cols.to(rois.device)
         values = _bilinear(features[level][image].to(dtype), rows, cols)
         both = lambda y, x: (y[:, None, :, None] & x[None, :, None, :]).flatten(2)  # noqa: E731
         on_map, exists = both(rows.on_map, cols.on_map), both(rows.exists, cols.exists)
         values = torch.where(on_map, values, 0)
         values = torch.where(exists & ~values.isnan(), values, -math.inf)
-        # argmax gives the first of equal ones.
+        # argmax returns the first of equal values.
         best = values.argmax(3, keepdim=True)
         value = values.gather(3, best).squeeze(3)
         row, col = rows.number & _WINNER_MASK, cols.number & _WINNER_MASK
@@ -151,9 +76,9 @@ def multiscale_roi_align_max(
 
 
 def _winner_weights(samples: Samples, numbers: Tensor, size: int, axis: int) -> Tensor:
-    """[C, PH, PW] numbers of winners -> [C, PH * PW, size], the weights with which each reads the pixels of an axis."""
+    """Return the weights with which winners [C, PH, PW] read the pixels of an axis: [C, PH * PW, size]."""
     bins = torch.arange(len(samples.number), device=numbers.device).view((1, -1, 1) if axis == 0 else (1, 1, -1))
-    # Where nothing won this is any sample, and the caller lets none of it through.
+    # For a bin without a winner this is an arbitrary sample, which the caller multiplies by zero.
     at = ((numbers - samples.number[bins, 0]) & _WINNER_MASK).clamp(max=samples.number.size(1) - 1)
     pixels = torch.arange(size, device=numbers.device)
     weights = [
@@ -174,20 +99,16 @@ def multiscale_roi_align_max_backward(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> list[Tensor]:
-    """Gradients of the features, each bin's to the pixels of its winner with their weights: [N, C, H_l, W_l] each.
+    """Return the gradients of the features, [N, C, H_l, W_l] per map: each bin's goes to the pixels of its winner.
 
-    grad: [K, C, PH, PW]; winners: of the forward pass; sizes: (H_l, W_l) of each map. Summed over the RoIs in
-    ascending order; zero where no winner reads.
+    grad: [K, C, PH, PW]; winners: from the forward pass; sizes: (H_l, W_l) per map. RoIs are added in ascending order.
     """
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     sums = [torch.zeros(batch, grad.size(1), *size, dtype=dtype, device=grad.device) for size in sizes]
-    output_size = (grad.size(2), grad.size(3))
-    for k, level, image, rows, cols in _each_roi(
-        rois, levels, batch, sizes, output_size, scales, sampling_ratio, aligned, dtype
-    ):
-        height, width = sizes[level]
-        row_weights = _winner_weights(rows, winners[k] >> 16, height, 0)
-        col_weights = _winner_weights(cols, winners[k], width, 1)
+    rule = ((grad.size(2), grad.size(3)), scales, sampling_ratio, aligned, dtype)
+    for k, level, image, rows, cols in each_roi(rois, levels, batch, sizes, *rule):
+        row_weights = _winner_weights(rows.to(rois.device), winners[k] >> 16, sizes[level][0], 0)
+        col_weights = _winner_weights(cols.to(rois.device), winners[k], sizes[level][1], 1)
         values = torch.where(winners[k] < 0, 0, grad[k].to(dtype)).flatten(1)
         sums[level][image] += (row_weights * values[..., None]).mT @ col_weights
     return [total.to(grad.dtype) for total in sums]

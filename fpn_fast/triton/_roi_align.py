@@ -7,9 +7,17 @@ map, how many samples, whether one is on the map. What is summed asks for ``tl.f
 SAMPLES is the number of samples along each axis of a bin where the compiler is to know it, and 0 otherwise.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._resample import divide
 
 #: Launch options of kernels that use this file; the interpreter, which contracts nothing, ignores them.
@@ -17,6 +25,32 @@ EXACT = {"enable_fp_fusion": False}
 
 MAX_ADAPTIVE_SAMPLES = tl.constexpr(1 << 20)
 SAMPLE_MARGIN = tl.constexpr(8)
+
+
+@triton.jit
+def roi_at(rois, k):
+    """(image, x1, y1, x2, y2) of RoIs k, of a scalar or a vector."""
+    row = rois + k.to(tl.int64) * 5
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def map_of(features, geometry, scales, level, LEVELS: tl.constexpr, ACC: tl.constexpr):
+    """(feature, scale, height, width, stride_n, stride_c, stride_h, stride_w) of map `level`; of the first for -1."""
+    feature, scale = features[0], decode_float(scales[0], ACC)
+    height, width = decode_int(geometry[0][0]), decode_int(geometry[0][1])
+    stride_n, stride_c = decode_int(geometry[0][2]).to(tl.int64), decode_int(geometry[0][3]).to(tl.int64)
+    stride_h, stride_w = decode_int(geometry[0][4]).to(tl.int64), decode_int(geometry[0][5]).to(tl.int64)
+    for i in tl.static_range(1, LEVELS):
+        here = level == i
+        feature, scale = tl.where(here, features[i], feature), tl.where(here, decode_float(scales[i], ACC), scale)
+        height = tl.where(here, decode_int(geometry[i][0]), height)
+        width = tl.where(here, decode_int(geometry[i][1]), width)
+        stride_n = tl.where(here, decode_int(geometry[i][2]).to(tl.int64), stride_n)
+        stride_c = tl.where(here, decode_int(geometry[i][3]).to(tl.int64), stride_c)
+        stride_h = tl.where(here, decode_int(geometry[i][4]).to(tl.int64), stride_h)
+        stride_w = tl.where(here, decode_int(geometry[i][5]).to(tl.int64), stride_w)
+    return feature, scale, height, width, stride_n, stride_c, stride_h, stride_w
 
 
 @triton.jit
@@ -175,3 +209,29 @@ def bin_weight(
         weight = tl.maximum(tl.minimum(coordinate - before, after - coordinate), 0.0)
         total += tl.where(reads, weight, 0.0)
     return total
+
+
+def map_arguments(features: Sequence[Tensor], scales: Sequence[float], thresholds: Sequence[float]) -> tuple[Any, ...]:
+    """(features, geometry, scales, thresholds) for a forward kernel; :func:`map_of` reads them."""
+    return (
+        tuple(features),
+        tuple(tuple(map(encode_int, (*feature.shape[2:], *feature.stride()))) for feature in features),
+        tuple(encode_float(scale, features[0].dtype) for scale in scales),
+        tuple(thresholds),
+    )
+
+
+def constants_of(
+    tensor: Tensor, pooled: tuple[int, int], levels: Tensor | None, maps: int, sampling_ratio: int, aligned: bool
+) -> dict[str, object]:
+    """The constants that the kernels of both pool modes take. `tensor` is a feature or the incoming gradient."""
+    return {
+        "PH": pooled[0],
+        "PW": pooled[1],
+        "LEVELS": maps,
+        "HAS_LEVELS": levels is not None,
+        "SAMPLES": sampling_ratio if 1 <= sampling_ratio <= 4 else 0,
+        "ALIGNED": aligned,
+        "ACC": tl.float64 if tensor.dtype == torch.float64 else tl.float32,
+        **EXACT,
+    }

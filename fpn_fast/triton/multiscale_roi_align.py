@@ -21,17 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast._memory_format import is_channels_last
+from fpn_fast.ops._outputs import empty_grads, empty_pooled
 from fpn_fast.triton import register
-from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
+from fpn_fast.triton._arguments import decode_float, encode_float
 from fpn_fast.triton._roi_align import (
-    EXACT,
     bin_weight,
     bins_near_pixel,
+    constants_of,
     inverse_count,
     locate_roi,
     make_roi_axis,
+    map_arguments,
+    map_of,
     reads_between,
+    roi_at,
     roi_extent,
     sample_taps,
     samples_near_map,
@@ -55,13 +59,6 @@ NUM_WARPS_BACKWARD = 8
 BLOCK_ROIS = 512
 
 
-@triton.jit
-def roi_at(rois, k):
-    """(image, x1, y1, x2, y2) of RoIs k, of a scalar or a vector."""
-    row = rois + k.to(tl.int64) * 5
-    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-
-
 @triton.jit(do_not_specialize=["batch", "count", "C", "sampling_ratio"])
 def multiscale_roi_align_kernel(
     features, geometry, scales, thresholds, rois, levels, out, batch, count, C, sampling_ratio,
@@ -79,19 +76,9 @@ def multiscale_roi_align_kernel(
         given = tl.load(levels + k)
     level, image = locate_roi(image, x1, y1, x2, y2, given, thresholds, batch, LEVELS, HAS_LEVELS)
 
-    feature, scale = features[0], decode_float(scales[0], ACC)
-    height, width = decode_int(geometry[0][0]), decode_int(geometry[0][1])
-    stride_n, stride_c = decode_int(geometry[0][2]).to(tl.int64), decode_int(geometry[0][3]).to(tl.int64)
-    stride_h, stride_w = decode_int(geometry[0][4]).to(tl.int64), decode_int(geometry[0][5]).to(tl.int64)
-    for i in tl.static_range(1, LEVELS):
-        here = level == i
-        feature, scale = tl.where(here, features[i], feature), tl.where(here, decode_float(scales[i], ACC), scale)
-        height = tl.where(here, decode_int(geometry[i][0]), height)
-        width = tl.where(here, decode_int(geometry[i][1]), width)
-        stride_n = tl.where(here, decode_int(geometry[i][2]).to(tl.int64), stride_n)
-        stride_c = tl.where(here, decode_int(geometry[i][3]).to(tl.int64), stride_c)
-        stride_h = tl.where(here, decode_int(geometry[i][4]).to(tl.int64), stride_h)
-        stride_w = tl.where(here, decode_int(geometry[i][5]).to(tl.int64), stride_w)
+    feature, scale, height, width, stride_n, stride_c, stride_h, stride_w = map_of(
+        features, geometry, scales, level, LEVELS, ACC
+    )
     if UNIT_C:
         C = multiple(C, VEC)
         stride_n, stride_h, stride_w = multiple(stride_n, VEC), multiple(stride_h, VEC), multiple(stride_w, VEC)
@@ -244,21 +231,6 @@ def multiscale_roi_align_backward_kernel(
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=(y < H) & (x < W) & (channels < C))
 
 
-def _constants(
-    tensor: Tensor, pooled: tuple[int, int], levels: Tensor | None, maps: int, sampling_ratio: int, aligned: bool
-) -> dict[str, object]:
-    return {
-        "PH": pooled[0],
-        "PW": pooled[1],
-        "LEVELS": maps,
-        "HAS_LEVELS": levels is not None,
-        "SAMPLES": sampling_ratio if 1 <= sampling_ratio <= 4 else 0,
-        "ALIGNED": aligned,
-        "ACC": tl.float64 if tensor.dtype == torch.float64 else tl.float32,
-        **EXACT,
-    }
-
-
 def _unit_channels(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.stride(1) == 1 for tensor in tensors)
 
@@ -283,12 +255,7 @@ def multiscale_roi_align(
     first = features[0]
     batch, channels = first.shape[:2]
     count, bins = rois.size(0), pooled_height * pooled_width
-    out = torch.empty(
-        (count, channels, pooled_height, pooled_width),
-        dtype=first.dtype,
-        device=first.device,
-        memory_format=memory_format(first),
-    )
+    out = empty_pooled(features, rois, levels, pooled_height, pooled_width)
     if out.numel() == 0:
         return out
     channels_last = is_channels_last(first)
@@ -300,15 +267,12 @@ def multiscale_roi_align(
     else:
         block_bins = min(triton.next_power_of_2(bins), BLOCK_BINS)
         block_c = min(triton.next_power_of_2(channels), elements // block_bins)
-    constants = _constants(first, (pooled_height, pooled_width), levels, len(features), sampling_ratio, aligned)
+    constants = constants_of(first, (pooled_height, pooled_width), levels, len(features), sampling_ratio, aligned)
     known_samples = constants["SAMPLES"] or BLOCK_SAMPLES
     with torch.cuda.device_of(first):
         multiscale_roi_align_kernel[count * triton.cdiv(bins, block_bins), triton.cdiv(channels, block_c)](
-            tuple(features),
-            tuple(tuple(map(encode_int, (*feature.shape[2:], *feature.stride()))) for feature in features),
-            tuple(encode_float(scale, first.dtype) for scale in scales),
-            tuple(thresholds),
-            rois, rois if levels is None else levels, out, batch, count, channels, sampling_ratio,
+            *map_arguments(features, scales, thresholds), rois, rois if levels is None else levels, out,
+            batch, count, channels, sampling_ratio,
             CHANNELS_LAST=channels_last, UNIT_C=unit_c, VEC=_vector_width(features) if unit_c else 1,
             BLOCK_BINS=block_bins, BLOCK_C=block_c, BLOCK_S=min(triton.next_power_of_2(known_samples), BLOCK_SAMPLES),
             num_warps=NUM_WARPS, **constants,
@@ -329,19 +293,17 @@ def multiscale_roi_align_backward(
     channels_last: bool,
 ) -> list[Tensor]:
     """See fpn_fast/ops/multiscale_roi_align.py."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
     count, channels, pooled_height, pooled_width = grad.shape
-    constants = _constants(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
+    constants = constants_of(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
     unit_c = channels_last and _unit_channels([grad])
     elements = BLOCK_GRAD_BYTES // (grad.element_size() if channels_last else max(grad.element_size(), 4))
     tile_h, tile_w = TILE_SIZE, TILE_SIZE if channels_last else 2 * TILE_SIZE
     block_c = min(triton.next_power_of_2(channels), max(elements // (tile_h * tile_w), 1))
-    outs = []
-    for level, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
-        out = torch.empty((batch, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=form)
-        outs.append(out)
+    outs = empty_grads(grad, batch, sizes, scales, thresholds, sampling_ratio, aligned, channels_last)
+    for level, out in enumerate(outs):
         if out.numel() == 0:
             continue
+        height, width = out.shape[2:]
         tiles = batch * triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
         if not channels_last:
             vec = math.gcd(16, width)

@@ -13,44 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast._memory_format import is_channels_last
+from fpn_fast.ops._outputs import empty_grads, empty_pooled_and_winners
 from fpn_fast.triton import register
-from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
+from fpn_fast.triton._arguments import decode_float, encode_float
 from fpn_fast.triton._roi_align import (
     bins_near_pixel,
+    constants_of,
     locate_roi,
     make_roi_axis,
+    map_arguments,
+    map_of,
     reads_between,
+    roi_at,
     roi_extent,
     sample_taps,
     samples_near_map,
 )
-from fpn_fast.triton.multiscale_roi_align import _constants, roi_at
 
 # Elements of a program: 4 to a thread of 4 warps.
 BLOCK = 512
 NUM_WARPS = 4
 
 WINNER_MASK = tl.constexpr((1 << 15) - 1)
-
-
-@triton.jit
-def map_of(features, geometry, scales, level, LEVELS: tl.constexpr, ACC: tl.constexpr):
-    """(feature, scale, height, width, stride_n, stride_c, stride_h, stride_w) of map `level`; of the first for -1."""
-    feature, scale = features[0], decode_float(scales[0], ACC)
-    height, width = decode_int(geometry[0][0]), decode_int(geometry[0][1])
-    stride_n, stride_c = decode_int(geometry[0][2]).to(tl.int64), decode_int(geometry[0][3]).to(tl.int64)
-    stride_h, stride_w = decode_int(geometry[0][4]).to(tl.int64), decode_int(geometry[0][5]).to(tl.int64)
-    for i in tl.static_range(1, LEVELS):
-        here = level == i
-        feature, scale = tl.where(here, features[i], feature), tl.where(here, decode_float(scales[i], ACC), scale)
-        height = tl.where(here, decode_int(geometry[i][0]), height)
-        width = tl.where(here, decode_int(geometry[i][1]), width)
-        stride_n = tl.where(here, decode_int(geometry[i][2]).to(tl.int64), stride_n)
-        stride_c = tl.where(here, decode_int(geometry[i][3]).to(tl.int64), stride_c)
-        stride_h = tl.where(here, decode_int(geometry[i][4]).to(tl.int64), stride_h)
-        stride_w = tl.where(here, decode_int(geometry[i][5]).to(tl.int64), stride_w)
-    return feature, scale, height, width, stride_n, stride_c, stride_h, stride_w
 
 
 @triton.jit(do_not_specialize=["batch", "C", "sampling_ratio", "blocks"])
@@ -212,22 +197,16 @@ def multiscale_roi_align_max(
     """See fpn_fast/ops/multiscale_roi_align_max.py."""
     first = features[0]
     batch, channels = first.shape[:2]
-    shape = (rois.size(0), channels, pooled_height, pooled_width)
-    form = memory_format(first)
-    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=form)
-    winners = torch.empty(shape, dtype=torch.int32, device=first.device, memory_format=form)
+    out, winners = empty_pooled_and_winners(features, rois, levels, pooled_height, pooled_width)
     if out.numel() == 0:
         return out, winners
     blocks = triton.cdiv(channels * pooled_height * pooled_width, BLOCK)
     with torch.cuda.device_of(first):
         multiscale_roi_align_max_kernel[rois.size(0) * blocks,](
-            tuple(features),
-            tuple(tuple(map(encode_int, (*feature.shape[2:], *feature.stride()))) for feature in features),
-            tuple(encode_float(scale, first.dtype) for scale in scales),
-            tuple(thresholds),
-            rois, rois if levels is None else levels, out, winners, batch, channels, sampling_ratio, blocks,
+            *map_arguments(features, scales, thresholds), rois, rois if levels is None else levels, out, winners,
+            batch, channels, sampling_ratio, blocks,
             CHANNELS_LAST=is_channels_last(first), BLOCK=BLOCK, num_warps=NUM_WARPS,
-            **_constants(first, (pooled_height, pooled_width), levels, len(features), sampling_ratio, aligned),
+            **constants_of(first, (pooled_height, pooled_width), levels, len(features), sampling_ratio, aligned),
         )  # fmt: skip
     return out, winners
 
@@ -246,15 +225,13 @@ def multiscale_roi_align_max_backward(
     channels_last: bool,
 ) -> list[Tensor]:
     """See fpn_fast/ops/multiscale_roi_align_max.py."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
     count, channels, pooled_height, pooled_width = grad.shape
-    constants = _constants(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
-    outs = []
-    for level, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
-        out = torch.empty((batch, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=form)
-        outs.append(out)
+    constants = constants_of(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
+    outs = empty_grads(grad, batch, sizes, scales, thresholds, sampling_ratio, aligned, channels_last)
+    for level, out in enumerate(outs):
         if out.numel() == 0:
             continue
+        height, width = out.shape[2:]
         with torch.cuda.device_of(out):
             multiscale_roi_align_max_backward_kernel[triton.cdiv(out.numel(), BLOCK),](
                 grad, *grad.stride(), winners, *winners.stride(), rois, rois if levels is None else levels,
