@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops: each file holds one op's contract, and whichever backend is chosen computes it."""
+"""The ops. Each file holds one op's contract; the chosen backend computes it."""
 
 from fpn_fast.ops.generate_proposals import generate_proposals
 from fpn_fast.ops.heatmaps_to_keypoints import heatmaps_to_keypoints

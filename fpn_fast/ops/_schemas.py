@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op's schema, for the namespaces that Python defines; csrc/ops.cpp has the same for the compiled one."""
+"""Schemas of the ops in the namespaces that Python defines; csrc/ops.cpp has the same for the compiled library."""
 
-#: Elements that sigmoid_focal_loss adds up to one of its parts; csrc/common/sigmoid_focal_loss.h.
+#: Losses per partial sum of sigmoid_focal_loss; csrc/common/sigmoid_focal_loss.h.
 FOCAL_TILE = 4096
 
 SCHEMAS = {

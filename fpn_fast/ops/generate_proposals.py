@@ -153,7 +153,7 @@ def generate_proposals(
     scale_clamp, center_offset, center_clamp = check_numbers(
         scale_clamp=scale_clamp, center_offset=center_offset, center_clamp=center_clamp
     )
-    # The farthest float32 clamps nothing either, and AOTInductor's runtime reads no infinite number from a package.
+    # The largest float32 clamps nothing either, and AOTInductor's runtime cannot read infinity from a package.
     center_clamp = min(center_clamp, torch.finfo(torch.float32).max)
     backend = backends.choose_for(objectness[0], "generate_proposals")
     return _FORWARD[backend](

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The levels of RoIs, and the areas at which the next level begins: Note [Levels by area] in csrc/common/levels.h."""
+"""The level rule of RoIs as a list of areas: Note [Levels by area] in csrc/common/levels.h."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LEVELS = 8
 
 
 def _float32(value: float) -> float:
-    """`value` rounded to float32; infinite past its range."""
+    """Round `value` to float32; beyond its range, to infinity."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
@@ -30,7 +30,7 @@ def _from_bits(bits: int) -> float:
 
 
 def _target(area: float, canonical_scale: float, canonical_level: float, level_formula: str) -> float:
-    """The level of an area before floor and clamp: reference.assign_levels with every step rounded to float32."""
+    """Return the level of an area before floor and clamp, with every step rounded like in reference.assign_levels."""
     inside, outside = LEVEL_FORMULAS[level_formula]
     ratio = _float32(_float32(math.sqrt(area)) / _float32(canonical_scale))
     ratio = _float32(ratio + _float32(inside))
@@ -42,14 +42,14 @@ def _target(area: float, canonical_scale: float, canonical_level: float, level_f
 def level_thresholds(
     first_level: int, last_level: int, canonical_scale: float, canonical_level: float, level_formula: str
 ) -> tuple[float, ...]:
-    """The smallest float32 area of each level above the first, ascending; infinite where none is large enough."""
+    """Return the smallest float32 area of each level above the first, ascending; infinity if no area reaches it."""
     if level_formula == "mmdet":
         canonical_scale, canonical_level = canonical_scale / 2 ** (canonical_level - 2), 0
         first_level, last_level = 0, last_level - first_level
     infinity = struct.unpack("I", struct.pack("f", math.inf))[0]
     thresholds = []
     for level in range(first_level + 1, last_level + 1):
-        # Positive floats are ordered as their bits are.
+        # Binary search over bits: those of positive floats have the order of the floats.
         low, high = 0, infinity
         while low < high:
             middle = (low + high) // 2
@@ -62,7 +62,7 @@ def level_thresholds(
 
 
 def check_level_rule(level_formula: str, canonical_scale: float) -> None:
-    """Raises ValueError for an unknown formula or a scale that is no positive number."""
+    """Raise ValueError for an unknown formula or a scale that is not positive and finite."""
     if level_formula not in LEVEL_FORMULAS:
         raise ValueError(f"level_formula must be one of {', '.join(LEVEL_FORMULAS)}, got {level_formula!r}")
     if not canonical_scale > 0 or math.isinf(canonical_scale):
@@ -73,10 +73,10 @@ def check_level_rule(level_formula: str, canonical_scale: float) -> None:
 def thresholds_of(
     scales: Sequence[float], canonical_scale: float, canonical_level: float, level_formula: str
 ) -> list[float]:
-    """The thresholds of a pyramid whose maps have `scales`; empty for one map. At most one for each map.
+    """Return the thresholds of a pyramid whose maps have `scales`, at most one per map; none for a single map.
 
     Raises:
-        ValueError: the maps are not finest first, or a scale or the rule is not one.
+        ValueError: scales are not positive or not finest first; the level rule is unknown.
     """
     check_level_rule(level_formula, canonical_scale)
     for scale in scales:
@@ -89,7 +89,7 @@ def thresholds_of(
         raise ValueError(f"maps must be finest first, got scales {list(scales)}")
     if level_formula == "mmdet":
         first, last = 0, len(scales) - 1
-    # More levels than maps, where a stride is left out: what is at the last map's count or above has no map.
+    # A pyramid that leaves out a stride has more levels than maps. RoIs beyond the last map belong to none.
     return list(level_thresholds(first, last, canonical_scale, canonical_level, level_formula)[: len(scales)])
 
 
@@ -135,7 +135,7 @@ def assign_levels(
 
 
 def levels_by_area(rois: Tensor, maps: int, thresholds: Sequence[float]) -> Tensor:
-    """csrc/common/levels.h: locate_roi, in PyTorch."""
+    """Assign RoIs [K, 5] to maps like locate_roi in csrc/common/levels.h: [K] int64, -1 for none."""
     box = rois.detach()[:, 1:].float()
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
     level = torch.zeros_like(area, dtype=torch.int64)

@@ -58,7 +58,7 @@ class AnchorGrid:
         return _boxes(*self._numbers(), dtype, device)
 
     def _numbers(self) -> tuple[list[float], list[int], list[int], list[int], float]:
-        """What the op takes: lists without levels, and the offset."""
+        """Return the grid as the op takes it: flat lists and the offset."""
         return (
             [float(x) for anchors in self.cell_anchors for anchor in anchors for x in anchor],
             [len(anchors) for anchors in self.cell_anchors],
@@ -150,7 +150,7 @@ def pad_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if not boxes:
         raise ValueError("boxes must have a tensor for each image, got an empty sequence")
     for i, each in enumerate(boxes):
-        # torchvision takes an empty tensor of any shape for an image without boxes.
+        # torchvision allows an empty tensor of any shape for an image without boxes.
         if each.numel() and (each.dim() != 2 or each.size(1) != 4):
             raise ValueError(f"boxes must be [L, 4], (x1, y1, x2, y2), got {tuple(each.shape)} at {i}")
     rows = [each.reshape(-1, 4) for each in boxes]

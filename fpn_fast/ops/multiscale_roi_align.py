@@ -78,7 +78,7 @@ def multiscale_roi_align(
     features = check_maps(list(features), "features")
     rois, levels = _check_rois(features, rois, scales, sampling_ratio, levels)
     scales = [constant(scale) for scale in scales]
-    # One that no area passes stands for none: autograd's tracer takes an empty list for one of tensors.
+    # Not an empty list, which autograd's tracer mistakes for a list of tensors. No area reaches infinity.
     thresholds = [math.inf]
     if levels is None and len(scales) > 1:
         thresholds = thresholds_of(tuple(scales), constant(canonical_scale), constant(canonical_level), level_formula)
@@ -124,7 +124,7 @@ def roi_align(
 
 
 def rois_of_images(boxes: Sequence[Tensor]) -> Tensor:
-    """Boxes [L_i, 4] of each image of a batch -> [K, 5] (image, x1, y1, x2, y2), float32 or, for float64, float64."""
+    """Join the boxes [L_i, 4] of all images to [K, 5] (image, x1, y1, x2, y2), float32 (float64 for float64)."""
     for i, each in enumerate(boxes):
         if each.dim() != 2 or each.size(1) != 4:
             raise ValueError(f"boxes must be [L, 4], (x1, y1, x2, y2), got {tuple(each.shape)} at {i}")
@@ -145,7 +145,7 @@ def _check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
 def _check_rois(
     features: list[Tensor], rois: Tensor, scales: Sequence[float], sampling_ratio: int, levels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Rois and levels in the types that the kernels take, detached."""
+    """Return rois and levels, detached, in the dtypes that the kernels take."""
     if not 1 <= len(features) <= MAX_LEVELS:
         raise ValueError(f"features must be 1 to {MAX_LEVELS} maps, got {len(features)}")
     if len(scales) != len(features):

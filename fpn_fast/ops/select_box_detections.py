@@ -88,7 +88,7 @@ def select_box_detections(
 
 
 def _check_tables(logits: Tensor, deltas: Tensor, boxes: Tensor) -> list[Tensor]:
-    """The three in the type in which they are computed, contiguous."""
+    """Return the three tensors, contiguous, in the dtype of the result."""
     tables = {"logits": logits, "deltas": deltas, "boxes": boxes}
     for name, each in tables.items():
         check_tensor(each, name)

@@ -72,7 +72,7 @@ class _FocalLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            # The gradient's own dependence on the logits would be lost without a word.
+            # The saved gradient is a constant to autograd: a second derivative would silently be zero.
             raise RuntimeError("sigmoid_focal_loss is not differentiable twice, which create_graph=True asks for")
         (gradient,) = ctx.saved_tensors
         return None, gradient * grad.to(gradient.dtype), None, None, None

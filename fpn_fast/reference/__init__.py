@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The executable specification: every op in plain PyTorch, as torchvision computes it."""
+"""The executable specification: every op in plain PyTorch."""
 
 from fpn_fast.reference.generate_proposals import generate_proposals
 from fpn_fast.reference.heatmaps_to_keypoints import heatmaps_to_keypoints

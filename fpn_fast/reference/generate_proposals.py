@@ -14,19 +14,19 @@ from fpn_fast.reference.nms import greedy
 
 
 def exponential(x: Tensor) -> Tensor:
-    """exp, made in float64 and rounded to the type of `x`: the same number on every machine, as no float32 exp is."""
+    """Compute exp in float64 and round it: the same value on every machine, unlike a float32 exp."""
     return torch.exp(x.double()).to(x.dtype)
 
 
 def logistic(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)), every step rounded, as PyTorch's sigmoid computes it."""
+    """Return 1 / (1 + exp(-x)) with every step rounded, like PyTorch's sigmoid."""
     return 1 / (1 + exponential(-x))
 
 
 def anchors_at(
     index: Tensor, cells: Tensor, width: int, stride: Sequence[int], center_offset: float, dtype: torch.dtype
 ) -> Tensor:
-    """[K] indices (y, x, anchor) -> [K, 4] anchors: the cell anchor, moved by (x + center_offset) * stride.
+    """Return the anchors [K, 4] at flat indices [K] of (y, x, anchor): cell anchors moved by (x + offset) * stride.
 
     Source: torchvision/models/detection/anchor_utils.py; detectron2/modeling/anchor_generator.py.
     """
@@ -47,7 +47,7 @@ def decode(
     mean_center: bool,
     center_clamp: float = math.inf,
 ) -> Tensor:
-    """[K, 4] anchors and (dx, dy, dw, dh) -> [K, 4] boxes, every step rounded to their type.
+    """Decode anchors [K, 4] and deltas [K, 4], (dx, dy, dw, dh), to boxes [K, 4] with every step rounded.
 
     Source: torchvision/models/detection/_utils.py BoxCoder; detectron2/modeling/box_regression.py; mmdetection's
     DeltaXYWHBBoxCoder.
@@ -62,7 +62,7 @@ def decode(
 
 
 def clip(boxes: Tensor, image_size: Tensor) -> Tensor:
-    """[K, 4] boxes, cut to the image of (height, width)."""
+    """Clip boxes [K, 4] to an image of (height, width)."""
     return torch.minimum(boxes.clamp(min=0), image_size.flip(0).repeat(2))
 
 
@@ -81,7 +81,7 @@ def _propose(
     strict_size: bool,
     convention: str,
 ) -> tuple[Tensor, Tensor]:
-    """Of one level [A, H, W] and [4A, H, W] of one image: boxes [K, 4] and logits [K] that are kept, best first."""
+    """Return the boxes [K, 4] and logits [K] kept of one level of one image, [A, H, W] and [4A, H, W], best first."""
     width, dtype = logits.size(2), image_size.dtype
     logits = logits.permute(1, 2, 0).flatten().to(dtype)
     deltas = deltas.view(-1, 4, *deltas.shape[1:]).permute(2, 3, 0, 1).reshape(-1, 4)
@@ -122,12 +122,15 @@ def generate_proposals(
     logits_out: bool,
     convention: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each level the best `pre_nms_top_n` logits, decoded, clipped and filtered, then suppressed within their level;
-    of all levels the best `post_nms_top_n`.
+    """Per level: decode, clip and filter the `pre_nms_top_n` highest logits, then suppress overlapping boxes. Per
+    image: keep the `post_nms_top_n` highest scores of all levels.
 
     objectness, deltas: L maps [N, A, H, W] and [N, 4A, H, W]; cell_anchors: L tables [A, 4]; strides: L pairs (y, x);
-    image_sizes: [N, 2] (height, width) in the type of the result. Returns boxes [N, P, 4], scores [N, P] and counts
-    [N], zero after the last. Equal logits are in the order of (y, x, anchor), equal scores in that of levels.
+    image_sizes: [N, 2] (height, width) in the dtype of the result. The other arguments are those of
+    :func:`fpn_fast.ops.generate_proposals`, with flags for its words.
+
+    Returns boxes [N, P, 4], scores [N, P] and counts [N]; entries after an image's last proposal are zero. Equal logits
+    rank in the order (y, x, anchor), equal scores in that of levels.
 
     Source: torchvision/models/detection/rpn.py.
     """

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The highest point of each heatmap, resized to its box, in plain PyTorch: box by box."""
+"""The highest position of each heatmap resized to its box, in plain PyTorch, box by box."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: A box with a longer side, in pixels, gives zeros.
+#: In pixels. A box with a longer side gives zeros.
 LONGEST_SIDE = 8192
 
 
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """heatmaps [R, K, h, w], boxes [R, 4] of float32 or float64 -> keypoints [R, K, 3] and scores [R, K], float32.
+    """Return keypoints [R, K, 3] and scores [R, K], float32, of heatmaps [R, K, h, w] and boxes [R, 4].
 
-    As torchvision's heatmaps_to_keypoints: a box's maps are resized to its size, rounded up, of at least one pixel;
-    bicubic as in torch.nn.functional.interpolate, without aligned corners, along x first, in float32 (float64 for
-    float64). Every product and sum is rounded on its own, in the order written here. The first of the highest
-    positions in row-major order is the keypoint, a NaN higher than any number; a pixel's centre is half a pixel on.
+    Boxes are float32 or float64. Like in torchvision's heatmaps_to_keypoints, the maps are resized to the box's size
+    rounded up, at least one pixel. The resize is that of torch.nn.functional.interpolate, bicubic without aligned
+    corners, along x first, in float32 (float64 for float64). Every product and sum is rounded by itself, in the order
+    written here. The keypoint is the centre of the highest pixel, the first in row-major order; a NaN is the highest.
     """
     accumulate = torch.float64 if heatmaps.dtype == torch.float64 else torch.float32
     keypoints = torch.zeros((*heatmaps.shape[:2], 3), dtype=torch.float32, device=heatmaps.device)
@@ -29,7 +29,7 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
             continue
         rows = _resize(heatmaps[box].to(accumulate), width)
         resized = _resize(rows.mT, height).mT.flatten(1)
-        # Of equal numbers, and of NaNs, the first.
+        # argmax returns the first of equal values, and of NaNs.
         position = resized.argmax(1)
         scores[box] = resized.gather(1, position[:, None])[:, 0].to(torch.float32)
         centre = torch.stack((position % width, position // width), 1).to(boxes.dtype) + 0.5
@@ -39,9 +39,9 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
 
 
 def _resize(maps: Tensor, size: int) -> Tensor:
-    """maps [K, rows, columns] -> [K, rows, size]."""
+    """Resize maps [K, rows, columns] to [K, rows, size]."""
     columns = maps.size(2)
-    # Of two tensors: a GPU divides by a number as it multiplies by its reciprocal.
+    # Both are tensors because PyTorch on a GPU divides by a Python number as it multiplies by the reciprocal.
     scale = torch.full((), columns, dtype=maps.dtype, device=maps.device) / torch.full(
         (), size, dtype=maps.dtype, device=maps.device
     )
@@ -56,7 +56,7 @@ def _resize(maps: Tensor, size: int) -> Tensor:
 
 
 def _weights(t: Tensor) -> list[Tensor]:
-    """Of the four pixels around a place that is t, from 0 to 1, after the second: Keys' cubic with a = -0.75."""
+    """Return Keys' cubic weights (a = -0.75) of four pixels around a position t, 0 to 1, after the second."""
     return [_far(t + 1), _near(t), _near(1 - t), _far((1 - t) + 1)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchor matching in plain PyTorch: torchvision's box_iou and Matcher, a few ground truths at a time."""
+"""Anchor matching in plain PyTorch: torchvision's box_iou and Matcher for blocks of ground truths."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Codes of anchors without a match, torchvision's.
+#: torchvision's codes of anchors without a match.
 BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS = -1, -2
-# Ground truths that are compared at once: all memory beyond the anchors' own is this many rows of them.
+# Ground truths compared at once: the temporary memory is this many rows of M values.
 _BLOCK = 8
 
 
 def grid_anchors(
     cells: Tensor, grids: Sequence[tuple[int, int, int]], strides: Sequence[tuple[float, float]], offset: float
 ) -> Tensor:
-    """Anchors of a pyramid, [M, 4], in (level, row, column, cell anchor) order.
+    """Return the anchors of a pyramid, [M, 4], in the order (level, row, column, cell anchor).
 
-    cells: [sum of A_l, 4], the anchors around a cell's origin, of all levels; grids: (A_l, H_l, W_l) of each level;
-    strides: (vertical, horizontal) pixels between cells; offset: of a cell's origin, in strides. Every operation is
-    rounded to the cells' type.
+    cells: [sum of A_l, 4], the anchors of all levels around a cell's origin; grids: (A_l, H_l, W_l) per level; strides:
+    (vertical, horizontal) pixels between cells, per level; offset: of a cell's origin, in strides.
     """
     levels, first = [], 0
     for (count, height, width), (down, right) in zip(grids, strides, strict=True):
@@ -45,12 +44,12 @@ def match_anchors(
     low_threshold: float,
     allow_low_quality_matches: bool,
 ) -> tuple[Tensor, Tensor]:
-    """gt_boxes [N, G, 4], gt_counts [N], anchors [M, 4] or [N, M, 4], anchor_counts [N] or None, of one floating type
-    -> matches [N, M] int64 and IoUs [N, M].
+    """Return matches [N, M] int64 and IoUs [N, M] of gt_boxes [N, G, 4] and anchors [M, 4] or [N, M, 4].
 
-    IoU is inter / ((gt's area + anchor's area) - inter) with every operation rounded, and 0 where that is no number.
-    Each anchor takes the first of the ground truths with the highest IoU. With low-quality matches, an anchor whose IoU
-    with some ground truth is the highest that this one has with any anchor keeps its match whatever the thresholds are.
+    gt_counts: [N]; anchor_counts: [N] or None; boxes have one floating-point dtype. An IoU is
+    inter / ((area of the ground truth + area of the anchor) - inter) with every operation rounded; NaN becomes 0.
+    Each anchor matches the first of the ground truths of highest IoU. With low-quality matches, an anchor also keeps
+    its match, whatever the thresholds are, if no anchor has a higher IoU with some ground truth.
     """
     n, g = gt_boxes.shape[:2]
     anchors = anchors.expand(n, -1, -1)
@@ -62,7 +61,7 @@ def match_anchors(
     gt_is_valid = gt_boxes.isfinite().all(2) & (torch.arange(g, device=gt_boxes.device) < gt_counts[:, None])
 
     best = gt_boxes.new_zeros((n, m))
-    # The first valid one, as nothing beats an IoU of 0 but a higher one.
+    # Starts at the first valid ground truth: an IoU of 0 replaces no other.
     matches = (gt_is_valid.cumsum(1) == 0).sum(1, keepdim=True).expand(n, m).clone()
     highest = []
     for first in range(0, g, _BLOCK):
@@ -87,7 +86,7 @@ def match_anchors(
 
 
 def _iou(gt_boxes: Tensor, gt_is_valid: Tensor, anchors: Tensor, anchor_is_valid: Tensor, first: int) -> Tensor:
-    """[N, up to _BLOCK, M]: the ground truths from `first` on with all anchors; 0 where either is not valid."""
+    """Return the IoUs [N, up to _BLOCK, M] of the ground truths from `first` on; 0 where a box is not valid."""
     gts = gt_boxes[:, first : first + _BLOCK, None]
     anchors = anchors[:, None]
     extent = (torch.minimum(gts[..., 2:], anchors[..., 2:]) - torch.maximum(gts[..., :2], anchors[..., :2])).clamp(0)

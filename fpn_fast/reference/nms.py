@@ -10,12 +10,12 @@ from torch import Tensor
 
 #: In the order of csrc/common/boxes.h: NmsConvention.
 CONVENTIONS = ("torchvision", "mmcv", "torchvision_offset")
-#: Boxes whose overlaps with all later ones are held in memory at a time.
+#: Boxes whose overlaps with all later boxes are in memory at once.
 _BLOCK = 1024
 
 
 def _threshold(iou_threshold: float, dtype: torch.dtype) -> float:
-    """The largest number of `dtype` that is not above `iou_threshold`: a quotient exceeds both or neither."""
+    """Return the largest value of `dtype` up to `iou_threshold`: a quotient in `dtype` exceeds both or neither."""
     rounded = torch.tensor(iou_threshold, dtype=dtype)
     if rounded.item() > iou_threshold:
         rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
@@ -23,10 +23,10 @@ def _threshold(iou_threshold: float, dtype: torch.dtype) -> float:
 
 
 def overlaps(a: Tensor, b: Tensor, iou_threshold: float, convention: str = "torchvision") -> Tensor:
-    """[A, 4] and [B, 4] (x1, y1, x2, y2) -> [A, B] bool: which pairs overlap by more than the threshold.
+    """Return which pairs of boxes [A, 4] and [B, 4] overlap by more than the threshold: [A, B] bool.
 
-    ``intersection / union > iou_threshold``, or for "mmcv" ``intersection > iou_threshold * union``, every step rounded
-    to the boxes' type.
+    The rule is ``intersection / union > iou_threshold``, for "mmcv" ``intersection > iou_threshold * union``, with
+    every step rounded to the boxes' dtype.
 
     Source: torchvision/csrc/ops/cpu/nms_kernel.cpp; mmcv/ops/csrc/common/cuda/nms_cuda_kernel.cuh.
     """
@@ -41,11 +41,12 @@ def overlaps(a: Tensor, b: Tensor, iou_threshold: float, convention: str = "torc
 
 
 def greedy(boxes: Tensor, groups: Tensor | None, iou_threshold: float, convention: str = "torchvision") -> Tensor:
-    """[B, 4], best first -> [B] bool: a box is kept unless a kept one before it, of its group, overlaps it.
+    """Return which boxes [B, 4], best first, are kept, [B] bool: those that no kept box before them overlaps.
 
-    Of a block of boxes, those are kept that no kept one of the block overlaps: a fixed point, reached from "all are
-    kept" in at most as many rounds as the longest chain of overlaps, and the only one, because each box depends on
-    earlier ones.
+    groups: [B]; only boxes of one group remove each other.
+
+    Within a block, the kept boxes are a fixed point of that rule. Each box depends on earlier boxes only, so the fixed
+    point is unique, and the iteration from "all are kept" ends after at most the longest chain of overlaps.
     """
     kept = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     for first in range(0, len(boxes), _BLOCK):
@@ -65,10 +66,10 @@ def greedy(boxes: Tensor, groups: Tensor | None, iou_threshold: float, conventio
 def nms(
     boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, convention: str = "torchvision"
 ) -> Tensor:
-    """[B, 4], [B] and [B] -> the indices of the kept boxes, by score, descending, and by index where scores are equal.
+    """Return the indices of the kept boxes, scores descending; of equal scores the lower index comes first.
 
-    A box or score that is not finite is not there. "torchvision_offset" moves each group by its number times the
-    largest coordinate plus one, and then knows no groups.
+    boxes: [B, 4]; scores: [B]; groups: [B] or None. A box or score that is not finite is ignored. "torchvision_offset"
+    moves each group by its index times (the largest coordinate + 1) and then ignores the groups.
 
     Source: torchvision/ops/boxes.py batched_nms.
     """
@@ -91,10 +92,9 @@ def segmented_nms(
     max_output: int,
     convention: str = "torchvision",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`nms` of each image: [N, B, 4], [N, B], [N, B] and [N] -> the first `max_output` indices and their number.
+    """Apply :func:`nms` per image; return indices [N, max_output], -1 after the last, and their counts [N], int64.
 
-    Only the first ``counts[n]`` boxes of image n are there. Indices [N, max_output] int64, -1 after the last; numbers
-    [N] int64.
+    boxes: [N, B, 4]; scores: [N, B]; groups: [N, B] or None; counts: [N], the boxes of image n are its first counts[n].
     """
     batch, room = scores.shape
     keep = torch.full((batch, max_output), -1, dtype=torch.int64, device=boxes.device)

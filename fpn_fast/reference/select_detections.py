@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last step of a detector in plain PyTorch. This file is the specification; the kernels are checked against it."""
+"""Detections in plain PyTorch. This file is the specification; the kernels are checked against it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Detections = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def decode_distances(anchors: Tensor, distances: Tensor) -> Tensor:
-    """[K, 4] anchors and (left, top, right, bottom), in sides of the anchor from its centre -> [K, 4] boxes.
+    """Decode anchors [K, 4] and (left, top, right, bottom) from their centres, in anchor sides, to boxes [K, 4].
 
     Source: torchvision/models/detection/_utils.py BoxLinearCoder.
     """
@@ -37,7 +37,7 @@ def _empty(image_sizes: Tensor, max_detections: int) -> Detections:
 def _finish(
     found: Detections, n: int, boxes: Tensor, scores: Tensor, labels: Tensor, nms_thresh: float, max_detections: int
 ) -> None:
-    """Writes what is left of image n's candidates when each removes those of its class that it overlaps."""
+    """Suppress the candidates of image n per class and write those that remain to `found`."""
     kept = nms(boxes, scores, labels, nms_thresh)[:max_detections]
     for target, source in zip(found, (boxes, scores, labels), strict=False):
         target[n, : len(kept)] = source[kept]
@@ -59,16 +59,17 @@ def select_detections(
     scale_clamp: float,
     distances: bool,
 ) -> Detections:
-    """Of each level the best `pre_nms_top_n` pairs of an anchor and a class that score more than `score_thresh`,
-    decoded and clipped; of all levels, what class-aware suppression leaves, best first.
+    """Per level: decode and clip the `pre_nms_top_n` highest pairs of an anchor and a class with a score above
+    `score_thresh`. Per image: suppress overlapping boxes of the same class and keep the `max_detections` highest.
 
-    logits, deltas, centerness: L maps [N, A * classes, H, W], [N, 4A, H, W] and, or none, [N, A, H, W]; cell_anchors: L
-    tables [A, 4]; strides: L pairs (y, x); image_sizes: [N, 2] (height, width) in the type of the result. Returns
-    boxes [N, D, 4], scores [N, D], labels [N, D] and counts [N], zero after the last.
+    logits, deltas: L maps [N, A * classes, H, W] and [N, 4A, H, W]; centerness: L maps [N, A, H, W] or none;
+    cell_anchors: L tables [A, 4]; strides: L pairs (y, x); image_sizes: [N, 2] (height, width) in the dtype of the
+    result.
 
-    A score is the logit's sigmoid; with centerness, the root of its product with the centerness' sigmoid. The best are
-    by logit, with centerness by score; of equal ones the first in the order of (y, x, anchor, class). Scores that are
-    equal count in the order of levels.
+    Returns boxes [N, D, 4], scores [N, D], labels [N, D] and counts [N]; entries after an image's last detection are
+    zero. A score is the logit's sigmoid; with centerness, the square root of its product with the sigmoid of the
+    centerness. Pairs rank by logit, with centerness by score; equal ones in the order (y, x, anchor, class). Equal
+    scores of different levels rank in the order of levels.
 
     Source: torchvision/models/detection/retinanet.py and fcos.py, postprocess_detections.
     """
@@ -82,7 +83,7 @@ def select_detections(
             if centerness:
                 centers = centerness[i][n].permute(1, 2, 0).flatten().to(dtype).repeat_interleave(classes)
                 valid &= centers.isfinite()
-                # PyTorch's float32 root is not rounded correctly on every machine.
+                # PyTorch's float32 square root is not correctly rounded on every machine.
                 scores = ranks = torch.sqrt((scores * logistic(centers)).double()).to(dtype)
             index = (valid & (scores > torch.tensor(score_thresh, dtype=dtype))).nonzero().flatten()
             index = index[ranks[index].sort(descending=True, stable=True).indices[:pre_nms_top_n]]
@@ -117,15 +118,15 @@ def select_box_detections(
     weights: Sequence[float],
     scale_clamp: float,
 ) -> Detections:
-    """Of all pairs of a box and a class but the first, which is background, those whose probability is more than
-    `score_thresh`, of each class the best `class_top_n`; decoded, clipped and filtered by size; what class-aware
-    suppression leaves of them, best first.
+    """Of all pairs of a box and a class, without class 0 (background): take those with a probability above
+    `score_thresh`, at most `class_top_n` per class; decode, clip and filter them by size; suppress overlapping boxes of
+    the same class and keep the `max_detections` highest.
 
-    logits: [N, R, classes]; deltas: [N, R, 4] or one for each class, [N, R, 4 * classes]; boxes: [N, R, 4]; the boxes
-    of image n are its first counts[n], or all; image_sizes: [N, 2] (height, width). All in the type of the result,
-    which is as :func:`select_detections` gives it.
+    logits: [N, R, classes]; deltas: [N, R, 4], or [N, R, 4 * classes] per class; boxes: [N, R, 4]; counts: [N], the
+    boxes of image n are its first counts[n], None for all; image_sizes: [N, 2] (height, width). All have the dtype of
+    the result, see :func:`select_detections`.
 
-    Probabilities are made in float64 and rounded. Of equal ones the first in the order of (box, class) counts more.
+    Probabilities are computed in float64 and rounded. Equal ones rank in the order (box, class).
 
     Source: torchvision/models/detection/roi_heads.py and ssd.py, postprocess_detections.
     """

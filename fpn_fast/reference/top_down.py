@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def nearest_sources(size_in: int, size_out: int, device: torch.device | None = None) -> Tensor:
-    """The source that each of size_out pixels reads, [size_out] int64: min(floor(dst * float32(in / out)), in - 1)."""
+    """Return the source pixel of each of size_out pixels, int64: min(floor(dst * float32(in / out)), in - 1)."""
     scale = torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)
     sources = torch.arange(size_out, dtype=torch.float32, device=device) * scale.item()
     return sources.floor().long().clamp(max=size_in - 1)
 
 
 def resample(top: Tensor, size: tuple[int, int], mode: str = "nearest", align_corners: bool = False) -> Tensor:
-    """[N, C, h, w] -> [N, C, *size], as F.interpolate.
+    """Resample [N, C, h, w] to [N, C, *size] like F.interpolate.
 
-    Nearest float64 is the one exception: F.interpolate takes its sources from a float64 scale there, on a CPU with
-    contiguous maps alone, and so reads other pixels for ratios such as 26 -> 44. Here float32 holds for every type.
+    The exception is nearest float64. There F.interpolate computes sources with a float64 scale, though only for
+    contiguous maps on a CPU, and reads other pixels for ratios such as 26 -> 44. Here the scale is always float32.
     """
     if mode == "nearest" and top.dtype == torch.float64:
         rows = nearest_sources(top.shape[2], size[0], top.device)
@@ -33,14 +33,12 @@ def resample(top: Tensor, size: tuple[int, int], mode: str = "nearest", align_co
 def upsample_add(
     lateral: Tensor, top: Tensor, mode: str = "nearest", *, align_corners: bool = False, average: bool = False
 ) -> Tensor:
-    """``merged = lateral + resample(top to lateral's size)``, halved if `average`.
+    """Return ``lateral + resample(top to lateral's size)``, halved if `average`.
 
-    lateral: [N, C, H, W]; top: [N, C, h, w]; result: [N, C, H, W] in lateral's type. The lateral's size wins, whatever
-    the ratio: 25 -> 13 -> 25 is not a factor of two. ``nearest`` reads source ``min(floor(dst * float32(in / out)),
-    in - 1)``. The sum is rounded to the storage type; halving it then is exact but for subnormals.
+    lateral: [N, C, H, W]; top: [N, C, h, w]; result: [N, C, H, W] in the lateral's dtype. Any ratio of sizes is
+    allowed: 25 -> 13 -> 25 is not a factor of two. The sum is rounded to the storage type before it is halved.
 
-    Source: the FPN paper's top-down pathway, as torchvision/ops/feature_pyramid_network.py and (averaging) detectron2's
-    fuse_type="avg" compute it.
+    Source: torchvision/ops/feature_pyramid_network.py; for `average`, detectron2's fuse_type="avg".
     """
     merged = lateral + resample(top, (lateral.shape[2], lateral.shape[3]), mode, align_corners)
     return merged / 2 if average else merged
@@ -49,9 +47,9 @@ def upsample_add(
 def top_down(
     laterals: Sequence[Tensor], mode: str = "nearest", *, align_corners: bool = False, average: bool = False
 ) -> list[Tensor]:
-    """The whole pathway: ``merged[-1] = laterals[-1]``, ``merged[l] = upsample_add(laterals[l], merged[l + 1])``.
+    """Merge a pyramid: ``merged[-1] = laterals[-1]``, ``merged[l] = upsample_add(laterals[l], merged[l + 1])``.
 
-    laterals: [N, C, H_l, W_l], finest first; result: the same shapes. Rounded to the storage type at every level.
+    laterals: [N, C, H_l, W_l], finest first; result: the same shapes, rounded to the storage type at every level.
     """
     merged = [laterals[-1]]
     for lateral in reversed(laterals[:-1]):

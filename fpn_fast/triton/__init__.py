@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops in Triton, under ``fpn_fast_triton::`` with the schemas of ``fpn_fast::``. Imported when they can serve."""
+"""The ops in Triton, in ``fpn_fast_triton::`` with the schemas of ``fpn_fast::``. Imported where Triton can run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _library = torch.library.Library("fpn_fast_triton", "DEF")
 
 
 def register(name: str, function: Callable[..., Any], by_torch: str | None = None) -> None:
-    """Makes `function` the op `name` on CUDA tensors, and in the interpreter on CPU tensors.
+    """Register `function` as op `name` for CUDA tensors, in Triton's interpreter also for CPU tensors.
 
-    by_torch: what of it torch's own operators do, for `backends.explain`.
+    by_torch: the steps that PyTorch's operators compute, for `backends.explain`.
     """
     if by_torch is not None:
         backends.declare_torch_part(name, "triton", by_torch)
@@ -26,7 +26,7 @@ def register(name: str, function: Callable[..., Any], by_torch: str | None = Non
         _library.impl(name, function, device)
 
 
-from fpn_fast.triton import (  # noqa: E402, F401  register their ops
+from fpn_fast.triton import (  # noqa: E402, F401  they register their ops
     generate_proposals,
     heatmaps_to_keypoints,
     match_anchors,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors by arithmetic, and boxes from anchors: the twin of csrc/common/anchors.h and exponential.h, with their names.
+"""Anchors, and boxes decoded from them: the counterpart of csrc/common/anchors.h and exponential.h, with their names.
 
-What is computed here decides, so that kernels that call it are compiled without contraction
+Selection depends on these values, so kernels that use them are compiled without contraction to fused multiply-adds
 (:data:`fpn_fast.triton._roi_align.EXACT`).
 """
 
@@ -19,7 +19,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def exponential(x, ACC: tl.constexpr):
-    """The same number on every machine; of a NaN, zero."""
+    """Return exp(x), the same value on every machine; 0 for NaN."""
     x = x.to(tl.float64)
     x = tl.where(x > -746.0, tl.where(x < 710.0, x, 710.0), -746.0)
     n = (x * 1.4426950408889634 + tl.where(x < 0.0, -0.5, 0.5)).to(tl.int32)
@@ -55,7 +55,7 @@ def is_finite(x1, y1, x2, y2):
 
 @triton.jit
 def box_at(boxes, index, mask):
-    """(x1, y1, x2, y2) of boxes [..., 4]."""
+    """Load (x1, y1, x2, y2) from boxes [..., 4]."""
     row = boxes + index.to(tl.int64) * 4
     return (
         tl.load(row, mask=mask, other=0.0),
@@ -67,7 +67,7 @@ def box_at(boxes, index, mask):
 
 @triton.jit
 def anchor_at(cell, cells, y, x, stride_y, stride_x, offset, ACC: tl.constexpr):
-    """(x1, y1, x2, y2) of the anchors made of `cells`, (x1, y1, x2, y2) of each, by their number `cell`."""
+    """Compute anchors (x1, y1, x2, y2) from `cells`, a tuple of (x1, y1, x2, y2), at index `cell`."""
     x1 = tl.zeros(cell.shape, dtype=ACC)
     y1, x2, y2 = x1, x1, x1
     for i in tl.static_range(len(cells)):
@@ -90,7 +90,7 @@ def decode_side(
         center = (lo + hi) * 0.5
     else:
         center = lo + 0.5 * size
-    # Written so that NaN stays.
+    # tl.where, not tl.minimum and tl.maximum, which may drop a NaN.
     if SYMMETRIC:
         scale = tl.where(scale < -scale_clamp, -scale_clamp, scale)
     scale = tl.where(scale > scale_clamp, scale_clamp, scale)
@@ -112,7 +112,7 @@ def code_of(delta, weight, mean, std, ACC: tl.constexpr):
 def decode(
     x1, y1, x2, y2, dx, dy, dw, dh, coding, SYMMETRIC: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """(x1, y1, x2, y2) of anchors and deltas. coding: four weights, means and stds, scale_clamp, center_clamp."""
+    """Decode anchors and deltas to (x1, y1, x2, y2). coding: see `coding_of` in _head_decoding.py."""
     dx = code_of(dx, coding[0], coding[4], coding[8], ACC)
     dy = code_of(dy, coding[1], coding[5], coding[9], ACC)
     dw = code_of(dw, coding[2], coding[6], coding[10], ACC)
@@ -125,7 +125,7 @@ def decode(
 
 @triton.jit
 def decode_distances(x1, y1, x2, y2, left, top, right, bottom):
-    """(x1, y1, x2, y2) of anchors and distances from their centres, in their sides."""
+    """Decode anchors and distances from their centres, in anchor sides, to (x1, y1, x2, y2)."""
     x, y = 0.5 * (x1 + x2), 0.5 * (y1 + y2)
     width, height = x2 - x1, y2 - y1
     return x - left * width, y - top * height, x + right * width, y + bottom * height

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy non-maximum suppression in Triton, between two sorts of torch's own.
+"""Greedy non-maximum suppression in Triton, between two sorts by PyTorch.
 
-Boxes come in lists (images, or levels of them), a list in segments (the runs of one group), a segment best first. Each
-region of a segment, REGION boxes, is decided by one program, chunk by chunk: what the kept boxes of its earlier chunks
-leave of a chunk is decided at once, by the fixed point that fpn_fast/reference/nms.py describes. Then many programs
-test what comes after the region against its kept boxes. So there are two launches a region, as many as the boxes ask
-for and not their values: nothing waits, no matrix of pairs is in memory, and no order of programs shows.
+Boxes come in lists (an image, or a level of it). A list consists of segments (the boxes of one group), each sorted best
+first. One program decides a region of a segment, REGION boxes, chunk by chunk: it removes the boxes that kept boxes of
+earlier chunks overlap, and then iterates to the fixed point that fpn_fast/reference/nms.py describes. Then many
+programs test all later boxes of the segment against the region's kept boxes. The number of launches, two per region,
+depends on the number of boxes and not on their values, so nothing synchronises. No matrix of pairs is in memory, and
+the result does not depend on the order of programs.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from fpn_fast.triton._arguments import decode_float, encode_float
 from fpn_fast.triton._resample import divide
 from fpn_fast.triton._roi_align import EXACT
 
-# 64 x 64 pairs at a time, 16 to a thread.
+# 64 x 64 pairs at a time: 16 per thread.
 CHUNK = 64
 NUM_WARPS = 8
-# One program's 120 tests of a chunk by another take some launches' time.
+# 16 chunks, which one program tests in 120 pairs: about as long as a few launches.
 REGION = 1024
 
 
 @triton.jit
 def overlaps(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, threshold, PRODUCT: tl.constexpr, ACC: tl.constexpr):
-    """intersection / union > threshold, or intersection > threshold * union."""
+    """Test intersection / union > threshold; with PRODUCT, intersection > threshold * union."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     shared = width * height
@@ -45,7 +46,7 @@ def overlaps(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, threshold, PRODUCT: tl.cons
 
 @triton.jit
 def pairs_overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, threshold, PRODUCT: tl.constexpr, ACC: tl.constexpr):
-    """Of boxes a and b, all pairs: [a, b]."""
+    """Test all pairs of boxes a and b: [a, b]."""
     return overlaps(
         ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None], bx1[None], by1[None], bx2[None], by2[None], threshold,
         PRODUCT, ACC,
@@ -57,7 +58,7 @@ def left_by(
     boxes, kept, begin, end, x1, y1, x2, y2, alive, threshold, PRODUCT: tl.constexpr, ACC: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Which boxes stay alive beside the kept ones from `begin` to `end`, which are whole chunks."""
+    """Return which boxes no kept box from `begin` to `end`, whole chunks, removes."""
     for first in range(begin, end, CHUNK):
         place = first + tl.arange(0, CHUNK)
         ax1, ay1, ax2, ay2 = box_at(boxes, place, place < end)
@@ -72,8 +73,8 @@ def greedy_nms_kernel(
     boxes, offsets, kept, threshold, region, room, segments,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, REGION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """kept [lists, room]: of a segment's boxes of number `region` those that no better one of them removes. A program
-    has one segment of a list, from its place in offsets [lists, segments + 1] to the next one's."""
+    """Suppress within region `region` of every segment, in kept [lists, room]. A program owns one segment of a list,
+    which begins at its entry of offsets [lists, segments + 1] and ends at the next entry."""
     own = (tl.program_id(0) // segments).to(tl.int64)
     bounds = offsets + own * (segments + 1) + tl.program_id(0) % segments
     begin = (tl.load(bounds) + region * REGION).to(tl.int32)
@@ -95,7 +96,7 @@ def greedy_nms_kernel(
                 changed = tl.max((left != stays).to(tl.int32), axis=0)
                 stays = left
             tl.store(kept + place, stays.to(tl.int8), mask=place < end)
-            # Other threads of the program read these for the next chunk.
+            # Other threads of the program read these stores in the next chunk.
             tl.debug_barrier()
 
 
@@ -104,8 +105,8 @@ def nms_removal_kernel(
     boxes, numbers, offsets, kept, threshold, region, room, segments, blocks,
     GROUPED: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr, REGION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Removes from a segment's later boxes what its kept ones of number `region` overlap. A program has CHUNK places of
-    a list; of these only the first one's segment, numbers [lists, room], can have begun a region before them."""
+    """Remove the later boxes of every segment that kept boxes of its region `region` overlap. A program owns CHUNK
+    boxes of a list. Only the segment of its first box, see numbers [lists, room], can begin a region before it."""
     own = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * CHUNK + tl.arange(0, CHUNK)
     bounds = offsets + own * (segments + 1)
@@ -124,10 +125,11 @@ def nms_removal_kernel(
 def suppress(
     boxes: Tensor, kept: Tensor, offsets: Tensor, numbers: Tensor | None, longest: int, iou_threshold: float, mmcv: bool
 ) -> None:
-    """Removes from `kept`, [lists, room] of 0 and 1, boxes [lists, room, 4] that a better one of their segment removes.
+    """Clear the entries of `kept`, [lists, room] of 0 and 1, whose boxes a better box of their segment removes.
 
-    offsets: [lists, segments + 1], int64, where each segment begins, and where the last one ends; numbers: [lists,
-    room], int64, the segment of each box, None for one of each list; longest: no segment has more boxes.
+    boxes: [lists, room, 4]; offsets: [lists, segments + 1] int64, where each segment begins and the last one ends;
+    numbers: [lists, room] int64, the segment of each box, None for one segment per list; longest: an upper bound of the
+    boxes of a segment.
     """
     (lists, room), segments, dtype = kept.shape, offsets.size(1) - 1, boxes.dtype
     threshold = encode_float(iou_threshold if mmcv else _threshold(iou_threshold, dtype), dtype)
@@ -162,9 +164,10 @@ def nms(
     segments: int | None = None,
     longest: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fpn_fast.reference.segmented_nms` of all boxes: [N, B, 4], [N, B], [N, B].
+    """Compute :func:`fpn_fast.reference.segmented_nms` without counts.
 
-    segments, longest: there are no more groups than this, and no more boxes of one; else as many as boxes.
+    boxes: [N, B, 4]; scores: [N, B]; groups: [N, B] or None; segments, longest: upper bounds of the groups of an image
+    and of the boxes of a group, B by default.
     """
     (batch, room), device = scores.shape, boxes.device
     if batch == 0 or room == 0:
@@ -180,7 +183,7 @@ def nms(
         order, numbers = by_score, None
         offsets = torch.stack([torch.zeros_like(valid[:, 0], dtype=torch.int64), valid.sum(1)], 1)
     else:
-        # What is not there is of the last group, behind all that are, and asks for nothing.
+        # Invalid boxes form a last group, after the valid ones, in which nothing is kept.
         groups = groups.where(valid, torch.iinfo(torch.int64).max).gather(1, by_score)
         groups, by_group = groups.sort(dim=1, stable=True)
         order = by_score.gather(1, by_group)
@@ -199,7 +202,8 @@ def nms(
 
 
 def first_of(order: Tensor, counts: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The first counts[n] of row n of order [N, B], [N, size] with -1 after the last; and how many they are."""
+    """Return the first counts[n] entries of each row of order [N, B], at most `size`, as [N, size] padded with -1; and
+    their number."""
     counts, taken = counts.clamp(max=size), order[:, :size]
     keep = torch.full((len(order), size), -1, dtype=torch.int64, device=order.device)
     there = torch.arange(taken.size(1), device=order.device) < counts[:, None]
@@ -208,7 +212,7 @@ def first_of(order: Tensor, counts: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(table: Tensor, keep: Tensor) -> Tensor:
-    """The rows [N, K, ...] of table [N, B, ...] that keep [N, K] names; zeros where it names none, by -1."""
+    """Gather rows [N, K, ...] of table [N, B, ...] at indices keep [N, K]; zeros for index -1."""
     if table.size(1) == 0:
         return table.new_zeros(*keep.shape, *table.shape[2:])
     more = (1,) * (table.dim() - 2)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best logits of a head's map in Triton and by torch's own top-k, and their boxes, straight from the maps.
+"""The highest logits of a head's maps, ranked by Triton and torch.topk, and their boxes, decoded from the maps.
 
-An index counts in the order of (y, x, channel), and channels in that of (anchor, class). torch.topk takes any of equal
-numbers, so that of float32 it gets integers that are all different: a logit's bits, in the order of numbers, above and
-what is left of it to the map's end below. float64 has no room for that, and is sorted, stably.
+An index counts in the order (y, x, channel), a channel in the order (anchor, class). torch.topk takes any of equal
+values. For float32 it therefore gets distinct integers: the high word holds the logit's bits, mapped to the order of
+floats, and the low word decreases with the index. float64 leaves no room for an index and is sorted stably.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from fpn_fast.triton._anchors import (
 from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._roi_align import EXACT
 
-# 4 elements to a thread of 4 warps, in both kernels; of boxes, 1 to a thread.
+# Per thread of 4 warps: 4 ranks, 1 box.
 BLOCK_RANKS = 512
 BLOCK_BOXES = 128
 NUM_WARPS = 4
 
-# Below that of any finite number.
+# Lower than the rank of any finite value.
 LOWEST_RANK = tl.constexpr(-(2**63 - 1))
 
 
 @triton.jit
 def value_at(map, strides, image, channel, y, x, mask, ACC: tl.constexpr):
-    """Elements of a map of any strides, in type ACC."""
+    """Load elements of a map of any strides in type ACC."""
     offset = image * decode_int(strides[0]).to(tl.int64) + channel * decode_int(strides[1]).to(tl.int64)
     offset += y * decode_int(strides[2]).to(tl.int64) + x * decode_int(strides[3]).to(tl.int64)
     return tl.load(map + offset, mask=mask, other=0.0).to(ACC)
@@ -57,7 +57,7 @@ def square_root(x, ACC: tl.constexpr):
 
 @triton.jit
 def number_at(maps, strides, shape, image, index, mask, CENTERED: tl.constexpr, ACC: tl.constexpr):
-    """(number, finite) of pairs of an anchor and a class: the logit, or CENTERED the score; what they are ranked by."""
+    """Return (value, finite) of pairs of an anchor and a class. The value is the logit, CENTERED the score."""
     channels, classes, width = decode_int(shape[0]), decode_int(shape[1]), decode_int(shape[2])
     channel, place = index % channels, index // channels
     y, x = place // width, place % width
@@ -74,8 +74,8 @@ def number_at(maps, strides, shape, image, index, mask, CENTERED: tl.constexpr, 
 def rank_kernel(
     maps, strides, shape, ranks, count, blocks, CENTERED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """ranks [N, count]: of float32 all different, and higher for a higher number, or an equal one of a lower index;
-    lowest for one that is not finite."""
+    """Write ranks [N, count]. In float32 they are distinct: higher for a higher value, or an equal one of lower index.
+    A value that is not finite has the lowest rank."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     exists = index < count
@@ -83,7 +83,7 @@ def rank_kernel(
     if ACC == tl.float64:
         rank = tl.where(finite, number, -float("inf"))
     else:
-        # Zero and minus zero are one number.
+        # 0 and -0 are equal but have different bits.
         bits = tl.where(number == 0, 0.0, number).to(tl.int32, bitcast=True)
         ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         rank = tl.where(finite, (ordered.to(tl.int64) << 32) - index, LOWEST_RANK)
@@ -97,8 +97,9 @@ def decode_head_kernel(
     CENTERED: tl.constexpr, PROPOSALS: tl.constexpr, LOGITS_OUT: tl.constexpr, STRICT_SIZE: tl.constexpr,
     DISTANCES: tl.constexpr, SYMMETRIC: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """boxes [N, room, 4], scores and labels [N, room] of the pairs indices [N, count]; minus infinity is the score of
-    what is not there. Of proposals the score has to be the threshold at least, and has no label."""
+    """Write boxes [N, room, 4], scores and labels [N, room] of the pairs at indices [N, count]; an invalid pair gets
+    the score minus infinity. A score must be above the threshold. PROPOSALS have no labels, and their scores may equal
+    it."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     exists = row < count
@@ -154,9 +155,9 @@ def decode_boxes_kernel(
     sources, deltas, given, image_sizes, coding, min_size, boxes, scores, count, classes, blocks,
     SHARED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """boxes [N, count, 4] and scores [N, count] of pairs of a box, sources [N, R, 4], and one of `classes`, background
-    not among them; minus infinity is the score, given [N, count] too, of what is not there. SHARED: deltas are
-    [N, R, 4]."""
+    """Write boxes [N, count, 4] and scores [N, count] of the pairs of a box, sources [N, R, 4], and one of `classes`,
+    without background. Pairs with the score minus infinity, in given [N, count] and in scores, are invalid. SHARED:
+    deltas are [N, R, 4]."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(given + image * count + index, mask=index < count, other=-float("inf"))
@@ -186,15 +187,15 @@ def coding_of(
     center_offset: float,
     dtype: torch.dtype,
 ) -> tuple[float | int, ...]:
-    """The kernels' argument `coding`."""
+    """Encode the kernels' argument `coding`."""
     numbers = (*weights, *means, *stds, scale_clamp, center_clamp, center_offset)
     return tuple(encode_float(number, dtype) for number in numbers)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Of each image and level, the best first: boxes [N, L, K, 4], scores [N, L, K], labels [N, L, K] or none of
-    proposals; minus infinity is the score of what is not there."""
+    """Candidates per image and level, best first: boxes [N, L, K, 4], scores [N, L, K] and labels [N, L, K], which are
+    empty for proposals. The score of a missing candidate is minus infinity."""
 
     boxes: Tensor
     scores: Tensor
@@ -220,14 +221,14 @@ def best_of_levels(
     symmetric_clamp: bool = False,
     mean_center: bool = False,
 ) -> Candidates:
-    """The `top_n` highest pairs of an anchor and a class of each level, decoded, clipped and filtered.
+    """Select, decode, clip and filter the `top_n` highest pairs of an anchor and a class per level.
 
-    The maps, anchors and numbers are as fpn_fast/ops/select_detections.py and generate_proposals.py have them.
+    The arguments are those of the ops in fpn_fast/ops/select_detections.py and generate_proposals.py.
     """
     batch, levels, dtype, device = len(image_sizes), len(logits), image_sizes.dtype, image_sizes.device
     counts = [each[0].numel() if batch else 0 for each in logits]
     if max(counts) >= 2**31:
-        raise ValueError(f"a level must have less than 2^31 pairs of an anchor and a class, got {max(counts)}")
+        raise ValueError(f"maps must have less than 2^31 pairs of an anchor and a class per level, got {max(counts)}")
     room = max(min(top_n, count) for count in counts)
     found = Candidates(
         torch.empty(batch, levels, room, 4, dtype=dtype, device=device),
@@ -280,8 +281,8 @@ def decode_boxes(
     coding: tuple[float | int, ...],
     min_size: float,
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [N, R * classes, 4] and scores of the pairs of a box, [N, R, 4], and a class that are scored, given
-    [N, R * classes]; minus infinity is the score of what is not there."""
+    """Return boxes [N, R * classes, 4] and scores of all pairs of a box, [N, R, 4], and a class. Pairs with the score
+    minus infinity, in given [N, R * classes] and in the result, are invalid."""
     (batch, pairs), dtype = given.shape, given.dtype
     found, scores = given.new_empty(batch, pairs, 4), torch.empty_like(given)
     classes, blocks = pairs // max(boxes.size(1), 1), triton.cdiv(pairs, BLOCK_BOXES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resampling along one axis: the twin of csrc/common/resample.h, with its names. See Note [Axis resampling] there."""
+"""Resampling along one axis: the counterpart of csrc/common/resample.h, with its names and Note [Axis resampling]."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ BILINEAR_ALIGN_CORNERS = tl.constexpr(2)
 
 @triton.jit
 def divide(a, b, ACC: tl.constexpr):
-    """a / b in type ACC, rounded correctly: Triton's float32 division by itself may be off by two units."""
+    """Return a / b in type ACC, correctly rounded. Triton's float32 division may be off by two units."""
     if ACC == tl.float64:
         return a.to(tl.float64) / b.to(tl.float64)
     else:
@@ -27,7 +27,7 @@ def nearest_source(dst, size_in, size_out):
 @triton.jit
 def bilinear_scale(size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
     if MODE == BILINEAR_ALIGN_CORNERS:
-        # The greater of 1 only keeps an axis of one pixel from dividing by zero; its scale is not used then.
+        # For an axis of one pixel tl.maximum prevents a division by zero; its result is not used.
         return tl.where(size_out > 1, divide(size_in - 1, tl.maximum(size_out - 1, 1), ACC), 0.0).to(ACC)
     else:
         return divide(size_in, size_out, ACC)
@@ -35,7 +35,7 @@ def bilinear_scale(size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def bilinear_source(dst, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
-    """(lo, hi, weight_hi) of each destination."""
+    """Return (lo, hi, weight_hi) of each destination."""
     scale = bilinear_scale(size_in, size_out, MODE, ACC)
     if MODE == BILINEAR_ALIGN_CORNERS:
         coordinate = dst.to(ACC) * scale
@@ -59,7 +59,7 @@ def source_floor(dst, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def first_target(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
-    """The first destination whose source is at least `src`; `size_out` where there is none."""
+    """Return the first destination whose source is at least `src`, `size_out` if there is none."""
     if MODE == NEAREST:
         estimate = src.to(tl.float32) * divide(size_out, size_in, tl.float32)
     else:
@@ -69,7 +69,7 @@ def first_target(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
             estimate = src.to(ACC) * inverse
         else:
             estimate = (src.to(ACC) + 0.5) * inverse - 0.5
-    # Float rounding puts the estimate at most one off: start two below, and step up while the source is too low.
+    # The estimate is off by at most one: start two below, and step up while the source is too low.
     dst = tl.maximum(tl.minimum(estimate, size_out.to(estimate.dtype)).to(tl.int32) - 2, 0)
     for _ in tl.static_range(5):
         low = source_floor(dst, size_in, size_out, MODE, ACC) < src
@@ -79,7 +79,7 @@ def first_target(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def target_range(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
-    """[begin, end) of the destinations that read source `src`."""
+    """Return the range [begin, end) of destinations that read source `src`."""
     first = src if MODE == NEAREST else src - 1
     begin = first_target(first, size_in, size_out, MODE, ACC)
     end = first_target(src + 1, size_in, size_out, MODE, ACC)
@@ -88,6 +88,6 @@ def target_range(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def target_weight(dst, src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
-    """The weight with which `dst` reads `src`."""
+    """Return the weight with which `dst` reads `src`."""
     lo, hi, weight_hi = bilinear_source(dst, size_in, size_out, MODE, ACC)
     return tl.where(lo == src, 1 - weight_hi, 0.0) + tl.where(hi == src, weight_hi, 0.0)

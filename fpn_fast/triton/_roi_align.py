@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Levels of RoIs and RoIAlign along one axis: the twin of csrc/common/levels.h and roi_align.h, with their names.
+"""Levels of RoIs and RoIAlign along one axis: the counterpart of csrc/common/levels.h and roi_align.h.
 
-A kernel that calls these is compiled without contraction to fused multiply-adds (:data:`EXACT`), for they decide: which
-map, how many samples, whether one is on the map. What is summed asks for ``tl.fma`` itself.
+These functions choose the map, the number of samples and whether a sample is on the map. So a kernel that calls them is
+compiled without contraction to fused multiply-adds (:data:`EXACT`); its sums call ``tl.fma``.
 
-SAMPLES is the number of samples along each axis of a bin where the compiler is to know it, and 0 otherwise.
+SAMPLES is the number of samples along each axis of a bin if it is a compile-time constant, and 0 otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, encode_int
 from fpn_fast.triton._resample import divide
 
-#: Launch options of kernels that use this file; the interpreter, which contracts nothing, ignores them.
+#: Launch options of kernels that use this file. The interpreter, which contracts nothing, ignores them.
 EXACT = {"enable_fp_fusion": False}
 
 MAX_ADAPTIVE_SAMPLES = tl.constexpr(1 << 20)
@@ -29,14 +29,14 @@ SAMPLE_MARGIN = tl.constexpr(8)
 
 @triton.jit
 def roi_at(rois, k):
-    """(image, x1, y1, x2, y2) of RoIs k, of a scalar or a vector."""
+    """Load (image, x1, y1, x2, y2) of RoIs k, a scalar or a vector."""
     row = rois + k.to(tl.int64) * 5
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
 
 
 @triton.jit
 def map_of(features, geometry, scales, level, LEVELS: tl.constexpr, ACC: tl.constexpr):
-    """(feature, scale, height, width, stride_n, stride_c, stride_h, stride_w) of map `level`; of the first for -1."""
+    """Return (feature, scale, height, width, stride_n, stride_c, stride_h, stride_w) of map `level`; map 0 for -1."""
     feature, scale = features[0], decode_float(scales[0], ACC)
     height, width = decode_int(geometry[0][0]), decode_int(geometry[0][1])
     stride_n, stride_c = decode_int(geometry[0][2]).to(tl.int64), decode_int(geometry[0][3]).to(tl.int64)
@@ -55,7 +55,7 @@ def map_of(features, geometry, scales, level, LEVELS: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def locate_roi(image, x1, y1, x2, y2, given, thresholds, batch, LEVELS: tl.constexpr, HAS_LEVELS: tl.constexpr):
-    """(level, image) of each RoI; level -1: none."""
+    """Return (level, image) of each RoI; level -1 for none."""
     known = (image > -1) & (image < batch.to(image.dtype))
     known = known & (x1 == x1) & (y1 == y1) & (x2 == x2) & (y2 == y2)
     if HAS_LEVELS:
@@ -73,7 +73,7 @@ def locate_roi(image, x1, y1, x2, y2, given, thresholds, batch, LEVELS: tl.const
 
 @triton.jit
 def roi_extent(lo, hi, scale, ALIGNED: tl.constexpr):
-    """(start, extent) of the RoI in pixels of the map."""
+    """Return (start, extent) of the RoI in map pixels."""
     if ALIGNED:
         start = lo * scale - 0.5
         return start, hi * scale - 0.5 - start
@@ -87,7 +87,7 @@ def roi_extent(lo, hi, scale, ALIGNED: tl.constexpr):
 def make_roi_axis(
     lo, hi, scale, sampling_ratio, pooled: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr
 ):
-    """(start, bin, samples): of the RoI's first bin, the size of each, in pixels of the map, and the samples in one."""
+    """Return (start, bin_size, samples): start of the first bin and size of a bin in map pixels, samples of a bin."""
     start, extent = roi_extent(lo, hi, scale, ALIGNED)
     bin_size = divide(extent, tl.full((), pooled, tl.int32), ACC)
     if SAMPLES > 0:
@@ -101,17 +101,17 @@ def make_roi_axis(
 
 @triton.jit
 def inverse_count(row_samples, col_samples, ACC: tl.constexpr):
-    """One over the samples of a bin, in both axes."""
+    """Return one over the number of samples of a bin."""
     count = row_samples.to(ACC) * col_samples.to(ACC)
     return divide(tl.full((), 1, tl.int32), tl.maximum(count, 1.0), ACC)
 
 
 @triton.jit
 def sample_within(bin_size, samples, sample, SAMPLES: tl.constexpr, ACC: tl.constexpr):
-    """How far into its bin a sample lies."""
+    """Return the distance of a sample from the start of its bin."""
     within = (sample.to(ACC) + 0.5) * bin_size
     if SAMPLES == 1 or SAMPLES == 2 or SAMPLES == 4:
-        # The same number as the quotient, for less.
+        # Equal to the quotient for powers of two, and cheaper.
         within = within * (1.0 / SAMPLES)
     else:
         within = divide(within, samples, ACC)
@@ -125,8 +125,7 @@ def sample_coordinate(start, bin_size, samples, bin, sample, SAMPLES: tl.constex
 
 @triton.jit
 def sample_taps(start, bin_size, samples, size, bin, sample, SAMPLES: tl.constexpr, ACC: tl.constexpr):
-    """(lo, hi, weight_lo, weight_hi, on_map): the pixels that a sample reads; one up to a pixel outside the map reads
-    the border."""
+    """Return (lo, hi, weight_lo, weight_hi, on_map) of a sample. Up to a pixel outside the map it reads the border."""
     coordinate = sample_coordinate(start, bin_size, samples, bin, sample, SAMPLES, ACC)
     on_map = (coordinate >= -1) & (coordinate <= size)
     coordinate = tl.where(on_map & (coordinate > 0), coordinate, 0.0)
@@ -138,13 +137,13 @@ def sample_taps(start, bin_size, samples, size, bin, sample, SAMPLES: tl.constex
 
 @triton.jit
 def clamped(value, end):
-    """`value` as an integer in [0, end]; 0 for NaN."""
+    """Convert `value` to an integer in [0, end]; 0 for NaN."""
     return tl.where(value > 0, tl.where(value < end, value, end), 0.0).to(tl.int32)
 
 
 @triton.jit
 def samples_near_map(start, bin_size, samples, size, bin, ACC: tl.constexpr):
-    """[first, last) of the samples of `bin` that can be on the map."""
+    """Return the range [first, last) of samples of `bin` that can be on the map."""
     all_of_them = (samples <= 2 * SAMPLE_MARGIN) | ~(bin_size > 0)
     base = start + bin.to(ACC) * bin_size
     per_pixel = divide(samples, tl.where(bin_size > 0, bin_size, 1.0), ACC)
@@ -153,31 +152,31 @@ def samples_near_map(start, bin_size, samples, size, bin, ACC: tl.constexpr):
     return tl.where(all_of_them, 0, first), tl.where(all_of_them, samples, last)
 
 
-# What follows is the inverse, for gradients that are gathered: what reads a pixel. Ranges may be too large, for what
-# does not read it weighs nothing, and never too small.
+# The functions below are the inverse, for gathered gradients: they find the bins and samples that read a pixel. Ranges
+# may be too large, because samples that do not read the pixel have weight zero, but never too small.
 
 
 @triton.jit
 def rounding_margin(start, extent):
-    """More pixels than rounding can move a sample by: coordinates are sums of these, each rounded to 24 bits."""
+    """Bound, in pixels, how far rounding moves a sample: coordinates are sums of these values, rounded to 24 bits."""
     return (tl.abs(start) + tl.abs(extent) + 1) * (1.0 / (1 << 20))
 
 
 @triton.jit
 def reads_between(start, extent, begin, end):
-    """Whether a sample of the RoI can read pixels in [begin, end]."""
+    """Return whether a sample of the RoI can read pixels in [begin, end]."""
     margin = rounding_margin(start, extent) + 1
     low, high = tl.minimum(start, start + extent) - margin, tl.maximum(start, start + extent) + margin
-    # Of an infinite RoI no coordinate is on the map.
+    # An infinite RoI has no coordinate on the map.
     return (low <= end) & (high >= begin) & (tl.abs(extent) < float("inf"))
 
 
 @triton.jit
 def bins_near_pixel(start, bin_size, pixel, pooled: tl.constexpr, ACC: tl.constexpr):
-    """[first, last) of the bins that can read `pixel`."""
+    """Return the range [first, last) of bins that can read `pixel`."""
     margin = rounding_margin(start, bin_size * pooled) + 1
     per_pixel = divide(tl.full((), 1, tl.int32), tl.where(bin_size > 0, bin_size, 1.0), ACC)
-    # A thousandth of a bin for the rounding of the product, which is at most 1024 bins.
+    # 1/1024 bin covers the rounding of the product, which is at most 1024 bins.
     first = clamped((pixel.to(ACC) - margin - start) * per_pixel - 1.0 / 1024, pooled)
     last = clamped((pixel.to(ACC) + margin - start) * per_pixel + (1 + 1.0 / 1024), pooled)
     return tl.where(bin_size > 0, first, 0), tl.where(bin_size > 0, last, pooled)
@@ -187,13 +186,13 @@ def bins_near_pixel(start, bin_size, pixel, pooled: tl.constexpr, ACC: tl.conste
 def bin_weight(
     start, bin_size, samples, size, bin, pixel, pooled: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr
 ):
-    """The summed weights with which the samples of `bin` read `pixel`, those of :func:`sample_taps`."""
+    """Sum the weights of :func:`sample_taps` with which the samples of `bin` read `pixel`."""
     base = start + bin.to(ACC) * bin_size
     before, after = (pixel - 1).to(ACC), (pixel + 1).to(ACC)
     first, last, most = tl.zeros_like(pixel), tl.zeros_like(pixel) + samples, samples
     if (samples > 2 * SAMPLE_MARGIN) & (bin_size > 0):
         first, last = samples_near_map(start, bin_size, samples, size, bin, ACC)
-        # Of those, the ones near the pixel; two more for the rounding of the product.
+        # Narrow the range to samples near the pixel, and two more for the rounding of the product.
         margin = rounding_margin(start, bin_size * pooled)
         per_pixel = divide(samples, bin_size, ACC)
         first = tl.maximum(first, clamped((before - margin - base) * per_pixel - 2, samples))
@@ -205,7 +204,7 @@ def bin_weight(
         coordinate = base + sample_within(bin_size, samples, sample, SAMPLES, ACC)
         reads = (coordinate >= -1) & (coordinate <= size) & (sample < last)
         coordinate = tl.minimum(tl.maximum(coordinate, 0.0), (size - 1).to(ACC))
-        # A tent over the pixel, by the side that is exact.
+        # A tent over the pixel. Both sides are exact differences, like in sample_taps.
         weight = tl.maximum(tl.minimum(coordinate - before, after - coordinate), 0.0)
         total += tl.where(reads, weight, 0.0)
     return total

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Region proposals: ranked, decoded and suppressed in Triton, with torch's own top-k and the last sort between."""
+"""Region proposals: Triton ranks, decodes and suppresses; PyTorch takes the top k and sorts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate_proposals(
     )  # fmt: skip
     room = found.scores.size(2)
     kept = found.scores.isfinite().to(torch.int8)
-    # Each level is a list, of one segment.
+    # Each level is a list with one segment.
     offsets = (torch.arange(2, device=kept.device) * room).repeat(kept.size(0) * kept.size(1), 1)
     mmcv = CONVENTIONS[convention] == "mmcv"
     suppress(found.boxes.flatten(0, 1), kept.flatten(0, 1), offsets, None, room, nms_thresh, mmcv)

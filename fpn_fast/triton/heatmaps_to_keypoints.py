@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keypoints of heatmaps in Triton, a program a heatmap. It goes down a run of columns of the box; of the four rows that
-a pixel reads it keeps what they are in these columns. The twin of csrc/common/heatmaps_to_keypoints.h."""
+"""Keypoints of heatmaps in Triton: the counterpart of csrc/common/heatmaps_to_keypoints.h. One program owns a heatmap.
+It moves down a block of columns of the box and keeps the four resized rows that the current pixels read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fpn_fast.triton import register
 from fpn_fast.triton._resample import divide
 from fpn_fast.triton._roi_align import EXACT
 
-# Columns of a run: two to a thread of 4 warps.
+# Columns of a block: two per thread of 4 warps.
 BLOCK = 256
 NUM_WARPS = 4
 
@@ -24,10 +24,10 @@ NO_POSITION = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def box_side(lo, hi, BOX: tl.constexpr):
-    """(pixels, step): how many cover the side, and how long one is; none, where it is no side or too long."""
+    """Return (pixels, step): the pixels that cover a side and their size; no pixels for an invalid or too long side."""
     extent = hi - lo
     length = tl.where(extent > 1, extent, 1.0).to(BOX)
-    # Written so that NaN fails.
+    # A comparison with NaN is false.
     found = (tl.abs(lo) < INF) & (tl.abs(hi) < INF) & (length <= LONGEST_SIDE)
     pixels = tl.where(found, length, 0.0).to(tl.int32)
     pixels += tl.where(found & (pixels.to(BOX) < length), 1, 0)
@@ -46,7 +46,7 @@ def cubic_far(x):
 
 @triton.jit
 def cubic_taps(pixel, scale, size, ACC: tl.constexpr):
-    """The first of four taps, and their weights."""
+    """Return the first of four taps, and their weights."""
     source = scale * (pixel.to(ACC) + 0.5) - 0.5
     second = tl.minimum(tl.floor(source), (size - 1).to(ACC))
     t = tl.minimum(source - second, 1.0)
@@ -61,7 +61,7 @@ def clamp_tap(tap, size):
 
 @triton.jit
 def read_row(heatmap, row, first, wa, wb, wc, wd, width, ACC: tl.constexpr):
-    """A row of the heatmap, resized to the box's columns."""
+    """Return a row of the heatmap, resized to the box's columns."""
     start = heatmap + row * width
     a = tl.load(start + clamp_tap(first, width)).to(ACC)
     b = tl.load(start + clamp_tap(first + 1, width)).to(ACC)
@@ -72,7 +72,7 @@ def read_row(heatmap, row, first, wa, wb, wc, wd, width, ACC: tl.constexpr):
 
 @triton.jit
 def is_higher(value, position, best, at):
-    """A NaN is higher than any number; of equals the first is."""
+    """Compare values and positions: NaN is the highest value, and of equal values the first position wins."""
     nan, best_nan = value != value, best != best
     higher = (value > best) | ((value == best) & (position < at))
     return tl.where(nan | best_nan, nan & ((best_nan == 0) | (position < at)), higher)
@@ -96,7 +96,7 @@ def heatmaps_to_keypoints_kernel(
     for begin in range(0, columns, BLOCK):
         x = begin + tl.arange(0, BLOCK)
         across, wa, wb, wc, wd = cubic_taps(tl.minimum(x, columns - 1), scale_x, width, ACC)
-        # The rows of a tap before the map's first one are that one.
+        # Taps above the map read its first row.
         d = read_row(heatmap, 0, across, wa, wb, wc, wd, width, ACC)
         b, c = d, d
         y = tl.minimum(columns, 0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anchor matching in Triton: Note [Matching without the matrix] in csrc/common/matching.h.
 
-A program owns a run of anchors, made or loaded, and walks through the ground truths, of which it leaves out those that
-none of its anchors meets. The highest IoU of a ground truth is a maximum of integers, which is the same in whatever
-order programs arrive.
+A program owns a block of anchors, computed or loaded, and loops over the ground truths. It skips those that overlap
+none of its anchors. The highest IoU of a ground truth is an atomic maximum of integers, which does not depend on the
+order of programs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fpn_fast.triton._arguments import decode_float, decode_int, encode_float, e
 from fpn_fast.triton._resample import divide
 from fpn_fast.triton._roi_align import EXACT
 
-# One warp, 4 anchors to a thread: a maximum over them needs no other warp.
+# One warp, so that a maximum over the block stays within the warp; 4 anchors per thread.
 BLOCK = 128
 NUM_WARPS = 1
 
@@ -29,12 +29,12 @@ BETWEEN_THRESHOLDS = tl.constexpr(-2)
 
 @triton.jit
 def made_anchor(index, levels, cells, offset, ACC: tl.constexpr):
-    """(x1, y1, x2, y2) of anchors made of `levels`, (first, first_cell, cells, width, stride_y, stride_x) of each, and
-    of their `cells`, (x1, y1, x2, y2)."""
+    """Compute anchors (x1, y1, x2, y2) from `levels`, tuples (first, first_cell, cells, width, stride_y, stride_x), and
+    `cells`, tuples (x1, y1, x2, y2)."""
     rest, first_cell, count = index, tl.zeros_like(index), tl.zeros_like(index) + 1
     width, stride_y, stride_x = count, count, count
     for i in tl.static_range(len(levels)):
-        # Levels without cells begin where the next one does.
+        # An empty level begins where the next one does, which overwrites it.
         here = index >= decode_int(levels[i][0])
         rest = tl.where(here, index - decode_int(levels[i][0]), rest)
         first_cell = tl.where(here, decode_int(levels[i][1]), first_cell)
@@ -51,7 +51,8 @@ def anchors_of(
     anchors, image_stride, anchor_counts, levels, cells, offset, image, index, M,
     STORED: tl.constexpr, COUNTED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(x1, y1, x2, y2, exists). What takes no part meets nothing, and enlarges nothing that it is put around."""
+    """Return (x1, y1, x2, y2, exists). Missing anchors are inverted and infinite: they overlap nothing and do not
+    enlarge the block's bounding box."""
     exists = index < M
     if COUNTED:
         exists = exists & (index < tl.load(anchor_counts + image))
@@ -68,7 +69,7 @@ def anchors_of(
 
 @triton.jit
 def box_iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, ACC: tl.constexpr):
-    """inter / ((area of a + area of b) - inter); 0 where it is no number, as between boxes without area."""
+    """Return inter / ((area of a + area of b) - inter); 0 for NaN, as between boxes without area."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     inter = width * height
@@ -88,8 +89,8 @@ def match_anchors_kernel(
     M, G, blocks,
     STORED: tl.constexpr, COUNTED: tl.constexpr, LOW_QUALITY: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """matches [N, M]: codes, or with low-quality matches each anchor's best ground truth; ious; highest [N, G]: the
-    bits of each ground truth's highest IoU."""
+    """Write matches [N, M], with low-quality matches the best ground truth instead of the code; ious [N, M]; and
+    highest [N, G], the bits of each ground truth's highest IoU."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x1, y1, x2, y2, exists = anchors_of(
@@ -105,15 +106,15 @@ def match_anchors_kernel(
         first = tl.where(finite & (first < 0), g, first)
         if finite & (gx1 < right) & (left < gx2) & (gy1 < bottom) & (top < gy2):
             iou = box_iou(gx1, gy1, gx2, gy2, x1, y1, x2, y2, ACC)
-            # Strictly: the first of equals stays.
+            # Strictly greater: the first of equal IoUs stays.
             match = tl.where(iou > best, g, match)
             best = tl.maximum(best, iou)
             if LOW_QUALITY:
                 highest_here = tl.max(iou)
-                # No IoU is negative, and so their bits as integers are in their order.
+                # IoUs are not negative, so their bits have their order.
                 bits = highest_here.to(highest.dtype.element_ty, bitcast=True)
                 tl.atomic_max(highest + image * G + g, bits, mask=highest_here > 0, sem="relaxed")
-    # Nothing but a higher IoU than 0 takes the first one's place.
+    # With no IoU above 0 the match is the first valid ground truth.
     match = tl.where(match < 0, first, match)
     if not LOW_QUALITY:
         match = code_of(best, match, decode_float(high, ACC), decode_float(low, ACC))
@@ -128,12 +129,12 @@ def match_anchors_low_quality_kernel(
     M, G, blocks,
     STORED: tl.constexpr, COUNTED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """matches [N, M] to codes: those that reach the highest IoU of a ground truth stay."""
+    """Turn matches [N, M] into codes, except where an anchor has the highest IoU of a ground truth."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     match = tl.load(matches + image * M + index, mask=index < M, other=-1)
     best = tl.load(ious + image * M + index, mask=index < M, other=0.0)
-    # An anchor's own best bounds all its IoUs.
+    # No IoU of the block exceeds its highest best IoU.
     bound = tl.max(tl.where(match >= 0, best, -1.0))
     x1, y1, x2, y2, _ = anchors_of(
         anchors, image_stride, anchor_counts, levels, cells, offset, image, index, M, STORED, COUNTED, ACC
@@ -142,7 +143,7 @@ def match_anchors_low_quality_kernel(
     for g in range(tl.minimum(tl.load(gt_counts + image), G).to(tl.int32)):
         gx1, gy1, gx2, gy2 = box_at(gt_boxes, image * G + g, True)
         wanted = tl.load(highest + image * G + g).to(ACC, bitcast=True)
-        # One that no anchor overlaps has a highest IoU of 0, which is that of every anchor.
+        # A ground truth without overlap has a highest IoU of 0, which every anchor equals.
         if is_finite(gx1, gy1, gx2, gy2) & (wanted <= bound):
             restored = restored | (box_iou(gx1, gy1, gx2, gy2, x1, y1, x2, y2, ACC) == wanted)
     code = code_of(best, match, decode_float(high, ACC), decode_float(low, ACC))

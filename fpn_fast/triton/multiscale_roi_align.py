@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-level RoIAlign in Triton: one launch for all maps forward, one for each map's gradient; any strides.
+"""Multi-level RoIAlign in Triton: one launch for all maps forward, one per map backward; any strides.
 
-Forward, a program owns some bins of one RoI and some channels. It chooses the map itself, and walks through the samples
-of its bins, all bins at a time. Backward, a program owns a tile of pixels of one image's gradient and some channels. It
-walks through the RoIs in ascending order, skips those that do not read the tile, and for each of the others gathers,
-all pixels at a time, the bins that read a pixel, of which there are few. So every element is written once, in its final
-type, and is the same in every run.
+Forward, a program owns some bins of one RoI and some channels. It finds the RoI's map and loops over the samples, for
+all its bins at once. Backward, a program owns a tile of pixels of one image's gradient and some channels. It loops over
+the RoIs in ascending order, skips those that do not read the tile, and gathers the few bins that read a pixel, for all
+pixels at once. Every element is written once, in its final type, so two runs are equal.
 
-The innermost axis of a program's elements is what is adjacent in memory: channels (channels_last), or bins and columns
-of a row (channels_first).
+The innermost axis of a program's elements is adjacent in memory: channels (channels_last), or bins and columns of a row
+(channels_first).
 """
 
 from __future__ import annotations
@@ -42,20 +41,20 @@ from fpn_fast.triton._roi_align import (
 )
 from fpn_fast.triton.top_down import multiple
 
-# Of output: 32 bytes to a thread of 4 warps, so that the 4 taps of a sample are 8 accesses of 16 bytes in flight. In
-# channels_first every element has a pointer of its own, and bfloat16 as many as float32.
+# Output of a program: 32 bytes per thread of 4 warps, so that the 4 taps of a sample are 8 accesses of 16 bytes in
+# flight. In channels_first every element needs a pointer, so bfloat16 gets as many elements as float32.
 BLOCK_BYTES = 4096
 BLOCK_BINS = 64
 NUM_WARPS = 4
-# Samples along a row of a bin at a time: a GPU has enough to do with the bins.
+# Samples of a bin's row at a time. The bins alone occupy a GPU.
 BLOCK_SAMPLES = 1
 
-# Of gradient: 64 bytes to a thread of 8 warps, which keeps its sums in registers through all RoIs: 8 x 8 pixels of 128
-# bfloat16 channels, twice as many columns in channels_first.
+# Gradient of a program: 64 bytes per thread of 8 warps, which stay in registers through all RoIs. That is 8 x 8 pixels
+# of 128 bfloat16 channels, twice as many columns in channels_first.
 BLOCK_GRAD_BYTES = 16384
 TILE_SIZE = 8
 NUM_WARPS_BACKWARD = 8
-# RoIs whose level is found at a time, 2 to a thread.
+# RoIs whose level is found at a time: 2 per thread.
 BLOCK_ROIS = 512
 
 
@@ -66,7 +65,7 @@ def multiscale_roi_align_kernel(
     ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT_C: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
     BLOCK_BINS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """out [count, C, PH, PW] = Wy F Wx^T / samples, of the map of each RoI; zero where a RoI has none."""
+    """Write out [count, C, PH, PW] = Wy F Wx^T / samples for the map of each RoI; zero for a RoI without a map."""
     BIN_BLOCKS: tl.constexpr = (PH * PW + BLOCK_BINS - 1) // BLOCK_BINS
     k = tl.program_id(0) // BIN_BLOCKS
     first_bin = tl.program_id(0) % BIN_BLOCKS * BLOCK_BINS
@@ -105,7 +104,7 @@ def multiscale_roi_align_kernel(
         row_first, row_last = samples_near_map(row_start, row_bin, row_samples, height, ph, ACC)
         col_first, col_last = samples_near_map(col_start, col_bin, col_samples, width, pw, ACC)
         row_most, col_most = tl.max(row_last - row_first), tl.max(col_last - col_first)
-    # Without a level no sample is read.
+    # A RoI without a level reads no sample.
     row_most = tl.where(level >= 0, row_most, 0)
 
     feature += image.to(tl.int64) * stride_n
@@ -120,7 +119,7 @@ def multiscale_roi_align_kernel(
         )
         y_on_map = y_on_map & (sample < row_last)
         above, below = feature + y_lo.to(tl.int64) * stride_h, feature + y_hi.to(tl.int64) * stride_h
-        # A row by itself: a sum of sums errs less than one of thousands of samples.
+        # Each row is summed by itself: a sum of partial sums has a smaller rounding error.
         row = tl.zeros_like(total)
         for j in range(0, col_most, BLOCK_S):
             sample = col_first + j + tl.arange(0, BLOCK_S)[None, :, None]
@@ -159,7 +158,7 @@ def multiscale_roi_align_backward_kernel(
     ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT_C: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [batch, C, H, W], the gradient of map `level`: Wy^T G Wx / samples, summed over its RoIs."""
+    """Write out [batch, C, H, W], the gradient of map `level`: the sum of Wy^T G Wx / samples over its RoIs."""
     scale = decode_float(scale, ACC)
     if CHANNELS_LAST:
         C = multiple(C, VEC)
@@ -187,7 +186,7 @@ def multiscale_roi_align_backward_kernel(
 
     for begin in range(0, count, BLOCK_K):
         candidates = begin + tl.arange(0, BLOCK_K)
-        # Past the end, the last one again: it is not counted.
+        # Past the end, the last RoI again, which `reads` excludes.
         valid = tl.minimum(candidates, count - 1)
         image, left_of, top_of, right_of, bottom_of = roi_at(rois, valid)
         given = valid
@@ -236,7 +235,7 @@ def _unit_channels(tensors: Sequence[Tensor]) -> bool:
 
 
 def _vector_width(tensors: Sequence[Tensor]) -> int:
-    """The power of two, at most 16, that divides the channels of `tensors` and every stride that is used but theirs."""
+    """Return the largest power of two, at most 16, that divides the channels of `tensors` and all other strides."""
     return math.gcd(16, tensors[0].size(1), *(t.stride(d) for t in tensors for d in (0, 2, 3) if t.size(d) > 1))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-level RoIAlign in max mode in Triton: Note [Winners] in csrc/common/roi_align_max.h.
 
-A rare mode, whose kernels are plain. A program owns a run of elements of the output, in the order of memory: forward of
-one RoI; backward of one map's gradient, where it walks through the RoIs in ascending order, skips those that cannot
-read the run, and gathers from the bins that can. So every element is written once, and is the same in every run.
+The mode is rare, so its kernels are simple. A program owns a block of adjacent output elements: forward of one RoI,
+backward of one map's gradient. Backward it loops over the RoIs in ascending order, skips those that cannot read the
+block, and gathers from the bins that can. Every element is written once, so two runs are equal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fpn_fast.triton._roi_align import (
     samples_near_map,
 )
 
-# Elements of a program: 4 to a thread of 4 warps.
+# Elements of a program: 4 per thread of 4 warps.
 BLOCK = 512
 NUM_WARPS = 4
 
@@ -44,7 +44,7 @@ def multiscale_roi_align_max_kernel(
     PH: tl.constexpr, PW: tl.constexpr, LEVELS: tl.constexpr, HAS_LEVELS: tl.constexpr, SAMPLES: tl.constexpr,
     ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [K, C, PH, PW]: each bin's largest sample; winners: which one."""
+    """Write out [K, C, PH, PW], the largest sample of each bin, and winners, its position."""
     k = tl.program_id(0) // blocks
     image, x1, y1, x2, y2 = roi_at(rois, k)
     given = k
@@ -64,14 +64,14 @@ def multiscale_roi_align_max_kernel(
         c, bin = element % C, (element // C).to(tl.int32)
     else:
         c, bin = element // (PH * PW), (element % (PH * PW)).to(tl.int32)
-    # Past the end, the first bin again.
+    # Past the end, the first bin again, which is not stored.
     bin = tl.where(inside, bin, 0)
     ph, pw = bin // PW, bin % PW
     plane = feature + image.to(tl.int64) * stride_n + c * stride_c
 
     row_first, row_last = samples_near_map(row_start, row_bin, row_samples, height, ph, ACC)
     col_first, col_last = samples_near_map(col_start, col_bin, col_samples, width, pw, ACC)
-    # Without a level no sample is read.
+    # A RoI without a level reads no sample.
     row_most = tl.where(level >= 0, tl.max(row_last - row_first), 0)
     largest = tl.full([BLOCK], float("-inf"), dtype=ACC)
     winner = tl.full([BLOCK], -1, dtype=tl.int32)
@@ -112,11 +112,11 @@ def multiscale_roi_align_max_kernel(
 def winner_weight(
     start, bin_size, samples, size, bin, winner, pixel, SAMPLES: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The weight with which the winner reads `pixel`, along one axis."""
+    """Return the weight with which the winner reads `pixel`, along one axis."""
     first, _ = samples_near_map(start, bin_size, samples, size, bin, ACC)
     sample = first + ((winner - first) & WINNER_MASK)
     lo, hi, weight_lo, weight_hi, on_map = sample_taps(start, bin_size, samples, size, bin, sample, SAMPLES, ACC)
-    # Past the border both taps are one pixel, and the second weighs nothing.
+    # Past the border both taps are the same pixel, and the second has weight zero.
     return tl.where(on_map, tl.where(lo == pixel, weight_lo, tl.where(hi == pixel, weight_hi, 0.0)), 0.0)
 
 
@@ -130,11 +130,11 @@ def multiscale_roi_align_max_backward_kernel(
     PH: tl.constexpr, PW: tl.constexpr, LEVELS: tl.constexpr, HAS_LEVELS: tl.constexpr, SAMPLES: tl.constexpr,
     ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [batch, C, H, W], the gradient of map `level`: what the winners that read a pixel give it."""
+    """Write out [batch, C, H, W], the gradient of map `level`, gathered from the winners that read a pixel."""
     scale = decode_float(scale, ACC)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < batch.to(tl.int64) * C * H * W
-    # Past the end, the first element again: it reads what is there, and is not stored.
+    # Past the end, the first element again, which is not stored.
     rest = tl.where(inside, element, 0)
     if CHANNELS_LAST:
         c, rest = rest % C, rest // C
@@ -173,7 +173,7 @@ def multiscale_roi_align_max_backward_kernel(
                     winner = tl.load(winners + at, mask=mask, other=-1)
                     weight = winner_weight(row_start, row_bin, row_samples, H, ph, winner >> 16, y, SAMPLES, ACC)
                     weight *= winner_weight(col_start, col_bin, col_samples, W, pw, winner, x, SAMPLES, ACC)
-                    # A NaN reaches the pixels that are read, and no others.
+                    # A NaN must not reach pixels that the winner does not read.
                     mask = (winner >= 0) & (weight != 0)
                     at = k.to(tl.int64) * grad_k + ph.to(tl.int64) * grad_h + pw.to(tl.int64) * grad_w
                     value = tl.load(grad + at, mask=mask, other=0.0).to(ACC)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask pasting in Triton, all masks in one launch. A program owns a run of pixels of one image, most of which lie in no
-box: they are zeros after a look at it."""
+"""Mask pasting in Triton, one launch for all masks. A program owns a block of pixels of one image. Most blocks lie
+outside the box and are only filled with zeros."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fpn_fast.triton._arguments import decode_float, encode_float
 from fpn_fast.triton._resample import BILINEAR, bilinear_source
 from fpn_fast.triton._roi_align import EXACT
 
-# Pixels of a program: 8 to a thread of 4 warps.
+# Pixels of a program: 8 per thread of 4 warps.
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -23,18 +23,18 @@ FARTHEST_CORNER = tl.constexpr(2.0**29)
 
 @triton.jit
 def grow_axis(lo, hi, scale):
-    """(first, last) of the box's pixels along one axis; none, from 0 to -1, where a corner is no number or too far."""
+    """Return the box's (first, last) pixel along one axis; (0, -1), no pixel, if a corner is NaN or too far away."""
     half = (hi - lo) * 0.5 * scale
     centre = (hi + lo) * 0.5
     begin, end = centre - half, centre + half
-    # Written so that NaN fails.
+    # A comparison with NaN is false.
     found = (tl.abs(begin) <= FARTHEST_CORNER) & (tl.abs(end) <= FARTHEST_CORNER)
     return tl.where(found, begin, 0.0).to(tl.int32), tl.where(found, end, -1.0).to(tl.int32)
 
 
 @triton.jit
 def axis_taps(pixel, first, last, inside, size, ACC: tl.constexpr):
-    """(lo, hi, weight_lo, weight_hi) of pixels of the image; of the box's first where one is not inside."""
+    """Return (lo, hi, weight_lo, weight_hi) of pixels of the image; those of the box's first pixel if not `inside`."""
     resized = tl.maximum(last - first + 1, 1)
     lo, hi, weight = bilinear_source(tl.where(inside, pixel - first, 0), size, resized, BILINEAR, ACC)
     return lo, hi, 1 - weight, weight
@@ -52,7 +52,7 @@ def paste_masks_kernel(
     masks, boxes, box_scale, threshold, out, size, padding, H, W, blocks,
     ABOVE: tl.constexpr, BOX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [K, H, W]: values, or 1 where they are above the threshold."""
+    """Write out [K, H, W]: values, or with ABOVE 1 where they are above the threshold."""
     k = (tl.program_id(0) // blocks).to(tl.int64)
     begin = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     index = begin + tl.arange(0, BLOCK)

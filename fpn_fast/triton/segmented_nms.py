@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmented NMS: sorted by torch, suppressed in Triton."""
+"""Segmented NMS: PyTorch sorts, Triton suppresses."""
 
 from __future__ import annotations
 

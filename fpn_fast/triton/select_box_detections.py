@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detections of scored boxes: decoded and suppressed in Triton, with torch's own softmax and sorts around."""
+"""Detections of scored boxes: Triton decodes and suppresses; PyTorch computes the softmax and sorts."""
 
 from __future__ import annotations
 

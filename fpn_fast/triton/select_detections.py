@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detections of a dense head: ranked, decoded and suppressed in Triton, with torch's own top-k and sorts between."""
+"""Detections of a dense head: Triton ranks, decodes and suppresses; PyTorch takes the top k and sorts."""
 
 from __future__ import annotations
 

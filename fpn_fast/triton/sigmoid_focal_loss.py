@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The focal loss in Triton: Note [Focal loss] in csrc/common/sigmoid_focal_loss.h. A program owns a tile of elements,
-whatever rows they are of, and adds their losses up to one number."""
+"""The focal loss in Triton: Note [Focal loss] in csrc/common/sigmoid_focal_loss.h. A program owns a tile of adjacent
+elements, across rows, and sums their losses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fpn_fast.ops._schemas import FOCAL_TILE
 from fpn_fast.triton import register
 from fpn_fast.triton._arguments import decode_float, encode_float
 
-# 16 elements to a thread.
+# 16 elements per thread.
 NUM_WARPS = 8
 
 
 @triton.jit
 def log_of_one_and(e, ACC: tl.constexpr):
-    """log(1 + e) of an e from 0 to 1: a series in e / (2 + e), which is at most 1/3."""
+    """Return log(1 + e) for e from 0 to 1, as a series in e / (2 + e), which is at most 1/3."""
     tangent = e / (2 + e)
     square = tangent * tangent
     TERMS: tl.constexpr = 16 if ACC == tl.float64 else 7
@@ -37,20 +37,20 @@ def sigmoid_focal_loss_kernel(
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = index < elements
     row = index // classes
-    # Without a mask, whose end may be anywhere, accesses are of 16 bytes.
+    # The compiler widens accesses to 16 bytes only without a mask.
     whole = (tl.program_id(0).to(tl.int64) + 1) * TILE <= elements
     if whole:
         x = tl.load(logits + index).to(ACC)
     else:
         x = tl.load(logits + index, mask=inside, other=0.0).to(ACC)
     own = tl.load(labels + row, mask=inside, other=-1) == index - row * classes
-    # Of a class that is the anchor's the loss is that of the other sign.
+    # The loss of the anchor's own class is that of the negated logit.
     x = tl.where(own, -x, x)
     e = tl.exp(-tl.abs(x))
     larger = 1 / (1 + e)
     smaller = e * larger
     p, q = tl.where(x < 0, smaller, larger), tl.where(x < 0, larger, smaller)
-    # Not tl.maximum, which may drop a NaN.
+    # tl.maximum might drop a NaN.
     cross_entropy = tl.where(x < 0, 0.0, x) + log_of_one_and(e, ACC)
     weight = tl.load(weights + row, mask=inside, other=0.0)
     share = decode_float(alpha, ACC)

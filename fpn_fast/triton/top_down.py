@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The top-down merge in Triton: one launch for each level, any strides.
+"""The top-down merge in Triton: one launch per level, any strides.
 
-A program owns BLOCK_OUTER rows of BLOCK_INNER elements. Inner is what is adjacent in memory: channels of a pixel
-(channels_last) or columns of a row of one channel (channels_first). VEC is what Triton cannot know by itself: the power
-of two that divides every stride and inner size, so that accesses can be as wide.
+A program owns BLOCK_OUTER rows of BLOCK_INNER elements. Inner elements are adjacent in memory: channels of a pixel
+(channels_last) or columns of a row of one channel (channels_first). VEC tells Triton the power of two that divides
+every stride and inner size, so that it can widen accesses.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from fpn_fast._memory_format import is_channels_last, memory_format
 from fpn_fast.triton import _resample, register
 from fpn_fast.triton._resample import bilinear_source, nearest_source, target_range, target_weight
 
-# 1024 elements, 8 to a thread of 4 warps at 16 bits: one 16-byte access each for bfloat16, two for float32.
+# 8 elements per thread of 4 warps: one 16-byte access for bfloat16, two for float32.
 BLOCK_ELEMENTS = 1024
 NUM_WARPS = 4
 
 
 @triton.jit
 def multiple(value, VEC: tl.constexpr):
-    """`value`, of which the host knows that VEC divides it, in a form that the compiler knows it of too."""
+    """Return `value` and let the compiler know that VEC divides it."""
     return value // VEC * VEC
 
 
 @triton.jit
 def coordinates(CHANNELS_LAST: tl.constexpr, C, H, W, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """(n, c, y, x, inside) of a program's elements, each broadcastable to [BLOCK_OUTER, BLOCK_INNER]."""
+    """Return (n, c, y, x, inside) of a program's elements, each broadcastable to [BLOCK_OUTER, BLOCK_INNER]."""
     if CHANNELS_LAST:
         inner_size, outer_per_image = C, H * W
     else:
@@ -50,7 +50,7 @@ def coordinates(CHANNELS_LAST: tl.constexpr, C, H, W, BLOCK_OUTER: tl.constexpr,
 
 @triton.jit
 def offsets(n, c, y, x, stride_n, stride_c, stride_h, stride_w):
-    """64-bit element offsets: P2 of a large batch passes 2^31 elements."""
+    """Return 64-bit element offsets: P2 of a large batch has more than 2^31 elements."""
     return n * stride_n + c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
@@ -63,7 +63,7 @@ def top_down_kernel(
     MODE: tl.constexpr, AVERAGE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """out = lateral + resample(top), rounded once, then halved if AVERAGE."""
+    """Write out = lateral + resample(top), rounded once, then halved if AVERAGE."""
     if CHANNELS_LAST:
         C = multiple(C, VEC)
         lateral_w, top_w, out_w = multiple(lateral_w, VEC), multiple(top_w, VEC), multiple(out_w, VEC)
@@ -104,8 +104,8 @@ def top_down_backward_kernel(
     MODE: tl.constexpr, AVERAGE: tl.constexpr, HAS_GRAD: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    """out [N, C, h, w] gathers fine [N, C, H, W], adds grad, is halved if AVERAGE. No source is read by more than
-    rows_read rows and cols_read columns."""
+    """Gather fine [N, C, H, W] into out [N, C, h, w], add grad, and halve the sum if AVERAGE. At most rows_read rows
+    and cols_read columns read a source."""
     if CHANNELS_LAST:
         C = multiple(C, VEC)
         fine_w, grad_w, out_w = multiple(fine_w, VEC), multiple(grad_w, VEC), multiple(out_w, VEC)
@@ -138,7 +138,7 @@ def top_down_backward_kernel(
 
 
 def _vector_width(maps: list[Tensor], inner: int) -> int:
-    """The power of two, at most 16, that divides the size of dimension `inner` and every other stride of `maps`."""
+    """Return the power of two, at most 16, that divides the size of dimension `inner` and all other strides."""
     numbers = [maps[0].size(inner)]
     for tensor in maps:
         numbers += [tensor.stride(d) for d in range(4) if d != inner and tensor.size(d) > 1]
@@ -146,7 +146,7 @@ def _vector_width(maps: list[Tensor], inner: int) -> int:
 
 
 def _launch_config(out: Tensor, own: Tensor, other: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
-    """Grid and constants for programs that cover `out` [N, C, H, W] and read `own`, of its size, and `other`."""
+    """Return grid and constants for programs that cover `out` [N, C, H, W] and read `own`, of its size, and `other`."""
     channels_last = is_channels_last(out)
     batch, channels, height, width = out.shape
     inner = channels if channels_last else width
@@ -156,7 +156,7 @@ def _launch_config(out: Tensor, own: Tensor, other: Tensor) -> tuple[tuple[int, 
     constants = {
         "CHANNELS_LAST": channels_last,
         "ACC": tl.float64 if out.dtype == torch.float64 else tl.float32,
-        # Columns of another width are gathered one by one; channels are not.
+        # Columns of `other` are gathered one by one, so that its strides do not count there.
         "VEC": _vector_width([out, own, other], 1) if channels_last else _vector_width([out, own], 3),
         "BLOCK_OUTER": block_outer,
         "BLOCK_INNER": block_inner,
@@ -166,7 +166,7 @@ def _launch_config(out: Tensor, own: Tensor, other: Tensor) -> tuple[tuple[int, 
 
 
 def most_targets(size_in: int, size_out: int, mode: int) -> int:
-    """An upper bound of the destinations that read one source: a loop's length, not exact."""
+    """Return an upper bound of the destinations that read one source."""
     per_source = -(-size_out // size_in) + 1
     return min(size_out, per_source if mode == _resample.NEAREST.value else 2 * per_source + 1)
 
@@ -202,7 +202,7 @@ def top_down_backward(
             size = (fine.size(0), fine.size(1), coarse_height, coarse_width)
             out = torch.empty(size, dtype=fine.dtype, device=fine.device, memory_format=memory_format(grads[-1]))
         if out.numel() > 0:
-            # Without a gradient of its own the level's `grad` is not read; any tensor fills the argument.
+            # The kernel does not read `grad` of a level without its own gradient; any tensor fills the argument.
             own = out if grad is None else grad
             grid, constants = _launch_config(out, own, fine)
             with torch.cuda.device_of(out):
