@@ -149,7 +149,7 @@ def _fake_backward(
 
 
 def _lateral_grads(
-    backend: str, mode: int, average: bool, coarse_size: Sequence[int], grads: Sequence[Tensor], coarser: bool
+    grads: Sequence[Tensor], coarser: bool, backend: str, mode: int, average: bool, coarse_size: Sequence[int]
 ) -> list[Tensor | None]:
     """Return the gradients of all laterals; only the finest one's unless `coarser`.
 
@@ -159,8 +159,9 @@ def _lateral_grads(
     finest = grads[0] / 2 if average else grads[0]
     if not coarser:
         return [finest, *([None] * len(grads))]
-    op, arguments = _BACKWARD[backend], ([finest, *grads[1:]], *coarse_size, mode, average)
-    return [finest, *(op(*arguments) if records_gradient(arguments[0]) else call_kernel(op, *arguments))]
+    own, op = [finest, *grads[1:]], _BACKWARD[backend]
+    arguments = (own, *coarse_size, mode, average)
+    return [finest, *(op(*arguments) if records_gradient(own) else call_kernel(op, *arguments))]
 
 
 class _TopDown(torch.autograd.Function):
@@ -174,7 +175,7 @@ class _TopDown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_lateral_grads(*ctx.rule, grads, coarser=any(ctx.needs_input_grad[4:]))
+        return None, None, None, *_lateral_grads(grads, any(ctx.needs_input_grad[4:]), *ctx.rule)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -187,7 +188,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(backend: str) -> Any:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         full = [ctx.like.new_zeros(s) if g is None else g for g, s in zip(grads, ctx.shapes, strict=True)]
-        lateral_grads = _lateral_grads(backend, ctx.mode, ctx.average, ctx.coarse_size, full, coarser=True)
+        lateral_grads = _lateral_grads(full, True, backend, ctx.mode, ctx.average, ctx.coarse_size)
         return lateral_grads, None, None
 
     return backward
