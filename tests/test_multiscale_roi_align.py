@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torchvision.ops.poolers import LevelMapper
 
 from fpn_fast import backends, ops, reference
-from fpn_fast.ops import _roi_align
+from fpn_fast.ops._roi_align import _BACKWARD, _FORWARD
 from fpn_fast.ops.levels import level_thresholds, thresholds_of
 from fpn_fast.testing import tolerances
 
-_FORWARD, _BACKWARD = (found["multiscale_roi_align"] for found in (_roi_align._FORWARD, _roi_align._BACKWARD))
 NAN, INF = float("nan"), float("inf")
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 # For maps of 25 x 42 pixels at a quarter: an image of 100 x 168.

@@ -8,11 +8,11 @@ from helpers.battery import Battery, Case, Op
 from test_multiscale_roi_align import ODD_ROIS, ROIS, tensors
 
 from fpn_fast import backends, ops
-from fpn_fast.ops import _roi_align
+from fpn_fast.ops._roi_align import _MAX_BACKWARD as _BACKWARD
+from fpn_fast.ops._roi_align import _MAX_FORWARD as _FORWARD
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
 from fpn_fast.testing import tolerances
 
-_FORWARD, _BACKWARD = (found["multiscale_roi_align_max"] for found in (_roi_align._FORWARD, _roi_align._BACKWARD))
 INF = math.inf
 PYRAMID = ((9, 14), (5, 7))
 SCALES = (1 / 4, 1 / 8)

@@ -30,9 +30,10 @@ class _RoIAlign(torch.autograd.Function):
     def forward(
         ctx: Any, name: str, backend: str, rois: Tensor, levels: Tensor | None, rule: tuple[Any, ...], *features: Tensor
     ) -> Any:
-        ctx.op = _BACKWARD[name][backend]
+        forward_ops, backward_ops = _OPS[name]
+        ctx.op = backward_ops[backend]
         with below_autograd():
-            output = _FORWARD[name][backend](list(features), rois, levels, *rule)
+            output = forward_ops[backend](list(features), rois, levels, *rule)
         _setup_context(ctx, (features, rois, levels, *rule), output)
         return output
 
@@ -126,14 +127,19 @@ def _register(
     return forward_ops, backward_ops
 
 
-_AVG, _MAX = "multiscale_roi_align", "multiscale_roi_align_max"
-_FORWARD, _BACKWARD = {}, {}
-_FORWARD[_AVG], _BACKWARD[_AVG] = _register(
-    _AVG, empty_pooled, reference.multiscale_roi_align, reference.multiscale_roi_align_backward
+_FORWARD, _BACKWARD = _register(
+    "multiscale_roi_align", empty_pooled, reference.multiscale_roi_align, reference.multiscale_roi_align_backward
 )
-_FORWARD[_MAX], _BACKWARD[_MAX] = _register(
-    _MAX, empty_pooled_and_winners, reference.multiscale_roi_align_max, reference.multiscale_roi_align_max_backward
+_MAX_FORWARD, _MAX_BACKWARD = _register(
+    "multiscale_roi_align_max",
+    empty_pooled_and_winners,
+    reference.multiscale_roi_align_max,
+    reference.multiscale_roi_align_max_backward,
 )
+_OPS = {
+    "multiscale_roi_align": (_FORWARD, _BACKWARD),
+    "multiscale_roi_align_max": (_MAX_FORWARD, _MAX_BACKWARD),
+}
 
 
 def pool(name: str, features: list[Tensor], rois: Tensor, levels: Tensor | None, *rule: Any) -> Any:
@@ -141,4 +147,4 @@ def pool(name: str, features: list[Tensor], rois: Tensor, levels: Tensor | None,
     backend = backends.choose_for(features[0], name)
     if not traced() and records_gradient(features):
         return _RoIAlign.apply(name, backend, rois, levels, rule, *features)
-    return call_kernel(_FORWARD[name][backend], features, rois, levels, *rule)
+    return call_kernel(_OPS[name][0][backend], features, rois, levels, *rule)
