@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_detectors import calibrate
-from torchvision.ops import box_iou
 
 import fpn_fast
 
@@ -39,12 +38,15 @@ def page(tmp_path_factory):
     return scope
 
 
-def is_found(found, expected, iou):
-    """Whether each detection is one of `expected`, by label, overlap and score: equal scores may change places."""
-    same = box_iou(found["boxes"], expected["boxes"]) >= iou
-    same &= found["labels"][:, None] == expected["labels"]
+def distances(found, expected):
+    """[K]: how far, in pixels, each detection is from the nearest expected one of its label and score.
+
+    The order does not count: equal scores may change places.
+    """
+    far = (found["boxes"][:, None] - expected["boxes"]).abs().amax(2)
+    same = found["labels"][:, None] == expected["labels"]
     same &= (found["scores"][:, None] - expected["scores"]).abs() <= 1e-3
-    return same.any(1)
+    return far.masked_fill(~same, torch.inf).amin(1)
 
 
 def test_onnx_and_the_package_give_the_detections_of_torchvision(page):
@@ -55,10 +57,10 @@ def test_onnx_and_the_package_give_the_detections_of_torchvision(page):
     assert count > 10
     packaged = page["detector"].unpad(page["packaged"])[0]
     onnx = {name: torch.from_numpy(page[name]) for name in expected}
-    # onnxruntime's RoIAlign rounds otherwise, which moves boxes by a fraction of a pixel.
-    for found, iou in ((packaged, 0.999), (onnx, 0.9)):
+    # Fused convolutions and onnxruntime's RoIAlign round otherwise, of images of 128 pixels.
+    for found in (packaged, onnx):
         assert len(found["boxes"]) == count
-        assert is_found(found, expected, iou).all()
+        assert distances(found, expected).max() < 0.2
         torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-4)
 
 
