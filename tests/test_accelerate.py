@@ -7,11 +7,12 @@ import pickle
 import pytest
 import torch
 import torchvision
+from helpers.small_detectors import losses_and_gradients, training_batch
 from test_detectors import calibrate, check_detections
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIAlign
 
@@ -28,23 +29,7 @@ POOLER = ("roi_heads.box_roi_pool", "torchvision.MultiScaleRoIAlign")
 
 def detector():
     torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
-    return FasterRCNN(backbone, num_classes=4, **SIZE)
-
-
-def batch(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, *size, generator=generator, dtype=torch.float64).to(dtype) for size in ((60, 90), (64, 70))]
-    boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
-    return images, [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
-
-
-def losses_and_gradients(model, dtype):
-    model.zero_grad()
-    torch.manual_seed(5)
-    losses = model(*batch(dtype))
-    sum(losses.values()).backward()
-    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return two_stages(True)
 
 
 def test_same_detections_losses_and_gradients():
@@ -55,8 +40,8 @@ def test_same_detections_losses_and_gradients():
     fast = copy.deepcopy(plain)
     report = fpn_fast.accelerate(fast)
     assert [(e.name, e.module) for e in report.swapped] == [TRANSFORM, FPN, RPN, ANCHORS, HEADS, POOLER]
-    expected, expected_grads = losses_and_gradients(plain, dtype)
-    losses, grads = losses_and_gradients(fast, dtype)
+    expected, expected_grads = losses_and_gradients(plain, *training_batch())
+    losses, grads = losses_and_gradients(fast, *training_batch())
     assert losses.keys() == expected.keys()
     for name in losses:
         torch.testing.assert_close(losses[name], expected[name], rtol=1e-13, atol=1e-14)
@@ -64,7 +49,7 @@ def test_same_detections_losses_and_gradients():
     for name in grads:
         scale = expected_grads[name].abs().max().item()
         torch.testing.assert_close(grads[name], expected_grads[name], rtol=1e-10, atol=1e-11 * scale, msg=name)
-    images = batch(dtype)[0]
+    images = training_batch(dtype)[0]
     for ours, theirs in zip(fast.eval()(images), plain.eval()(images), strict=True):
         assert ours.keys() == theirs.keys()
         assert len(theirs["boxes"]) > 3
@@ -85,7 +70,7 @@ def test_keeps_everything_and_is_undone():
     assert len(fpn._forward_hooks) == 1
     assert all(p is q for p, q in zip(model.parameters(), optimiser.param_groups[0]["params"], strict=True))
     assert list(model.state_dict()) == list(before)
-    model.eval()(batch()[0])
+    model.eval()(training_batch(torch.float32)[0])
     assert calls == [1]
 
     again = fpn_fast.accelerate(model)
@@ -224,7 +209,7 @@ def pair(kind, decides=True):
 
 def detect(model, dtype=torch.float32):
     with torch.no_grad():
-        return model.eval()(batch(dtype)[0])
+        return model.eval()(training_batch(dtype)[0])
 
 
 def learn(model, dtype):
@@ -232,7 +217,7 @@ def learn(model, dtype):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    return losses_and_gradients(model, dtype)
+    return losses_and_gradients(model, *training_batch(dtype))
 
 
 def saved(model):
@@ -352,7 +337,7 @@ def test_under_autocast_decisions_are_those_that_torchvision_takes_in_float32():
             )
         )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        images, _ = plain.transform(batch()[0])
+        images, _ = plain.transform(training_batch(torch.float32)[0])
         maps = plain.backbone(images.tensors)
         assert all(torch.equal(each, maps[name]) for name, each in fast.backbone(images.tensors).items())
         for ours, theirs in zip(fast.rpn(images, maps)[0], plain.rpn(images, maps)[0], strict=True):
@@ -390,12 +375,12 @@ def test_torchscript_is_for_what_is_not_swapped_and_the_report_says_so(kind):
     plain, fast = pair(kind)
     scripted = torch.jit.script(plain)
     assert str(fpn_fast.accelerate(scripted)) == "fpn_fast: this model has no module with a fused implementation"
-    _, expected = scripted(batch()[0])
+    _, expected = scripted(training_batch(torch.float32)[0])
     check_detections(detect(fast), expected)
     (limit,) = fpn_fast.accelerate(fast).limits
     assert limit == "torch.jit.script: no longer; script the model before accelerate(), or after restore()"
     with pytest.raises((RuntimeError, ValueError)):
         torch.jit.script(fast)
     assert fpn_fast.restore(fast).limits == []
-    for ours, theirs in zip(torch.jit.script(fast)(batch()[0])[1], expected, strict=True):
+    for ours, theirs in zip(torch.jit.script(fast)(training_batch(torch.float32)[0])[1], expected, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -108,19 +108,6 @@ def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
     assert python("-c", code.format("choose('cpu')")).stdout == "cpp\n"
 
 
-BROKEN_IMPORT = """
-import sys
-
-class Refuses:
-    def find_spec(self, name, path=None, target=None):
-        if name == "{name}":
-            raise ImportError("planted", name=name)
-
-sys.meta_path.insert(0, Refuses())
-import fpn_fast.{package}
-"""
-
-
 @pytest.mark.parametrize(
     ("name", "package"),
     [
@@ -131,9 +118,9 @@ import fpn_fast.{package}
     ],
 )
 def test_an_import_that_fails_is_not_taken_for_torchvisions_absence(name, package):
-    done = python("-c", BROKEN_IMPORT.format(name=name, package=package))
+    done = python("-c", f"import sys; sys.modules['{name}'] = None; import fpn_fast.{package}")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "ImportError: planted"
+    assert f"import of {name} halted" in done.stderr.splitlines()[-1]
 
 
 def test_torch_compile_may_be_what_asks_for_a_backend_first(monkeypatch):

@@ -144,17 +144,7 @@ def test_what_raises_has_failed(capsys, add):
         (["--case", "top_down/cpp/cpu/int8/1"], "top_down is not checked in 'int8'"),
         (["--case", "top_down/cpp/cpu/float32/1", "--quick"], "--case names one case"),
         (["--shapes", "missing.json"], "missing.json"),
-    ],
-)
-def test_bad_arguments_exit_with_2(capsys, arguments, message):
-    code, text = verify(capsys, *arguments)
-    assert code == 2
-    assert message in text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+        # The content of a file of sizes.
         ("{", "Expecting property name"),
         ("[]", "must hold an object"),
         ('{"bottom_up": [{}]}', "there is no op 'bottom_up'"),
@@ -167,10 +157,12 @@ def test_bad_arguments_exit_with_2(capsys, arguments, message):
         ('{"heatmaps_to_keypoints": [{"heatmap_size": 7}]}', "heatmaps_to_keypoints has heatmap_size 7"),
     ],
 )
-def test_bad_shapes_exit_with_2(capsys, tmp_path, content, message):
-    path = tmp_path / "shapes.json"
-    path.write_text(content)
-    code, text = verify(capsys, "--shapes", str(path))
+def test_bad_arguments_exit_with_2(capsys, tmp_path, arguments, message):
+    if isinstance(arguments, str):
+        path = tmp_path / "shapes.json"
+        path.write_text(arguments)
+        arguments = ["--shapes", str(path)]
+    code, text = verify(capsys, *arguments)
     assert code == 2
     assert message in text
 
@@ -288,13 +280,9 @@ def test_errors_in_ulp():
     assert trial.decided()(torch.tensor([1, 2, 3]), torch.tensor([1, 5, 4]), torch.tensor([])).decisions == 2
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_progress_is_for_terminals():
-    plain, terminal = io.StringIO(), Terminal()
+    plain, terminal = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
     for stream in (plain, terminal):
         bar = report.Progress(stream)
         bar(5, 10, "top_down")

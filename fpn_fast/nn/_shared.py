@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpn_fast import ops
 
 Layer = Callable[[Tensor], Tensor]
+
+
+def initialise(module: nn.Module) -> None:
+    """The initialisation of a pyramid's convolutions in torchvision, which detectron2 calls c2_xavier_fill."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def merge_pyramid(

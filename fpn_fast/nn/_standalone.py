@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_fast import ops
+from fpn_fast.nn._shared import initialise
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 
@@ -36,21 +37,13 @@ class LastLevelP6P7(ExtraFPNBlock):
         super().__init__()
         self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
-        _initialise(self)
+        initialise(self)
         self.use_P5 = in_channels == out_channels
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         p6 = self.p6((p if self.use_P5 else c)[-1])
         p7 = self.p7(F.relu(p6))
         return [*p, p6, p7], [*names, "p6", "p7"]
-
-
-def _initialise(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def _block(
@@ -83,7 +76,7 @@ class FeaturePyramidNetwork(nn.Module):
             self.inner_blocks.append(_block(in_channels, out_channels, 1, norm_layer))
             self.layer_blocks.append(_block(out_channels, out_channels, 3, norm_layer))
         # Before the extra blocks are attached: those initialise themselves.
-        _initialise(self)
+        initialise(self)
         if extra_blocks is not None and not isinstance(extra_blocks, ExtraFPNBlock):
             raise TypeError(f"extra_blocks must be an ExtraFPNBlock, got {type(extra_blocks).__name__}")
         self.extra_blocks = extra_blocks
@@ -114,11 +107,9 @@ class RoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned})"
-        )
+    def extra_repr(self) -> str:
+        names = "output_size", "spatial_scale", "sampling_ratio", "aligned"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class LevelMapper:
@@ -160,8 +151,6 @@ class MultiScaleRoIAlign(nn.Module):
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(featmap_names={self.featmap_names}, output_size={self.output_size}, "
-            f"sampling_ratio={self.sampling_ratio})"
-        )
+    def extra_repr(self) -> str:
+        names = "featmap_names", "output_size", "sampling_ratio"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

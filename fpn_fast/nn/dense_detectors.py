@@ -27,13 +27,15 @@ __all__ = ["FCOS", "SSD", "RetinaNet"]
 Padded = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def lists_of(padded: Padded) -> list[dict[str, Tensor]]:
-    """Padded (boxes, scores, labels, counts) -> torchvision's dict per image. Synchronises with the host once."""
-    boxes, scores, labels, counts = padded
-    return [
-        {"boxes": boxes[n, :count], "scores": scores[n, :count], "labels": labels[n, :count]}
-        for n, count in enumerate(counts.tolist())
-    ]
+def named(padded: Padded) -> dict[str, Tensor]:
+    return dict(zip(("boxes", "scores", "labels", "counts"), padded, strict=True))
+
+
+def lists_of(detections: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Padded detections by name -> torchvision's dict per image. Synchronises with the host once."""
+    counts = detections["counts"].tolist()
+    names = [name for name in detections if name != "counts"]
+    return [{name: detections[name][n, :count] for name in names} for n, count in enumerate(counts)]
 
 
 def _as_maps(tables: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
@@ -96,7 +98,7 @@ class _DenseDetector(nn.Module):
             return super().forward(images, targets)
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, _ = self.transform(images)
-        found = lists_of(self.detections(batch))
+        found = lists_of(named(self.detections(batch)))
         return self.transform.postprocess(found, batch.image_sizes, original_sizes)
 
     def detections(self, images: ImageList, *, max_detections: int | None = None) -> Padded:
@@ -170,7 +172,9 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
             for own, target in zip(anchors, targets, strict=False)
         ]
         logits = head_outputs["cls_logits"]
-        known = self._knows_head() and logits.dtype in (torch.float32, torch.float64) and len(matches) == len(logits)
+        known = type(self.head) is retinanet.RetinaNetHead
+        known = known and type(self.head.classification_head) is retinanet.RetinaNetClassificationHead
+        known = known and logits.dtype in (torch.float32, torch.float64) and len(matches) == len(logits)
         if backends.falls_back(self, logits, "sigmoid_focal_loss", known=known):
             return self.head.compute_loss(targets, head_outputs, anchors, matches)
         labels = [target["labels"] for target in targets]
@@ -178,13 +182,6 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
             "classification": classification_loss(logits, matches, labels),
             "bbox_regression": self.head.regression_head.compute_loss(targets, head_outputs, anchors, matches),
         }
-
-    def _knows_head(self) -> bool:
-        """Whether the head computes torchvision's losses."""
-        return (
-            type(self.head) is retinanet.RetinaNetHead
-            and type(self.head.classification_head) is retinanet.RetinaNetClassificationHead
-        )
 
     def _knows_coder(self) -> bool:
         return type(self.box_coder) is BoxCoder
@@ -223,20 +220,19 @@ class SSD(ssd.SSD):
         logits = head_outputs["cls_logits"]
         if backends.falls_back(self, logits, "select_box_detections", known=type(self.box_coder) is BoxCoder):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
-        return lists_of(
-            ops.select_box_detections(
-                logits,
-                head_outputs["bbox_regression"],
-                torch.stack(image_anchors),
-                None,
-                sizes_beside([logits], image_shapes),
-                score_thresh=self.score_thresh,
-                nms_thresh=self.nms_thresh,
-                max_detections=self.detections_per_img,
-                class_top_n=self.topk_candidates,
-                # torchvision keeps small boxes here.
-                min_size=0.0,
-                weights=self.box_coder.weights,
-                scale_clamp=self.box_coder.bbox_xform_clip,
-            )
+        found = ops.select_box_detections(
+            logits,
+            head_outputs["bbox_regression"],
+            torch.stack(image_anchors),
+            None,
+            sizes_beside([logits], image_shapes),
+            score_thresh=self.score_thresh,
+            nms_thresh=self.nms_thresh,
+            max_detections=self.detections_per_img,
+            class_top_n=self.topk_candidates,
+            # torchvision keeps small boxes here.
+            min_size=0.0,
+            weights=self.box_coder.weights,
+            scale_clamp=self.box_coder.bbox_xform_clip,
         )
+        return lists_of(named(found))

@@ -150,7 +150,10 @@ class RegionProposalNetwork(_RegionProposalBase):
     def _losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> dict[str, Tensor]:
-        if self._has_losses_of_its_own():
+        own = type(self)
+        usual = RegionProposalNetwork.assign_targets_to_anchors, _RegionProposalBase.compute_loss
+        if (own.assign_targets_to_anchors, own.compute_loss) != usual:
+            # A subclass overrides a step between the targets and the losses.
             anchors = self.anchor_generator(images, maps)
             labels, matched = self.assign_targets_to_anchors(anchors, targets)
             goals = self.box_coder.encode(matched, anchors)
@@ -158,12 +161,6 @@ class RegionProposalNetwork(_RegionProposalBase):
         else:
             loss, box_loss = self._sampled_losses(images, maps, objectness, deltas, targets)
         return {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
-
-    def _has_losses_of_its_own(self) -> bool:
-        """Whether a subclass overrides a step between the targets and the losses."""
-        own = type(self)
-        usual = RegionProposalNetwork.assign_targets_to_anchors, _RegionProposalBase.compute_loss
-        return (own.assign_targets_to_anchors, own.compute_loss) != usual
 
     def _sampled_losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any

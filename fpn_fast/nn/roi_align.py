@@ -101,7 +101,10 @@ class MultiScaleRoIAlign(_MultiScaleBase):
         if not features:
             raise ValueError(f"x must have maps of featmap_names {self.featmap_names}, got {list(x)}")
         if self.scales is None or self.map_levels is None:
-            self.scales = _infer_scales(features, image_shapes)
+            if not image_shapes:
+                raise ValueError("image_shapes must have the (height, width) of each image, got none")
+            height = max(shape[0] for shape in image_shapes)
+            self.scales = [_nearest_power_of_two(feature.shape[-2], height) for feature in features]
             ends = (_level(self.scales[0]), _level(self.scales[-1]))
             self.map_levels = LevelMapper(*ends, self.canonical_scale, self.canonical_level)
         # The kept scales may be of a pyramid with more or fewer maps.
@@ -121,14 +124,6 @@ class MultiScaleRoIAlign(_MultiScaleBase):
 
 def _level(scale: float) -> int:
     return round(-math.log2(scale))
-
-
-def _infer_scales(features: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]) -> list[float]:
-    """Per map the power of two nearest to its height divided by the largest image height."""
-    if not image_shapes:
-        raise ValueError("image_shapes must have the (height, width) of each image, got none")
-    height = max(shape[0] for shape in image_shapes)
-    return [_nearest_power_of_two(feature.shape[-2], height) for feature in features]
 
 
 def _nearest_power_of_two(size: int, whole: int) -> float:

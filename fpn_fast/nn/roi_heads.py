@@ -15,7 +15,7 @@ from torchvision.models.detection._utils import BoxCoder
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
 from fpn_fast.nn._shared import sizes_beside
-from fpn_fast.nn.dense_detectors import Padded, lists_of
+from fpn_fast.nn.dense_detectors import Padded, lists_of, named
 
 __all__ = ["GeneralizedRCNNTransform", "RoIHeads"]
 
@@ -84,8 +84,7 @@ class RoIHeads(roi_heads.RoIHeads):
         lengths = [len(boxes) for boxes in proposals]
         logits, deltas = (pad_sequence(each.split(lengths), True) for each in (class_logits, box_regression))
         boxes, counts = ops.pad_boxes(proposals)
-        found = self.detections(logits, deltas, boxes, counts, sizes_beside([boxes], image_shapes))
-        lists = lists_of(found)
+        lists = lists_of(named(self.detections(logits, deltas, boxes, counts, sizes_beside([boxes], image_shapes))))
         return [each["boxes"] for each in lists], [each["scores"] for each in lists], [each["labels"] for each in lists]
 
     def detections(
@@ -164,22 +163,16 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
         if self.training:
             return result
         for prediction, size, original in zip(result, image_shapes, original_image_sizes, strict=False):
-            y, x = (_float32_quotient(new, old) for new, old in zip(original, size, strict=True))
+            # torchvision divides in float32; for image sizes, rounding twice changes nothing.
+            y, x = (ctypes.c_float(new / old).value for new, old in zip(original, size, strict=True))
             boxes = torch.stack([each * (x, y)[i % 2] for i, each in enumerate(prediction["boxes"].unbind(1))], 1)
             prediction["boxes"] = boxes
             if "masks" in prediction:
-                prediction["masks"] = self._pasted(prediction["masks"], boxes, (int(original[0]), int(original[1])))
+                paste = ops.paste_masks
+                if backends.falls_back(self, boxes, "paste_masks"):
+                    paste = transform.paste_masks_in_image
+                prediction["masks"] = paste(prediction["masks"], boxes, (int(original[0]), int(original[1])))
             if "keypoints" in prediction:
                 columns, rows, visible = prediction["keypoints"].unbind(-1)
                 prediction["keypoints"] = torch.stack([columns * x, rows * y, visible], -1)
         return result
-
-    def _pasted(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        if backends.falls_back(self, boxes, "paste_masks"):
-            return transform.paste_masks_in_image(masks, boxes, size)
-        return ops.paste_masks(masks, boxes, size)
-
-
-def _float32_quotient(a: int, b: int) -> float:
-    """The quotient that torchvision computes in float32 tensors; for image sizes, rounding twice changes nothing."""
-    return ctypes.c_float(a / b).value

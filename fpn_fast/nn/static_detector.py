@@ -14,7 +14,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from fpn_fast import ops
-from fpn_fast.nn.dense_detectors import FCOS, RetinaNet
+from fpn_fast.nn.dense_detectors import FCOS, RetinaNet, lists_of, named
 from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
 
@@ -79,13 +79,13 @@ class StaticDetector(nn.Module):
         # Computed here once and kept, because a compiler cannot trace it.
         _anchor_generator(model).cell_numbers()
         # Constants go to the device now: a CUDA graph cannot capture a copy from the host.
-        for name, values in (("mean", self.model.transform.image_mean), ("std", self.model.transform.image_std)):
-            self.register_buffer(f"_{name}", torch.tensor(values)[:, None, None], persistent=False)
+        moments = {"mean": self.model.transform.image_mean, "std": self.model.transform.image_std}
+        constants = {name: torch.tensor(values)[:, None, None] for name, values in moments.items()}
         for i, shapes in enumerate(self._shapes.values()):
-            whole = torch.tensor([shapes.original] * batch_size, dtype=torch.float32)
-            self.register_buffer(f"_sizes_{i}", whole, persistent=False)
-            for name, values in (("resized", torch.tensor(shapes.resized)), ("back", shapes.back())):
-                self.register_buffer(f"_{name}_{i}", values, persistent=False)
+            constants[f"sizes_{i}"] = torch.tensor([shapes.original] * batch_size, dtype=torch.float32)
+            constants[f"resized_{i}"], constants[f"back_{i}"] = torch.tensor(shapes.resized), shapes.back()
+        for name, values in constants.items():
+            self.register_buffer(f"_{name}", values, persistent=False)
         self.to(next(model.parameters()).device)
 
     @property
@@ -148,9 +148,7 @@ class StaticDetector(nn.Module):
     @staticmethod
     def unpad(detections: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The padded detections of :meth:`forward` -> torchvision's list of dicts. Synchronises with the host once."""
-        counts = detections["counts"].tolist()
-        names = [name for name in detections if name != "counts"]
-        return [{name: detections[name][n, :count] for name in names} for n, count in enumerate(counts)]
+        return lists_of(detections)
 
     def capture(self) -> StaticDetector:
         """Captures one CUDA graph per image size, which later calls replay. Returns self.
@@ -210,10 +208,8 @@ class StaticDetector(nn.Module):
         back = getattr(self, f"_back_{i}")
         if isinstance(self.model, FasterRCNN):
             return self._two_stages(batch, resized, back, shapes)
-        boxes, scores, labels, counts = self.model.detections(
-            ImageList(batch, resized), max_detections=self.max_detections
-        )
-        return {"boxes": boxes * back, "scores": scores, "labels": labels, "counts": counts}
+        found = named(self.model.detections(ImageList(batch, resized), max_detections=self.max_detections))
+        return found | {"boxes": found["boxes"] * back}
 
     def _transform(self, images: Tensor, sizes: Tensor, shapes: _Shapes) -> Tensor:
         """The normalisation, resizing and padding of torchvision's transform."""
@@ -235,14 +231,12 @@ class StaticDetector(nn.Module):
         resized = [shapes.resized] * images
         pooled = heads.box_head(heads.box_roi_pool(features, list(proposals), resized))
         logits, deltas = (each.unflatten(0, (images, -1)) for each in heads.box_predictor(pooled))
-        boxes, scores, labels, counts = heads.detections(
-            logits, deltas, proposals, counts, sizes, max_detections=self.max_detections
-        )
-        found = {"boxes": boxes * back, "scores": scores, "labels": labels, "counts": counts}
-        there = torch.arange(boxes.size(1), device=boxes.device) < counts[:, None]
+        found = named(heads.detections(logits, deltas, proposals, counts, sizes, max_detections=self.max_detections))
+        boxes, found["boxes"] = found["boxes"], found["boxes"] * back
+        there = torch.arange(boxes.size(1), device=boxes.device) < found["counts"][:, None]
         if heads.has_mask():
             logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, list(boxes), resized)))
-            of_label = logits[torch.arange(len(logits), device=logits.device), labels.flatten()]
+            of_label = logits[torch.arange(len(logits), device=logits.device), found["labels"].flatten()]
             masks = of_label.sigmoid().where(there.flatten()[:, None, None], 0)
             pasted = ops.paste_masks(masks[:, None], found["boxes"].flatten(0, 1), shapes.original)
             found["masks"] = pasted.unflatten(0, there.shape)
@@ -311,17 +305,14 @@ def _check_model(model: nn.Module) -> None:
             "model must be a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision after "
             f"fpn_fast.accelerate(model), got {type(model).__name__}"
         )
-    parts: dict[str, tuple[type, ...]] = {"transform": (_transform.GeneralizedRCNNTransform, GeneralizedRCNNTransform)}
+    transforms = _transform.GeneralizedRCNNTransform, GeneralizedRCNNTransform
+    parts: list[tuple[str, Any, tuple[type, ...]]] = [("transform", model.transform, transforms)]
     if isinstance(model, FasterRCNN):
-        parts |= {"rpn": (RegionProposalNetwork,), "roi_heads": (RoIHeads,)}
-    found = {name: type(getattr(model, name)) for name in parts}
-    parts["anchor_generator"], found["anchor_generator"] = (AnchorGenerator,), type(_anchor_generator(model))
-    for name, kinds in parts.items():
-        if found[name] not in kinds:
-            raise TypeError(
-                f"the model's {name} must be {kinds[-1].__name__} after fpn_fast.accelerate(model), "
-                f"got {found[name].__name__}"
-            )
+        parts += [("rpn", model.rpn, (RegionProposalNetwork,)), ("roi_heads", model.roi_heads, (RoIHeads,))]
+    for name, part, kinds in [*parts, ("anchor_generator", _anchor_generator(model), (AnchorGenerator,))]:
+        if type(part) not in kinds:
+            expected = f"{kinds[-1].__name__} after fpn_fast.accelerate(model)"
+            raise TypeError(f"the model's {name} must be {expected}, got {type(part).__name__}")
 
 
 def _anchor_generator(model: Any) -> Any:

@@ -179,9 +179,8 @@ class StaticRoIHeads(RoIHeads):
             raise ValueError("targets must have the boxes and labels of each image in training, got None")
         self.check_targets(targets)
         boxes, kinds, owners, labels, gt_boxes = self._sample(proposals, targets)
-        logits, deltas = self.box_predictor(
-            self.box_head(self.box_roi_pool(features, list(boxes.unbind()), image_shapes))
-        )
+        pooled = self.box_roi_pool(features, list(boxes.unbind()), image_shapes)
+        logits, deltas = self.box_predictor(self.box_head(pooled))
         count = (kinds >= 0).sum().clamp(min=1)
         class_loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-1, reduction="sum") / count
         # Positives come first.
@@ -194,9 +193,9 @@ class StaticRoIHeads(RoIHeads):
         found = of_classes.gather(2, own_class).squeeze(2)
         losses = {"loss_classifier": class_loss, "loss_box_reg": _box_loss(found, goals, is_positive) / count}
         if self.has_mask():
-            losses["loss_mask"] = self._mask_loss(
-                features, few_boxes, image_shapes, targets, owners, classes, is_positive
-            )
+            pooled = self.mask_roi_pool(features, list(few_boxes.unbind()), image_shapes)
+            mask_logits = self.mask_predictor(self.mask_head(pooled))
+            losses["loss_mask"] = _mask_loss(mask_logits, few_boxes, targets, owners, classes, is_positive)
         return [], losses
 
     def _sample(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
@@ -210,42 +209,31 @@ class StaticRoIHeads(RoIHeads):
         gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
         padded, _ = ops.pad_boxes(proposals)
         boxes = torch.cat([padded, gt_boxes], 1)
-        owners, labels = (
-            torch.stack(each)
-            for each in self.assign_targets_to_proposals(
-                list(boxes.unbind()), gt_list, [target["labels"] for target in targets]
-            )
-        )
+        classes = [target["labels"] for target in targets]
+        owners, labels = map(torch.stack, self.assign_targets_to_proposals(list(boxes.unbind()), gt_list, classes))
         labels = labels.masked_fill(boxes[..., 2] <= boxes[..., 0], -1)
         places, kinds = self.fg_bg_sampler.sample(labels)
         labels = labels.gather(1, places).masked_fill(kinds < 0, -1)
         return _rows(boxes, places), kinds, owners.gather(1, places), labels, gt_boxes
 
-    def _mask_loss(
-        self,
-        features: dict[str, Tensor],
-        boxes: Tensor,
-        image_shapes: list[tuple[int, int]],
-        targets: list[dict[str, Tensor]],
-        owners: Tensor,
-        classes: Tensor,
-        counted: Tensor,
-    ) -> Tensor:
-        """torchvision's mask loss: the mean over the pixels of the counted [N, P] positives."""
-        logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, list(boxes.unbind()), image_shapes)))
-        side = logits.shape[-1]
-        goals = []
-        for own_boxes, own, target in zip(boxes, owners, targets, strict=True):
-            masks = target["masks"]
-            if len(masks) == 0:
-                goals.append(logits.new_zeros(len(own), side, side))
-                continue
-            rois = torch.cat([own[:, None].to(own_boxes.dtype), own_boxes], 1)
-            goals.append(roi_align(masks[:, None].to(own_boxes.dtype), rois, (side, side), 1.0)[:, 0])
-        chosen = logits.gather(1, classes.view(-1, 1, 1, 1).expand(-1, 1, side, side)).squeeze(1)
-        losses = F.binary_cross_entropy_with_logits(chosen, torch.cat(goals).to(chosen.dtype), reduction="none")
-        kept = losses.masked_fill(~counted.view(-1, 1, 1), 0)
-        return kept.sum() / (counted.sum() * side * side).clamp(min=1)
+
+def _mask_loss(
+    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], owners: Tensor, classes: Tensor, counted: Tensor
+) -> Tensor:
+    """torchvision's mask loss: the mean over the pixels of the counted [N, P] positives."""
+    side = logits.shape[-1]
+    goals = []
+    for own_boxes, own, target in zip(boxes, owners, targets, strict=True):
+        masks = target["masks"]
+        if len(masks) == 0:
+            goals.append(logits.new_zeros(len(own), side, side))
+            continue
+        rois = torch.cat([own[:, None].to(own_boxes.dtype), own_boxes], 1)
+        goals.append(roi_align(masks[:, None].to(own_boxes.dtype), rois, (side, side), 1.0)[:, 0])
+    chosen = logits.gather(1, classes.view(-1, 1, 1, 1).expand(-1, 1, side, side)).squeeze(1)
+    losses = F.binary_cross_entropy_with_logits(chosen, torch.cat(goals).to(chosen.dtype), reduction="none")
+    kept = losses.masked_fill(~counted.view(-1, 1, 1), 0)
+    return kept.sum() / (counted.sum() * side * side).clamp(min=1)
 
 
 def use_static_sampling(model: nn.Module) -> None:
@@ -260,10 +248,8 @@ def use_static_sampling(model: nn.Module) -> None:
     """
     rpn: Any = getattr(model, "rpn", None)
     heads: Any = getattr(model, "roi_heads", None)
-    if type(rpn) not in (_RegionProposalNetwork, RegionProposalNetwork) or type(heads) not in (
-        roi_heads.RoIHeads,
-        RoIHeads,
-    ):
+    stages = {_RegionProposalNetwork, RegionProposalNetwork}, {roi_heads.RoIHeads, RoIHeads}
+    if type(rpn) not in stages[0] or type(heads) not in stages[1]:
         raise TypeError(
             "the model must have an rpn and roi_heads of torchvision or fpn_fast, got "
             f"{type(rpn).__name__} and {type(heads).__name__}"

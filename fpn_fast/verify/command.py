@@ -36,6 +36,8 @@ A file for --shapes lists sizes by op. Each entry is checked with --cases random
    "multiscale_roi_align": [{"sizes": [[200, 336], [100, 168]], "rois": 512, "output_size": 7}]}
 Sizes that an entry leaves out are drawn at random. The sizes of each op:
 """
+#: The options that name a file to write, and its content.
+_FILES = {"json": "all results as JSON", "junit": "the results as JUnit XML", "markdown": "the table as Markdown"}
 
 
 def _keys() -> str:
@@ -79,9 +81,8 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--case", metavar="OP/BACKEND/DEVICE/TYPE/NUMBER", help="run one case; a failure prints this name"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE as JSON")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write the results to FILE as JUnit XML")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to FILE as Markdown")
+    for option, content in _FILES.items():
+        parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"also write {content} to FILE")
     parser.set_defaults(run=verify, parser=parser)
     return parser
 
@@ -104,13 +105,15 @@ def verify(options: argparse.Namespace) -> int:
     problems = report.failures(rows, also)
     print(*([problems] if problems else []), report.summary(rows, seconds), sep="\n")
     settings = {"seed": plan.seed, "cases": plan.cases, "ops": list(plan.ops), "backends": list(plan.backends)}
-    if options.json is not None:
-        found = report.as_json(rows, settings, seconds, also)
-        options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-    if options.junit is not None:
-        options.junit.write_text(report.as_junit(rows, seconds, also))
-    if options.markdown is not None:
-        options.markdown.write_text(report.as_markdown(rows, seconds, also))
+    found = report.as_json(rows, settings, seconds, also)
+    texts = {
+        options.json: json.dumps(found, indent=2, allow_nan=False) + "\n",
+        options.junit: report.as_junit(rows, seconds, also),
+        options.markdown: report.as_markdown(rows, seconds, also),
+    }
+    for path, text in texts.items():
+        if path is not None:
+            path.write_text(text)
     return 0 if all(row.passed for row in rows) else 1
 
 

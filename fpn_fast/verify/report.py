@@ -128,11 +128,7 @@ def as_json(rows: Sequence[Row], settings: dict[str, Any], seconds: float, optio
         "passed": all(row.passed for row in rows),
         "rows": [
             {
-                "op": row.op,
-                "backend": row.backend,
-                "device": row.device,
-                "dtype": row.dtype,
-                "cases": row.cases,
+                **{name: getattr(row, name) for name in ("op", "backend", "device", "dtype", "cases")},
                 "ulp": finite(row.measure.ulp),
                 "error": finite(row.measure.error.worst),
                 "bound": finite(row.measure.error.bound),

@@ -52,7 +52,7 @@ def training_batch(dtype=torch.float64):
     """Two images of other sizes, each with two objects."""
     generator = torch.Generator().manual_seed(1)
     sizes = [(60, 90), (64, 70)]
-    images = [torch.rand(3, *size, generator=generator, dtype=dtype) for size in sizes]
+    images = [torch.rand(3, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
     boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
     points = torch.tensor(
         [[[10.0, 9, 1], [30, 40, 1], [20, 20, 0]], [[25, 12, 1], [50, 40, 1], [30, 30, 1]]], dtype=dtype
@@ -66,8 +66,9 @@ def training_batch(dtype=torch.float64):
 
 
 def losses_and_gradients(model, images, targets):
+    model.zero_grad()
     torch.manual_seed(5)
-    losses = model.train()(images, copy.deepcopy(targets))
+    losses = model(images, copy.deepcopy(targets))
     sum(losses.values()).backward()
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -77,7 +78,7 @@ def check_same(fast, plain, batch, *, exact=False):
 
     exact: losses are the same bit for bit.
     """
-    (losses, grads), (expected, expected_grads) = (losses_and_gradients(model, *batch) for model in (fast, plain))
+    (losses, grads), (expected, expected_grads) = (losses_and_gradients(m.train(), *batch) for m in (fast, plain))
     assert losses.keys() == expected.keys()
     for key in losses:
         torch.testing.assert_close(losses[key], expected[key], rtol=0 if exact else 1e-10, atol=0)

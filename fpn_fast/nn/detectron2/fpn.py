@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_fast.nn._shared import merge_pyramid
+from fpn_fast.nn._shared import initialise, merge_pyramid
 
 __all__ = ["FPN", "LastLevelMaxPool", "LastLevelP6P7", "ShapeSpec"]
 
@@ -53,13 +53,6 @@ def _norm_maker(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Mo
     return _NORMS[norm]
 
 
-def _fill(convolution: nn.Conv2d) -> None:
-    """The initialisation that detectron2 calls c2_xavier_fill."""
-    nn.init.kaiming_uniform_(convolution.weight, a=1)
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
-
-
 class LastLevelMaxPool(nn.Module):
     """P6 as every second pixel of P5: detectron2's top block for Faster R-CNN."""
 
@@ -88,8 +81,7 @@ class LastLevelP6P7(nn.Module):
         self.in_feature = in_feature
         self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
-        _fill(self.p6)
-        _fill(self.p7)
+        initialise(self)
 
     def forward(self, c5: Tensor) -> list[Tensor]:
         """[N, in_channels, H, W] -> maps of half and a quarter of the height and width."""
@@ -189,8 +181,7 @@ class FPN(FPNForward, nn.Module):
         for level, name in zip(levels, in_features, strict=True):
             laterals.append(ConvWithNorm(shapes[name].channels, out_channels, 1, norm))
             outputs.append(ConvWithNorm(out_channels, out_channels, 3, norm))
-            _fill(laterals[-1])
-            _fill(outputs[-1])
+            initialise(nn.ModuleList([laterals[-1], outputs[-1]]))
             self.add_module(f"fpn_lateral{level}", laterals[-1])
             self.add_module(f"fpn_output{level}", outputs[-1])
         # Like detectron2, which keeps them coarsest first in addition to the names above.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,8 @@ class PoolerForward:
     canonical_level: float
     strict: bool
 
-    def _sampling(self) -> tuple[Sequence[float], int, bool]:
-        """(scales, sampling_ratio, aligned)"""
-        raise NotImplementedError
+    # (scales, sampling_ratio, aligned)
+    _sampling: Callable[[], tuple[Sequence[float], int, bool]]
 
     def forward(self, x: Sequence[Tensor], box_lists: Sequence[Any]) -> Tensor:
         """Pools the boxes of a batch of images.

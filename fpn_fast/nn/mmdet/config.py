@@ -14,12 +14,6 @@ from fpn_fast.nn.mmdet.roi_extractors import GenericRoIExtractor, SingleRoIExtra
 
 __all__ = ["build_neck", "build_roi_extractor"]
 
-_NECKS: dict[str, type[nn.Module]] = {"FPN": FPN, "PAFPN": PAFPN}
-_ROI_EXTRACTORS: dict[str, type[nn.Module]] = {
-    "GenericRoIExtractor": GenericRoIExtractor,
-    "SingleRoIExtractor": SingleRoIExtractor,
-}
-
 
 def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
     """Builds a neck from the dict of an mmdetection configuration.
@@ -34,16 +28,16 @@ def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
     >>> neck.num_outs
     3
     """
-    return _build(cfg, _NECKS)
+    return _build(cfg, FPN, PAFPN)
 
 
 def build_roi_extractor(cfg: Mapping[str, Any]) -> nn.Module:
     """:func:`build_neck` for RoI extractors; the types are "SingleRoIExtractor" and "GenericRoIExtractor"."""
-    return _build(cfg, _ROI_EXTRACTORS)
+    return _build(cfg, GenericRoIExtractor, SingleRoIExtractor)
 
 
-def _build(cfg: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]]) -> nn.Module:
-    arguments = dict(cfg)
+def _build(cfg: Mapping[str, Any], *classes: type[nn.Module]) -> nn.Module:
+    kinds, arguments = {each.__name__: each for each in classes}, dict(cfg)
     # A configuration may prefix the type with its library.
     name = str(arguments.pop("type", None)).removeprefix("mmdet.")
     if name not in kinds:

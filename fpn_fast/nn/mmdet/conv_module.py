@@ -55,7 +55,13 @@ class ConvModule(nn.Module):
         if norm_cfg is not None:
             self.norm_name, norm = _norm(norm_cfg, out_channels)
             self.add_module(self.norm_name, norm)
-        self.activate = None if act_cfg is None else _activation(act_cfg)
+        self.activate = None
+        if act_cfg is not None:
+            options = dict(act_cfg)
+            kind = options.pop("type", None)
+            if kind not in _ACTIVATIONS:
+                raise ValueError(f"act_cfg must be of type {', '.join(_ACTIVATIONS)}, got {kind!r}")
+            self.activate = getattr(nn, kind)(**options)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]"""
@@ -81,11 +87,3 @@ def _norm(norm_cfg: Mapping[str, Any], channels: int) -> tuple[str, nn.Module]:
     for parameter in norm.parameters():
         parameter.requires_grad = trained
     return name, norm
-
-
-def _activation(act_cfg: Mapping[str, Any]) -> nn.Module:
-    options = dict(act_cfg)
-    kind = options.pop("type", None)
-    if kind not in _ACTIVATIONS:
-        raise ValueError(f"act_cfg must be of type {', '.join(_ACTIVATIONS)}, got {kind!r}")
-    return getattr(nn, kind)(**options)

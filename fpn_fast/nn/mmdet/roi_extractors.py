@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,8 @@ class ExtractorForward:
 
     featmap_strides: Sequence[float]
 
-    def _layer(self) -> dict[str, Any]:
-        """output_size, sampling_ratio, pool_mode and aligned of the RoIAlign of all maps."""
-        raise NotImplementedError
+    # output_size, sampling_ratio, pool_mode and aligned of the RoIAlign of all maps.
+    _layer: Callable[[], dict[str, Any]]
 
     @property
     def num_inputs(self) -> int:
@@ -188,12 +187,7 @@ class GenericForward(ExtractorForward):
     aggregation: str
 
     def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
-        """Pools every RoI from every map.
-
-        Args:
-            feats: maps [N, C, H_l, W_l], finest first. Only the first num_inputs are used.
-            rois: [K, 5] (image, x1, y1, x2, y2): index in the batch, and corners in image pixels.
-            roi_scale_factor: enlarges RoIs around their centres. Default: 1.
+        """Pools every RoI from every map; arguments: see :meth:`SingleRoIExtractor.forward`.
 
         Returns:
             [K, out_channels, PH, PW] in the features' dtype.
