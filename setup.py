@@ -170,7 +170,7 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
 
         def run(self) -> None:
             print(f"fpn_fast: torch {facts['TORCH']}, CUDA {facts['CUDA']} for {facts['ARCHS']}, {kind} build")
-            print(f"fpn_fast: about {seconds / 60 / jobs:.0f} min from nothing, {jobs} files at a time on idle cores")
+            print(f"fpn_fast: about {seconds / 60 / jobs:.0f} min from nothing (idle cores: {jobs})")
             super().run()
 
         def build_extension(self, extension: Extension) -> None:
