@@ -327,9 +327,9 @@ def test_errors(backend, change, error, message):
 
 
 def test_errors_of_descriptions_and_lists():
-    with pytest.raises(ValueError, match="must be of the same levels, got"):
+    with pytest.raises(ValueError, match="must have one entry per level, got"):
         ops.AnchorGrid([[(0, 0, 1, 1)]], [(2, 2), (1, 1)], [(4, 4)])
-    with pytest.raises(ValueError, match="not so at 1"):
+    with pytest.raises(ValueError, match="at level 1"):
         ops.AnchorGrid([[(0, 0, 1, 1)], []], [(2, 2), (1, 1)], [(4, 4), (8, 8)])
     with pytest.raises(ValueError, match="got an empty sequence"):
         ops.pad_boxes([])

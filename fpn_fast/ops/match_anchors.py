@@ -44,10 +44,10 @@ class AnchorGrid:
     def __post_init__(self) -> None:
         counts = [len(each) for each in (self.cell_anchors, self.sizes, self.strides)]
         if len(set(counts)) != 1:
-            raise ValueError(f"cell_anchors, sizes and strides must be of the same levels, got {counts} of them")
+            raise ValueError(f"cell_anchors, sizes and strides must have one entry per level, got {counts} entries")
         for level, anchors in enumerate(self.cell_anchors):
             if not len(anchors) or any(len(anchor) != 4 for anchor in anchors):
-                raise ValueError(f"cell_anchors must be [A, 4], (x1, y1, x2, y2), of each level; not so at {level}")
+                raise ValueError(f"cell_anchors must be [A, 4], (x1, y1, x2, y2), got {anchors} at level {level}")
 
     def __len__(self) -> int:
         levels = zip(self.cell_anchors, self.sizes, strict=True)

@@ -76,7 +76,7 @@ def _propose(
     nms_thresh: float,
     score_thresh: float,
     min_size: float,
-    coding: dict[str, Any],
+    coding: tuple[Any, ...],
     center_offset: float,
     strict_size: bool,
     convention: str,
@@ -89,7 +89,7 @@ def _propose(
     index = finite[logits[finite].sort(descending=True, stable=True).indices[:pre_nms_top_n]]
     logits, deltas = logits[index], deltas[index].to(dtype)
     anchors = anchors_at(index, cells, width, stride, center_offset, dtype)
-    boxes = decode(anchors, deltas, **coding)
+    boxes = decode(anchors, deltas, *coding)
     valid = deltas.isfinite().all(1) & boxes.isfinite().all(1) & (logistic(logits) >= score_thresh)
     boxes = clip(boxes, image_size)
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -137,23 +137,13 @@ def generate_proposals(
     batch = len(image_sizes)
     boxes, scores = image_sizes.new_zeros(batch, post_nms_top_n, 4), image_sizes.new_zeros(batch, post_nms_top_n)
     counts = torch.zeros(batch, dtype=torch.int64, device=image_sizes.device)
-    coding = {
-        "weights": weights,
-        "means": means,
-        "stds": stds,
-        "scale_clamp": scale_clamp,
-        "symmetric_clamp": symmetric_clamp,
-        "mean_center": mean_center,
-        "center_clamp": center_clamp,
-    }
+    coding = (weights, means, stds, scale_clamp, symmetric_clamp, mean_center, center_clamp)
+    rule = (pre_nms_top_n, nms_thresh, score_thresh, min_size, coding, center_offset, strict_size, convention)
     for n in range(batch):
         levels = [
-            _propose(
-                logits[n], codes[n], cells, stride, image_sizes[n], pre_nms_top_n, nms_thresh, score_thresh, min_size,
-                coding, center_offset, strict_size, convention,
-            )
+            _propose(logits[n], codes[n], cells, stride, image_sizes[n], *rule)
             for logits, codes, cells, stride in zip(objectness, deltas, cell_anchors, strides, strict=True)
-        ]  # fmt: skip
+        ]
         found, found_scores = torch.cat([each[0] for each in levels]), torch.cat([each[1] for each in levels])
         if not logits_out:
             found_scores = logistic(found_scores)
