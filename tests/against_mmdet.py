@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our modules beside mmdetection's own, which `make test-mmdet` installs; no part of the default run.
+# ruff: noqa: E402  # mmcv's stand-in comes before mmdetection
+"""Our modules against mmdetection's own, which `make test-mmdet` installs; no part of the default run.
 
 Same weights, inputs and configurations: outputs and gradients. mmcv's compiled ops are tests/helpers/mmcv_stand_in.py.
 """
@@ -7,6 +8,7 @@ Same weights, inputs and configurations: outputs and gradients. mmcv's compiled 
 import copy
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,25 +17,27 @@ from helpers.modules import assert_none_worse, outputs_and_gradients
 
 mmcv_stand_in.install()
 
-from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder  # noqa: E402
-from mmdet.models.task_modules.prior_generators import AnchorGenerator  # noqa: E402
-from mmdet.registry import MODELS  # noqa: E402
-from mmdet.structures import DetDataSample  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.registry import init_default_scope  # noqa: E402
-from mmengine.structures import InstanceData  # noqa: E402
-from test_mmdet_modules import CHANNELS, EVEN, GENERATORS, GROUPS, LAYER, ODD, STRIDES, inputs, rois  # noqa: E402
+from mmdet import registry
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+from mmdet.models.task_modules.prior_generators import AnchorGenerator
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from test_mmdet_modules import CHANNELS, CONFIG, EVEN, GENERATORS, GROUPS, LAYER, ODD, SIZES, STRIDES, inputs, rois
 
-import fpn_fast  # noqa: E402
-from fpn_fast.bench import cases, providers  # noqa: E402
-from fpn_fast.bench.rois import random_rois  # noqa: E402
-from fpn_fast.integrations import mmdet as integration  # noqa: E402
-from fpn_fast.nn import mmdet  # noqa: E402
+import fpn_fast
+from fpn_fast.bench import cases, providers
+from fpn_fast.bench.rois import random_rois
+from fpn_fast.integrations import mmdet as integration
+from fpn_fast.nn import mmdet
 
 # mmengine reports every weight that it draws.
 logging.disable(logging.WARNING)
 # Names in a configuration are mmdetection's.
 init_default_scope("mmdet")
+MODELS = registry.MODELS
+FASTER_RCNN = Path(registry.__file__).parent / ".mim" / "configs" / "_base_" / "models" / "faster-rcnn_r50_fpn.py"
 
 NECKS = [
     {"type": "FPN", "num_outs": 5},
@@ -53,10 +57,18 @@ NECKS = [
 ]
 
 
-def results(module, arguments, leaves):
-    found = module(*arguments)
-    leaves = [each for each in [*leaves, *module.parameters()] if each.requires_grad]
+def results(module, maps, *more):
+    found = module(maps, *more)
+    leaves = [each for each in [*maps, *module.parameters()] if each.requires_grad]
     return outputs_and_gradients(found if isinstance(found, tuple) else [found], leaves)
+
+
+def compare(theirs, others, arguments):
+    """Outputs and gradients of `others` are no worse than mmdetection's; arguments(dtype) are maps and what follows."""
+    exact = results(copy.deepcopy(theirs).double(), *arguments(torch.float64))
+    expected = results(theirs, *arguments(torch.float32))
+    for module in others:
+        assert_none_worse(results(module, *arguments(torch.float32)), expected, exact, size=43)
 
 
 @pytest.mark.parametrize("cfg", NECKS, ids=str)
@@ -69,16 +81,9 @@ def test_necks(cfg):
     sizes = EVEN if "scale_factor" in cfg.get("upsample_cfg", {}) else ODD
     registered = MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
     registered.load_state_dict(ours.state_dict())
-    swapped, wide = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+    swapped = copy.deepcopy(theirs)
     assert len(fpn_fast.accelerate(swapped).swapped) == 1
-    exact_maps = inputs(sizes, torch.float64)
-    exact = results(wide, (exact_maps,), exact_maps)
-    maps = inputs(sizes)
-    expected = results(theirs, (maps,), maps)
-    for module in (ours, swapped, registered):
-        maps = inputs(sizes)
-        found = results(module, (maps,), maps)
-        assert_none_worse(found, expected, exact, size=43)
+    compare(theirs, (ours, swapped, registered), lambda dtype: (inputs(sizes, dtype),))
     fpn_fast.restore(swapped)
     assert type(swapped) is type(theirs)
 
@@ -104,21 +109,14 @@ def test_weights_are_drawn_with_the_same_spread():
 def test_extractors(cfg, factor):
     channels = 32 if cfg.get("aggregation") == "concat" else 8
     cfg = {**cfg, "roi_layer": LAYER, "out_channels": channels, "featmap_strides": STRIDES}
-
-    def maps(dtype=torch.float32):
-        generator = torch.Generator().manual_seed(5)
-        return [torch.randn(2, 8, *size, generator=generator).to(dtype).requires_grad_() for size in ODD]
-
     theirs, ours = MODELS.build(copy.deepcopy(cfg)), mmdet.build_roi_extractor(cfg)
     swapped, registered = copy.deepcopy(theirs), MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
     assert len(fpn_fast.accelerate(swapped).swapped) == 1
-    wide = maps(torch.float64)
-    exact = results(theirs, (wide, rois().double(), factor), wide)
-    plain = maps()
-    expected = results(theirs, (plain, rois(), factor), plain)
-    for module in (ours, swapped, registered):
-        taken = maps()
-        assert_none_worse(results(module, (taken, rois(), factor), taken), expected, exact, size=43)
+
+    def arguments(dtype):
+        return [each.to(dtype).requires_grad_() for each in features()], rois().to(dtype), factor
+
+    compare(theirs, (ours, swapped, registered), arguments)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -132,17 +130,21 @@ def test_anchors(name):
         assert torch.equal(a, b)
 
 
-def head(name="rpn", coder=None, **config):
-    cfg = {
-        "type": "RPNHead", "in_channels": 8, "feat_channels": 8,
-        "anchor_generator": {"type": "AnchorGenerator", **GENERATORS[name]},
-        "bbox_coder": {"type": "DeltaXYWHBBoxCoder", **(coder or {})},
-        "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
-        "test_cfg": {"nms_pre": 120, "max_per_img": 100, "nms": {"type": "nms", "iou_threshold": 0.7},
-                     "min_bbox_size": 0, **config},
-    }  # fmt: skip
+def faster_rcnn_config(channels, **changes):
+    """mmdetection's own, with maps of so many channels; changes have two underscores for a dot."""
+    config = Config(Config.fromfile(FASTER_RCNN).model)
+    places = ("neck.out", "rpn_head.in", "rpn_head.feat", "roi_head.bbox_roi_extractor.out", "roi_head.bbox_head.in")
+    config.merge_from_dict({f"{place}_channels": channels for place in places})
+    config.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def head(name="rpn", coder=None, train_cfg=None, **config):
+    cfg = faster_rcnn_config(8).rpn_head
+    cfg.anchor_generator = {"type": "AnchorGenerator", **GENERATORS[name]}
+    cfg.bbox_coder = {"type": "DeltaXYWHBBoxCoder", **(coder or {})}
     torch.manual_seed(0)
-    made = MODELS.build(Config(cfg))
+    made = MODELS.build(cfg, default_args={"train_cfg": train_cfg, "test_cfg": Config({**CONFIG, **config})})
     # Scores that are not near 1, where they tie and logits do not.
     for layer, deviation in ((made.rpn_conv, 0.3), (made.rpn_cls, 0.1), (made.rpn_reg, 0.1)):
         torch.nn.init.normal_(layer.weight, std=deviation)
@@ -151,7 +153,7 @@ def head(name="rpn", coder=None, **config):
 
 def samples():
     padded = {"pad_shape": (100, 168), "scale_factor": (1.0, 1.0)}
-    return [DetDataSample(metainfo={"img_shape": size, **padded}) for size in ((100, 160), (90, 168))]
+    return [DetDataSample(metainfo={"img_shape": size, **padded}) for size in SIZES]
 
 
 def features():
@@ -184,8 +186,7 @@ def test_proposals(name, config, coder):
             (theirs.prior_generator, theirs.bbox_coder),
             (mmdet.AnchorGenerator(**GENERATORS[name]), mmdet.DeltaXYWHBBoxCoder(**coder)),
         ):
-            sizes = [(100, 160), (90, 168)]
-            found = mmdet.predict_proposals(*maps, generator, box_coder, sizes, theirs.test_cfg)
+            found = mmdet.predict_proposals(*maps, generator, box_coder, SIZES, theirs.test_cfg)
             lists = mmdet.proposals_of_images(*found)
             made = [InstanceData(bboxes=b, scores=s, labels=torch.zeros(len(s), dtype=torch.long)) for b, s in lists]
             check_proposals(made, expected)
@@ -206,26 +207,16 @@ def test_unusual_proposals_take_mmdetections_steps(change):
 
 
 def test_losses_are_mmdetections():
-    trained = MODELS.build(Config({
-        "type": "RPNHead", "in_channels": 8, "feat_channels": 8,
-        "anchor_generator": {"type": "AnchorGenerator", **GENERATORS["rpn"]},
-        "bbox_coder": {"type": "DeltaXYWHBBoxCoder"},
-        "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
-        "train_cfg": {
-            "assigner": {"type": "MaxIoUAssigner", "pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "min_pos_iou": 0.3},
-            "sampler": {"type": "PseudoSampler"}, "allowed_border": -1, "pos_weight": -1,
-        },
-    }))  # fmt: skip
+    trained = head(train_cfg=faster_rcnn_config(8, train_cfg__rpn__sampler={"type": "PseudoSampler"}).train_cfg.rpn)
     fast = copy.deepcopy(trained)
     fpn_fast.accelerate(fast)
     batch = samples()
     for sample in batch:
         sample.gt_instances = InstanceData(bboxes=torch.tensor([[5.0, 6, 60, 50]]), labels=torch.tensor([0]))
-    proposal_cfg = head().test_cfg
-    torch.manual_seed(1)
-    losses, boxes = trained.loss_and_predict(features(), copy.deepcopy(batch), proposal_cfg=proposal_cfg)
-    torch.manual_seed(1)
-    fast_losses, fast_boxes = fast.loss_and_predict(features(), copy.deepcopy(batch), proposal_cfg=proposal_cfg)
+    (losses, boxes), (fast_losses, fast_boxes) = (
+        model.loss_and_predict(features(), copy.deepcopy(batch), proposal_cfg=trained.test_cfg)
+        for model in (trained, fast)
+    )
     assert losses.keys() == fast_losses.keys()
     for key in losses:
         assert all(torch.equal(a, b) for a, b in zip(losses[key], fast_losses[key], strict=True))
@@ -234,40 +225,14 @@ def test_losses_are_mmdetections():
 
 def faster_rcnn():
     """mmdetection's, with a ResNet-18; boxes and scores that differ, as an untrained head's do not."""
-    rpn = {"nms_pre": 60, "max_per_img": 40, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0}
-    assigner = {"type": "MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.5, "min_pos_iou": 0.5}
-    sampler = {"type": "RandomSampler", "num": 32, "pos_fraction": 0.25, "neg_pos_ub": -1}
-    coder = {"type": "DeltaXYWHBBoxCoder", "target_stds": [0.1, 0.1, 0.2, 0.2]}
-    cfg = {
-        "type": "FasterRCNN",
-        "data_preprocessor": {"type": "DetDataPreprocessor", "pad_size_divisor": 32},
-        "backbone": {"type": "ResNet", "depth": 18, "norm_eval": True, "frozen_stages": -1},
-        "neck": {"type": "FPN", "in_channels": [64, 128, 256, 512], "out_channels": 32, "num_outs": 5},
-        "rpn_head": {
-            "type": "RPNHead", "in_channels": 32, "feat_channels": 32,
-            "anchor_generator": {"type": "AnchorGenerator", "scales": [8], "ratios": [0.5, 1.0, 2.0],
-                                 "strides": [*STRIDES, 64]},
-            "bbox_coder": {"type": "DeltaXYWHBBoxCoder"},
-            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"},
-        },
-        "roi_head": {
-            "type": "StandardRoIHead",
-            "bbox_roi_extractor": {"type": "SingleRoIExtractor", "out_channels": 32, "featmap_strides": STRIDES,
-                                   "roi_layer": {"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0}},
-            "bbox_head": {"type": "Shared2FCBBoxHead", "in_channels": 32, "fc_out_channels": 64, "roi_feat_size": 7,
-                          "num_classes": 3, "bbox_coder": coder,
-                          "loss_cls": {"type": "CrossEntropyLoss"}, "loss_bbox": {"type": "L1Loss"}},
-        },
-        "train_cfg": {
-            "rpn": {"assigner": assigner, "sampler": sampler, "allowed_border": -1, "pos_weight": -1},
-            "rpn_proposal": rpn, "rcnn": {"assigner": assigner, "sampler": {**sampler, "add_gt_as_proposals": True},
-                                          "pos_weight": -1},
-        },
-        "test_cfg": {"rpn": rpn, "rcnn": {"score_thr": 0.05, "max_per_img": 20,
-                                          "nms": {"type": "nms", "iou_threshold": 0.5}}},
-    }  # fmt: skip
+    few = {"nms_pre": 60, "max_per_img": 40}
+    cfg = faster_rcnn_config(
+        32, backbone={"depth": 18, "frozen_stages": -1, "init_cfg": None}, neck__in_channels=[64, 128, 256, 512],
+        roi_head__bbox_head={"fc_out_channels": 64, "num_classes": 3}, train_cfg__rpn_proposal=few, test_cfg__rpn=few,
+        train_cfg__rpn__sampler__num=32, train_cfg__rcnn__sampler__num=32, test_cfg__rcnn__max_per_img=20,
+    )  # fmt: skip
     torch.manual_seed(0)
-    model = MODELS.build(Config(cfg))
+    model = MODELS.build(cfg)
     for layer, deviation in ((model.rpn_head.rpn_cls, 0.1), (model.rpn_head.rpn_reg, 0.02),
                              (model.roi_head.bbox_head.fc_cls, 0.2)):  # fmt: skip
         torch.nn.init.normal_(layer.weight, std=deviation)
@@ -341,8 +306,7 @@ def test_benchmarks_state_what_mmdetection_does():
     theirs = head()
     theirs.prior_generator = AnchorGenerator(strides=[4 << i for i in range(count)], ratios=[0.5, 1.0, 2.0], scales=[8])
     metas = [{"img_shape": cases.image_size(case)}] * case.batch
-    config = Config({"nms_pre": top_n, "max_per_img": top_n, "nms": {"type": "nms", "iou_threshold": 0.7},
-                     "min_bbox_size": 0})  # fmt: skip
+    config = Config({**CONFIG, "nms_pre": top_n, "max_per_img": top_n})
     expected = theirs.predict_by_feat(maps[:count], maps[count:], batch_img_metas=metas, cfg=config)
     found = eager(maps)
     assert all(len(each) > 5 for each in expected)

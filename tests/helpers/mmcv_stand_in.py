@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmcv._ext for mmcv-lite, which has no compiled ops: RoIAlign by torchvision, NMS by its definition.
 
-mmdetection asks for some fifty names when it is imported; those without a form here raise when they are called.
+mmdetection imports some fifty names; those without a stand-in raise when they are called.
 """
 
 import sys
@@ -26,13 +26,11 @@ def roi_align_backward(
     grad_output, rois, argmax_y, argmax_x, grad_input, aligned_height, aligned_width, spatial_scale, sampling_ratio,
     pool_mode, aligned,
 ):  # fmt: skip
-    """Its gradient, into `grad_input`; it is linear in the input."""
+    """Its gradient, into `grad_input`."""
     assert pool_mode == 1
-    with torch.enable_grad():
-        input = torch.zeros_like(grad_input, requires_grad=True)
-        size = (aligned_height, aligned_width)
-        output = torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
-        grad_input.copy_(torch.autograd.grad(output, input, grad_output)[0])
+    shape = (aligned_height, aligned_width, *grad_input.shape)
+    backward = torch.ops.torchvision._roi_align_backward
+    grad_input.copy_(backward(grad_output, rois, spatial_scale, *shape, sampling_ratio, aligned))
 
 
 def nms(boxes, scores, iou_threshold, offset):
@@ -55,7 +53,7 @@ def _absent(name):
         raise AttributeError(name)
 
     def call(*arguments, **options):
-        raise NotImplementedError(f"mmcv._ext.{name} has no form in this stand-in")
+        raise NotImplementedError(f"mmcv._ext.{name} has no stand-in")
 
     return call
 
