@@ -92,7 +92,8 @@ def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:
 
 def _promote(maps: list[Tensor], name: str) -> list[Tensor]:
     if not torch.is_autocast_enabled(maps[0].device.type):
-        raise TypeError(f"{name} must be of one dtype outside autocast, got {[str(m.dtype) for m in maps]}")
+        dtypes = [str(each.dtype) for each in maps]
+        raise TypeError(f"{name} must be of one dtype outside autocast, got {dtypes}; convert them")
     widest = maps[0].dtype
     for each in maps[1:]:
         widest = torch.promote_types(widest, each.dtype)

@@ -36,10 +36,10 @@ def check_fours(**fours: Sequence[float]) -> list[list[float]]:
     found = []
     for name, values in fours.items():
         if len(values) != 4:
-            raise ValueError(f"{name} must be four, for (dx, dy, dw, dh), got {values}")
+            raise ValueError(f"{name} must be four values, (dx, dy, dw, dh), got {values}")
         found.append([constant(value) for value in values])
         if any(math.isnan(value) for value in found[-1]):
-            raise ValueError(f"{name} must be numbers, got {values}")
+            raise ValueError(f"{name} must not hold NaN, got {values}")
     return found
 
 

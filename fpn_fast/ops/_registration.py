@@ -84,12 +84,12 @@ def register_op(
 
 
 def traced() -> bool:
-    """Whether a compiler or a function transform is active. Both support registered ops only."""
+    """Return whether a compiler or a function transform is active. Both support registered ops only."""
     return torch.compiler.is_compiling() or _torch_private.function_transforms_active()
 
 
 def records_gradient(tensors: Iterable[Tensor]) -> bool:
-    """Whether autograd has to record an op on `tensors`."""
+    """Return whether autograd has to record an op on `tensors`."""
     # A generator in any() would take 0.4 us more.
     if torch.is_grad_enabled():
         for tensor in tensors:

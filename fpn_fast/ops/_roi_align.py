@@ -24,7 +24,7 @@ from fpn_fast.ops.levels import levels_by_area
 
 
 class _RoIAlign(torch.autograd.Function):
-    """The route without a tracer. The registered rules do the same and take several times as long per call."""
+    """The gradient of an eager call. The registered rules have the same formula and take several times as long."""
 
     @staticmethod
     def forward(
@@ -73,7 +73,7 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 def _refuse_second_derivative(backend: str) -> Callable[..., Any]:
     def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        raise RuntimeError("multiscale_roi_align is not differentiable twice")
+        raise RuntimeError("multiscale_roi_align is not differentiable twice, which create_graph=True asks for")
 
     return backward
 

@@ -86,7 +86,7 @@ def thresholds_of(
         return []
     first, last = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
     if last < first:
-        raise ValueError(f"maps must be finest first, got scales {list(scales)}")
+        raise ValueError(f"maps must be finest first, got scales {list(scales)}; reverse both")
     if level_formula == "mmdet":
         first, last = 0, len(scales) - 1
     # A pyramid that leaves out a stride has more levels than maps. RoIs beyond the last map belong to none.
@@ -129,7 +129,7 @@ def assign_levels(
     if rois.dim() != 2 or rois.size(1) != 5:
         raise ValueError(f"rois must be [K, 5], (image, x1, y1, x2, y2), got {tuple(rois.shape)}")
     if len(scales) == 0:
-        raise ValueError("scales must hold one for each map, got an empty sequence")
+        raise ValueError("scales must have one value per map, got an empty sequence")
     thresholds = thresholds_of(tuple(map(float, scales)), canonical_scale, canonical_level, level_formula)
     return levels_by_area(rois, len(scales), thresholds)
 

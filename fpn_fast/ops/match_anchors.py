@@ -54,7 +54,7 @@ class AnchorGrid:
         return sum(len(anchors) * height * width for anchors, (height, width) in levels)
 
     def boxes(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
-        """The anchors, stored: [M, 4]."""
+        """Return the anchors as a tensor [M, 4]."""
         return _boxes(*self._numbers(), dtype, device)
 
     def _numbers(self) -> tuple[list[float], list[int], list[int], list[int], float]:

@@ -44,7 +44,7 @@ def exponential(x, ACC: tl.constexpr):
 
 @triton.jit
 def logistic(x, ACC: tl.constexpr):
-    """1 / (1 + exp(-x)), every step rounded."""
+    """Return 1 / (1 + exp(-x)) with every step rounded."""
     return divide(tl.full((), 1, ACC), 1 + exponential(-x, ACC), ACC)
 
 

@@ -19,26 +19,26 @@ import triton.language as tl
 
 
 def encode_int(number: int) -> int:
-    """`number`, 0 or more, as a kernel takes it in a tuple."""
+    """Encode `number`, 0 or more, for a tuple of kernel arguments."""
     return 2 * number + 3
 
 
 @triton.jit
 def decode_int(number):
-    """The integer that :func:`encode_int` encoded."""
+    """Return the integer that :func:`encode_int` encoded."""
     return (number - 3) >> 1
 
 
 def encode_float(number: float, dtype: torch.dtype) -> float | int:
-    """`number` as a kernel that computes in `dtype` takes it."""
+    """Encode `number` for a kernel that computes in `dtype`."""
     return struct.unpack("q", struct.pack("d", number))[0] if dtype == torch.float64 else number
 
 
 @triton.jit
 def decode_float(number, ACC: tl.constexpr):
-    """The float that :func:`encode_float` encoded for a kernel that computes in ACC."""
+    """Return the float that :func:`encode_float` encoded for a kernel that computes in ACC."""
     if ACC == tl.float64:
-        # Zero arrives as an int32.
+        # Triton passes small integers, such as the bits of 0, as int32.
         return number.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return number

@@ -211,7 +211,7 @@ def bin_weight(
 
 
 def map_arguments(features: Sequence[Tensor], scales: Sequence[float], thresholds: Sequence[float]) -> tuple[Any, ...]:
-    """(features, geometry, scales, thresholds) for a forward kernel; :func:`map_of` reads them."""
+    """Return (features, geometry, scales, thresholds) for a forward kernel, which reads them with :func:`map_of`."""
     return (
         tuple(features),
         tuple(tuple(map(encode_int, (*feature.shape[2:], *feature.stride()))) for feature in features),
@@ -223,7 +223,7 @@ def map_arguments(features: Sequence[Tensor], scales: Sequence[float], threshold
 def constants_of(
     tensor: Tensor, pooled: tuple[int, int], levels: Tensor | None, maps: int, sampling_ratio: int, aligned: bool
 ) -> dict[str, object]:
-    """The constants that the kernels of both pool modes take. `tensor` is a feature or the incoming gradient."""
+    """Return the constants of the kernels of both pool modes. `tensor` is a feature or the incoming gradient."""
     return {
         "PH": pooled[0],
         "PW": pooled[1],

@@ -83,7 +83,7 @@ def heatmaps_to_keypoints_kernel(
     heatmaps, boxes, points, scores, keypoints, height, width,
     BOX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """heatmaps [R, K, height, width], boxes [R, 4], points [R, K, 3], scores [R, K]."""
+    """Write points [R, K, 3] and scores [R, K] of heatmaps [R, K, height, width] and boxes [R, 4]."""
     index = tl.program_id(0).to(tl.int64)
     corners = boxes + index // keypoints * 4
     left, top = tl.load(corners), tl.load(corners + 1)
