@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets of anchors and proposals by :func:`ops.match_anchors`, equal to those of torchvision's RPN and RoI heads."""
+"""Matches of anchors and proposals by :func:`ops.match_anchors`, equal to those of torchvision's Matcher."""
 
 from __future__ import annotations
 
@@ -70,50 +70,3 @@ def _same_arithmetic(gt_boxes: Tensor, boxes: Tensor) -> bool:
 def labels_of(matches: Tensor) -> Tensor:
     """A matcher's indices -> float32 labels: 1 for a match, 0 for background, -1 for an ignored anchor."""
     return (matches + 1).clamp(max=1).to(torch.float32)
-
-
-def assign_targets_to_anchors(
-    matcher: Matcher, similarity: Similarity, anchors: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The labels and boxes of torchvision's RegionProposalNetwork.assign_targets_to_anchors.
-
-    Args:
-        anchors: per image [M, 4].
-        targets: per image a dict with "boxes" [G, 4].
-
-    Returns:
-        Per image the labels [M] float32: 1 for a match, 0 for background, -1 for an ignored anchor. And per image the
-        matched boxes [M, 4]: the first ground truth for an anchor without a match, zeros in an image without ground
-        truths.
-    """
-    labels, matched = [], []
-    for boxes, target in zip(anchors, targets, strict=False):
-        gt_boxes = target["boxes"]
-        matches = match_boxes(matcher, similarity, gt_boxes, boxes)
-        labels.append(labels_of(matches))
-        none = torch.zeros_like(boxes, dtype=torch.float32)
-        matched.append(gt_boxes[matches.clamp(min=0)] if gt_boxes.numel() else none)
-    return labels, matched
-
-
-def assign_targets_to_proposals(
-    matcher: Matcher, proposals: Sequence[Tensor], gt_boxes: Sequence[Tensor], gt_labels: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The indices and labels of torchvision's RoIHeads.assign_targets_to_proposals.
-
-    Args:
-        proposals: per image [M, 4].
-        gt_boxes, gt_labels: per image [G, 4] and [G].
-
-    Returns:
-        Per image the index [M] int64 of each proposal's ground truth, 0 for none. And per image the labels [M] int64: 0
-        for background, -1 for proposals that the sampler ignores.
-    """
-    indices, labels = [], []
-    for boxes, gts, of_gts in zip(proposals, gt_boxes, gt_labels, strict=False):
-        matches = match_boxes(matcher, box_iou, gts, boxes)
-        indices.append(matches.clamp(min=0))
-        # Without ground truths there is no label to look up.
-        own = of_gts[indices[-1]].to(torch.int64) if gts.numel() else indices[-1]
-        labels.append(torch.where(matches >= 0, own, matches + 1))
-    return indices, labels

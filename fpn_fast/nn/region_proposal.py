@@ -138,8 +138,19 @@ class RegionProposalNetwork(_RegionProposalBase):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels [M] and matched boxes [M, 4] per image, equal to torchvision's, without an IoU matrix."""
-        return _matching.assign_targets_to_anchors(self.proposal_matcher, self.box_similarity, anchors, targets)
+        """Labels [M] and matched boxes [M, 4] per image, equal to torchvision's, without an IoU matrix.
+
+        Labels are 1 for a match, 0 for background, -1 for an ignored anchor. An anchor without a match gets the first
+        ground truth as its box, and zeros in an image without ground truths.
+        """
+        labels, matched = [], []
+        for boxes, target in zip(anchors, targets, strict=False):
+            gt_boxes = target["boxes"]
+            matches = _matching.match_boxes(self.proposal_matcher, self.box_similarity, gt_boxes, boxes)
+            labels.append(_matching.labels_of(matches))
+            none = torch.zeros_like(boxes, dtype=torch.float32)
+            matched.append(gt_boxes[matches.clamp(min=0)] if gt_boxes.numel() else none)
+        return labels, matched
 
     def _knows_anchors(self) -> bool:
         """Whether the op supports this anchor generator and box coder."""

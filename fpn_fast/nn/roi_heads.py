@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import roi_heads, transform
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
@@ -67,8 +68,18 @@ class RoIHeads(roi_heads.RoIHeads):
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per image [M, 4], [G, 4] and [G] -> per image the ground truth and the label of each proposal, [M] int64."""
-        return _matching.assign_targets_to_proposals(self.proposal_matcher, proposals, gt_boxes, gt_labels)
+        """Per image [M, 4], [G, 4] and [G] -> per image the ground truth and the label of each proposal, [M] int64.
+
+        The ground truth is 0 for none. The label is 0 for background, -1 for proposals that the sampler ignores.
+        """
+        indices, labels = [], []
+        for boxes, gts, of_gts in zip(proposals, gt_boxes, gt_labels, strict=False):
+            matches = _matching.match_boxes(self.proposal_matcher, box_iou, gts, boxes)
+            indices.append(matches.clamp(min=0))
+            # Without ground truths there is no label to look up.
+            own = of_gts[indices[-1]].to(torch.int64) if gts.numel() else indices[-1]
+            labels.append(torch.where(matches >= 0, own, matches + 1))
+        return indices, labels
 
     def postprocess_detections(
         self,
