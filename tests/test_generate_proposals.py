@@ -25,8 +25,8 @@ FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.cha
 
 
 def head(dtype=torch.float32, form=torch.contiguous_format, batch=2, pyramid=PYRAMID, trained=False, seed=0):
-    """Logits whose scores are units apart, also across levels, and deltas; of a trained head most logits are low and a
-    few so high that their scores are 1."""
+    """Return logits whose scores are distinct, also across levels, and deltas. A trained head has mostly low logits and
+    a few whose scores are 1."""
     generator = torch.Generator().manual_seed(seed)
     objectness, deltas = [], []
     total = batch * 3 * sum(height * width for height, width in pyramid)
@@ -54,7 +54,7 @@ def propose(objectness, deltas, cells=CELLS, sizes=SIZES, **options):
 
 
 def as_torchvision(objectness, deltas, pre=200, post=150, thresh=0.7, score_thresh=0.0, generator=GENERATOR):
-    """torchvision's own steps after the head."""
+    """Select proposals with torchvision's own code."""
     counts = {"training": pre, "testing": pre}, {"training": post, "testing": post}
     rpn = RegionProposalNetwork(generator, None, 0.7, 0.3, 256, 0.5, *counts, thresh, score_thresh)
     images = ImageList(torch.empty(len(objectness[0]), 3, *PADDED), SIZES[: len(objectness[0])])
@@ -66,7 +66,7 @@ def as_torchvision(objectness, deltas, pre=200, post=150, thresh=0.7, score_thre
 
 
 def check_equal(found, expected, unit):
-    """The same boxes in the same order, to the last bits of an exponential that is rounded differently."""
+    """Compare boxes and order; torchvision rounds the exponential differently, so the last bits may differ."""
     boxes, scores, counts = found
     for n, (a, b) in enumerate(zip(*expected, strict=True)):
         count = int(counts[n])
@@ -96,7 +96,7 @@ def test_equals_torchvisions_rpn(every_backend, dtype, form, trained):
     ids=str,
 )  # fmt: skip
 def test_other_numbers(every_backend, numbers):
-    """Fewer anchors than are asked for, fewer wanted than are left, nothing that is good enough, nothing wanted."""
+    """More boxes wanted than anchors, fewer than candidates, none above the threshold, none wanted."""
     pre, post, thresh, score_thresh = numbers
     objectness, deltas = head()
     options = {"pre_nms_top_n": pre, "post_nms_top_n": post, "nms_thresh": thresh, "score_thresh": score_thresh}
@@ -124,7 +124,7 @@ def test_batches_and_levels(every_backend, batch, levels):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_cpp_is_the_reference_bit_for_bit(dtype, options):
-    """Half precision has many equal logits: these are told apart by their order alone."""
+    """Half precision has many equal logits, whose order alone decides."""
     objectness, deltas = head(dtype, torch.channels_last, trained=True)
     results = []
     for name in ("cpp", "reference"):
@@ -136,7 +136,7 @@ def test_cpp_is_the_reference_bit_for_bit(dtype, options):
 
 @not_interpreted
 def test_half_precision_is_read_exactly(every_backend):
-    """The same as of the maps in float32: anchors, decoding and overlap know no half precision."""
+    """The result equals that of the maps in float32: anchors, decoding and overlap use no half precision."""
     for dtype in (torch.float16, torch.bfloat16):
         objectness, deltas = head(dtype)
         found = propose(objectness, deltas)
@@ -163,7 +163,7 @@ def test_any_strides(every_backend):
 
 
 def test_ties_go_in_torchvisions_order_of_anchors(every_backend):
-    """All logits equal: the first anchors of (y, x, anchor), and of equal scores the finer level first."""
+    """Equal logits rank in the order (y, x, anchor), equal scores in that of levels."""
     objectness, deltas = head(batch=1)
     objectness = [torch.full_like(m, 0.25) for m in objectness]
     deltas = [torch.zeros_like(m) for m in deltas]
@@ -181,7 +181,7 @@ def test_ties_go_in_torchvisions_order_of_anchors(every_backend):
 
 @not_interpreted
 def test_bad_numbers_are_never_proposed(every_backend):
-    """What is left is as if the logits had been low; torchvision ranks NaN first."""
+    """The result is as if these logits had been low; torchvision ranks NaN first."""
     objectness, deltas = head()
     bad = [m.clone() for m in objectness]
     low = [m.clone() for m in objectness]
@@ -210,7 +210,7 @@ def test_bad_numbers_are_never_proposed(every_backend):
 
 
 def test_sizes_and_scores_that_are_hit_exactly(every_backend):
-    """A box of exactly the least size, and a score of exactly the threshold, by >= and by >."""
+    """A box of exactly min_size and a score of exactly the threshold, with >= and with >."""
     objectness, deltas = torch.zeros(1, 1, 1, 2), torch.zeros(1, 4, 1, 2)
     arguments = ([objectness], [deltas], [[(0, 0, 8, 4)]], [(1, 20)], torch.tensor([[50, 50]]))
     numbers = {"pre_nms_top_n": 5, "post_nms_top_n": 5, "nms_thresh": 0.5}
@@ -221,7 +221,7 @@ def test_sizes_and_scores_that_are_hit_exactly(every_backend):
 
 
 def numbers_of_libraries(library, dtype=torch.float64):
-    """Logits, deltas, sizes and options in float64, where formulas that round differently agree to 1e-12."""
+    """Return logits, deltas, sizes and options in float64, where formulas that round differently agree to 1e-12."""
     objectness, deltas = head(dtype, batch=1, trained=True)
     # Scales that both clamps change.
     deltas = [m * 10 for m in deltas]
@@ -229,7 +229,7 @@ def numbers_of_libraries(library, dtype=torch.float64):
 
 
 def in_steps(objectness, deltas, size, decoded, valid, scores, threshold, product, pre=200, post=150):
-    """Top-k, filter and suppression of each level, then the best of all, with the library's own boxes."""
+    """Select, filter and suppress per level, then keep the best of all levels, with the library's own boxes."""
     found, numbers = [], []
     for level, (m, d) in enumerate(zip(objectness, deltas, strict=True)):
         logits = m[0].permute(1, 2, 0).flatten()
@@ -298,7 +298,7 @@ def test_mmdetections_formulas(every_backend, center_clamp):
 
 
 def test_the_exponential_is_the_nearest_float():
-    """Of the compiled op too: sides of boxes that are exp(dw) times a power of two."""
+    """The compiled op too: the sides of these boxes are exp(dw) times a power of two."""
     x = torch.linspace(-20, 4.1, 3000)
     assert torch.equal(exponential(x), torch.tensor([math.exp(v) for v in x.tolist()], dtype=torch.float64).float())
     assert (logistic(x) - torch.sigmoid(x)).abs().max() <= 2**-23
@@ -316,7 +316,7 @@ def test_the_exponential_is_the_nearest_float():
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_maps(data):
-    """Sizes, types, formats and few different numbers, so that many tie: cpp against the reference."""
+    """cpp equals the reference for random sizes, dtypes, formats and few distinct values, so that many tie."""
     draw = data.draw
     side, dtype = st.integers(1, 9), draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
     pyramid = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
@@ -440,7 +440,7 @@ def test_decoding_is_torchvisions_coder():
 @pytest.mark.parametrize("numbers", [(1000, 1000), (2000, 2000)], ids=str)
 @pytest.mark.parametrize("name", ["cpp", "triton"])
 def test_a_gpu_proposes_what_the_cpu_does(name, dtype, form, numbers):
-    """At a detector's size, bit for bit; the same in every run, without synchronising."""
+    """At a detector's size results are equal bit for bit, also between runs, without host synchronisation."""
     pyramid = ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))
     objectness, deltas = head(dtype, form, pyramid=pyramid, trained=True)
     cells = [*CELLS, (torch.tensor(CELLS[-1]) * 2).tolist()]

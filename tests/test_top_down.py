@@ -112,7 +112,7 @@ class TestTopDown(Battery):
         torch.library.opcheck(_BACKWARD[backend], (grads, 1, 2, 0, False))
 
     def test_backward_op_takes_fake_tensors(self, target):
-        """The op itself: autograd's engine wants a real device behind a fake tensor."""
+        """Test the op itself, because autograd's engine needs a real device behind a fake tensor."""
         backend, device = target
         if backend == "reference" or backends.problem(backend, "cuda") is not None:
             pytest.skip(f"{backend} has no op for cuda tensors here")
@@ -201,7 +201,7 @@ def test_scale_factor_of_two_is_the_doubling_merge():
 
 
 def test_outputs_are_ordinary_tensors():
-    """A large one can be resized to more elements, and goes back to torch's allocator with its last reference."""
+    """A large output can be resized, and returns to torch's allocator with its last reference."""
     merged = ops.upsample_add(torch.ones(1, 4, 256, 1024), torch.ones(1, 4, 1, 1))
     assert merged.untyped_storage().resizable()
     merged.resize_(2, 4, 256, 1024)
