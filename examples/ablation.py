@@ -3,15 +3,10 @@
 
     python examples/ablation.py --output runs/ablation
 
-A row is a model that train_detector.py trains once per seed, with the same data and steps: torchvision's Faster R-CNN,
-the same one with our kernels, with static sampling, without the top-down pathway, and on a single map of stride 16. The
-seed sets the weights, the images of training and test, and their order. As in the paper (Lin et al., 2017, Tables 1 and
-2) the figures are the AR of the proposals and the AP of the detections. A finished run is not repeated, and an
-interrupted one resumes. The table has all runs in the folder:
-
-    python examples/ablation.py --output runs/ablation --rows "FPN, torchvision" "FPN, fpn_fast" --seeds 1
-
-adds a second seed to two of its rows.
+A row is a model that train_detector.py trains once per seed, with the same data and steps. The seed sets the weights,
+the images of training and test, and their order. As in the paper (Lin et al., 2017, Tables 1 and 2) the figures are the
+AR of the proposals and the AP of the detections. A finished run is not repeated, an interrupted one resumes, and the
+table has all runs in the folder: --rows and --seeds add to it.
 
 Five models converge within an hour on two cores. The backbone is quick, and its finest level is a convolution and a
 pool: deep features must come from above. The pyramid has 128 channels where the paper's has 256, and the learning rate
@@ -62,8 +57,7 @@ def cores() -> int:
 
 
 def folder_of(name: str, options: argparse.Namespace) -> Path:
-    folder: Path = options.output / name.replace(", ", "_").replace(" ", "-")
-    return folder
+    return options.output / name.replace(", ", "_").replace(" ", "-")
 
 
 def run(name: str, seed: int, options: argparse.Namespace, more: Sequence[str]) -> None:
@@ -90,8 +84,7 @@ def figures_of(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     track = figures["eager" if "eager" in figures else "fused"]
     if figures["steps"] != options.steps:
         raise SystemExit(f"error: {path} is of {figures['steps']} steps, not {options.steps}; take another --output")
-    curve = [{"step": at["step"], "AP": next(at[key]["AP"] for key in at if key != "step")}
-             for at in figures["test_history"]]  # fmt: skip
+    curve = [{"step": at.pop("step"), "AP": next(iter(at.values()))["AP"]} for at in figures["test_history"]]
     return {
         "seed": figures["arguments"]["seed"],
         **{column: track["test"][column] for column in PRECISIONS},

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +46,6 @@ class DetectionData(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Item: ...
     def coco(self) -> dict[str, Any]: ...
-    def first(self, count: int) -> DetectionData: ...
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -137,23 +136,17 @@ class CocoImages(Dataset[Item]):
     def coco(self) -> dict[str, Any]:
         return self._coco
 
-    def first(self, count: int) -> CocoImages:
-        """The set of the first ``count`` images."""
-        return self.at(list(range(min(count, len(self)))))
-
-    def at(self, indices: list[int]) -> CocoImages:
+    def at(self, indices: Iterable[int]) -> CocoImages:
         """The set of the images at these places."""
         return CocoImages(of_images(self._coco, indices), self.folder, self.masks)
 
 
 def _mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W] of an annotation's polygons, or of its RLE with counts as a list or as text."""
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        return rle.decode(rle.merge(rle.frPyObjects(segmentation, *size)))
-    return rle.decode(
-        rle.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
-    )
+    found = annotation["segmentation"]
+    if isinstance(found, list):
+        return rle.decode(rle.merge(rle.frPyObjects(found, *size)))
+    return rle.decode(rle.frPyObjects(found, *size) if isinstance(found["counts"], list) else found)
 
 
 def _check_masks(coco: dict[str, Any], path: Path) -> None:
@@ -183,22 +176,14 @@ def load_coco(annotations: Path, folder: Path, masks: bool = False) -> CocoImage
     return CocoImages(coco, folder, masks)
 
 
-def split_coco(
-    annotations: Path, folder: Path, masks: bool = False, held_out: float = 0.2, seed: int = 0
-) -> tuple[CocoImages, CocoImages]:
-    """Training and test sets of one COCO file: the seed picks the share of its images that is held out for testing."""
+def split_coco(annotations: Path, folder: Path, masks: bool, seed: int) -> tuple[CocoImages, CocoImages]:
+    """Training and test sets of one COCO file: the seed picks one image in five to hold out for testing."""
     data = load_coco(annotations, folder, masks)
     if len(data) < 2:
         raise DataError(f"{annotations} must have at least 2 images, one for each split, got {len(data)}")
     order = np.random.default_rng(seed).permutation(len(data)).tolist()
-    count = min(max(1, round(len(data) * held_out)), len(data) - 1)
+    count = min(max(1, round(len(data) / 5)), len(data) - 1)
     return data.at(sorted(order[count:])), data.at(sorted(order[:count]))
-
-
-def check_boxes(data: CocoImages, annotations: Path) -> None:
-    """Raise DataError where there is nothing to learn from."""
-    if all(annotation["iscrowd"] for annotation in data.coco()["annotations"]):
-        raise DataError(f"{annotations} leaves no box to learn from in the train split")
 
 
 def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
@@ -207,36 +192,30 @@ def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} is not a directory of images")
     images = {}
     for image in coco["images"]:
-        file = folder / image["file_name"]
         try:
-            with Image.open(file) as opened:
+            with Image.open(folder / image["file_name"]) as opened:
                 images[image["id"]] = {**image, "width": opened.width, "height": opened.height}
-        except FileNotFoundError as error:
-            raise DataError(f"image {image['file_name']} of {path} is not in {folder}") from error
         except OSError as error:
-            raise DataError(f"cannot read image {file}: {error}") from error
+            raise DataError(f"cannot read image {image['file_name']} of {path}: {error}") from error
     annotations: list[dict[str, Any]] = []
     for annotation in coco["annotations"]:
         x, y, width, height = annotation["bbox"]
         image = images[annotation["image_id"]]
         x1, y1 = max(0.0, x), max(0.0, y)
-        x2, y2 = min(image["width"], x + width), min(image["height"], y + height)
-        if x2 <= x1 or y2 <= y1:
+        width, height = min(image["width"], x + width) - x1, min(image["height"], y + height) - y1
+        if width <= 0 or height <= 0:
             continue
-        area = annotation.get("area")
-        filled = {
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "area": area if isinstance(area, int | float) else (x2 - x1) * (y2 - y1),
-            "iscrowd": int(bool(annotation.get("iscrowd"))),
-        }
-        annotations.append({**annotation, **filled, "id": len(annotations) + 1})
+        area, crowd = annotation.get("area"), int(bool(annotation.get("iscrowd")))
+        area = area if isinstance(area, int | float) else width * height
+        filled = {"bbox": [x1, y1, width, height], "area": area, "iscrowd": crowd, "id": len(annotations) + 1}
+        annotations.append({**annotation, **filled})
     dropped = len(coco["annotations"]) - len(annotations)
     if dropped:
         print(f"warning: dropped {dropped} boxes of {path} that have no area inside their image", file=sys.stderr)
     return {"info": {}, "images": [*images.values()], "annotations": annotations, "categories": coco["categories"]}
 
 
-def of_images(coco: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+def of_images(coco: dict[str, Any], indices: Iterable[int]) -> dict[str, Any]:
     """The part of a COCO dict that is about the images at these places."""
     images = [coco["images"][index] for index in indices]
     ids = {image["id"] for image in images}
@@ -244,7 +223,7 @@ def of_images(coco: dict[str, Any], indices: list[int]) -> dict[str, Any]:
 
 
 class StepBatches(Sampler[list[int]]):
-    """Indices of one process's batches, `accumulate` per step, from step ``first`` to ``last - 1`` of shuffled epochs.
+    """Indices of one process's batches, `accumulate` per step, for these consecutive steps of shuffled epochs.
 
     A step takes ``batch_size * accumulate * world`` images. They depend on that product, the length, the seed and the
     step alone: a resumed run takes the same images, and two processes take those of one that accumulates twice. Batch
@@ -252,19 +231,11 @@ class StepBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        first: int,
-        last: int,
-        *,
-        accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
+        self, length: int, batch_size: int, seed: int, steps: range, accumulate: int = 1, rank: int = 0, world: int = 1
     ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.numbers = range(first * accumulate * world + rank, last * accumulate * world + rank, world)
+        first, last = (step * accumulate * world + rank for step in (steps.start, steps.stop))
+        self.numbers = range(first, last, world)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -291,11 +262,9 @@ def proposals_as_coco(image_id: int, boxes: Tensor, category_ids: tuple[int, ...
 
     Proposals have no class; they take the set's first, because pycocotools leaves out unknown ones.
     """
-    found = box_convert(boxes[: PROPOSALS_COUNTED[-1]].float(), "xyxy", "xywh").tolist()
-    return [
-        {"image_id": image_id, "category_id": category_ids[0], "bbox": box, "score": -rank}
-        for rank, box in enumerate(found)
-    ]
+    ranks = torch.arange(min(PROPOSALS_COUNTED[-1], len(boxes)))
+    found = {"boxes": boxes[: len(ranks)], "labels": torch.ones_like(ranks), "scores": -ranks}
+    return detections_as_coco(image_id, found, category_ids)
 
 
 def detections_as_coco(

@@ -10,24 +10,13 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from detector_training import Settings, Track
-from processes import Processes
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from processes import Processes, UsageError
+from torch.distributed.checkpoint import state_dict as sharded
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-class CheckpointError(Exception):
-    """A checkpoint that is absent, unreadable, or of another run; the message is one line."""
+WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, processes: Processes) -> None:
@@ -35,12 +24,22 @@ def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, process
 
     All processes call it, because sharded weights are gathered; the leading one writes.
     """
-    state = {"settings": settings.fingerprint(), "tracks": [_state_of(track) for track in tracks]}
+    states = [
+        {
+            "model": sharded.get_model_state_dict(track.model, options=WHOLE),
+            "average": sharded.get_model_state_dict(track.average.module, options=WHOLE),
+            "optimizer": sharded.get_optimizer_state_dict(track.model, track.optimizer, options=WHOLE),
+            "scaler": track.scaler.state_dict(),
+            "losses": track.losses,
+            "seconds": track.seconds,
+        }
+        for track in tracks
+    ]
     if processes.leads:
         temporary = path.with_name(f"{path.name}.tmp")
         try:
             with temporary.open("wb") as file:
-                torch.save(state, file)
+                torch.save({"settings": settings.fingerprint(), "tracks": states}, file)
                 file.flush()
                 # The name must not reach the disk before the contents.
                 os.fsync(file.fileno())
@@ -51,35 +50,27 @@ def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, process
     processes.any(False)
 
 
-def _state_of(track: Track) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(track.model, options=WHOLE),
-        "average": get_model_state_dict(track.average.module, options=WHOLE),
-        "optimizer": get_optimizer_state_dict(track.model, track.optimizer, options=WHOLE),
-        "scaler": track.scaler.state_dict(),
-        "losses": track.losses,
-        "seconds": track.seconds,
-    }
-
-
 def load_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None:
-    """Restore the tracks from `path`. The backend may be another: weights have the same names and shapes."""
+    """Restore the tracks from `path`; UsageError where it is absent, unreadable, or of another run.
+
+    The backend may be another: weights have the same names and shapes.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, states = state["settings"], state["tracks"]
     except FileNotFoundError as error:
-        raise CheckpointError(f"--resume: there is no checkpoint {path}") from error
+        raise UsageError(f"--resume: there is no checkpoint {path}") from error
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"--resume: {path} is not a checkpoint of this script") from error
+        raise UsageError(f"--resume: {path} is not a checkpoint of this script") from error
     for key, value in settings.fingerprint().items():
         if saved.get(key) != value:
-            raise CheckpointError(f"--resume: {path} was trained with {key} {saved.get(key)}, this run has {value}")
+            raise UsageError(f"--resume: {path} was trained with {key} {saved.get(key)}, this run has {value}")
     if len(states) != len(tracks):
-        raise CheckpointError(f"--resume: {path} was written {'with' if len(states) > 1 else 'without'} --compare")
+        raise UsageError(f"--resume: {path} was written {'with' if len(states) > 1 else 'without'} --compare")
     for track, values in zip(tracks, states, strict=True):
-        set_model_state_dict(track.model, values["model"], options=WHOLE)
-        set_model_state_dict(track.average.module, values["average"], options=WHOLE)
-        set_optimizer_state_dict(track.model, track.optimizer, values["optimizer"], options=WHOLE)
+        sharded.set_model_state_dict(track.model, values["model"], options=WHOLE)
+        sharded.set_model_state_dict(track.average.module, values["average"], options=WHOLE)
+        sharded.set_optimizer_state_dict(track.model, track.optimizer, values["optimizer"], options=WHOLE)
         track.scaler.load_state_dict(values["scaler"])
         track.losses, track.seconds = list(values["losses"]), list(values["seconds"])
         # The average of no steps would start anew.

@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO figures of models in training; each process evaluates its share of the images."""
+"""COCO figures of models in training, of which each process evaluates its share, and the logs of a run."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from coco_data import (
-    DetectionData,
-    average_precision,
-    average_recall,
-    detections_as_coco,
-    of_images,
-    proposals_as_coco,
-)
+from coco_data import DetectionData, average_precision, average_recall, detections_as_coco, of_images, proposals_as_coco
 from detector_training import Settings, Track
-from processes import Processes, Progress
+from processes import Processes, Progress, UsageError
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
@@ -100,9 +93,43 @@ def _proposals(model: nn.Module) -> Iterator[list[tuple[Tensor, list[int]]]]:
     def keep(_: nn.Module, inputs: tuple[Any, ...], outputs: tuple[list[Tensor], Any]) -> None:
         found[:] = zip(outputs[0], inputs[0].image_sizes, strict=True)
 
-    hook = model.rpn.register_forward_hook(keep) if hasattr(model, "rpn") else None
-    try:
+    with model.rpn.register_forward_hook(keep) if hasattr(model, "rpn") else nullcontext():
         yield found
-    finally:
-        if hook is not None:
-            hook.remove()
+
+
+class Logs:
+    """Scalars by step: losses, gradient norm, learning rate, images per second, AP. The leading process writes them."""
+
+    def __init__(self, settings: Settings, processes: Processes) -> None:
+        # An entry per evaluation before the last: the step, and each track's figures by its name.
+        self.history: list[dict[str, Any]] = []
+        self._writer = None
+        if not settings.tensorboard or not processes.leads:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(f"--tensorboard needs a package: pip install tensorboard ({error})") from error
+        self._writer = SummaryWriter(settings.output / "tensorboard")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def step(self, track: Track, step: int, settings: Settings) -> None:
+        images, rate = settings.batch_size * settings.batches_per_step, settings.learning_rate_at(step)
+        self._write(track.name, "train", {"loss": track.losses[-1], **track.parts, "learning_rate": rate}, step)
+        self._write(track.name, "speed", {"images_per_second": images / track.seconds[-1]}, step)
+
+    def test(self, figures: dict[str, dict[str, Any]], step: int) -> None:
+        """Log every track's figures after the step; they are empty in processes that do not lead."""
+        self.history.append({"step": step + 1, **figures})
+        for name, found in figures.items():
+            self._write(name, "test", found, step)
+            for part in ("masks", "proposals"):
+                self._write(name, "test", {f"{part}_{key}": each for key, each in found.get(part, {}).items()}, step)
+
+    def _write(self, name: str, group: str, values: dict[str, Any], step: int) -> None:
+        for key, value in values.items():
+            if self._writer is not None and isinstance(value, float):
+                self._writer.add_scalar(f"{group}/{key}/{name}", value, step + 1)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from processes import UsageError
 from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
@@ -28,29 +29,10 @@ PYRAMIDS = ("fpn", "no-top-down", "c4")
 HEADS = ("tiny", "small", "torchvision")
 # A backbone of our own, for training from random weights on CPUs: the channels of its stem and of its four stages.
 SLIM, SLIM_CHANNELS = "slim_resnet", (16, 32, 64, 96, 128)
-# As in the FPN paper.
-CHANNELS = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SMALL_HEAD_WIDTH, SMALL_MASK_WIDTH = 256, 128
 # Any size that can be halved five times.
 PROBE_SIZE = 128
-
-
-class ModelError(Exception):
-    """Parts that make no model; the message is one line."""
-
-
-class BackboneWithPyramid(nn.Module):
-    """torchvision's BackboneWithFPN with its checkpoint keys, for a pyramid of any class."""
-
-    def __init__(self, body: nn.Module, fpn: nn.Module, out_channels: int) -> None:
-        super().__init__()
-        self.body, self.fpn, self.out_channels = body, fpn, out_channels
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images [N, 3, H, W] to maps by name, finest first."""
-        maps: dict[str, Tensor] = self.fpn(self.body(images))
-        return maps
 
 
 class NoTopDownPyramid(FeaturePyramidNetwork):
@@ -76,7 +58,7 @@ def build_detector(
     pretrained: bool = False,
     pyramid: str = "fpn",
     heads: str = "small",
-    channels: int = CHANNELS,
+    channels: int = 256,
     multi_scale: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Build a detector of `classes` classes and the background, for images whose shorter side becomes `image_size`.
@@ -115,24 +97,20 @@ def build_detector(
             "box_head": TwoMLPHead(channels * 7 * 7, SMALL_HEAD_WIDTH),
             "box_predictor": FastRCNNPredictor(SMALL_HEAD_WIDTH, classes + 1),
         }
-    if model == "faster_rcnn":
-        return FasterRCNN(body, None if small else classes + 1, **common)
-    if small:
+    if small and model == "mask_rcnn":
         common["mask_head"] = MaskRCNNHeads(channels, (SMALL_MASK_WIDTH,) * 2, 1)
         common["mask_predictor"] = MaskRCNNPredictor(SMALL_MASK_WIDTH, SMALL_MASK_WIDTH, classes + 1)
-    return MaskRCNN(body, None if small else classes + 1, **common)
+    kind = MaskRCNN if model == "mask_rcnn" else FasterRCNN
+    return kind(body, None if small else classes + 1, **common)
 
 
 def build_backbone(
-    name: str,
-    two_stage: bool,
-    norm: str,
-    frozen_stages: int,
-    pretrained: bool,
-    pyramid: str,
-    channels: int = CHANNELS,
-) -> BackboneWithPyramid:
-    """A classifier's stages and a pyramid: P2 to P6 for a two-stage detector, P3 to P7 for one stage, or C4 alone."""
+    name: str, two_stage: bool, norm: str, frozen_stages: int, pretrained: bool, pyramid: str, channels: int = 256
+) -> nn.Sequential:
+    """A classifier's stages and a pyramid: P2 to P6 for a two-stage detector, P3 to P7 for one stage, or C4 alone.
+
+    The checkpoint keys are those of torchvision's BackboneWithFPN.
+    """
     trunk = _trunk(name, pretrained)
     ends = _stage_ends(trunk, name)
     names = [child_name for child_name, _ in trunk.named_children()]
@@ -149,7 +127,10 @@ def build_backbone(
     # From random weights, a sum over levels of different scale learns more slowly.
     norms = _group_norm if norm == "group" else None
     fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra, norms)
-    return BackboneWithPyramid(body, fpn, channels)
+    backbone = nn.Sequential(OrderedDict(body=body, fpn=fpn))
+    # torchvision's detectors read it.
+    backbone.out_channels = channels
+    return backbone
 
 
 def _trunk(name: str, pretrained: bool) -> nn.Module:
@@ -159,7 +140,7 @@ def _trunk(name: str, pretrained: bool) -> nn.Module:
     try:
         network = get_model(name, weights="DEFAULT" if pretrained else None)
     except (KeyError, ValueError) as error:
-        raise ModelError(f"torchvision has no model {name!r}") from error
+        raise UsageError(f"torchvision has no model {name!r}") from error
     if isinstance(getattr(network, "features", None), nn.Sequential):
         return network.features
     if hasattr(network, "trunk_output"):
@@ -178,7 +159,8 @@ def _slim_resnet() -> nn.Sequential:
 
 def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
     """For each level l, the last child whose map has stride 2^l: (index of the child, channels)."""
-    ends: dict[int, tuple[int, int]] = {}
+    # Where the stem goes to stride 4 at once, there is nothing to freeze before it.
+    ends = {1: (-1, 3)}
     was_training = trunk.training
     maps = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE)
     with torch.no_grad():
@@ -189,17 +171,14 @@ def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
                 break
             if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[2] != maps.shape[3]:
                 break
-            stride = PROBE_SIZE / maps.shape[2]
-            level = math.log2(stride)
+            level = math.log2(PROBE_SIZE / maps.shape[2])
             # A pool after the last stage belongs to the classifier.
             if level.is_integer() and level <= 5:
                 ends[int(level)] = (index, maps.shape[1])
     trunk.train(was_training)
     for level in (2, 3, 4, 5):
         if level not in ends:
-            raise ModelError(f"--backbone {name} has no stage with maps of stride {2**level} in a simple sequence")
-    # Where the stem goes to stride 4 at once, there is nothing to freeze before it.
-    ends.setdefault(1, (-1, 3))
+            raise UsageError(f"--backbone {name} has no stage with maps of stride {2**level} in a simple sequence")
     return ends
 
 
@@ -225,8 +204,7 @@ def _norm_like(old: nn.BatchNorm2d, norm: str) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(old)
     if norm == "frozen":
         frozen = FrozenBatchNorm2d(old.num_features, old.eps)
-        kept = {key: value for key, value in old.state_dict().items() if key != "num_batches_tracked"}
-        frozen.load_state_dict(kept)
+        frozen.load_state_dict(old.state_dict())
         return frozen
     # Statistics of one image alone train from random weights in small batches.
     return nn.GroupNorm(math.gcd(32, old.num_features), old.num_features)

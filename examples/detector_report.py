@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -30,6 +31,7 @@ from torchvision.utils import draw_bounding_boxes
 
 COLOURS = {"eager": "#d95f02", "fused": "#1b6ca8"}
 PALETTE = ("#55ddff", "#ffd633", "#8cff73", "#ff8ccc", "#ff9a4d")
+PACKAGES = ("torch", "torchvision", "fpn_fast", "scikit-learn", "scikit-image", "pycocotools")
 # The parts of a detector that are timed alone, where it has them.
 STAGES = {"pyramid": "backbone.fpn", "RPN": "rpn", "RoI pooling": "roi_heads.box_roi_pool"}
 # The first steps pay for allocations and, on CUDA, for choosing convolution algorithms.
@@ -50,10 +52,9 @@ def stage_seconds(tracks: list[Track], name: str, batch: Batch, settings: Settin
     runs: dict[str, Callable[[], object]] = {}
     for track in tracks:
         module, inputs = track.model.get_submodule(name), list[Any]()
-        handle = module.register_forward_pre_hook(lambda _, given, kept=inputs: kept.extend(given))
-        with torch.no_grad():
+        hook = module.register_forward_pre_hook(lambda _, given, kept=inputs: kept.extend(given))
+        with hook, torch.no_grad():
             losses_of(track.model, to_device(batch, settings), 0, settings)
-        handle.remove()
         place = next(i for i, value in enumerate(inputs) if isinstance(value, dict))
         inputs[place] = {name: each.detach().requires_grad_() for name, each in inputs[place].items()}
         runs[track.name] = _stage_run(module, inputs, list(inputs[place].values()), settings)
@@ -77,20 +78,19 @@ def _stage_run(module: nn.Module, inputs: list[Any], maps: list[Tensor], setting
 def _median_seconds(runs: dict[str, Callable[[], object]], settings: Settings) -> dict[str, Any]:
     """The runs take turns, so that noise of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    began, repeat = time.perf_counter(), 0
-    while repeat <= UNCOUNTED_REPEATS or (
-        repeat < UNCOUNTED_REPEATS + REPEATS and time.perf_counter() - began < TIMING_SECONDS
-    ):
-        for name in list(runs) if repeat % 2 == 0 else list(runs)[::-1]:
+    until = time.perf_counter() + TIMING_SECONDS
+    for repeat in range(UNCOUNTED_REPEATS + REPEATS):
+        if repeat > UNCOUNTED_REPEATS and time.perf_counter() > until:
+            break
+        for name in list(runs)[:: 1 if repeat % 2 == 0 else -1]:
             settings.synchronize()
             started = time.perf_counter()
             runs[name]()
             settings.synchronize()
-            if repeat >= UNCOUNTED_REPEATS:
-                times[name].append(time.perf_counter() - started)
-        repeat += 1
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"median_seconds": medians, "repeats": repeat - UNCOUNTED_REPEATS}
+            times[name].append(time.perf_counter() - started)
+    counted = {name: values[UNCOUNTED_REPEATS:] for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in counted.items()}
+    return {"median_seconds": medians, "repeats": len(next(iter(counted.values())))}
 
 
 def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Settings) -> dict[str, float]:
@@ -100,16 +100,16 @@ def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Se
     changes what is sampled. The gradient's difference is relative to its norm, and the largest of all parameters.
     """
     batch = to_device(batch, settings)
-    models = [track.model for track in tracks]
-    trained = copy.deepcopy(models[1].state_dict())
-    models[1].load_state_dict(models[0].state_dict())
+    first, second = (track.model for track in tracks)
+    trained = copy.deepcopy(second.state_dict())
+    second.load_state_dict(first.state_dict())
     losses, gradients = [], []
-    for model in models:
+    for model in (first, second):
         loss = torch.stack([part.float() for part in losses_of(model, batch, 0, settings).values()]).sum()
         losses.append(loss.item())
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
-    models[1].load_state_dict(trained)
+    second.load_state_dict(trained)
     relative = [
         ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
         for theirs, ours in zip(*gradients, strict=True)
@@ -120,17 +120,14 @@ def differences_at_equal_weights(tracks: list[Track], batch: Batch, settings: Se
 def draw_detections(data: DetectionData, detections: dict[str, dict[int, dict[str, Tensor]]], path: Path) -> None:
     """Draw test images by model and index: annotated boxes in white, detections in colour with class and score."""
     per_model = SHOWN_DETECTIONS // len(detections)
-    cells = [(name, *each) for name, found in detections.items() for each in list(found.items())[:per_model]]
-    columns = min(4, len(cells))
-    rows = -(-len(cells) // columns)
-    figure = Figure(figsize=(3.5 * columns, 3.8 * rows + 0.5), dpi=110, layout="constrained")
-    font = {"font": findfont("DejaVu Sans"), "font_size": 17}
-    for axes, (name, index, found) in zip(figure.subplots(rows, columns, squeeze=False).flat, cells, strict=False):
+    chosen = [(name, *each) for name, found in detections.items() for each in list(found.items())[:per_model]]
+    font, cells = {"font": findfont("DejaVu Sans"), "font_size": 17}, []
+    for name, index, found in chosen:
         image, target = data[index]
         scale = SHOWN_SIDE / min(image.shape[-2:])
         drawn = F.resize(image, [round(side * scale) for side in image.shape[-2:]]).clamp(0, 1)
         # The detector suppresses within a class; here one class per place is legible.
-        best = nms(found["boxes"], found["scores"], SHOWN_OVERLAP)
+        best = nms(found["boxes"].float(), found["scores"].float(), SHOWN_OVERLAP)
         # A model that has learned little still shows where it looks, with low scores.
         kept = best[: max(SHOWN_AT_LEAST, int((found["scores"][best] >= SHOWN_SCORE).sum()))]
         boxes, labels, scores = (found[key][kept] for key in ("boxes", "labels", "scores"))
@@ -141,13 +138,10 @@ def draw_detections(data: DetectionData, detections: dict[str, dict[int, dict[st
         for drawn_boxes, options in ((target["boxes"], {"colors": "white"}), (boxes, style | font)):
             if len(drawn_boxes):
                 drawn = draw_bounding_boxes(drawn, drawn_boxes * scale, **options)
-        axes.imshow(drawn.permute(1, 2, 0).numpy())
-        axes.set_title(f"{name}, test image {index + 1}", fontsize=10)
-    for axes in figure.axes:
-        axes.set_axis_off()
+        cells.append((f"{name}, test image {index + 1}", drawn.permute(1, 2, 0)))
     shown = f"scores of {SHOWN_SCORE} or more, or the best {SHOWN_AT_LEAST}"
-    figure.suptitle(f"Detections, one class per place, with {shown}; annotations in white")
-    figure.savefig(path)
+    title = f"Detections, one class per place, with {shown}; annotations in white"
+    _draw_grid(cells, min(4, len(cells)), path, title)
 
 
 @torch.inference_mode()
@@ -158,19 +152,26 @@ def draw_pyramid(track: Track, data: DetectionData, settings: Settings, path: Pa
     # P6 of a two-stage detector is P5 with every other pixel.
     found = [model.backbone(model.transform([image])[0].tensors) for image in images]
     found = [{name: each for name, each in maps.items() if name != "pool"} for maps in found]
-    first = 2 if hasattr(model, "rpn") else 3
-    figure = Figure(figsize=(2.6 * (1 + len(found[0])), 2.7 * count), dpi=110, layout="constrained")
-    axes = figure.subplots(count, 1 + len(found[0]), squeeze=False)
-    for row, image, maps in zip(axes, images, found, strict=True):
-        row[0].imshow(image.float().cpu().permute(1, 2, 0).numpy())
-        row[0].set_title("image", fontsize=10)
-        for level, (each, features) in enumerate(zip(row[1:], maps.values(), strict=True), start=first):
-            each.imshow(features[0].float().norm(dim=0).cpu().numpy(), cmap="magma")
+    cells = []
+    for image, maps in zip(images, found, strict=True):
+        cells.append(("image", image.permute(1, 2, 0)))
+        for level, features in enumerate(maps.values(), start=2 if hasattr(model, "rpn") else 3):
             height, width = features.shape[-2:]
             name = "C4" if settings.pyramid == "c4" else f"P{level}"
-            each.set_title(f"{name}, {width} x {height}", fontsize=10)
-    for each in axes.flat:
-        each.set_axis_off()
+            cells.append((f"{name}, {width} x {height}", features[0].norm(dim=0)))
+    _draw_grid(cells, 1 + len(found[0]), path)
+
+
+def _draw_grid(cells: list[tuple[str, Tensor]], columns: int, path: Path, title: str | None = None) -> None:
+    """Draw images [H, W, 3] and maps [H, W], row by row, each below its name."""
+    rows = -(-len(cells) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.5 * rows), dpi=110, layout="constrained")
+    for axes, (name, image) in zip(figure.subplots(rows, columns, squeeze=False).flat, cells, strict=False):
+        axes.imshow(image.float().cpu().numpy(), cmap="magma")
+        axes.set_title(name, fontsize=10)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.suptitle(title)
     figure.savefig(path)
 
 
@@ -203,12 +204,10 @@ def draw_losses(tracks: list[Track], path: Path) -> None:
 
 
 def _machine(settings: Settings) -> dict[str, Any]:
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "torchvision", "fpn_fast", "scikit-learn", "scikit-image", "pycocotools"):
-        try:
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     device = settings.torch_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -239,13 +238,11 @@ def report(
     if not processes.leads:
         return None
     alone, output = processes.world == 1, settings.output
-    figures: dict[str, Any] = {**facts, **_machine(settings), "steps": len(tracks[0].losses)}
-    figures["processes"] = processes.world
-    modules = dict(tracks[0].model.named_modules())
+    figures: dict[str, Any] = {**facts, **_machine(settings)}
+    figures |= {"steps": len(tracks[0].losses), "processes": processes.world}
+    timed = {*dict(tracks[0].model.named_modules())} if alone else set()
     figures["stages"] = {
-        stage: stage_seconds(tracks, name, batch, settings)
-        for stage, name in STAGES.items()
-        if alone and name in modules
+        stage: stage_seconds(tracks, name, batch, settings) for stage, name in STAGES.items() if name in timed
     }
     for track in tracks:
         step_seconds = statistics.median(track.seconds[WARMUP_STEPS_LEFT_OUT:] or track.seconds)
@@ -264,12 +261,12 @@ def report(
         if alone:
             equal = differences_at_equal_weights(tracks, batch, settings)
             figures["loss_difference"]["at_equal_weights"] = equal
-    draw_detections(test, detections, output / "detections.png")
-    draw_losses(tracks, output / "loss_curves.png")
+    paths = [output / f"{name}.png" for name in ("detections", "loss_curves", "pyramid")[: 3 if alone else 2]]
+    draw_detections(test, detections, paths[0])
+    draw_losses(tracks, paths[1])
     if alone:
-        draw_pyramid(tracks[-1], test, settings, output / "pyramid.png")
-    names = ("detections", "loss_curves", *(("pyramid",) if alone else ()))
-    figures["pictures"] = [str(output / f"{name}.png") for name in names]
+        draw_pyramid(tracks[-1], test, settings, paths[2])
+    figures["pictures"] = list(map(str, paths))
     (output / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     return table(figures, [track.name for track in tracks], output)
 

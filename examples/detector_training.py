@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ import torch
 from detector_models import build_detector
 from processes import Processes, distributed, gradients_exchanged, shard_in_place, whole
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxFormat
 
 # Images, float32 [3, H, W] each, and their targets: boxes float32 [D, 4], labels int64 [D], maybe masks [D, H, W].
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -116,13 +116,10 @@ def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
     coins = np.random.default_rng(settings.random_stream(FLIP_STREAM, step, place)).random(len(batch[0])) < 0.5
     images, targets = list(batch[0]), list(batch[1])
     for i in np.flatnonzero(coins):
-        width = images[i].shape[-1]
-        images[i], target = F.horizontal_flip(images[i]), dict(targets[i])
-        x1, y1, x2, y2 = target["boxes"].unbind(1)
-        target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], 1)
-        if "masks" in target:
-            target["masks"] = target["masks"].flip(-1)
-        targets[i] = target
+        boxes, size = targets[i]["boxes"], tuple(images[i].shape[-2:])
+        mirrored = {key: F.horizontal_flip(value) for key, value in targets[i].items() if key == "masks"}
+        mirrored["boxes"] = F.horizontal_flip_bounding_boxes(boxes, BoundingBoxFormat.XYXY, size)
+        images[i], targets[i] = F.horizontal_flip(images[i]), targets[i] | mirrored
     return images, targets
 
 
@@ -180,12 +177,7 @@ class Track:
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_gradient_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        weight = max(9 / (step + 10), 1 / AVERAGED_STEPS)
-        self.average.multi_avg_fn = lambda ours, theirs, _: (
-            torch._foreach_lerp_(ours, theirs, weight)
-            if ours[0].is_floating_point()
-            else torch._foreach_copy_(ours, theirs)
-        )
+        self.average.multi_avg_fn = get_ema_multi_avg_fn(1 - max(9 / (step + 10), 1 / AVERAGED_STEPS))
         self.average.update_parameters(self.model)
         *rows, (gradient_norm, *_) = torch.stack([*values, norm.float().expand(len(names))]).tolist()
         settings.synchronize()
@@ -239,9 +231,8 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes) -> li
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=1e-4, fused=True)
         # Only float16 needs scaled gradients.
-        scaler = torch.amp.GradScaler(
-            settings.torch_device.type, enabled=settings.amp and settings.torch_device.type == "cuda"
-        )
+        device = settings.torch_device.type
+        scaler = torch.amp.GradScaler(device, enabled=settings.amp and device == "cuda")
         tracks.append(Track(name, model, called, average, optimizer, scaler, processes, swapped))
     return tracks
 
@@ -251,7 +242,7 @@ def interrupts() -> Iterator[list[int]]:
     """In the block the first Ctrl-C only fills the list: the step ends before the checkpoint is written."""
     seen: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: object) -> None:
         seen.append(number)
         signal.signal(signal.SIGINT, before)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run, torchrun's or this one alone, and the line that shows a run's progress."""
+"""The processes of a run, torchrun's or this one alone, its line of progress, and the error that refuses it."""
 
 from __future__ import annotations
 
@@ -24,30 +24,23 @@ from tqdm import tqdm
 LINE_SECONDS = 20
 
 
+class UsageError(Exception):
+    """A run that cannot be served as it was asked for; the message is one line."""
+
+
 class Progress(tqdm):
     """Phase, step and time left: one line redrawn on a terminal, elsewhere a new line every LINE_SECONDS.
 
-    limit: seconds after which the phase ends in any case, or None.
+    limit: seconds after which the phase ends in any case, or None. options: tqdm's, such as initial and disable.
     """
 
-    def __init__(
-        self, phase: str, unit: str, total: int, initial: int = 0, limit: float | None = None, disable: bool = False
-    ) -> None:
+    def __init__(self, phase: str, unit: str, total: int, limit: float | None = None, **options: Any) -> None:
         self.ends = None if limit is None else time.monotonic() + limit
         terminal = sys.stderr.isatty()
         shown = "{bar:20} " if terminal else ""
-        super().__init__(
-            desc=phase,
-            unit=unit,
-            total=total,
-            initial=initial,
-            disable=disable,
-            miniters=1,
-            mininterval=0.5 if terminal else LINE_SECONDS,
-            maxinterval=0,
-            position=0,
-            bar_format=f"{{desc}}: {shown}{{unit}} {{n}} of {{total}}, {{left}} left{{postfix}}",
-        )
+        line = f"{{desc}}: {shown}{{unit}} {{n}} of {{total}}, {{left}} left{{postfix}}"
+        options |= {"mininterval": 0.5 if terminal else LINE_SECONDS, "maxinterval": 0, "miniters": 1, "position": 0}
+        super().__init__(desc=phase, unit=unit, total=total, bar_format=line, **options)
 
     @property
     def format_dict(self) -> dict[str, Any]:

@@ -27,22 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coco_data import DataError, DetectionData, StepBatches, check_boxes, collate, load_coco, split_coco
-from detector_checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from detector_evaluation import evaluate
-from detector_logs import Logs, NoLogsError
-from detector_models import HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE, ModelError
+from coco_data import DataError, DetectionData, StepBatches, collate, load_coco, split_coco
+from detector_checkpoints import load_checkpoint, save_checkpoint
+from detector_evaluation import Logs, evaluate
+from detector_models import HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE
 from detector_report import report
 from detector_training import Settings, Track, TrainingError, be_deterministic, flipped, interrupts, new_tracks
 from digits_on_photographs import MIN_SIDE, DigitsOnPhotographs
-from processes import Processes, Progress, joined
+from processes import Processes, Progress, UsageError, joined
 from torch.utils.data import DataLoader
 
 BACKENDS = ("eager", "auto", "cpp", "triton", "reference")
-
-
-class UsageError(Exception):
-    """Arguments that cannot be served here; the message is one line."""
 
 
 def positive(kind: type[int] | type[float]) -> Any:
@@ -173,8 +168,9 @@ def load_data(args: Settings) -> tuple[DetectionData, DetectionData]:
         train_data, test_data = load_coco(*args.coco, masks=masks), load_coco(*args.coco_test, masks=masks)
         if train_data.class_names != test_data.class_names or train_data.category_ids != test_data.category_ids:
             raise DataError(f"{args.coco_test[0]} must have the categories of {args.coco[0]}")
-    check_boxes(train_data, args.coco[0])
-    return train_data, test_data.first(args.eval_images)
+    if all(annotation["iscrowd"] for annotation in train_data.coco()["annotations"]):
+        raise DataError(f"{args.coco[0]} leaves no box to learn from in the train split")
+    return train_data, test_data.at(range(min(args.eval_images, len(test_data))))
 
 
 @contextlib.contextmanager
@@ -187,12 +183,12 @@ def chosen_backend(name: str, device: torch.device) -> Iterator[str]:
         from fpn_fast import backends
     except ImportError as error:
         raise UsageError(f"--backend {name} needs fpn_fast, or take --backend eager: {error}") from error
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(backends.use(name))
+    try:
+        with backends.use(name):
             serving = backends.choose(device.type)
-        except backends.BackendUnavailableError as error:
-            raise UsageError(str(error)) from error
+    except backends.BackendUnavailableError as error:
+        raise UsageError(str(error)) from error
+    with backends.use(name):
         yield serving
 
 
@@ -201,11 +197,11 @@ def train(
 ) -> str:
     """Train every track up to --steps; return why it ended: "steps", "time budget" or "interrupted"."""
     first, last = len(tracks[0].losses), args.steps
-    share = {"accumulate": args.accumulate, "rank": processes.rank, "world": processes.world}
-    batches = StepBatches(len(data), args.batch_size, args.seed, first, last, **share)
+    share = (args.accumulate, processes.rank, processes.world)
+    batches = StepBatches(len(data), args.batch_size, args.seed, range(first, last), *share)
     arriving = iter(DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=collate))
     started, ended = time.monotonic(), "steps"
-    bar = Progress("training", "step", last, first, args.time_budget, disable=not processes.leads)
+    bar = Progress("training", "step", last, args.time_budget, initial=first, disable=not processes.leads)
     with bar, interrupts() as interrupted:
         for step in range(first, last):
             taken = list(itertools.islice(arriving, args.accumulate))
@@ -245,7 +241,7 @@ def run(args: Settings, processes: Processes) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {args.output}: {error.strerror}") from error
-    with chosen_backend(args.backend, processes.device) as serving, Logs(args, processes) as logs:
+    with chosen_backend(args.backend, processes.device) as serving, contextlib.closing(Logs(args, processes)) as logs:
         names = ["eager", "fused"] if args.compare else ["eager" if args.backend == "eager" else "fused"]
         tracks = new_tracks(names, args, processes)
         for track in tracks:
@@ -272,12 +268,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with joined(args.device) as processes:
         try:
             return run(args, processes)
-        except (CheckpointError, DataError, ModelError, NoLogsError, UsageError) as error:
+        except (DataError, TrainingError, UsageError) as error:
             # A loader process passes an error on as its whole traceback; the last line is the message.
             message = str(error).strip().splitlines()[-1].removeprefix("coco_data.DataError: ")
-            code = 2
-        except TrainingError as error:
-            message, code = str(error), 1
+            code = 1 if isinstance(error, TrainingError) else 2
         if processes.leads or code == 2:
             print(f"error: {message}", file=sys.stderr)
         return code

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  # the examples are no package, and need more than the library does
 """Every command of docs/train-on-your-own-data.md, at a small size; its Python is run by test_docs.py."""
 
 import importlib
@@ -10,39 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-for package in ("sklearn", "skimage", "pycocotools", "matplotlib", "tqdm", "torchvision"):
-    pytest.importorskip(package, reason="the examples' extra is not installed")
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import detector_report
+from helpers.examples import ROOT, SMALL, tidied
 
 GUIDE = (ROOT / "docs" / "train-on-your-own-data.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S) for line in block.splitlines()]
 # What makes a command small: later values of an option replace earlier ones.
-SMALL = ["--image-size", "64", "--batch-size", "1", "--eval-images", "2", "--device", "cpu", "--threads", "1",
-         "--channels", "32", "--backbone", "slim_resnet"]  # fmt: skip
 SMALLER = {
     "digits_on_photographs": ["--image-size", "64", "--train", "6", "--test", "2"],
     "train_detector": SMALL,
-    "ablation": [
-        *SMALL,
-        "--steps",
-        "2",
-        "--jobs",
-        "1",
-        "--seeds",
-        "3",
-        "5",
-        "--rows",
-        "FPN, torchvision",
-        "single level, C4",
-    ],
-}
+    "ablation": [*SMALL, "--steps", "2", "--jobs", "1", "--seeds", "3", "5", "--rows", "FPN, torchvision",
+                 "single level, C4"],
+}  # fmt: skip
 
 
 def small(command: str) -> list[str]:
@@ -60,22 +37,14 @@ def small(command: str) -> list[str]:
     return words
 
 
-def test_the_commands_of_the_guide_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commands_of_the_guide_run(monkeypatch, tmp_path):
     """One test: a command needs what those before it wrote."""
     assert len(COMMANDS) == len(set(COMMANDS)) == 9
     assert sum(command.startswith("torchrun ") for command in COMMANDS) == 1
     monkeypatch.chdir(tmp_path)
-    # These tests read no times.
-    monkeypatch.setattr(detector_report, "REPEATS", 1)
-    threads = torch.get_num_threads()
-    try:
+    with tidied(tmp_path):
         for command in COMMANDS:
             run(*small(command))
-    finally:
-        torch.set_num_threads(threads)
-        # pytest keeps the folders of three sessions.
-        for checkpoint in tmp_path.rglob("checkpoint.pt"):
-            checkpoint.unlink()
     assert json.loads(Path("runs/two/figures.json").read_text())["processes"] == 2
     found = json.loads(Path("runs/ablation/ablation.json").read_text())
     assert [row["row"] for row in found["rows"]] == ["FPN, torchvision", "single level, C4"]

@@ -1,37 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_distributed_training.py runs in each of two processes: ``python two_processes.py FOLDER``."""
+"""What test_distributed_training.py runs in each of two processes: ``python -m helpers.two_processes FOLDER``."""
+
+from helpers.examples import train  # isort: skip
 
 import copy
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import train_detector
 from detector_models import build_detector
 from digits_on_photographs import DigitsOnPhotographs
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fpn_fast
-
-SMALL = ("--image-size", "64", "--batch-size", "1", "--device", "cpu", "--threads", "1", "--eval-images", "3",
-         "--channels", "32", "--backbone", "slim_resnet")  # fmt: skip
 
 
 class FirstOnes:
     """Takes the first of each kind, so that what is sampled for an image does not depend on the other images."""
 
-    def __init__(self, size: int, fraction: float) -> None:
+    def __init__(self, size, fraction):
         self.size, self.positives = size, int(size * fraction)
 
-    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def __call__(self, labels):
         positive = [(each >= 1) & ((each >= 1).cumsum(0) <= self.positives) for each in labels]
         negative = []
         for each, taken in zip(labels, positive, strict=True):
@@ -42,7 +35,7 @@ class FirstOnes:
         return [each.to(torch.uint8) for each in positive], [each.to(torch.uint8) for each in negative]
 
 
-def detector() -> nn.Module:
+def detector():
     """Faster R-CNN in float64, where other orders of sums change nothing that a selection could turn on."""
     torch.manual_seed(0)
     model = build_detector("faster_rcnn", "resnet18", 10, 64, channels=32).double()
@@ -52,13 +45,13 @@ def detector() -> nn.Module:
     return model
 
 
-def batch_of(indices: list[int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def batch_of(indices):
     data = DigitsOnPhotographs("train", 8, 64)
     images, targets = zip(*(data[index] for index in indices), strict=True)
     return [image.double() for image in images], [{**t, "boxes": t["boxes"].double()} for t in targets]
 
 
-def largest_difference(ours: nn.Module, joined: nn.Module) -> float:
+def largest_difference(ours, joined):
     """Of gradients, relative to the norm of each."""
     return max(
         ((a.grad - b.grad).norm() / b.grad.norm()).item()
@@ -66,7 +59,7 @@ def largest_difference(ours: nn.Module, joined: nn.Module) -> float:
     )
 
 
-def detector_gradients(rank: int) -> dict[str, Any]:
+def detector_gradients(rank):
     model = detector()
     joined = copy.deepcopy(model)
     # Kept until after the backward, in which it exchanges gradients.
@@ -79,16 +72,16 @@ def detector_gradients(rank: int) -> dict[str, Any]:
 class PyramidAndPooler(nn.Module):
     """Nothing but what the RoIs reach: a level that has none gets a gradient by no other way."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.fpn = fpn_fast.nn.FeaturePyramidNetwork([4, 4, 4], 8)
         self.pool = fpn_fast.nn.MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=30, canonical_level=3)
 
-    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+    def forward(self, maps, boxes):
         return self.pool(self.fpn(maps), boxes, [(64, 64)] * len(boxes))
 
 
-def empty_level_gradients(rank: int) -> dict[str, Any]:
+def empty_level_gradients(rank):
     torch.manual_seed(1)
     model = PyramidAndPooler().double()
     joined = copy.deepcopy(model)
@@ -104,24 +97,14 @@ def empty_level_gradients(rank: int) -> dict[str, Any]:
     return {"difference": largest_difference(model, joined), "unused": unused}
 
 
-def script(folder: Path, *arguments: str) -> Callable[[int], dict[str, Any]]:
-    def run(rank: int) -> dict[str, Any]:
-        return {"code": train_detector.main([*SMALL, "--output", str(folder), *arguments])}
-
-    return run
-
-
-def main(folder: Path) -> None:
+def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.set_num_threads(1)
-    found = {name: check(rank) for name, check in (("detector", detector_gradients), ("level", empty_level_gradients))}
-    runs = {
-        "copied": script(folder / "copied", "--steps", "2", "--tensorboard"),
-        "sharded": script(folder / "sharded", "--steps", "2", "--fsdp"),
-        "not_finite": script(folder / "not_finite", "--steps", "9", "--lr", "1e30"),
-    }
-    found |= {name: run(rank) for name, run in runs.items()}
+    found = {"detector": detector_gradients(rank), "level": empty_level_gradients(rank)}
+    runs = {"copied": "--steps 2 --tensorboard", "sharded": "--steps 2 --fsdp", "not_finite": "--steps 9 --lr 1e30"}
+    for name, arguments in runs.items():
+        found[name] = {"code": train(folder / name, "--eval-images", 3, *arguments.split())}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
