@@ -4,8 +4,6 @@ import math
 import pytest
 import torch
 from helpers.devices import check_on_a_gpu, not_interpreted
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
@@ -13,7 +11,7 @@ from torchvision.ops import boxes as box_ops
 
 from fpn_fast import backends, ops, reference
 from fpn_fast.ops.generate_proposals import _FORWARD, DETECTRON2, MMDET, TORCHVISION
-from fpn_fast.reference.generate_proposals import anchors_at, decode, exponential, logistic
+from fpn_fast.reference.generate_proposals import anchors_at, exponential, logistic
 
 NAN, INF = float("nan"), float("inf")
 # Padded to 100 x 168, which the strides of the coarsest map do not divide.
@@ -105,18 +103,6 @@ def test_other_numbers(every_backend, numbers):
     check_equal(found, as_torchvision(objectness, deltas, pre, post, thresh, score_thresh), 2**-23)
 
 
-@not_interpreted
-@pytest.mark.parametrize("batch", [0, 1, 2])
-@pytest.mark.parametrize("levels", [1, 3])
-def test_batches_and_levels(every_backend, batch, levels):
-    generator = AnchorGenerator(GENERATOR.sizes[:levels], GENERATOR.aspect_ratios[:levels])
-    objectness, deltas = head(batch=batch, pyramid=PYRAMID[:levels])
-    found = propose(objectness, deltas)
-    assert (found[0].shape, found[2].shape) == ((batch, 150, 4), (batch,))
-    if batch > 0:
-        check_equal(found, as_torchvision(objectness, deltas, generator=generator), 2**-23)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, vars(DETECTRON2), vars(MMDET), {"center_clamp": 3.7}],
@@ -142,24 +128,6 @@ def test_half_precision_is_read_exactly(every_backend):
         found = propose(objectness, deltas)
         wide = propose([m.float() for m in objectness], [m.float() for m in deltas])
         assert all(torch.equal(a, b) for a, b in zip(found, wide, strict=True))
-
-
-@not_interpreted
-def test_any_strides(every_backend):
-    objectness, deltas = head()
-    expected = propose(objectness, deltas)
-    for form in (torch.channels_last, torch.contiguous_format):
-        views = []
-        for maps in (objectness, deltas):
-            views.append([])
-            for m in maps:
-                n, c, h, w = m.shape
-                frame = torch.full((n + 1, c + 1, h + 2, w + 3), NAN).contiguous(memory_format=form)
-                view = frame[1:, :c, 1:-1, 2:-1]
-                view.copy_(m)
-                views[-1].append(view)
-        views[0][1] = objectness[1].transpose(2, 3).contiguous().transpose(2, 3)
-        assert all(torch.equal(a, b) for a, b in zip(propose(*views), expected, strict=True))
 
 
 def test_ties_go_in_torchvisions_order_of_anchors(every_backend):
@@ -313,42 +281,6 @@ def test_the_exponential_is_the_nearest_float():
     assert torch.equal(boxes[0, :, 2], 1 + exponential(x))
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_any_maps(data):
-    """cpp equals the reference for random sizes, dtypes, formats and few distinct values, so that many tie."""
-    draw = data.draw
-    side, dtype = st.integers(1, 9), draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
-    pyramid = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
-    form, generator = (
-        draw(st.sampled_from(list(FORMATS.values()))),
-        torch.Generator().manual_seed(draw(st.integers(0, 99))),
-    )
-    values = torch.tensor([0.0, -0.0, 1.5, -3.0, 1e4, -1e4, NAN, INF])
-
-    def maps(channels, kinds):
-        numbers = [values[torch.randint(0, kinds, (2, channels, *size), generator=generator)] for size in pyramid]
-        return [each.to(dtype).contiguous(memory_format=form) for each in numbers]
-
-    objectness, deltas = maps(2, 8), maps(8, 4)
-    cells = [[(-9.0, -7.0, 9.0, 7.0), (0.0, 0.0, 5.0, 6.0)]] * len(pyramid)
-    options = {
-        **vars(draw(st.sampled_from([TORCHVISION, DETECTRON2, MMDET]))),
-        "pre_nms_top_n": draw(st.integers(0, 70)),
-        "post_nms_top_n": draw(st.integers(0, 70)),
-        "nms_thresh": draw(st.sampled_from([-0.5, 0.0, 0.4, 0.7])),
-        "center_clamp": draw(st.sampled_from([INF, 32.0, 0.0])),
-    }
-    results = []
-    for name in ("cpp", "reference"):
-        with backends.use(name):
-            results.append(propose(objectness, deltas, cells, **options))
-    # float64 has no exponential of more digits to round.
-    unit = 2**-51 if dtype == torch.float64 else 0
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=unit, atol=2**11 * unit)
-
-
 def raw():
     objectness, deltas = head(pyramid=PYRAMID[2:])
     cells = torch.tensor(CELLS[2:]).flatten().tolist()
@@ -423,15 +355,6 @@ def test_errors(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         ops.generate_proposals(**{**arguments, **change})
-
-
-def test_decoding_is_torchvisions_coder():
-    from torchvision.models.detection._utils import BoxCoder
-
-    anchors, codes = torch.rand(50, 4).cumsum(1) * 99, torch.randn(50, 4, dtype=torch.float32) * 3
-    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
-    ours = decode(anchors, codes, (10, 10, 5, 5), (0,) * 4, (1,) * 4, coder.bbox_xform_clip, False, False)
-    torch.testing.assert_close(ours, coder.decode_single(codes, anchors), rtol=2**-22, atol=2**-15)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,6 @@ import pytest
 import torch
 from helpers.anchor_matching import CASES
 from helpers.devices import on_triton, without_synchronising
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -229,32 +227,6 @@ def test_a_gpu_equals_the_reference_bit_for_bit_without_synchronising(name, dtyp
         for each in (anchors, anchors.expand(3, -1, -1).contiguous(), description):
             for run in without_synchronising(lambda each=each: ops.match_anchors(gts, counts, each, **rule), 2):
                 assert all(torch.equal(actual.cpu(), right) for actual, right in zip(run, expected, strict=True))
-
-
-corner = st.integers(0, 12).map(float)
-box = st.tuples(corner, corner, st.integers(1, 6), st.integers(1, 6)).map(
-    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(box, min_size=1, max_size=6), st.lists(box, min_size=1, max_size=12), st.booleans())
-def test_equals_torchvision_on_small_grids_full_of_ties(gts, anchors, low_quality):
-    gts, anchors = torch.tensor(gts), torch.tensor(anchors)
-    for name in ("cpp", "reference"):
-        with backends.use(name):
-            check([gts], anchors, high_threshold=0.5, low_threshold=0.25, allow_low_quality_matches=low_quality)
-
-
-def test_half_precision_boxes_are_compared_in_float32(backend):
-    anchors, _ = pyramid()
-    gts = ground_truths(8)
-    for dtype in (torch.float16, torch.bfloat16):
-        rounded = (gts.to(dtype), anchors.to(dtype))
-        matches, ious = ops.match_anchors(rounded[0][None], None, rounded[1], **RULE)
-        expected, best = torchvisions(rounded[0].float(), rounded[1].float())
-        assert torch.equal(matches[0], expected)
-        assert torch.equal(ious[0], best)
 
 
 def arguments_of(anchors, grid):

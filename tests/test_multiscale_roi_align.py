@@ -7,8 +7,6 @@ import torch
 import torchvision
 from helpers import battery
 from helpers.battery import Battery, Case, Op
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchvision.ops.poolers import LevelMapper
 
 from fpn_fast import backends, ops, reference
@@ -331,47 +329,6 @@ def test_levels_of_odd_rois():
     # A map left out: the rule still counts its level, and what falls beyond the last map has none.
     rois = rois_of_areas(torch.tensor([10.0, 112.0**2, 224.0**2, 448.0**2]))
     assert ops.assign_levels(rois, (1 / 4, 1 / 16)).tolist() == [0, 1, -1, -1]
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_rois_on_any_maps(data):
-    """Sizes, ratios, types, formats and RoIs at random: cpp against the reference."""
-    draw = data.draw
-    size = st.integers(1, 20)
-    sizes = draw(st.lists(st.tuples(size, size), min_size=1, max_size=4))
-    coordinate = st.one_of(
-        st.floats(-50, 200, width=32), st.sampled_from([0.0, 4.0, -4.0, 80.0, NAN, INF, -INF, 1e9, -1e9])
-    )
-    image = st.sampled_from([0.0, 1.0, 1.0, 0.0, 2.0, -1.0])
-    rois = draw(st.lists(st.tuples(image, *[coordinate] * 4), max_size=6))
-    case = Case(
-        "any",
-        tuple(sizes),
-        {
-            "rois": tuple(rois),
-            "output_size": draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
-            "sampling_ratio": draw(st.integers(-1, 4)),
-            "aligned": draw(st.booleans()),
-            "canonical_scale": draw(st.sampled_from([16, 64, 224])),
-            "level_formula": draw(st.sampled_from(["torchvision", "detectron2", "mmdet"])),
-        },
-        channels=draw(st.sampled_from([1, 3, 8, 17])),
-    )
-    dtype = draw(st.sampled_from(battery.DTYPES))
-    form = draw(st.sampled_from(list(battery.FORMATS.values())))
-    maps = case.inputs(dtype, "cpu", form, grad=True)
-    outputs = pool(maps, **case.options)
-    (same,) = plain(maps, **case.options)
-    # Same coordinates, other order of sums.
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(outputs[0], same, rtol=unit, atol=8 * max(unit / 8, torch.finfo(torch.float32).eps))
-    seed = torch.randn_like(same)
-    leaves = [m.detach().requires_grad_() for m in maps]
-    for a, b in zip(torch.autograd.grad(outputs, maps, [seed]), plain_grads(leaves, [seed], case.options), strict=True):
-        # At most six RoIs, each of which reads a pixel with weights that sum to the bins that it is in.
-        bound = 6 * 81 * max(unit, torch.finfo(torch.float32).eps)
-        torch.testing.assert_close(a, b, rtol=unit, atol=bound)
 
 
 def test_autocast_promotes_to_the_widest_and_keeps_boxes():

@@ -5,8 +5,6 @@ import re
 import pytest
 import torch
 from helpers.devices import check_on_a_gpu, not_interpreted
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchvision.ops import boxes as theirs
 
 from fpn_fast import backends, ops, reference
@@ -181,14 +179,6 @@ def test_odd_boxes_as_torchvision_decides_them(every_backend):
         assert torch.equal(ops.nms(boxes, scores, threshold), theirs.nms(boxes, scores, threshold))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_compared_in_float32(every_backend, dtype):
-    boxes, scores, groups = scene(100, 3)
-    boxes, scores = boxes.to(dtype), scores.to(dtype)
-    kept = ops.batched_nms(boxes, scores, groups, 0.5)
-    assert torch.equal(kept, ops.batched_nms(boxes.float(), scores.float(), groups, 0.5))
-
-
 def test_groups_are_any_integers(every_backend):
     boxes, scores, groups = scene(200, 5)
     far = torch.tensor([-(2**62), -1, 0, 7, 2**62])[groups]
@@ -226,29 +216,6 @@ def test_triton_decides_as_the_reference(convention, dtype, monkeypatch):
         with backends.use("triton"):
             found = ops.segmented_nms(*here, 0.4, room, convention=convention)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_boxes(data):
-    """Few coordinates, so that overlaps and scores are often equal: both backends and the rule in numbers."""
-    coordinate, count = st.integers(0, 8), data.draw(st.integers(0, 24))
-    rows = data.draw(st.lists(st.tuples(*[coordinate] * 4), min_size=count, max_size=count))
-    scores = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
-    groups = data.draw(st.lists(st.integers(-1, 1), min_size=count, max_size=count))
-    # Quotients of numbers this small are no nearer to these than a float32 tells.
-    threshold = data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0]))
-    convention = data.draw(st.sampled_from(CONVENTIONS[:2]))
-    boxes = torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
-    arguments = (boxes[None], torch.tensor(scores).float()[None], torch.tensor(groups, dtype=torch.int64)[None], None)
-    found = []
-    for name in ("cpp", "reference"):
-        with backends.use(name):
-            keep, kept = ops.segmented_nms(*arguments, threshold, count, convention=convention)
-        found.append(keep[0, : kept[0]].tolist())
-    assert found[0] == found[1]
-    if threshold != 0.7 or convention == "torchvision":
-        assert found[0] == loop(boxes.double(), torch.tensor(scores), groups, threshold, convention == "mmcv")
 
 
 def test_the_compiled_library_has_it_on_every_device():

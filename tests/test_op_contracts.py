@@ -155,20 +155,34 @@ def strided(tensor: Tensor, last: bool) -> Tensor:
     return frame[(*[slice(1, -1)] * (tensor.dim() - 1), slice(1, None, 2))].copy_(tensor.detach())
 
 
+@devices.not_interpreted
 @of([*OTHERS, *OF_ANY_LENGTH])
 @pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
-def test_any_strides(backend, recipe, last):
+def test_any_strides(every_backend, recipe, last):
     """And what decides between candidates has no gradient, whatever its inputs have."""
     call = call_of(recipe)
-    expected = call.op(**call.arguments)
+    op = getattr(ops, call.op.__name__)
+    expected = op(**call.arguments)
     arguments = tree_map_only(Tensor, lambda t: strided(t, last), call.arguments)
     if call.sums is None:
         leaves = [each for each in tree_leaves(arguments) if isinstance(each, Tensor) and each.is_floating_point()]
         for each in leaves:
             each.requires_grad_()
-    found = call.op(**arguments)
+    found = op(**arguments)
     assert same(tree_leaves(found), tree_leaves(expected))
     assert not any(each.requires_grad for each in tree_leaves(found))
+
+
+# Of the others the loss is a number, and shared anchors have no images.
+@devices.not_interpreted
+@of([each for each in PADDED if each not in (calls.sigmoid_focal_loss, calls.match_anchors, *calls.VARIANTS[:1])])
+def test_no_images_or_boxes(every_backend, recipe):
+    call = call_of(recipe)
+    op = getattr(ops, call.op.__name__)
+    usual = tree_leaves(op(**call.arguments))
+    found = tree_leaves(op(**tree_map_only(Tensor, lambda t: t[:0], call.arguments)))
+    for empty, each in zip(found, usual, strict=True):
+        assert (empty.shape, empty.dtype) == ((0, *each.shape[1:]), each.dtype)
 
 
 @of([*OTHERS, *OF_ANY_LENGTH])

@@ -168,51 +168,15 @@ def test_nothing_wanted(every_backend, call):
 
 
 @not_interpreted
-@pytest.mark.parametrize("batch", [0, 1, 2])
-@pytest.mark.parametrize("levels", [1, 2])
-def test_batches_and_levels(every_backend, batch, levels):
-    maps = head(batch=batch, pyramid=PYRAMID[:levels])
-    found = select(maps, CELLS[:levels])
-    assert (found[0].shape, found[3].shape) == ((batch, 60, 4), (batch,))
-    if batch > 0:
-        check_equal(found, torchvisions_retinanet(maps), 2**-23)
-
-
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_cpp_is_the_reference_bit_for_bit(dtype, form):
-    """Half precision has many equal logits: these are told apart by their order alone."""
-    for anchors, call in ((2, select), (1, select_centered)):
-        maps = head(dtype, form, anchors=anchors)
-        fast, plain = each_backend(lambda maps=maps, call=call: call(maps))
-        assert fast[0].dtype == torch.float32
-        assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
-
-
-@not_interpreted
-def test_any_strides(every_backend):
-    """Frames of NaN, and a torchvision head's tables, seen as maps."""
-    maps = head()
-    expected = select(maps)
-    for form in FORMATS.values():
-        views = []
-        for each in (maps.logits, maps.deltas):
-            views.append([])
-            for m in each:
-                n, c, h, w = m.shape
-                frame = torch.full((n + 1, c + 1, h + 2, w + 3), NAN).contiguous(memory_format=form)
-                frame[1:, :c, 1:-1, 2:-1] = m
-                views[-1].append(frame[1:, :c, 1:-1, 2:-1])
-        found = select(SimpleNamespace(logits=views[0], deltas=views[1]))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    views = []
+def test_tables_of_torchvisions_heads_seen_as_maps(every_backend):
+    maps, views = head(), []
     for each, numbers in ((maps.logits, CLASSES), (maps.deltas, 4)):
         table = torch.cat(flat(each, numbers), 1)
         levels = table.split([m[0, 0].numel() * ANCHORS for m in each], 1)
         views.append([t.reshape(2, *m.shape[2:], -1).permute(0, 3, 1, 2) for t, m in zip(levels, each, strict=True)])
         assert views[-1][0].data_ptr() == table.data_ptr()
     found = select(SimpleNamespace(logits=views[0], deltas=views[1]))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, select(maps), strict=True))
 
 
 def test_ties_go_in_the_order_of_place_anchor_and_class(every_backend):
@@ -341,18 +305,6 @@ def test_empty_and_tiny_tables(shape):
     assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-@pytest.mark.parametrize("class_top_n", [None, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_cpp_is_the_reference_bit_for_bit_of_boxes(dtype, class_top_n, shared):
-    these = tables(dtype, boxes=200, shared=shared)
-    these.logits[:, ::3] = these.logits[:, :1]  # equal probabilities
-    call = lambda: select_boxes(these, torch.tensor([200, 131]), class_top_n=class_top_n)  # noqa: E731
-    fast, plain = each_backend(call)
-    assert fast[3].min() > 0
-    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
-
-
 @not_interpreted
 def test_bad_tables_are_never_selected(every_backend):
     """A NaN, an infinite logit, delta or corner; minus infinity is the logit of a class that cannot be."""
@@ -450,30 +402,18 @@ MAP_ERRORS = [
     ({"deltas": [torch.zeros(2, 8, 3, 3)]}, ValueError, "deltas must be one for each of the 3 maps"),
     ({"deltas": [torch.zeros(2, 4, *size) for size in PYRAMID]}, ValueError, r"deltas must be \[N, 4A, H, W\]"),
     ({"centerness": [torch.zeros(2, 1, *size) for size in PYRAMID]}, ValueError, r"centerness must be \[N, A, H, W\]"),
-    ({"cells": CELLS[:2]}, ValueError, "a table for each of the 3 levels, got 2"),
-    ({"cells": [CELLS[0], CELLS[1][:1], CELLS[2]]}, ValueError, "2 anchors .* at level 1"),
+    ({"cell_anchors": CELLS[:2]}, ValueError, "a table for each of the 3 levels, got 2"),
+    ({"cell_anchors": [CELLS[0], CELLS[1][:1], CELLS[2]]}, ValueError, "2 anchors .* at level 1"),
     ({"strides": STRIDES[:1]}, ValueError, "for each of the 3 levels"),
     ({"strides": [(4.0, 4.0)] * 3}, TypeError, "strides must be integers"),
-    ({"sizes": torch.zeros(3, 2)}, ValueError, r"image_sizes must be \[N, 2\]"),
-    ({"sizes": SIZES}, TypeError, "image_sizes must be a tensor, got list"),
+    ({"image_sizes": torch.zeros(3, 2)}, ValueError, r"image_sizes must be \[N, 2\]"),
+    ({"image_sizes": SIZES}, TypeError, "image_sizes must be a tensor, got list"),
     ({"pre_nms_top_n": -1}, ValueError, "pre_nms_top_n must be 0 or more, got -1"),
     ({"max_detections": -1}, ValueError, "max_detections must be 0 or more, got -1"),
     ({"score_thresh": NAN}, ValueError, "score_thresh must be a number, got nan"),
     ({"weights": (1, 1)}, ValueError, "weights must be four"),
     ({"coder": "linear"}, ValueError, "coder must be deltas or distances, got 'linear'"),
 ]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), MAP_ERRORS)
-def test_errors(change, error, message):
-    maps = head()
-    arguments = {
-        "logits": maps.logits, "deltas": maps.deltas, "cells": CELLS, "strides": STRIDES, "sizes": torch.tensor(SIZES),
-        **OPTIONS, **change,
-    }  # fmt: skip
-    positional = [arguments.pop(name) for name in ("logits", "deltas", "cells", "strides", "sizes")]
-    with pytest.raises(error, match=message):
-        ops.select_detections(*positional, **arguments)
 
 
 BOX_ERRORS = [
@@ -491,13 +431,21 @@ BOX_ERRORS = [
     ({"weights": (1, 1)}, ValueError, "weights must be four"),
 ]
 
+RIGHT = {
+    ops.select_detections: {
+        "logits": head().logits, "deltas": head().deltas, "cell_anchors": CELLS, "strides": STRIDES, **OPTIONS
+    },
+    ops.select_box_detections: {**vars(tables()), "counts": None, **BOX_OPTIONS},
+}  # fmt: skip
 
-@pytest.mark.parametrize(("change", "error", "message"), BOX_ERRORS)
-def test_errors_of_boxes(change, error, message):
-    arguments = {**vars(tables()), "counts": None, **BOX_OPTIONS, **change}
-    positional = [arguments.pop(name) for name in ("logits", "deltas", "boxes", "counts")]
+
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"),
+    [(op, *each) for op, errors in zip(RIGHT, (MAP_ERRORS, BOX_ERRORS), strict=True) for each in errors],
+)
+def test_errors(op, change, error, message):
     with pytest.raises(error, match=message):
-        ops.select_box_detections(*positional, torch.tensor(SIZES), **arguments)
+        op(**{"image_sizes": torch.tensor(SIZES), **RIGHT[op], **change})
 
 
 LARGE = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
