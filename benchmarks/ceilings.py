@@ -9,19 +9,17 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fpn_fast.bench.gpu_timing import clock
+from fpn_fast.bench.machine import as_json
 
 NO_GPU = "skipped: no GPU"
 COPY_BYTES = 10**9
@@ -31,9 +29,9 @@ L2_READ_TURNS = 256
 GRAPH_NODES = 101
 
 
-def _median(sample: Callable[[], float], repeats: int = 21) -> float:
+def _median(sample: Callable[[], float]) -> float:
     sample()
-    return statistics.median(sample() for _ in range(repeats))
+    return statistics.median(sample() for _ in range(21))
 
 
 def _wall(run: Callable[[], Any]) -> float:
@@ -122,22 +120,16 @@ def attempt(part: Callable[[], dict[str, Any]]) -> Any:
         return {"problem": f"{type(error).__name__}: {error}"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for the result (default: it is printed)")
-    options = parser.parse_args(arguments)
-    found = {
+def ceilings() -> dict[str, Any]:
+    """All of them."""
+    return {
         # Without a GPU a small copy on the CPU tries the code; device_type says so.
         "copy": attempt(lambda: copy("cuda", COPY_BYTES)) if torch.cuda.is_available() else copy("cpu", 1 << 20),
         "l2_read": attempt(l2_read),
         "graph": attempt(graph),
         "launch": attempt(launch),
     }
-    text = json.dumps(found, indent=1)
-    print(text) if options.json is None else options.json.write_text(text)
-    return 1 if any(isinstance(part, dict) and "problem" in part for part in found.values()) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(any("problem" in part for part in as_json(__doc__, ceilings).values()))

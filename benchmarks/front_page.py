@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import detectors
 from fpn_fast.bench.report import bars, by_case, load, ratio_text
+from fpn_fast.bench.report import table as markdown_table
 
 #: (what the ratio is of, results file, start of the case's name)
 Measured = tuple[str, str, str]
@@ -79,13 +80,13 @@ def _place(folder: Path) -> tuple[dict[str, Any], str]:
 
 def table(folder: Path) -> str:
     """Markdown of the README's table."""
-    lines = ["| stage | fused | speed-up over torchvision |", "| --- | --- | --- |"]
+    lines = [["stage", "fused", "speed-up over torchvision"]]
     for stage, found in ratios(folder):
         values = ", ".join(f"{what} {ratio_text(ratio)}".strip() for what, ratio in found)
-        lines.append(f"| {stage.name} | {stage.fused} | {values} |")
+        lines.append([stage.name, stage.fused, values])
     machine, place = _place(folder)
     note = f"{place}, {machine['date']}, one 800x1344 image, float32 (training steps: two 320x544 images)."
-    return "\n".join(lines) + f"\n\n{note}\n"
+    return f"{markdown_table(lines, left=3)}\n\n{note}\n"
 
 
 def plot(folder: Path) -> str:

@@ -161,11 +161,6 @@ def _ending(code: int | None) -> str:
     return "stopped at its time limit" if code is None else f"exit code {code}"
 
 
-def environment(run: Run) -> Outcome:
-    """Device, clocks, versions and kernels."""
-    return run.json_of("fpn_fast.bench.machine")
-
-
 def library(run: Run) -> Outcome:
     """Builds the compiled library in the checkout, or copies it there."""
     if run.options.dry_run:
@@ -180,11 +175,6 @@ def library(run: Run) -> Outcome:
             shutil.copy2(source / name, ROOT / "fpn_fast" / name)
     missing = [name for name in LIBRARY_FILES if name not in found]
     return {"library": str(source), "files": found}, f"{source} lacks {', '.join(missing)}" if missing else None
-
-
-def ceilings(run: Run) -> Outcome:
-    """Copy, L2, graph and launch."""
-    return run.json_of("benchmarks.ceilings")
 
 
 def tests(run: Run) -> Outcome:
@@ -205,12 +195,9 @@ def tests(run: Run) -> Outcome:
 
 def find_sanitizer() -> str | None:
     """compute-sanitizer on the PATH or in a CUDA toolkit."""
-    if found := shutil.which("compute-sanitizer"):
-        return found
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home and (path := Path(home) / "bin" / "compute-sanitizer").exists():
-            return str(path)
-    return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    paths = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(paths))
 
 
 def sanitizer(run: Run) -> Outcome:
@@ -271,8 +258,8 @@ class Section:
 #: In the order of their value; time that one leaves unused goes to those after it.
 SECTIONS = (
     Section("library", library, 30, 0.5),
-    Section("environment", environment, 5, 0.2),
-    Section("ceilings", ceilings, 10, 0.15),
+    Section("environment", lambda run: run.json_of("fpn_fast.bench.machine"), 5, 0.2),
+    Section("ceilings", lambda run: run.json_of("benchmarks.ceilings"), 10, 0.15),
     Section("tests", tests, 20, 0.35),
     Section("sanitizer", sanitizer, 20, 0.2),
     Section("benchmarks", benchmarks, 20, 1.0),
@@ -290,12 +277,7 @@ def summary(run: Run) -> str:
         if name in ("ceilings", "tests", "sanitizer"):
             lines += [f"    {key}: {value}" for key, value in entry.get("results", {}).items()]
     for file in run.found["sections"].get("benchmarks", {}).get("results", {}).get("files", []):
-        names = (*report.PROVIDERS, "copy")
-        lines.append(f"{'':<69}" + "".join(f"{name:>10}" for name in names) + "  cpp vs eager")
-        for case, rows in report.by_case(report.load(run.output / file)).items():
-            times = "".join(f"{report.time_text(rows.get(name)):>10}" for name in names)
-            speedup = rows.get("cpp", {}).get("speedup", {}).get("eager")
-            lines.append(f"{case!s:<69}{times}{'' if speedup is None else f'{speedup:.2f}x':>14}")
+        lines += ["", report.markdown(report.load(run.output / file))]
     return "\n".join(lines)
 
 

@@ -24,7 +24,6 @@ from fpn_fast.bench.cases import Case, image_size, scales
 from fpn_fast.bench.op import Function, OnDevice
 from fpn_fast.bench.rois import random_rois
 
-LEVELS = 4
 CHANNELS_OF_A_THREAD = 4
 WARP = 32
 
@@ -173,8 +172,6 @@ def pool(
     Returns:
         ``[K, C, output_size, output_size]`` in channels_last, differentiable once with respect to the maps.
     """
-    if len(maps) != LEVELS:
-        raise ValueError(f"there are {LEVELS} maps, got {len(maps)}")
     pooled: Tensor = _Pool.apply(rois, scales, sizes, output_size, sampling_ratio, *maps)
     return pooled
 

@@ -12,6 +12,7 @@ import pytest
 
 from fpn_fast import __main__ as command_line
 from fpn_fast.bench import cases, command, report
+from fpn_fast.bench.rows import Row, as_dict
 
 ONLY = "resnet50_fpn_800x1344-n1-float32-channels_last,gts_,tiny_2_maps-n1-float32-channels_first-forward_g"
 
@@ -62,7 +63,16 @@ def test_every_file_is_written(folder):
     assert {path.name for path in folder.iterdir()} == {
         "top_down.json", "growth.json", "match_anchors.json", "report.md", "report.html",
     }  # fmt: skip
-    rows = json.loads((folder / "top_down.json").read_text())["rows"]
+    results = report.load(folder / "top_down.json")
+    rows = results["rows"]
+    assert results["machine"]["tiny"]
+    assert results["machine"]["not_reached"] == []
+    wanted = [c for c in cases.FAMILIES["top_down"]("cpu") if any(word in str(c) for word in ONLY.split(","))]
+    assert len(report.by_case(results)) == len(wanted)
+    for row in rows:
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["bytes"] == cases.bytes_moved(report.case_of(row))
+        assert ("copy_share" in row) != row["overhead"]
     by_provider = {row["provider"]: row for row in rows if row["direction"] == "forward" and row["channels"] == 8}
     # An interpolation and an addition for each of three levels against one call; no synchronisation.
     assert (by_provider["eager"]["operations"], by_provider["cpp"]["operations"]) == (6, 1)
@@ -89,18 +99,15 @@ def test_the_page_holds_all_tables_and_fetches_nothing(folder):
 def _results(times: dict[str, float], refused: bool = False) -> dict:
     """Results of one case: eager at 100 us, and the library."""
     case = cases.FAMILIES["top_down"]("cpu")[0]
-    fields = {name: getattr(case, name) for name in cases.Case.__dataclass_fields__}
-    rows = [
-        {**fields, "provider": name, "metric": "wall", "method": "clock", "bytes": 8, "p50": t, "p20": t, "p80": t,
-         "speedup": {other: s / t for other, s in times.items() if other != name}}
+    found = [
+        Row(case, name, "wall", "clock", 8, t, t, t, speedup={o: s / t for o, s in times.items() if o != name})
         for name, t in times.items()
-    ]  # fmt: skip
+    ]
     if refused:
-        keep = {key: value for key, value in rows[-1].items() if key not in ("p50", "p20", "p80", "speedup")}
-        rows[-1] = {**keep, "metric": "none", "refused": "result 0 differs"}
+        found[-1] = Row(case, found[-1].provider, "none", "none", 8, refused="result 0 differs")
     machine = {"device_type": "cpu", "device": "Abacus 9", "threads": 2, "torch": "2.11.0", "commit": "0123abc",
                "date": "2026-01-02", "allocator": {}}  # fmt: skip
-    return {"machine": machine, "rows": rows}
+    return {"machine": machine, "rows": list(map(as_dict, found))}
 
 
 def test_regressions_are_relative_to_the_rival():
@@ -108,8 +115,8 @@ def test_regressions_are_relative_to_the_rival():
     case = report.case_of(before["rows"][0])
     # The machine as a whole is half as fast: nothing changed.
     assert report.changes([before], [_results({"eager": 200.0, "cpp": 100.0})]) == {(case, "cpp"): 1.0}
-    changed = report.changes([before], [_results({"eager": 100.0, "cpp": 60.0})])
-    assert changed[case, "cpp"] == pytest.approx(1.2)
+    changed = report.changes([before], [_results({"eager": 100.0, "cpp": 62.5})])
+    assert changed[case, "cpp"] == pytest.approx(1.25)
     # Without a rival in both, times themselves.
     alone = report.changes([_results({"cpp": 50.0})], [_results({"eager": 1.0, "cpp": 40.0})])
     assert alone[case, "cpp"] == pytest.approx(0.8)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +13,20 @@ from fpn_fast.bench.rois import pixels_read
 #: A pyramid's maps, (height, width), finest first.
 Levels = tuple[tuple[int, int], ...]
 
-#: Strides 4 to 32 of an 800x1344 image, the usual padded size of COCO images, and of 800x1333, the size before padding:
-#: its widths halve to 334, 167, 84 and 42, so the ratio is not two everywhere.
-RESNET50_FPN_800X1344: Levels = ((200, 336), (100, 168), (50, 84), (25, 42))
-RESNET50_FPN_800X1333: Levels = ((200, 334), (100, 167), (50, 84), (25, 42))
-#: Strides 4 to 64 for an RPN: 268,569 anchors with three per cell.
-RPN_800X1344: Levels = (*RESNET50_FPN_800X1344, (13, 21))
-#: Strides 8 to 128 for RetinaNet: 201,600 anchors with nine per cell.
-RETINANET_800X1344: Levels = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+
+def _levels(height: int, width: int, strides: Sequence[int] = (4, 8, 16, 32)) -> Levels:
+    """The maps of an image at `strides`."""
+    return tuple((-(-height // stride), -(-width // stride)) for stride in strides)
+
+
+#: Of the usual padded size of COCO images, and of the size before padding, where widths of 334, 167, 84 and 42 do not
+#: halve everywhere.
+RESNET50_FPN_800X1344, RESNET50_FPN_800X1333 = _levels(800, 1344), _levels(800, 1333)
+#: 268,569 anchors with three per cell.
+_RPN_STRIDES = (4, 8, 16, 32, 64)
+RPN_800X1344 = _levels(800, 1344, _RPN_STRIDES)
+#: 201,600 anchors with nine per cell.
+RETINANET_800X1344 = _levels(800, 1344, (8, 16, 32, 64, 128))
 #: An image in place of maps.
 IMAGE_800X1344: Levels = ((800, 1344),)
 IMAGE_800X1333: Levels = ((800, 1333),)
@@ -208,31 +214,29 @@ def targets(case: Case) -> dict[str, float]:
     return {}
 
 
-def _pathway(name: str, levels: Levels, batches: tuple[int, ...], dtypes: tuple[str, ...]) -> list[Case]:
+def _pathway(name: str, levels: Levels, batch: int, dtype: str, directions: Sequence[str]) -> list[Case]:
     return [
         Case("top_down", name, levels, batch, 256, dtype, memory_format, direction)
-        for batch in batches
-        for dtype in dtypes
         for memory_format in MEMORY_FORMATS
-        for direction in ("forward", "backward")
-    ]
-
-
-def _call_overhead() -> list[Case]:
-    tiny = ("top_down", "tiny_3_levels", TINY_3_LEVELS), ("upsample_add", "tiny_2_maps", TINY_2_MAPS)
-    return [
-        Case(op, name, levels, 1, 8, "float32", "channels_first", direction, overhead=True)
-        for op, name, levels in tiny
-        for direction in ("forward", "forward_grad", "forward_backward")
+        for direction in directions
     ]
 
 
 def _top_down(device_type: str) -> list[Case]:
-    cases = _pathway("resnet50_fpn_800x1344", RESNET50_FPN_800X1344, (1, 2), ("float32", "bfloat16"))
-    cases += _call_overhead()
-    cases += _pathway("resnet50_fpn_800x1333", RESNET50_FPN_800X1333, (1,), ("float32",))
+    both, dtypes = ("forward", "backward"), ("float32", "bfloat16")
+    large = ("resnet50_fpn_800x1344", RESNET50_FPN_800X1344)
+    cases = [case for batch in (1, 2) for dtype in dtypes for case in _pathway(*large, batch, dtype, both)]
+    cases += [
+        Case(op, name, levels, 1, 8, "float32", "channels_first", direction, overhead=True)
+        for op, name, levels in (
+            ("top_down", "tiny_3_levels", TINY_3_LEVELS),
+            ("upsample_add", "tiny_2_maps", TINY_2_MAPS),
+        )
+        for direction in ("forward", "forward_grad", "forward_backward")
+    ]
+    cases += _pathway("resnet50_fpn_800x1333", RESNET50_FPN_800X1333, 1, "float32", both)
     if device_type == "cuda":
-        cases += _pathway("resnet50_fpn_800x1344", RESNET50_FPN_800X1344, (8,), ("float32", "bfloat16"))
+        cases += [case for dtype in dtypes for case in _pathway(*large, 8, dtype, both)]
     return cases
 
 
@@ -243,6 +247,7 @@ POOLERS = {
     "mask_100_14x14_ratio_2": (100, 14, 2),
     "train_512_7x7_ratio_2": (512, 7, 2),
 }
+_BOX = "box_1000_7x7_ratio_2"
 
 
 def _pool(pooler: str, batch: int, dtype: str, clustered: bool = False) -> list[Case]:
@@ -258,129 +263,99 @@ def _pool(pooler: str, batch: int, dtype: str, clustered: bool = False) -> list[
 
 def _multiscale_roi_align(device_type: str) -> list[Case]:
     cases = [case for pooler in POOLERS for case in _pool(pooler, 1, "float32")]
-    box = "box_1000_7x7_ratio_2"
-    cases += _pool(box, 1, "bfloat16") + _pool(box, 1, "float32", clustered=True) + _pool(box, 2, "float32")
+    cases += _pool(_BOX, 1, "bfloat16") + _pool(_BOX, 1, "float32", clustered=True) + _pool(_BOX, 2, "float32")
     if device_type == "cuda":
-        cases += [case for pooler in POOLERS if pooler != box for case in _pool(pooler, 1, "bfloat16")]
-        cases += _pool(box, 1, "bfloat16", clustered=True) + _pool(box, 2, "bfloat16") + _pool(box, 8, "bfloat16")
+        cases += [case for pooler in POOLERS if pooler != _BOX for case in _pool(pooler, 1, "bfloat16")]
+        cases += _pool(_BOX, 1, "bfloat16", clustered=True) + _pool(_BOX, 2, "bfloat16") + _pool(_BOX, 8, "bfloat16")
     return cases
 
 
 def _selection(op: str, name: str, levels: Levels, batch: int = 1, memory_format: str = "channels_first",
-               **sizes: Any) -> Case:  # fmt: skip
-    return Case(op, name, levels, batch, 0, "float32", memory_format, "forward", **sizes)
+               direction: str = "forward", **sizes: Any) -> Case:  # fmt: skip
+    return Case(op, name, levels, batch, 0, "float32", memory_format, direction, **sizes)
 
 
-def _generate_proposals(device_type: str) -> list[Case]:
+def _retinanet(op: str, direction: str, **sizes: int) -> list[Case]:
+    """Tables with the classes of an anchor side by side, as channels_last maps have them."""
+    name = "retinanet_91_classes_800x1344"
     return [
-        _selection("generate_proposals", f"top_{top_n}_800x1344", RPN_800X1344, batch, memory_format, anchors=3,
-                   pre_nms_top_n=top_n)
-        for batch, top_n, memory_format in itertools.product((1, 2, 8), (1000, 2000), MEMORY_FORMATS)
-    ]  # fmt: skip
-
-
-def _select_detections(device_type: str) -> list[Case]:
-    # Tables with the classes of an anchor side by side, as channels_last maps have them.
-    return [
-        _selection("select_detections", "retinanet_91_classes_800x1344", RETINANET_800X1344, batch, "channels_last",
-                   anchors=9, classes=91, pre_nms_top_n=1000)
+        _selection(op, name, RETINANET_800X1344, batch, "channels_last", direction, anchors=9, classes=91, **sizes)
         for batch in (1, 2)
-    ]  # fmt: skip
+    ]
 
 
-def _sigmoid_focal_loss(device_type: str) -> list[Case]:
-    cases = [
-        _selection("sigmoid_focal_loss", "retinanet_91_classes_800x1344", RETINANET_800X1344, batch, "channels_last",
-                   anchors=9, classes=91)
-        for batch in (1, 2)
-    ]  # fmt: skip
-    return [replace(case, direction="forward_backward") for case in cases]
-
-
-def _batched_nms(device_type: str) -> list[Case]:
+def _proposals(op: str, name: str, batches: Sequence[int], top_ns: Sequence[int]) -> list[Case]:
     return [
+        _selection(op, name.format(top_n), RPN_800X1344, batch, memory_format, anchors=3, pre_nms_top_n=top_n)
+        for batch, top_n, memory_format in itertools.product(batches, top_ns, MEMORY_FORMATS)
+    ]
+
+
+#: The families that are the same on every device.
+_SELECTIONS: dict[str, list[Case]] = {
+    "generate_proposals": _proposals("generate_proposals", "top_{}_800x1344", (1, 2, 8), (1000, 2000)),
+    "select_detections": _retinanet("select_detections", "forward", pre_nms_top_n=1000),
+    "sigmoid_focal_loss": _retinanet("sigmoid_focal_loss", "forward_backward"),
+    "batched_nms": [
         _selection("batched_nms", f"{boxes}_boxes_{groups}_groups", IMAGE_800X1344, boxes=boxes, classes=groups)
         for boxes, groups in itertools.product((1_000, 5_000, 10_000, 30_000), (1, 5, 80, 1203))
-    ]
-
-
-def _match_anchors(device_type: str) -> list[Case]:
-    return [
+    ],
+    "match_anchors": [
         _selection("match_anchors", f"{gts}_gts_800x1344", RPN_800X1344, anchors=3, boxes=gts)
         for gts in (20, 300, 100, 7)
-    ]
-
-
-def _paste_masks(device_type: str) -> list[Case]:
-    return [_selection("paste_masks", "100_masks_800x1333", IMAGE_800X1333, boxes=100, output_size=28)]
-
-
-def _heatmaps_to_keypoints(device_type: str) -> list[Case]:
-    return [
+    ],
+    "paste_masks": [_selection("paste_masks", "100_masks_800x1333", IMAGE_800X1333, boxes=100, output_size=28)],
+    "heatmaps_to_keypoints": [
         _selection("heatmaps_to_keypoints", f"{boxes}_people_800x1333", IMAGE_800X1333, boxes=boxes, classes=17,
                    output_size=56)
         for boxes in (20, 100)
-    ]  # fmt: skip
+    ],
+}  # fmt: skip
 
 
-def _levels(height: int, width: int, count: int) -> Levels:
-    """Maps of strides 4, 8, ... of an image."""
-    return tuple((-(-height // stride), -(-width // stride)) for stride in (4 << i for i in range(count)))
+def _library(neck: str, extractor: str, proposals: str) -> list[Case]:
+    """The parts of a library's Faster R-CNN R50 that fpn_fast replaces; their pooling is adaptive."""
+    name = "faster_rcnn_r50_800x1344"
+    cases = [
+        Case(op, name, RESNET50_FPN_800X1344, 1, 256, "float32", memory_format, direction, rois=rois, output_size=size)
+        for op, rois, size in ((neck, 0, 0), (extractor, 1000, 7))
+        for memory_format in MEMORY_FORMATS
+        for direction in ("forward", "backward")
+    ]
+    return cases + _proposals(proposals, name, (1, 2), (1000,))
 
 
-def _growth(device_type: str) -> list[Case]:
+def _growth() -> list[Case]:
     """Series in which one quantity grows and all else stays."""
-    images = ((400, 672), (800, 1344), (1200, 2016))
-    pooler = next(c for c in _pool("box_1000_7x7_ratio_2", 1, "float32") if c.memory_format == "channels_last")
-    pathway = next(c for c in _pathway("", RESNET50_FPN_800X1344, (1,), ("float32",)) if c.direction == "forward")
-    proposals = _selection("generate_proposals", "", RPN_800X1344, anchors=3, pre_nms_top_n=1000)
-    matching = _selection("match_anchors", "", RPN_800X1344, anchors=3, boxes=20)
+    pooler = next(c for c in _pool(_BOX, 1, "float32") if c.memory_format == "channels_last")
+    pathway = _pathway("", RESNET50_FPN_800X1344, 1, "float32", ("forward",))[0]
+    proposals, matching = _SELECTIONS["generate_proposals"][0], _SELECTIONS["match_anchors"][0]
     cases = [replace(pooler, rois=count, axis="rois", name=f"rois_{count}") for count in (100, 300, 1000, 3000)]
     cases += [replace(matching, boxes=count, axis="gts", name=f"gts_{count}") for count in (5, 20, 80, 320)]
     for base, counts in ((pathway, (1, 2, 4)), (proposals, (1, 2, 4, 8))):
         cases += [replace(base, batch=count, axis="batch", name="batch") for count in counts]
-    for base, axis, levels in ((pathway, "image", 4), (proposals, "image", 5), (matching, "anchors", 5)):
+    for base, axis in ((pathway, "image"), (proposals, "image"), (matching, "anchors")):
         cases += [
-            replace(base, levels=_levels(*size, levels), axis=axis, name=f"{axis}_{size[0]}x{size[1]}")
-            for size in images
-        ]
+            replace(base, levels=_levels(*size, _RPN_STRIDES[: len(base.levels)]), axis=axis,
+                    name=f"{axis}_{size[0]}x{size[1]}")
+            for size in ((400, 672), (800, 1344), (1200, 2016))
+        ]  # fmt: skip
     return cases
 
 
-def _library(neck: str, extractor: str, proposals: str) -> Callable[[str], list[Case]]:
-    """The parts of a library's Faster R-CNN R50 that fpn_fast replaces; their pooling is adaptive."""
-
-    def of(device_type: str) -> list[Case]:
-        name = "faster_rcnn_r50_800x1344"
-        cases = [
-            Case(op, name, RESNET50_FPN_800X1344, 1, 256, "float32", memory_format, direction)
-            for op in (neck, extractor)
-            for memory_format in MEMORY_FORMATS
-            for direction in ("forward", "backward")
-        ]
-        cases = [replace(case, rois=1000, output_size=7) if case.op == extractor else case for case in cases]
-        return cases + [
-            _selection(proposals, name, RPN_800X1344, batch, memory_format, anchors=3, pre_nms_top_n=1000)
-            for batch, memory_format in itertools.product((1, 2), MEMORY_FORMATS)
-        ]
-
-    return of
+def _same(cases: list[Case]) -> Callable[[str], list[Case]]:
+    """Cases that do not depend on the device type."""
+    return lambda device_type: list(cases)
 
 
 #: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
 FAMILIES: dict[str, Callable[[str], list[Case]]] = {
     "top_down": _top_down,
     "multiscale_roi_align": _multiscale_roi_align,
-    "generate_proposals": _generate_proposals,
-    "select_detections": _select_detections,
-    "sigmoid_focal_loss": _sigmoid_focal_loss,
-    "batched_nms": _batched_nms,
-    "match_anchors": _match_anchors,
-    "paste_masks": _paste_masks,
-    "heatmaps_to_keypoints": _heatmaps_to_keypoints,
-    "detectron2": _library("detectron2_fpn", "detectron2_pooler", "detectron2_proposals"),
-    "mmdet": _library("mmdet_neck", "mmdet_extractor", "mmdet_proposals"),
-    "growth": _growth,
+    **{family: _same(cases) for family, cases in _SELECTIONS.items()},
+    "detectron2": _same(_library("detectron2_fpn", "detectron2_pooler", "detectron2_proposals")),
+    "mmdet": _same(_library("mmdet_neck", "mmdet_extractor", "mmdet_proposals")),
+    "growth": _same(_growth()),
 }
 
 

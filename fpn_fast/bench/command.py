@@ -165,10 +165,7 @@ def _finish(found: dict[str, Path], before: list[dict[str, Any]] | None) -> int:
     every = list(results.values())
     compared = None if before is None else report.changes(before, every)
     folder = next(iter(found.values())).parent
-    tables = [
-        f"## {family}\n\n{report.markdown(each, full=True, compared=compared)}" for family, each in results.items()
-    ]
-    (folder / "report.md").write_text("\n".join(["# fpn_fast benchmarks\n", *tables]))
+    (folder / "report.md").write_text(report.document(results, compared))
     (folder / "report.html").write_text(report.page(results, compared))
     print(f"\nwritten to {folder}: report.html, report.md, {', '.join(path.name for path in found.values())}")
     refused = report.refusals(every)

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fpn_fast.bench.machine", description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for the result; by default it is printed")
-    options = parser.parse_args(arguments)
-    text = json.dumps(environment(), indent=1)
-    print(text) if options.json is None else options.json.write_text(text)
-    return 0
+def as_json(description: str, found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A command with the option ``--json FILE``: writes or prints what `found` returns, and returns it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the result (default: it is printed)")
+    path, result = parser.parse_args().json, found()
+    text = json.dumps(result, indent=1)
+    print(text) if path is None else path.write_text(text)
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_json(__doc__, environment)

@@ -272,60 +272,66 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200p
 td, th { border: 1px solid #8888; padding: 3px 7px; text-align: left; white-space: nowrap }
 tr.slower td { background: #f0b42940 } tr.refused td, tr.regression td { background: #f0765c50 }
 """
-_HOW = """
-<p>Every provider of a case is computed from the same inputs, checked against the reference in float64, and then sampled
-in turn, round by round. A provider whose result differs, or whose backend did not compute it, is <em>refused</em> and
-has no figures. Times are medians. A ratio
-is the median of the ratios within each round, above 1 where fpn_fast is faster.
-<em>Share of copy</em> is the least traffic of the case, as a share of the bandwidth of a copy in the same rounds.
-<em>Operations</em> and <em>host synchronisations</em> are counted, not timed. Rows where a rival is faster are yellow,
-refused and regressed ones red.</p>
-"""
+_HOW = """\
+Every provider of a case is computed from the same inputs, checked against the reference in float64, and then sampled in
+turn, round by round. A provider whose result differs, or whose backend did not compute it, is refused and has no
+figures. Times are medians. A ratio is the median of the ratios within each round, above 1 where fpn_fast is faster.
+Share of copy is the least traffic of the case, as a share of the bandwidth of a copy in the same rounds. Operations and
+host synchronisations are counted, not timed."""
 
 
-def _html_table(lines: list[list[str]]) -> str:
-    def kind(line: list[str]) -> str:
-        if "refused" in line:
+def document(found: dict[str, dict[str, Any]], compared: Changes | None = None) -> str:
+    """All of a run as Markdown. found: family -> its results; compared: what changed since another run."""
+    every = list(found.values())
+    parts = ["# fpn_fast benchmarks"]
+    for title, lines in (("Refused", refusals(every)), ("Where a rival is faster", slower(every))):
+        parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
+    parts += ["## How to read this", _HOW]
+    for family, results in found.items():
+        parts += [f"## {family}", markdown(results, full=True, compared=compared).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _html_table(lines: list[str]) -> str:
+    header, _, *rows = (html.escape(line[2:-2].replace("`", "")).split(" | ") for line in lines)
+
+    def kind(row: list[str]) -> str:
+        if "refused" in row:
             return "refused"
-        if any(text.endswith("REGRESSION") for text in line):
+        if any(text.endswith("REGRESSION") for text in row):
             return "regression"
-        ratios = [text for name, text in zip(lines[0], line, strict=True) if " vs " in name and text]
+        ratios = [text for name, text in zip(header, row, strict=True) if " vs " in name and text]
         return "slower" if any(float(text[:-1]) < 1 for text in ratios) else ""
 
-    header = "".join(f"<th>{html.escape(name.strip('`'))}</th>" for name in lines[0])
-    rows = "\n".join(
-        f'<tr class="{kind(line)}">' + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
-        for line in lines[1:]
-    )
-    return f'<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>'
+    body = [f'<tr class="{kind(row)}">' + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in rows]
+    body.insert(0, "<tr>" + "".join(f"<th>{name}</th>" for name in header) + "</tr>")
+    return '<div class="wide"><table>\n' + "\n".join(body) + "\n</table></div>"
+
+
+def _html(block: str) -> str:
+    """One heading, list, table or paragraph of :func:`document`."""
+    if block.startswith("| "):
+        return _html_table(block.splitlines())
+    if block.startswith("- "):
+        return "<ul>\n" + "\n".join(f"<li>{html.escape(line[2:])}</li>" for line in block.splitlines()) + "\n</ul>"
+    tag = {"#": "h1", "##": "h2"}.get(block.partition(" ")[0], "p")
+    return f"<{tag}>{html.escape(block.lstrip('# '))}</{tag}>"
 
 
 def page(found: dict[str, dict[str, Any]], compared: Changes | None = None) -> str:
-    """One HTML page that holds all of a run and fetches nothing.
-
-    found: family -> its results; compared: what changed since another run.
-    """
-    every = list(found.values())
+    """:func:`document` with a plot as one HTML page that fetches nothing; rows where a rival is faster are yellow,
+    refused and regressed ones red."""
     groups: dict[str, list[float]] = {}
-    for results in every:
+    for results in found.values():
         for case, rows in by_case(results).items():
             own = [row for name, row in rows.items() if name in FUSED and "eager" in row.get("speedup", {})]
             if own and not case.axis:
                 label = f"{case.op}, {case.direction}" + (", call overhead" if case.overhead else "")
                 groups.setdefault(label, []).append(min(own, key=lambda row: row["p50"])["speedup"]["eager"])
     means = [(label, statistics.geometric_mean(ratios), "stage") for label, ratios in groups.items()]
-    parts = [bars("Speed-up over eager", "Geometric mean over the cases; logarithmic scale.", means)] if means else []
-    for title, lines in (("Refused", refusals(every)), ("Where a rival is faster", slower(every))):
-        items = "\n".join(f"<li>{html.escape(line)}</li>" for line in lines)
-        parts.append(f"<h2>{title}</h2>\n<ul>\n{items}\n</ul>" if lines else "")
-    parts.append("<h2>How to read this</h2>" + _HOW)
-    for family, results in found.items():
-        parts.append(f"<h2>{html.escape(family)}</h2>")
-        tables = [cells(results, overhead, full=True, compared=compared) for overhead in (False, True)]
-        parts += [_html_table(lines) for lines in tables if lines]
-        parts.append(f"<p>{html.escape(caption(results))}</p>")
-    body = "\n".join(filter(None, parts))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>fpn_fast benchmarks</title>\n'
-        f"<style>{_STYLE}</style></head>\n<body>\n<h1>fpn_fast benchmarks</h1>\n{body}\n</body></html>\n"
-    )
+    title, *body = map(_html, document(found, compared).strip().split("\n\n"))
+    plot = [bars("Speed-up over eager", "Geometric mean over the cases; logarithmic scale.", means)] if means else []
+    return "\n".join([
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>fpn_fast benchmarks</title>',
+        f"<style>{_STYLE}</style></head>\n<body>", title, *plot, *body, "</body></html>\n",
+    ])  # fmt: skip

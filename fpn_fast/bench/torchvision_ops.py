@@ -45,6 +45,11 @@ def random_maps(case: Case) -> Callable[[torch.device], list[Tensor]]:
     ]
 
 
+def _copied(make: Callable[[], Sequence[Tensor]]) -> Callable[[torch.device], list[Tensor]]:
+    """Inputs that are made on the CPU."""
+    return lambda device: [each.to(device) for each in make()]
+
+
 def gradient_sums(case: Case) -> frozenset[str]:
     """Autograd adds the gradients of a map that is used twice, such as the coarsest one."""
     return frozenset({"aten::add"} if "backward" in case.direction else ())
@@ -59,30 +64,21 @@ def top_down(case: Case) -> Op:
             merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
         return merged
 
-    return Op(
-        random_maps(case),
-        eager,
-        ops.top_down,
-        reference.top_down,
-        "top_down",
-        fullgraph=True,
-        alongside=gradient_sums(case),
-    )
+    inputs, alongside = random_maps(case), gradient_sums(case)
+    return Op(inputs, eager, ops.top_down, reference.top_down, "top_down", fullgraph=True, alongside=alongside)
 
 
 def upsample_add(case: Case) -> Op:
     """One step of that loop."""
 
-    def eager(maps: Sequence[Tensor]) -> Tensor:
-        return maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest")
-
-    def fused(maps: Sequence[Tensor]) -> Tensor:
-        return ops.upsample_add(maps[0], maps[1])
-
-    def compiled(maps: Sequence[Tensor]) -> Tensor:
-        return reference.upsample_add(maps[0], maps[1])
-
-    return Op(random_maps(case), eager, fused, compiled, "top_down", fullgraph=True)
+    return Op(
+        random_maps(case),
+        lambda maps: maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest"),
+        lambda maps: ops.upsample_add(maps[0], maps[1]),
+        lambda maps: reference.upsample_add(maps[0], maps[1]),
+        "top_down",
+        fullgraph=True,
+    )
 
 
 def multiscale_roi_align(case: Case) -> Op:
@@ -162,9 +158,7 @@ def select_detections(case: Case) -> Op:
         box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0)),
     )  # fmt: skip
     sizes = OnDevice(torch.tensor([head.image_size] * case.batch))
-
-    def inputs(device: torch.device) -> list[Tensor]:
-        return [each.to(device) for each in scenes.head_tables(head, case.batch, case.classes)]
+    given = _copied(lambda: scenes.head_tables(head, case.batch, case.classes))
 
     def eager(tables: Sequence[Tensor]) -> list[Tensor]:
         images = head.images(case.batch, tables[0].device)
@@ -184,14 +178,12 @@ def select_detections(case: Case) -> Op:
         )  # fmt: skip
         return unpadded(padded) if tables[0].device.type == "cpu" else padded
 
-    return Op(inputs, eager, fused, eager, "select_detections", decides=True, tensors_of=unpadded)
+    return Op(given, eager, fused, eager, "select_detections", decides=True, tensors_of=unpadded)
 
 
 def nms_in_groups(case: Case) -> Op:
     """torchvision's batched_nms: boxes of one image in groups."""
-
-    def inputs(device: torch.device) -> list[Tensor]:
-        return [each.to(device) for each in scenes.detections(case.boxes, case.classes, *image_size(case))]
+    given = _copied(lambda: scenes.detections(case.boxes, case.classes, *image_size(case)))
 
     def eager(found: Sequence[Tensor]) -> Tensor:
         return batched_nms(*found, NMS_IOU)
@@ -200,9 +192,9 @@ def nms_in_groups(case: Case) -> Op:
         if found[0].device.type == "cpu":
             return ops.batched_nms(found[0], found[1], found[2], NMS_IOU)
         boxes, scores, groups = (each[None] for each in found)
-        return ops.segmented_nms(boxes, scores, groups, None, NMS_IOU, len(boxes[0]))
+        return ops.segmented_nms(boxes, scores, groups, None, NMS_IOU, len(found[0]))
 
-    return Op(inputs, eager, fused, eager, "segmented_nms", decides=True, tensors_of=unpadded)
+    return Op(given, eager, fused, eager, "segmented_nms", decides=True, tensors_of=unpadded)
 
 
 def sigmoid_focal_loss(case: Case) -> Op:
@@ -235,8 +227,7 @@ def match_anchors(case: Case) -> Op:
     head = scenes.rpn_head(image_size(case), case.levels)
     matcher = Matcher(HIGH_IOU, LOW_IOU, allow_low_quality_matches=True)
 
-    def inputs(device: torch.device) -> list[Tensor]:
-        return [each.to(device) for each in (scenes.ground_truths(case.boxes, *head.image_size), head.anchors())]
+    given = _copied(lambda: (scenes.ground_truths(case.boxes, *head.image_size), head.anchors()))
 
     def eager(boxes: Sequence[Tensor]) -> Tensor:
         return matcher(box_iou(*boxes))
@@ -245,46 +236,39 @@ def match_anchors(case: Case) -> Op:
         gts, anchors = boxes
         return ops.match_anchors(gts[None], None, anchors, high_threshold=HIGH_IOU, low_threshold=LOW_IOU)[0][0]
 
-    return Op(inputs, eager, fused, eager, "match_anchors", decides=True)
+    return Op(given, eager, fused, eager, "match_anchors", decides=True)
+
+
+def _per_box(case: Case, table: Callable[[], Tensor]) -> Callable[[torch.device], list[Tensor]]:
+    return _copied(lambda: (table(), scenes.ground_truths(case.boxes, *image_size(case))))
 
 
 def paste_masks(case: Case) -> Op:
     """The masks of an image's detections, pasted into the image."""
     size = image_size(case)
-
-    def inputs(device: torch.device) -> list[Tensor]:
-        masks = scenes.mask_probabilities(case.boxes, case.output_size)
-        return [masks.to(device), scenes.ground_truths(case.boxes, *size).to(device)]
-
-    def eager(found: Sequence[Tensor]) -> Tensor:
-        return roi_heads.paste_masks_in_image(*found, size)
-
-    def fused(found: Sequence[Tensor]) -> Tensor:
-        return ops.paste_masks(found[0], found[1], size)
-
+    given = _per_box(case, lambda: scenes.mask_probabilities(case.boxes, case.output_size))
     # torch.compile makes a graph for each size of a box, and leaves the rest to eager after eight of them.
-    return Op(inputs, eager, fused, None, "paste_masks")
+    return Op(
+        given,
+        lambda found: roi_heads.paste_masks_in_image(*found, size),
+        lambda found: ops.paste_masks(found[0], found[1], size),
+        None,
+        "paste_masks",
+    )
 
 
 def heatmaps_to_keypoints(case: Case) -> Op:
-    """The keypoints of an image's people."""
-
-    def inputs(device: torch.device) -> list[Tensor]:
-        heatmaps = scenes.keypoint_logits(case.boxes, case.classes, case.output_size)
-        return [heatmaps.to(device), scenes.ground_truths(case.boxes, *image_size(case)).to(device)]
-
-    def eager(found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return roi_heads.heatmaps_to_keypoints(*found)
-
-    def fused(found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return ops.heatmaps_to_keypoints(*found)
-
-    def tables(result: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """A row per person, judged as boxes are."""
-        return [result[0].flatten(1), result[1]]
-
+    """The keypoints of an image's people; a person's row is judged as boxes are."""
     # As for masks, a graph for each size of a box.
-    return Op(inputs, eager, fused, None, "heatmaps_to_keypoints", decides=True, tensors_of=tables)
+    return Op(
+        _per_box(case, lambda: scenes.keypoint_logits(case.boxes, case.classes, case.output_size)),
+        lambda found: roi_heads.heatmaps_to_keypoints(*found),
+        lambda found: ops.heatmaps_to_keypoints(*found),
+        None,
+        "heatmaps_to_keypoints",
+        decides=True,
+        tensors_of=lambda result: [result[0].flatten(1), result[1]],
+    )
 
 
 OPS: dict[str, Callable[[Case], Op]] = {
