@@ -132,9 +132,10 @@ class Run:
             return json.loads(path.read_text()) if path.exists() else {}, None if code == 0 else _ending(code)
 
     def note(self, section: Section, entry: dict[str, Any]) -> None:
-        """Keeps a section's entry, and writes gpu_run.json."""
+        """Keeps a section's entry, and writes gpu_run.json, whole or not at all."""
         self.found["sections"][section.name] = entry
-        self.save()
+        self.found["seconds"] = round(time.monotonic() - self.start, 1)
+        write_text(self.output / "gpu_run.json", json.dumps(self.found, indent=1) + "\n")
 
     def do(self, section: Section) -> None:
         """Does one section within its time and notes its results."""
@@ -151,10 +152,6 @@ class Run:
             results, problem = {}, f"{type(error).__name__}: {error}"
         entry: dict[str, Any] = {"status": "ok"} if problem is None else {"status": "failed", "reason": problem}
         return self.note(section, {**entry, "seconds": round(time.monotonic() - begin, 1), "results": results})
-
-    def save(self) -> None:
-        """Writes gpu_run.json, whole or not at all."""
-        write_text(self.output / "gpu_run.json", json.dumps(self.found, indent=1) + "\n")
 
 
 def _ending(code: int | None) -> str:
@@ -314,8 +311,6 @@ def main(arguments: list[str] | None = None) -> int:
         if section.name == "environment":
             found = run.found["sections"]["environment"].get("results", {})
             run.has_gpu = found.get("device_type") == "cuda"
-    run.found["seconds"] = round(time.monotonic() - run.start, 1)
-    run.save()
     print(summary(run))
     sections = run.found["sections"].values()
     return 0 if (run.has_gpu or options.dry_run) and all(entry["status"] != "failed" for entry in sections) else 1

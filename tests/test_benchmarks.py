@@ -636,6 +636,13 @@ def test_memory_is_shown_and_held_to_where_it_counts(tmp_path: Path, results: Pa
     assert (False, f"{few}: no figure of eager's peak memory, wants 10% at most") in checkout_report.held(found)
 
 
+EVERY_SECTION = ("environment", "ceilings", "tests", "sanitizer", "benchmarks")
+
+
+def _sections(folder: Path) -> dict:
+    return json.loads((folder / "gpu_run.json").read_text())["sections"]
+
+
 def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Collecting all tests, to run none without a GPU, would take most of the time.
@@ -653,10 +660,8 @@ def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
     log = (tmp_path / "gpu_run.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-4000:]
     assert time.monotonic() - start < budget
-    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
-    assert {name: entry["status"] for name, entry in sections.items()} == dict.fromkeys(
-        ("environment", "ceilings", "tests", "sanitizer", "benchmarks"), "ok"
-    )
+    sections = _sections(tmp_path)
+    assert {name: each["status"] for name, each in sections.items()} == dict.fromkeys(EVERY_SECTION, "ok")
     results = {name: entry["results"] for name, entry in sections.items()}
     no_gpu = "skipped: no GPU"
     assert results["environment"]["gpu"] == results["environment"]["kernels"] == no_gpu
@@ -683,10 +688,8 @@ def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
 
 def test_too_small_a_budget_skips_sections_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_run.main(["--output", str(tmp_path), "--dry-run", "--budget", "4"]) == 0
-    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
-    assert {name: entry["status"] for name, entry in sections.items()} == dict.fromkeys(
-        ("environment", "ceilings", "tests", "sanitizer", "benchmarks"), "skipped"
-    )
+    sections = _sections(tmp_path)
+    assert {name: each["status"] for name, each in sections.items()} == dict.fromkeys(EVERY_SECTION, "skipped")
     assert sections["tests"]["reason"] == "3 s of 4 s left, needs 20 s"
     assert "benchmarks   skipped" in capsys.readouterr().out
 
@@ -712,7 +715,7 @@ def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeyp
     start = time.monotonic()
     assert gpu_run.main(["--output", str(tmp_path), "--dry-run", "--budget", "20"]) == 1
     assert time.monotonic() - start < 20
-    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
+    sections = _sections(tmp_path)
     assert sections["tests"]["status"] == "failed"
     assert sections["tests"]["results"]["code"] is None
     assert sections["sanitizer"]["reason"] == "KeyError: 'planted'"
@@ -724,7 +727,7 @@ def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeyp
 def test_without_a_gpu_nothing_is_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_run, "SECTIONS", (gpu_run.Section("tests", lambda run: ({}, None), 0, 1),))
     assert gpu_run.main(["--output", str(tmp_path), "--only", "tests"]) == 1
-    sections = json.loads((tmp_path / "gpu_run.json").read_text())["sections"]
+    sections = _sections(tmp_path)
     assert sections == {"tests": {"status": "skipped", "reason": "no GPU; --dry-run tries the run without one"}}
 
 

@@ -22,6 +22,8 @@ PROVIDERS = {
     "cpp": "fpn_fast (cpp)",
     "triton": "fpn_fast (triton)",
 }
+_CASE_COLUMNS = {"op": "op", "case": "name", "N": "batch", "dtype": "dtype", "memory format": "memory_format",
+                 "direction": "direction"}  # fmt: skip
 FUSED = ("cpp", "triton")
 BASELINES = ("eager", "compile", "nvidia")
 #: A time relative to an earlier run's, above which a row is marked.
@@ -115,46 +117,35 @@ def cells(
         return []
     present = [name for name in PROVIDERS if any(name in rows for rows in cases.values())]
     fused = [name for name in present if name in FUSED]
-    counted = [name for name in present if full and name != "compile"]
+    counted = [name for name in present if name != "compile"]
     rivals = [name for name in present if name in BASELINES]
     memory = present if full or any("peak" in targets(case) for case in cases) else []
-    copies = [] if overhead else fused
-    lines = [
-        ["op", "case", "N", "dtype", "memory format", "direction", *(PROVIDERS[name] for name in present)]
-        + [f"{name} vs {rival}" for name in fused for rival in rivals]
-        + [f"{name}, share of copy" for name in copies]
-        + [f"peak memory, {PROVIDERS[name]}" for name in memory]
-        + (["least bytes"] if full else [])
-        + [f"{what}, {PROVIDERS[name]}" for what in ("operations", "host synchronisations") for name in counted]
-        + [f"{name} against before" for name in fused if compared is not None]
-    ]
-    for case, rows in cases.items():
+    found = list(cases.values())
 
-        def of(name: str, *keys: str, rows: dict[str, Row] = rows) -> Any:
-            found: Any = rows.get(name, {})
-            for key in keys:
-                found = found.get(key) if isinstance(found, dict) else None
-            return found
+    def text(value: float | None, form: str, unit: str = "") -> str:
+        return "" if value is None else format(value, form) + unit
 
-        def text(value: Any, form: str) -> str:
-            return "" if value is None else format(value, form)
+    def of(name: str, key: str, form: str) -> list[str]:
+        return [text(rows.get(name, {}).get(key), form) for rows in found]
 
-        changed = [compared.get((case, name)) for name in fused] if compared is not None else []
-        ratios = [text(of(name, "speedup", rival), ".2f") for name in fused for rival in rivals]
-        lines.append(
-            [case.op, case.name, str(case.batch), case.dtype, case.memory_format, case.direction]
-            + [time_text(rows.get(name)) for name in present]
-            + [ratio and f"{ratio}x" for ratio in ratios]
-            + [text(of(name, "copy_share"), ".0%") for name in copies]
-            + [memory_text(rows.get(name)) for name in memory]
-            + ([f"{bytes_moved(case) / 1e6:.3g} MB"] if full else [])
-            + [text(of(name, what), "d") for what in ("operations", "syncs") for name in counted]
-            + [
-                "" if each is None else f"{each:.2f}x the time{': REGRESSION' * (each > REGRESSION)}"
-                for each in changed
-            ]
-        )
-    return lines
+    def speedups(name: str, rival: str) -> list[str]:
+        return [text(rows.get(name, {}).get("speedup", {}).get(rival), ".2f", "x") for rows in found]
+
+    columns = [(head, [str(getattr(case, field)) for case in cases]) for head, field in _CASE_COLUMNS.items()]
+    columns += [(PROVIDERS[name], [time_text(rows.get(name)) for rows in found]) for name in present]
+    columns += [(f"{name} vs {rival}", speedups(name, rival)) for name in fused for rival in rivals]
+    if not overhead:
+        columns += [(f"{name}, share of copy", of(name, "copy_share", ".0%")) for name in fused]
+    columns += [(f"peak memory, {PROVIDERS[name]}", [memory_text(rows.get(name)) for rows in found]) for name in memory]
+    if full:
+        columns += [("least bytes", [f"{bytes_moved(case) / 1e6:.3g} MB" for case in cases])]
+        columns += [(f"operations, {PROVIDERS[name]}", of(name, "operations", "d")) for name in counted]
+        columns += [(f"host synchronisations, {PROVIDERS[name]}", of(name, "syncs", "d")) for name in counted]
+    for name in fused if compared is not None else ():
+        changed = [(compared or {}).get((case, name)) for case in cases]
+        marks = [text(each, ".2f", "x the time" + ": REGRESSION" * ((each or 0) > REGRESSION)) for each in changed]
+        columns.append((f"{name} against before", marks))
+    return [[head for head, _ in columns], *map(list, zip(*(values for _, values in columns), strict=True))]
 
 
 def table(lines: list[list[str]], left: int = 6) -> str:
