@@ -192,16 +192,3 @@ ERRORS = [
 def test_errors(backend, change, error, message):
     with pytest.raises(error, match=message):
         ops.heatmaps_to_keypoints(**{"heatmaps": MAPS, "boxes": BOX, **change})
-
-
-def test_second_fence_holds_behind_the_python_checks():
-    good = (MAPS, BOX)
-    for i, value, message in (
-        (0, MAPS[:, 0], r"heatmaps \[R, K, h, w\]"),
-        (0, MAPS.mT, "contiguous heatmaps"),
-        (0, MAPS.int(), "takes float64, float32, float16 or bfloat16"),
-        (1, BOX.half(), r"boxes \[R, 4\] of float32 or float64"),
-        (1, BOX[:1], r"boxes \[R, 4\] of float32 or float64"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.fpn_fast.heatmaps_to_keypoints(*good[:i], value, *good[i + 1 :])

@@ -229,11 +229,6 @@ def test_a_gpu_equals_the_reference_bit_for_bit_without_synchronising(name, dtyp
                 assert all(torch.equal(actual.cpu(), right) for actual, right in zip(run, expected, strict=True))
 
 
-def arguments_of(anchors, grid):
-    numbers = grid._numbers() if anchors is None else ([], [], [], [], 0.0)
-    return (ground_truths(5)[None], torch.tensor([5]), anchors, None, *numbers, 0.7, 0.3, True)
-
-
 def test_pads_and_matches_without_values():
     _, grid = pyramid()
     with FakeTensorMode():
@@ -307,18 +302,3 @@ def test_errors_of_descriptions_and_lists():
         ops.pad_boxes([])
     with pytest.raises(ValueError, match=r"\(x1, y1, x2, y2\), got \(2, 5\) at 1"):
         ops.pad_boxes([torch.zeros(2, 4), torch.zeros(2, 5)])
-
-
-def test_second_fence_holds_behind_the_python_checks():
-    anchors, grid = pyramid()
-    good = arguments_of(anchors, grid)
-    for i, value, message in (
-        (0, good[0].half(), "float32 or float64"),
-        (0, good[0][0], r"gt_boxes \[N, G, 4\]"),
-        (1, good[1].int(), "int64 gt_counts"),
-        (2, anchors.double(), "the boxes' type"),
-        (4, [1.0], "four numbers for each cell anchor"),
-        (6, [1], "H and W and two strides"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.fpn_fast.match_anchors(*good[:i], value, *good[i + 1 :])

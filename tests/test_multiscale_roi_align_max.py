@@ -124,17 +124,8 @@ def check_backward(grads, maps, seeds, case):
 
 def raw(backend, maps, case):
     rois, _ = tensors(SOME_ROIS, None, maps[0].device)
-    return _FORWARD[backend], (
-        maps,
-        rois,
-        None,
-        2,
-        3,
-        list(SCALES),
-        thresholds_of(SCALES, 64, 4, "torchvision"),
-        2,
-        False,
-    )
+    thresholds = thresholds_of(SCALES, 64, 4, "torchvision")
+    return _FORWARD[backend], (maps, rois, None, 2, 3, list(SCALES), thresholds, 2, False)
 
 
 CASES = [

@@ -252,19 +252,6 @@ def test_what_triton_leaves_to_torch_is_said(op, by_torch):
     assert "by torch" not in backends.explain("cuda", "match_anchors")
 
 
-def test_second_fence_holds_behind_the_python_checks():
-    boxes, scores, groups = scene(20, 2)
-    op, arguments = _FORWARD["cpp"], (boxes[None], scores[None], groups[None], torch.tensor([18]), 0.5, 7, 0)
-    with pytest.raises(RuntimeError, match="takes contiguous boxes"):
-        op(arguments[0][0], *arguments[1:])
-    with pytest.raises(RuntimeError, match="takes contiguous scores"):
-        op(arguments[0], arguments[1].double(), *arguments[2:])
-    with pytest.raises(RuntimeError, match="takes contiguous int64 counts"):
-        op(*arguments[:3], torch.zeros(2, dtype=torch.int64), *arguments[4:])
-    with pytest.raises(RuntimeError, match="does not know convention 3"):
-        op(*arguments[:-1], 3)
-
-
 BOXES, SCORES, GROUPS = torch.zeros(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.int64)
 ERRORS = [
     ({"boxes": BOXES[0]}, ValueError, r"boxes must be \[N, B, 4\], got \(5, 4\)"),

@@ -224,3 +224,80 @@ def test_can_be_captured_in_a_graph(name, recipe):
 def test_every_op_is_here():
     names = {recipe.__name__ for recipe in chain(PADDED, OF_ANY_LENGTH)}
     assert names >= set(ops.__all__) - {"AnchorGrid", "pad_boxes"}
+
+
+# Of a call of the compiled library: what takes an argument's place, and what the library says then.
+FENCES = {
+    calls.generate_proposals: [
+        (1, lambda deltas: deltas[:1], "as many of deltas"),
+        (1, lambda deltas: [m[:, 1:] for m in deltas], r"takes deltas of \d+ channels"),
+        (2, lambda cells: cells[1:], "takes A cell anchors"),
+        (3, lambda strides: [1, 1], "takes strides along y and x"),
+        (4, lambda sizes: sizes.double(), "takes contiguous image_sizes"),
+        (5, lambda top_n: -1, "of 0 or more"),
+        (10, lambda weights: [1.0], "four weights, means and stds"),
+        (17, lambda clamp: -1.0, "a center_clamp of 0 or more"),
+        (20, lambda convention: 2, "does not know convention 2"),
+    ],
+    calls.select_detections_by_distances: [
+        (1, lambda deltas: deltas[:1], "as many of deltas"),
+        (1, lambda deltas: [m[:, 1:] for m in deltas], "takes deltas of 8 channels"),
+        (2, lambda centerness: [m[:, 1:] for m in centerness], "takes centerness of 2 channels"),
+        (3, lambda cells: cells[1:], "A cell anchors for each level"),
+        (4, lambda strides: [1, 1], "takes strides along y and x"),
+        (5, lambda sizes: sizes.double(), "takes contiguous image_sizes"),
+        (7, lambda top_n: -1, "of 0 or more"),
+        (10, lambda weights: [1.0], "takes four weights"),
+    ],
+    calls.select_box_detections: [
+        (0, lambda logits: logits[:, 1:], "takes contiguous logits"),
+        (1, lambda deltas: deltas[..., :8].contiguous(), "takes contiguous deltas"),
+        (2, lambda boxes: boxes.half(), "takes float32 or float64 boxes"),
+        (3, lambda counts: counts.int(), "takes contiguous int64 counts"),
+        (4, lambda sizes: sizes[:1], "takes contiguous image_sizes"),
+        (7, lambda top_n: -1, "of 0 or more"),
+        (10, lambda weights: [1.0], "takes four weights"),
+    ],
+    calls.segmented_nms: [
+        (0, lambda boxes: boxes[0], "takes contiguous boxes"),
+        (1, lambda scores: scores.double(), "takes contiguous scores"),
+        (3, lambda counts: torch.cat([counts, counts]), "takes contiguous int64 counts"),
+        (6, lambda convention: 3, "does not know convention 3"),
+    ],
+    calls.match_anchors: [
+        (0, lambda boxes: boxes.half(), "float32 or float64"),
+        (0, lambda boxes: boxes[0], r"gt_boxes \[N, G, 4\]"),
+        (1, lambda counts: counts.int(), "int64 gt_counts"),
+        (2, lambda anchors: anchors.double(), "the boxes' type"),
+        (4, lambda cells: [1.0], "four numbers for each cell anchor"),
+        (6, lambda sizes: [1], "H and W and two strides"),
+    ],
+    calls.heatmaps_to_keypoints: [
+        (0, lambda maps: maps[:, 0], r"heatmaps \[R, K, h, w\]"),
+        (0, lambda maps: maps.mT, "contiguous heatmaps"),
+        (0, lambda maps: maps.int(), "takes float64, float32, float16 or bfloat16"),
+        (1, lambda boxes: boxes.half(), r"boxes \[R, 4\] of float32 or float64"),
+        (1, lambda boxes: boxes[:1], r"boxes \[R, 4\] of float32 or float64"),
+    ],
+    calls.paste_masks: [
+        (0, lambda masks: masks[:, 0], r"masks \[K, 1, M, M\]"),
+        (0, lambda masks: masks.int(), "takes float64, float32, float16 or bfloat16"),
+        (1, lambda boxes: boxes.half(), r"boxes \[K, 4\] of float32 or float64"),
+        (2, lambda height: -1, "an image's size"),
+        (4, lambda padding: 9999, "a padding of 0 to 4096"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "place", "change", "message"),
+    [(recipe, *fence) for recipe, fences in FENCES.items() for fence in fences],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_second_fence_holds_behind_the_python_checks(recipe, place, change, message):
+    call = call_of(recipe)
+    with backends.use("cpp"), Recorded() as recorded:
+        call.op(**call.arguments)
+    op, arguments, _ = recorded.calls[-1]
+    with pytest.raises(RuntimeError, match=message):
+        op(*arguments[:place], change(arguments[place]), *arguments[place + 1 :])

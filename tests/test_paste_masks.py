@@ -164,19 +164,6 @@ def test_errors(backend, change, error, message):
         ops.paste_masks(**arguments)
 
 
-def test_second_fence_holds_behind_the_python_checks():
-    good = (MASKS, BOX, 5, 5, 1, None)
-    for i, value, message in (
-        (0, MASKS[:, 0], r"masks \[K, 1, M, M\]"),
-        (0, MASKS.int(), "takes float64, float32, float16 or bfloat16"),
-        (1, BOX.half(), r"boxes \[K, 4\] of float32 or float64"),
-        (2, -1, "an image's size"),
-        (4, 9999, "a padding of 0 to 4096"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.fpn_fast.paste_masks(*good[:i], value, *good[i + 1 :])
-
-
 @pytest.mark.slow
 def test_coco_size():
     """An image of 800 x 1344."""

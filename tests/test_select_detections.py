@@ -10,8 +10,6 @@ from helpers.devices import check_on_a_gpu, not_interpreted
 from torchvision.models.detection import _utils, fcos, retinanet, roi_heads, ssd
 
 from fpn_fast import backends, ops
-from fpn_fast.ops.select_box_detections import _FORWARD as OF_BOXES
-from fpn_fast.ops.select_detections import _FORWARD as OF_MAPS
 from fpn_fast.reference.generate_proposals import anchors_at
 
 NAN, INF = math.nan, math.inf
@@ -336,23 +334,6 @@ def test_a_size_that_is_hit_exactly(every_backend):
 # ---- both ---------------------------------------------------------------------------------------------------------
 
 
-def raw_maps():
-    maps = head(pyramid=PYRAMID[1:], anchors=1)
-    cells = torch.tensor([table[:1] for table in CELLS[1:]]).flatten().tolist()
-    return OF_MAPS["cpp"], (
-        maps.logits, maps.deltas, maps.centers, cells, [7, 8, 14, 15], torch.tensor(SIZES).float(), 0.2, 30, 0.5, 20,
-        [1.0] * 4, 4.0, True,
-    )  # fmt: skip
-
-
-def raw_boxes():
-    these = tables()
-    return OF_BOXES["cpp"], (
-        these.logits, these.deltas, these.boxes, torch.tensor([70, 9]), torch.tensor(SIZES).float(), 0.05, 0.01, 7, 0.5,
-        20, [10.0, 10.0, 5.0, 5.0], 4.0,
-    )  # fmt: skip
-
-
 def test_autocast_promotes_and_gradients_are_not_kept():
     maps = head(torch.bfloat16)
     wide = SimpleNamespace(logits=maps.logits, deltas=[m.float().requires_grad_() for m in maps.deltas])
@@ -366,32 +347,6 @@ def test_autocast_promotes_and_gradients_are_not_kept():
     these = tables()
     these.logits.requires_grad_()
     assert not select_boxes(these)[1].requires_grad
-
-
-FENCES = [
-    (raw_maps, 1, lambda a: a[1][:1], "as many of deltas"),
-    (raw_maps, 1, lambda a: a[0], "takes deltas of 4 channels"),
-    (raw_maps, 2, lambda a: a[1], "takes centerness of 1 channels"),
-    (raw_maps, 3, lambda a: a[3] * 3, "A cell anchors for each level"),
-    (raw_maps, 4, lambda a: [1, 1], "takes strides along y and x"),
-    (raw_maps, 5, lambda a: a[5].double(), "takes contiguous image_sizes"),
-    (raw_maps, 7, lambda a: -1, "of 0 or more"),
-    (raw_maps, 10, lambda a: [1.0], "takes four weights"),
-    (raw_boxes, 0, lambda a: a[0][:, 1:], "takes contiguous logits"),
-    (raw_boxes, 1, lambda a: a[1][..., :8].contiguous(), "takes contiguous deltas"),
-    (raw_boxes, 2, lambda a: a[2].half(), "takes float32 or float64 boxes"),
-    (raw_boxes, 3, lambda a: a[3].int(), "takes contiguous int64 counts"),
-    (raw_boxes, 4, lambda a: a[4][:1], "takes contiguous image_sizes"),
-    (raw_boxes, 7, lambda a: -1, "of 0 or more"),
-    (raw_boxes, 10, lambda a: [1.0], "takes four weights"),
-]
-
-
-@pytest.mark.parametrize(("raw", "place", "value", "message"), FENCES)
-def test_second_fence_holds_behind_the_python_checks(raw, place, value, message):
-    op, arguments = raw()
-    with pytest.raises(RuntimeError, match=message):
-        op(*arguments[:place], value(arguments), *arguments[place + 1 :])
 
 
 MAP_ERRORS = [

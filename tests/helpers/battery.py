@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fpn_fast import backends
 
@@ -280,15 +279,3 @@ class Battery:
         maps = self.tiny.inputs(torch.float32, target[1], torch.contiguous_format, grad=False)
         exported = torch.export.export(Module(), (maps,)).module()
         assert all(torch.equal(a, b) for a, b in zip(exported(maps), function(maps, **options), strict=True))
-
-    def test_fake_tensors_need_no_device(self, target):
-        """Shapes, types and strides follow without data, so nothing waits for the device."""
-        backend, device = target
-        if backends.problem(backend, "cuda") is not None:
-            pytest.skip(f"{backend} has no op for cuda tensors here")
-        real = self.tiny.inputs(torch.float32, device, torch.channels_last, grad=False)
-        with FakeTensorMode():
-            maps = [torch.empty(m.shape, device="cuda", memory_format=torch.channels_last) for m in real]
-            fake = self.op.function([m.requires_grad_() for m in maps], **self.tiny.options)
-        for a, b in zip(fake, self.op.function(real, **self.tiny.options), strict=True):
-            assert (a.shape, a.dtype, a.stride(), a.device.type) == (b.shape, b.dtype, b.stride(), "cuda")
