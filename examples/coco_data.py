@@ -156,16 +156,13 @@ def _check_masks(coco: dict[str, Any], path: Path) -> None:
         size = sizes[annotation["image_id"]]
         try:
             drawn = _mask_of(annotation, size)
+            if drawn.shape != size:
+                raise ValueError(f"it must have the image's (height, width) {size}, got {drawn.shape}")
         except Exception as error:  # pycocotools raises no other kind
             raise DataError(
                 f"{path}: --model mask_rcnn needs segmentations that can be drawn; one of image "
-                f"{annotation['image_id']} cannot: {type(error).__name__} {error}"
+                f"{annotation['image_id']} cannot: {type(error).__name__}: {error}"
             ) from error
-        if drawn.shape != size:
-            raise DataError(
-                f"{path}: a mask of image {annotation['image_id']} must have the image's (height, width) {size}, "
-                f"got {drawn.shape}"
-            )
 
 
 def load_coco(annotations: Path, folder: Path, masks: bool = False) -> CocoImages:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from detector_training import Settings, Track
-from processes import Processes, UsageError
+from processes import UsageError
 from torch.distributed.checkpoint import state_dict as sharded
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, processes: Processes) -> None:
+def save_checkpoint(path: Path, tracks: list[Track], settings: Settings) -> None:
     """Write the tracks to `path`, through a temporary file: at any time `path` is a whole checkpoint.
 
     All processes call it, because sharded weights are gathered; the leading one writes.
@@ -35,6 +35,7 @@ def save_checkpoint(path: Path, tracks: list[Track], settings: Settings, process
         }
         for track in tracks
     ]
+    processes = tracks[0].processes
     if processes.leads:
         temporary = path.with_name(f"{path.name}.tmp")
         try:

@@ -21,7 +21,7 @@ EVALUATION_BATCH = 4
 
 @torch.inference_mode()
 def evaluate(
-    tracks: list[Track], data: DetectionData, budget: float | None, settings: Settings, processes: Processes
+    tracks: list[Track], data: DetectionData, budget: float | None, settings: Settings
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[int, dict[str, Tensor]]]]:
     """Return COCO figures of every track's averaged weights, and its detections by index of the image.
 
@@ -33,6 +33,7 @@ def evaluate(
     proposals: dict[str, list[dict[str, Any]]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     seen: dict[str, dict[int, dict[str, Tensor]]] = {track.name: {} for track in tracks}
+    processes = tracks[0].processes
     round_size = EVALUATION_BATCH * processes.world
     started = time.monotonic()
     bar = Progress("testing", "image", len(data), limit=budget, disable=not processes.leads)
@@ -62,13 +63,12 @@ def evaluate(
                         boxes = resize_boxes(boxes, size, images[place].shape[-2:])
                         proposals[track.name] += proposals_as_coco(image_id, boxes, data.category_ids)
             bar.update(end - first)
-    every_index = [index for part in processes.gather(sorted(seen[tracks[0].name])) for index in part]
-    truth = of_images(data.coco(), sorted(every_index))
+    every_index = sorted(processes.gather(list(seen[tracks[0].name])))
+    truth = of_images(data.coco(), every_index)
     figures: dict[str, dict[str, Any]] = {}
     for track in tracks:
         track.test_seconds = seconds[track.name] / max(1, len(seen[track.name]))
-        values = [value for part in processes.gather(results[track.name]) for value in part]
-        boxes = [value for part in processes.gather(proposals[track.name]) for value in part]
+        values, boxes = processes.gather(results[track.name]), processes.gather(proposals[track.name])
         if not processes.leads:
             continue
         # Equal scores are ranked by order: that of the images, whichever process had them.

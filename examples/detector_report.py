@@ -22,8 +22,6 @@ from detector_evaluation import evaluate
 from detector_training import Batch, Settings, Track, losses_of, to_device
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
-from matplotlib.ticker import MaxNLocator
-from processes import Processes
 from torch import Tensor, nn
 from torchvision.ops import nms
 from torchvision.transforms.v2 import functional as F
@@ -196,7 +194,7 @@ def draw_losses(tracks: list[Track], path: Path) -> None:
         axes[1].set_ylabel(f"{tracks[1].name} − {tracks[0].name}")
         axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].locator_params(axis="x", integer=True)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(axis="y", alpha=0.25)
@@ -221,12 +219,7 @@ def _machine(settings: Settings) -> dict[str, Any]:
 
 
 def report(
-    tracks: list[Track],
-    batch: Batch,
-    test: DetectionData,
-    settings: Settings,
-    facts: dict[str, Any],
-    processes: Processes,
+    tracks: list[Track], batch: Batch, test: DetectionData, settings: Settings, facts: dict[str, Any]
 ) -> str | None:
     """Evaluate, measure, write images and figures.json into --output; return the table to print.
 
@@ -234,7 +227,8 @@ def report(
     one alone does the rest, and the others get None.
     """
     budget = None if settings.time_budget is None else settings.time_budget / 4
-    precisions, detections = evaluate(tracks, test, budget, settings, processes)
+    precisions, detections = evaluate(tracks, test, budget, settings)
+    processes = tracks[0].processes
     if not processes.leads:
         return None
     alone, output = processes.world == 1, settings.output

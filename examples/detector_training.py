@@ -60,8 +60,7 @@ class Settings(argparse.Namespace):
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values; paths and devices become text."""
-        plain: dict[str, Any] = json.loads(json.dumps(vars(self), default=str))
-        return plain
+        return json.loads(json.dumps(vars(self), default=str))
 
     def fingerprint(self) -> dict[str, Any]:
         """The values that a resumed run must share with the checkpoint."""
@@ -128,8 +127,7 @@ def losses_of(model: nn.Module, batch: Batch, step: int, settings: Settings, pla
     # Anchors and proposals are sampled at random: one stream per batch.
     torch.manual_seed(settings.random_stream(LOSS_STREAM, step, place))
     with settings.autocast():
-        losses: dict[str, Tensor] = model(*batch)
-    return losses
+        return model(*batch)
 
 
 @dataclass
@@ -198,7 +196,7 @@ class Track:
             for (_, targets), row in zip(batches, rows, strict=True)
             if not all(map(math.isfinite, row))
         ]
-        shown = "; ".join(text for found in self.processes.gather(bad) for text in found)
+        shown = "; ".join(self.processes.gather(bad))
         raise TrainingError(
             f"the {self.name} model's loss is not finite at step {step + 1} ({shown}); the last checkpoint is of an "
             "earlier step. Lower --lr, or look at these images"

@@ -145,10 +145,8 @@ def _ink_colour(region: NDArray[np.uint8], rng: np.random.Generator) -> FloatArr
     """A random colour, float32 ``[3]`` in 0..255, whose lightness differs from the region's by at least 0.3."""
     lightness = float(region.mean()) / 255
     contrast = rng.uniform(0.3, 0.6)
-    darker = lightness - contrast >= 0
-    lighter = lightness + contrast <= 1
-    go_darker = darker and (not lighter or rng.random() < 0.5)
-    target = lightness - contrast if go_darker else lightness + contrast
+    darker, lighter = lightness - contrast, lightness + contrast
+    target = darker if darker >= 0 and (lighter > 1 or rng.random() < 0.5) else lighter
     rgb = colorsys.hls_to_rgb(rng.random(), min(max(target, 0.02), 0.98), rng.uniform(0.1, 0.9))
     return np.asarray(rgb, dtype=np.float32) * 255
 
@@ -157,13 +155,12 @@ def _free_place(
     height: int, width: int, side: int, taken: Sequence[FloatArray], rng: np.random.Generator
 ) -> tuple[int, int] | None:
     """The top-left corner (x, y) of a box that overlaps no taken box by more than MAX_OVERLAP, or None."""
+    near, far = np.split(np.asarray(taken, dtype=float).reshape(-1, 4), 2, axis=1)
+    smaller = np.minimum((far - near).prod(axis=1), width * height)
     for _ in range(40):
         x, y = int(rng.integers(side - width + 1)), int(rng.integers(side - height + 1))
-        for x1, y1, x2, y2 in taken:
-            shared = max(0.0, min(x + width, x2) - max(x, x1)) * max(0.0, min(y + height, y2) - max(y, y1))
-            if shared > MAX_OVERLAP * min(width * height, (x2 - x1) * (y2 - y1)):
-                break
-        else:
+        shared = np.minimum(far, (x + width, y + height)) - np.maximum(near, (x, y))
+        if (shared.clip(0).prod(axis=1) <= MAX_OVERLAP * smaller).all():
             return x, y
     return None
 

@@ -83,13 +83,12 @@ class Processes:
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in order of rank."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, in order of rank."""
+        parts = [values] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
 
 
 @contextlib.contextmanager

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a torchvision detector with fpn_fast's kernels, in one process or, under torchrun, in several.
 
-    python examples/train_detector.py                            # digits on photographs, the best backend
-    python examples/train_detector.py --compare                  # train torchvision's own model as well
-    python examples/train_detector.py --coco annotations.json images/ --model mask_rcnn --backbone resnet50
-    torchrun --nproc-per-node 2 examples/train_detector.py --amp # DistributedDataParallel; FSDP2 with --fsdp
-
-Equal arguments give equal runs: data, initial weights and random numbers follow from --seed. With --compare both models
-start from equal weights and take turns on the same batches, so that noise of the machine hits both alike.
+README.md in this folder has commands to start from. Equal arguments give equal runs: data, initial weights and random
+numbers follow from --seed. With --compare both models start from equal weights and take turns on the same batches, so
+that noise of the machine hits both alike.
 """
 
 from __future__ import annotations
@@ -192,11 +188,9 @@ def chosen_backend(name: str, device: torch.device) -> Iterator[str]:
         yield serving
 
 
-def train(
-    tracks: list[Track], data: DetectionData, test: DetectionData, args: Settings, processes: Processes, logs: Logs
-) -> str:
+def train(tracks: list[Track], data: DetectionData, test: DetectionData, args: Settings, logs: Logs) -> str:
     """Train every track up to --steps; return why it ended: "steps", "time budget" or "interrupted"."""
-    first, last = len(tracks[0].losses), args.steps
+    first, last, processes = len(tracks[0].losses), args.steps, tracks[0].processes
     share = (args.accumulate, processes.rank, processes.world)
     batches = StepBatches(len(data), args.batch_size, args.seed, range(first, last), *share)
     arriving = iter(DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=collate))
@@ -218,11 +212,11 @@ def train(
             elif processes.any(args.time_budget is not None and time.monotonic() - started > args.time_budget):
                 ended = "time budget"
             if ended != "steps" or step + 1 == last or (step + 1) % args.checkpoint_every == 0:
-                save_checkpoint(args.output / "checkpoint.pt", tracks, args, processes)
+                save_checkpoint(args.output / "checkpoint.pt", tracks, args)
             if ended != "steps":
                 break
             if args.evaluate_every is not None and (step + 1) % args.evaluate_every == 0 and step + 1 < last:
-                logs.test(evaluate(tracks, test, None, args, processes)[0], step)
+                logs.test(evaluate(tracks, test, None, args)[0], step)
     return ended
 
 
@@ -249,14 +243,14 @@ def run(args: Settings, processes: Processes) -> int:
                 print(track.swapped, flush=True)
         if args.resume:
             load_checkpoint(args.output / "checkpoint.pt", tracks, args)
-        ended = train(tracks, train_data, test_data, args, processes, logs)
+        ended = train(tracks, train_data, test_data, args, logs)
         if ended == "interrupted":
             if processes.leads:
                 print(f"interrupted after {len(tracks[0].losses)} steps; --resume continues", file=sys.stderr)
             return 130
         facts = {"arguments": args.plain(), "backend": serving, "ended_by": ended, "test_history": logs.history}
         batch = collate([train_data[index] for index in range(min(args.batch_size, len(train_data)))])
-        text = report(tracks, batch, test_data, args, facts, processes)
+        text = report(tracks, batch, test_data, args, facts)
         if text is not None:
             print(text)
     return 0
