@@ -121,7 +121,6 @@ def attempt(part: Callable[[], dict[str, Any]]) -> Any:
 
 
 def ceilings() -> dict[str, Any]:
-    """All of them."""
     return {
         # Without a GPU a small copy on the CPU tries the code; device_type says so.
         "copy": attempt(lambda: copy("cuda", COPY_BYTES)) if torch.cuda.is_available() else copy("cpu", 1 << 20),

@@ -141,7 +141,6 @@ def training_rows(batches: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown of the counts of selections or of training steps."""
     if "model" in found["rows"][0]:
         lines = [["training step", "N", "variant", "operations", "host synchronisations"]]
         lines += [
@@ -164,7 +163,6 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.census", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--training", action="store_true", help="count a training step in place of the selections")

@@ -105,7 +105,6 @@ def images(case: Case, device: torch.device) -> list[Tensor]:
 
 
 def targets(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
-    """Ground truths for each image."""
     generator = torch.Generator().manual_seed(2)
     height, width = case.size
     found = []
@@ -167,7 +166,6 @@ class Provider:
 
 
 def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Provider]:
-    """By name; all have the same weights."""
     plain = build(case, device)
     fast = copy.deepcopy(plain).train(case.training)
     fpn_fast.accelerate(fast)
@@ -330,7 +328,6 @@ def replaced(stages: dict[str, float]) -> float:
 
 
 def case_of(row: dict[str, Any]) -> Case:
-    """The case that `row` measured."""
     return Case(row["model"], tuple(row["size"]), row["batch"], row["training"])
 
 
@@ -343,7 +340,6 @@ def by_case(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown of a results file."""
     lines = [["detector", "provider", "ms", "speed-up", "host synchronisations", "peak memory", "replaced stages, ms"]]
     for row in results["rows"]:
         case = case_of(row)

@@ -32,10 +32,10 @@ class Stage:
 _MERGE = "resnet50_fpn_800x1344-n1-float32-channels_last"
 _POOLER = "box_1000_7x7_adaptive_spread-n1-float32-channels_last"
 STAGES = (
-    Stage("Faster R-CNN R50, whole", "all stages below that it has",
+    Stage("Faster R-CNN R50, whole", "every stage below that it contains",
           (("inference", "detectors", "faster_rcnn-inference-800x1344-n1"),
            ("training step", "detectors", "faster_rcnn-training-320x544-n2"))),
-    Stage("RetinaNet R50, whole", "all stages below that it has",
+    Stage("RetinaNet R50, whole", "every stage below that it contains",
           (("inference", "detectors", "retinanet-inference-800x1344-n1"),
            ("training step", "detectors", "retinanet-training-320x544-n2"))),
     Stage("FPN top-down merge", "upsampling and addition of all levels in one kernel",
@@ -79,7 +79,6 @@ def _place(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def table(folder: Path) -> str:
-    """Markdown of the README's table."""
     lines = [["stage", "fused", "speed-up over torchvision"]]
     for stage, found in ratios(folder):
         values = ", ".join(f"{what} {ratio_text(ratio)}".strip() for what, ratio in found)
@@ -90,7 +89,6 @@ def table(folder: Path) -> str:
 
 
 def plot(folder: Path) -> str:
-    """The README's plot as SVG."""
     ratio_bars = [
         (f"{stage.name.removesuffix(', whole')}{', ' if what else ''}{what}", ratio,
          "whole" if "whole" in stage.name else "stage")

@@ -198,7 +198,6 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer(run: Run) -> Outcome:
-    """Each tool over the calls of sanitize.py."""
     program = [sys.executable, "-m", "benchmarks.sanitize"]
     if not run.has_gpu:
         code, _ = run.command(program)
@@ -266,7 +265,6 @@ CHOICES = ("ceilings", "tests", "sanitizer", "benchmarks")
 
 
 def summary(run: Run) -> str:
-    """The short table that ends the output."""
     lines = []
     for name, entry in run.found["sections"].items():
         seconds = f"{entry['seconds']:6.1f} s" if "seconds" in entry else " " * 8
@@ -279,7 +277,6 @@ def summary(run: Run) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--budget", type=float, default=540, help="seconds for the whole run (default: 540)")

@@ -52,7 +52,6 @@ def table(name: str, words: tuple[str, ...] = (), folder: Path = RESULTS) -> str
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
-    """A page's `text` with every table made anew."""
     return _TABLE.sub(lambda found: found[1] + table(found[2], tuple(found[3].split()), folder) + found[4], text)
 
 
@@ -82,7 +81,6 @@ def held(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file differs")
     parser.add_argument("--targets", action="store_true", help="print the targets; exit with 1 where one is missed")

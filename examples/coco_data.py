@@ -137,7 +137,6 @@ class CocoImages(Dataset[Item]):
         return self._coco
 
     def at(self, indices: Iterable[int]) -> CocoImages:
-        """The set of the images at these places."""
         return CocoImages(of_images(self._coco, indices), self.folder, self.masks)
 
 
@@ -166,7 +165,6 @@ def _check_masks(coco: dict[str, Any], path: Path) -> None:
 
 
 def load_coco(annotations: Path, folder: Path, masks: bool = False) -> CocoImages:
-    """All images of a COCO file."""
     coco = _complete(read_annotations(annotations), annotations, folder)
     if masks:
         _check_masks(coco, annotations)

@@ -123,7 +123,6 @@ def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
 
 
 def losses_of(model: nn.Module, batch: Batch, step: int, settings: Settings, place: int = 0) -> dict[str, Tensor]:
-    """The model's training losses by name, scalars."""
     # Anchors and proposals are sampled at random: one stream per batch.
     torch.manual_seed(settings.random_stream(LOSS_STREAM, step, place))
     with settings.autocast():

@@ -287,7 +287,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write both splits to disk in COCO format."""
     args = build_parser().parse_args(argv)
     for split, length in (("train", args.train), ("test", args.test)):
         path = DigitsOnPhotographs(split, length, args.image_size, args.seed).export(args.directory)

@@ -69,7 +69,6 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process prints and writes."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:

@@ -152,7 +152,6 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
 
 
 def load_data(args: Settings) -> tuple[DetectionData, DetectionData]:
-    """Return the training set and the test set."""
     masks = args.model == "mask_rcnn"
     if args.coco is None:
         sets = (("train", args.train_images), ("test", args.eval_images))

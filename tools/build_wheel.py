@@ -132,7 +132,6 @@ def try_all(wheel: Path, chosen: Iterable[tuple[str, Path]], torch: str) -> int:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "dist", help="folder of the wheel; default dist")
     parser.add_argument(

@@ -86,7 +86,6 @@ HOST_DEVICE Box<acc_t> clip(const Box<acc_t>& box, acc_t height, acc_t width) {
   return {clamp(box.x1, width), clamp(box.y1, height), clamp(box.x2, width), clamp(box.y2, height)};
 }
 
-// Whether both sides are at least `min_size`, or with `strict` longer.
 template <class acc_t>
 HOST_DEVICE bool is_large_enough(const Box<acc_t>& box, acc_t min_size, bool strict) {
   const acc_t width = subtract(box.x2, box.x1), height = subtract(box.y2, box.y1);

@@ -95,7 +95,6 @@ HOST_DEVICE acc_t blend(const acc_t (&weights)[4], acc_t a, acc_t b, acc_t c, ac
   return add(add(two, multiply(weights[2], c)), multiply(weights[3], d));
 }
 
-// A value and its position.
 template <class acc_t>
 struct Peak {
   acc_t value;

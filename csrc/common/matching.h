@@ -28,7 +28,6 @@ HOST_DEVICE T box_iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   return divide(inter, subtract(add(area_a, area_b), inter));
 }
 
-// Whether boxes `a` and `b` have any area in common.
 template <class T>
 HOST_DEVICE bool boxes_meet(const Box<T>& a, const Box<T>& b) {
   return a.x1 < b.x2 && b.x1 < a.x2 && a.y1 < b.y2 && b.y1 < a.y2;

@@ -88,7 +88,6 @@ HOST_DEVICE int first_target(const Axis<acc_t>& axis, int src) {
   return dst;
 }
 
-// The destinations that read source `src`.
 template <bool kBilinear, class acc_t>
 HOST_DEVICE Range targets(const Axis<acc_t>& axis, int src) {
   const int first = kBilinear ? src - 1 : src;

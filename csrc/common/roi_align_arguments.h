@@ -22,7 +22,6 @@ struct RoiAlignArguments {
   acc_t scale[kMaxRoiLevels];
 };
 
-// The level and image of RoI `k`.
 template <class acc_t>
 HOST_DEVICE Roi<acc_t> locate_roi(const RoiAlignArguments<acc_t>& arguments, int64_t k) {
   const int64_t* given = arguments.levels != nullptr ? arguments.levels + k : nullptr;

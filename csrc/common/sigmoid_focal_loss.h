@@ -95,7 +95,6 @@ HOST_DEVICE FocalTerm<T> focal_term(T x, bool own, T alpha) {
   return {share * term.loss, (own ? -share : share) * term.slope};
 }
 
-// The arguments of one call.
 template <class T>
 struct FocalLoss {
   const T* logits;  // [M, classes], `elements` in all

@@ -15,7 +15,6 @@ namespace fpn_fast {
 template <class acc_t>
 class KeptBoxes {
  public:
-  // Removes all boxes and makes room for `capacity`.
   void reset(int64_t capacity) {
     size_ = 0;
     const int64_t rounded = (capacity + kChunk - 1) / kChunk * kChunk;

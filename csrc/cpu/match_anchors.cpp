@@ -56,7 +56,6 @@ HOST_DEVICE T extreme(const T (&values)[kBlock]) {
   return result;
 }
 
-// A ground truth and its index in its image.
 template <class T>
 struct GroundTruth {
   Box<T> box;

@@ -62,7 +62,6 @@ std::vector<std::vector<LocatedRoi<acc_t>>> located_rois(const RoiAlignArguments
   return images;
 }
 
-// Adds one channel of a RoI to a plane of `width` columns.
 template <class T, class acc_t = acc_type<T>>
 void add_roi(const FeatureMap<const T>& grad, const FeatureMap<const int>& winners, const LocatedRoi<acc_t>& roi,
              int64_t c, acc_t* sums, int width) {

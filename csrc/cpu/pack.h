@@ -30,7 +30,6 @@ HOST_DEVICE void store_pack(T* target, const Pack<acc_type<T>>& pack) {
 #define FPN_FAST_INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
 #define FPN_FAST_INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 
-// Transposes 8 rows in place.
 template <class acc_t>
 HOST_DEVICE void transpose(Pack<acc_t> (&rows)[kPackLanes]) {
   static_assert(kPackLanes == 8);

@@ -20,7 +20,6 @@ void parallel_rows(int64_t rows, int64_t elements_per_row, const Body& body) {
                               [&](int64_t begin, int64_t end) { run_with_best_isa([&] { body(begin, end); }); });
 }
 
-// Whether the channels of a pixel are contiguous.
 template <class T>
 bool channels_adjacent(const FeatureMap<T>& map) {
   return map.stride_c == 1 && map.channels > 1;

@@ -49,7 +49,6 @@ struct Resized {
     for (int i = 0; i < 2; ++i) rows[i].resize(columns.size()), held[i] = -1;
   }
 
-  // Stores the resized row `row` in slot `slot`.
   HOST_DEVICE void hold(int slot, int row, int stride) {
     if (held[slot] == row) return;
     if (held[1 - slot] == row) {

@@ -100,7 +100,6 @@ Image<acc_t> sort_image(const NmsInput<acc_t>& input, int64_t n) {
   return image;
 }
 
-// Decides boxes [begin, end), which form one group.
 template <class acc_t>
 HOST_DEVICE void suppress(Image<acc_t>& image, int64_t begin, int64_t end, const OverlapRule<acc_t>& rule,
                           int64_t max_output, KeptBoxes<acc_t>& kept) {

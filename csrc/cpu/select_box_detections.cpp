@@ -16,7 +16,6 @@ constexpr int64_t kBoxesPerTask = 64;
 // Logits that are read in the time of one exponential.
 constexpr int64_t kExponentialCost = 16;
 
-// A box and a class whose score passes the threshold.
 template <class acc_t>
 struct Pair {
   acc_t score;

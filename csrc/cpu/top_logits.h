@@ -34,7 +34,6 @@ class TopNumbers {
     lowest_key_ = 0;
   }
 
-  // Values below this one are not among the best.
   HOST_DEVICE acc_t lowest() const { return lowest_; }
 
   HOST_DEVICE void consider(acc_t number, int64_t index) {

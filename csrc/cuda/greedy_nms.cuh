@@ -47,7 +47,6 @@ struct Segment {
 
 template <class acc_t>
 struct Candidates {
-  // Input.
   Box<acc_t>* boxes;  // [lists, room]; x1 is NaN where there is no box
   uint64_t* labels;   // [lists, room], sorted; or null: a list is one segment
   int* counts;        // [lists]
@@ -56,7 +55,6 @@ struct Candidates {
   int room;   // a multiple of kNmsChunk
   int small;  // largest segment that one block decides
   OverlapRule<acc_t> rule;
-  // Output.
   int* kept;         // [lists, room]: the positions of a segment's kept boxes, best first, from its begin on
   int* kept_counts;  // [lists, room]: their number, at the segment's begin
   uint8_t* flags;    // [lists, room]: 1 for a kept box; or null
@@ -123,7 +121,6 @@ __device__ __forceinline__ bool overlaps_too_much(const OverlapRule<acc_t>& rule
   return may_overlap(rule, shared, united) && overlaps(rule, shared, united);
 }
 
-// The boxes of a chunk, in shared memory.
 template <class acc_t>
 struct Chunk {
   ChunkBox<acc_t> boxes[kNmsChunk];
@@ -239,7 +236,6 @@ __global__ void __launch_bounds__(kNmsThreads, 3)
   for (int i = threadIdx.x; i < 2 * (kLongestSmall / kNmsChunk + 1); i += kNmsThreads) removed[i] = 0;
   __syncthreads();
 
-  // Kept boxes of the last segment.
   int found = 0;
 #pragma unroll 1
   for (int base = first_base; base < end; base += kNmsChunk) {
@@ -371,7 +367,6 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_pairs_kernel(const __grid_
     if (row >= base) word &= ~(NmsWord{1} << (row - base));
     candidates.overlapping[(list * kRegionChunks + column) * candidates.room + row] = word;
   }
-  // Boxes that do not exist count as removed.
   const NmsWord absent = ~there(chunk);
   if (split == 0 && threadIdx.x == 0 && absent != 0) {
     const int from = max(segment.begin - base, 0), to = min(segment.end - base, kNmsChunk);
@@ -429,7 +424,6 @@ __global__ void __launch_bounds__(kNmsThreads, 2) nms_region_kernel(const __grid
     // The addresses do not depend on which boxes are kept, so the next words can be loaded early.
     if (chunk + 1 < chunks) load(chunk + 1, next);
     if (warp == 0) {
-      // The words of a chunk with itself.
       const NmsWord kept = decide_chunk(~removed[chunk], own[0][0] & below(lane), own[0][1] & below(lane + 32));
       if (lane == 0) decided = kept;
     }

@@ -28,7 +28,6 @@ struct KeypointSearch {
   float* scores;  // [boxes, keypoints]
 };
 
-// Calls `body(box)` for the box of heatmap `map`.
 template <class T, class Body>
 __device__ __forceinline__ void with_box(const KeypointSearch<T>& search, int64_t map, const Body& body) {
   const int64_t offset = map / search.keypoints * 4;

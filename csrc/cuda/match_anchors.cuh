@@ -90,7 +90,6 @@ __device__ __forceinline__ Box<T> warp_union(const Box<T>& box) {
   return {-warp_maximum(-box.x1), -warp_maximum(-box.y1), warp_maximum(box.x2), warp_maximum(box.y2)};
 }
 
-// One ground truth per thread of the block.
 template <class T>
 struct GroundTruths {
   Box<T> box[kMatchThreads];

@@ -90,7 +90,6 @@ LaunchConfig roi_align_launch(RoiAlignPooling<T>& pooling) {
   return {blocks * pooling.line_groups, static_cast<int>(ceil_div(pooling.lanes * pooling.line_bins, 32) * 32)};
 }
 
-// The pixels that a block's bins read along one axis.
 template <class acc_t>
 struct RoiTable {
   RoiAxis<acc_t> axis;

@@ -92,7 +92,6 @@ struct RoiTile {
   Range list;
 };
 
-// Shared by the threads of a block.
 template <class T>
 struct GatherBlock {
   using acc_t = acc_type<T>;
@@ -192,7 +191,6 @@ struct GatherRun {
   int64_t first_channel;
 };
 
-// Adds a slice of a batch's RoIs to a run of pixels.
 template <class T, class Access>
 __device__ __forceinline__ void add_batch(const GatherBlock<T>& block, int batched, const GatherRun& own, const T* grad,
                                           int64_t across_stride, int64_t along_stride, const Access& access,
@@ -324,7 +322,6 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   }
 }
 
-// Two launches.
 template <class T, class Launch, class acc_t = acc_type<T>>
 void gather_in_launches(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
                         std::vector<FeatureMap<T>> sums, const RoiLists<acc_t>& lists, const Launch& launch) {

@@ -85,7 +85,6 @@ struct RoiAlignMaxGathering {
   bool channels_last;
 };
 
-// Adds the gradients that the bins of RoI `roi` give to a pixel.
 template <class T>
 __device__ __forceinline__ void add_bins_of(const RoiAlignMaxGathering<T>& gathering, const ListedRoi<acc_type<T>>& roi,
                                             const MapElement& pixel, acc_type<T>& sum) {
@@ -137,7 +136,6 @@ void pool_max_in_launch(const RoiAlignArguments<acc_type<T>>& arguments,
          LaunchConfig{ceil_div(elements_of(pooled), kRoiAlignMaxThreads), kRoiAlignMaxThreads}, pooling);
 }
 
-// Two launches.
 template <class T, class Launch, class acc_t = acc_type<T>>
 void gather_max_in_launches(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
                             const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& sums,

@@ -9,7 +9,6 @@
 
 namespace fpn_fast {
 
-// An element and its weight in a sum.
 template <class T>
 struct WeightedSource {
   const T* address;

@@ -15,7 +15,6 @@ constexpr int kRoiTile = kRoiRun * kRoiRuns;
 constexpr int kRoiBatch = 8;
 constexpr int kRoiBatchBins = 16;
 
-// One axis of the tile for a batch of RoIs.
 template <class acc_t>
 struct RoiWeights {
   alignas(16) acc_t weight[kRoiBatch][kRoiBatchBins][kRoiTile];
@@ -67,7 +66,6 @@ __device__ __forceinline__ Range reading_bins(const RoiWeights<acc_t>& table, in
   return found;
 }
 
-// The rounds of a batch along one axis.
 template <class acc_t>
 __device__ __forceinline__ int count_rounds(const RoiWeights<acc_t>& table, int batched) {
   int most = 1;

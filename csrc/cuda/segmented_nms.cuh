@@ -40,7 +40,6 @@ struct NmsSorting {
   // The largest coordinate in each of an image's first runs, or null if no box is moved.
   acc_t* largest;
   int largest_count;
-  // Ranks by score, sorted by group.
   SortedRuns<GroupKey> by_group;
 };
 
@@ -255,7 +254,6 @@ NmsPlan<acc_t> plan_nms(Scratch& scratch, const NmsInput<acc_t>& input, const Ov
   return plan;
 }
 
-// Writes the candidates of the plan.
 template <class acc_t, class Launch>
 void sort_in_launches(const NmsPlan<acc_t>& plan, const Launch& launch) {
   const NmsSorting<acc_t>&first = plan.first, &last = plan.last;

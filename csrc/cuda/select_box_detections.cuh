@@ -79,7 +79,6 @@ __global__ void __launch_bounds__(kBoxThreads, 3)
   }
 }
 
-// The candidates of each class except the background, per image.
 template <class acc_t>
 struct BoxCandidates {
   BoxHeads<acc_t> heads;
@@ -115,7 +114,6 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   });
 }
 
-// Writes the scores of kept boxes back to the table.
 template <class acc_t>
 __global__ void __launch_bounds__(kBoxThreads)
     keep_boxes_kernel(const __grid_constant__ BoxCandidates<acc_t> decoding) {

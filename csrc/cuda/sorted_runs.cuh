@@ -20,7 +20,6 @@ constexpr int kMergeWays = 32;
 constexpr int kBisections = 8;
 constexpr int kMaxRunLists = kMaxProposalLevels;
 
-// The sorted runs of every image's lists.
 template <class Key>
 struct SortedRuns {
   Key* keys;    // [images, runs, capacity]
@@ -108,7 +107,6 @@ struct RunMerge {
   SortedRuns<Key> from, to;
 };
 
-// Merges each kMergeWays runs of a list into one.
 template <class Key>
 __global__ void __launch_bounds__(kMergeThreads, 4) merge_runs_kernel(const __grid_constant__ RunMerge<Key> merge) {
   const RunElement element = run_element(merge.from);

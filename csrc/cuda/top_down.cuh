@@ -47,7 +47,6 @@ constexpr int kTopDownThreads = 256;
 // 64.
 constexpr int kTopDownBlocks = 3;
 
-// Sets the tilings. Returns the launch.
 template <class T, bool kChannelsLast>
 LaunchConfig top_down_launch(Pathway<T>& pathway) {
   int64_t blocks = 0;
@@ -292,7 +291,6 @@ __global__ void __launch_bounds__(kTopDownThreads, kTopDownBlocks)
   }
 }
 
-// Levels `first` to `last` of a pathway.
 template <class T>
 Pathway<T> part_of(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
                    size_t first, size_t last, Resample mode, bool average) {

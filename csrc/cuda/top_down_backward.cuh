@@ -23,7 +23,6 @@ struct GradientPathway {
   FeatureMap<const T> grad[kMaxLevels];  // of the merged maps
   FeatureMap<T> sum[kMaxLevels];         // of the laterals; [0] is unused, because it equals grad[0]
   Axis<acc_type<T>> rows[kMaxLevels - 1], cols[kMaxLevels - 1];
-  // The tiles of the coarsest map.
   int tile_rows, tile_cols;
   unsigned row_tiles, col_tiles;
   unsigned lane_bits;  // channels_last: log2 of the threads along the channels

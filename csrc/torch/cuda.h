@@ -19,7 +19,6 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Launches `kernel(argument)` on the current device.
 template <class Argument>
 void launch(void (*kernel)(Argument), const LaunchConfig& config, cudaStream_t stream, const Argument& argument) {
   if (config.blocks == 0) return;

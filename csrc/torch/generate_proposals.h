@@ -11,7 +11,6 @@
 
 namespace fpn_fast {
 
-// `Device::run<T>` computes the proposals.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> generate_proposals(
     std::vector<Tensor> objectness, std::vector<Tensor> deltas, std::vector<double> cell_anchors,

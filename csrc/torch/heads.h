@@ -11,7 +11,6 @@
 
 namespace fpn_fast {
 
-// Checks that `maps` [N, channels, H, W] per level go with `first_maps`.
 inline void check_like(const std::vector<Tensor>& maps, int64_t channels, const char* name,
                        const std::vector<Tensor>& first_maps, const char* op) {
   check_maps(maps, op);
@@ -47,7 +46,6 @@ inline void check_head(const std::vector<Tensor>& maps, const std::vector<int64_
   }
 }
 
-// Boxes from consecutive corners.
 template <class acc_t>
 std::vector<Box<acc_t>> cell_boxes(const std::vector<double>& corners) {
   std::vector<Box<acc_t>> cells;

@@ -49,7 +49,6 @@ RoiAlignArguments<acc_t> roi_align_arguments(const Tensor& rois, const std::opti
   return arguments;
 }
 
-// The pooled RoIs, uninitialised, in the memory format of the finest map.
 inline Tensor empty_pooled(const std::vector<Tensor>& features, const Tensor& rois, const std::optional<Tensor>& levels,
                            int64_t pooled_height, int64_t pooled_width, const std::vector<double>& scales,
                            const std::vector<double>& thresholds, int64_t sampling_ratio, const char* op) {
@@ -80,7 +79,6 @@ inline std::vector<Tensor> empty_feature_grads(const Tensor& grad, const Tensor&
   return grads;
 }
 
-// `Device::pool<T>` computes the pooled RoIs.
 template <class Device>
 Tensor multiscale_roi_align(std::vector<Tensor> features, Tensor rois, std::optional<Tensor> levels,
                             int64_t pooled_height, int64_t pooled_width, std::vector<double> scales,
@@ -99,7 +97,6 @@ Tensor multiscale_roi_align(std::vector<Tensor> features, Tensor rois, std::opti
   return pooled;
 }
 
-// `Device::gather<T>` computes the gradients.
 template <class Device>
 std::vector<Tensor> multiscale_roi_align_backward(Tensor grad, Tensor rois, std::optional<Tensor> levels, int64_t batch,
                                                   std::vector<int64_t> sizes, std::vector<double> scales,

@@ -42,7 +42,6 @@ std::tuple<Tensor, Tensor> multiscale_roi_align_max(std::vector<Tensor> features
   return {pooled, winners};
 }
 
-// `Device::gather<T>` computes the gradients.
 template <class Device>
 std::vector<Tensor> multiscale_roi_align_max_backward(Tensor grad, Tensor winners, Tensor rois,
                                                       std::optional<Tensor> levels, int64_t batch,

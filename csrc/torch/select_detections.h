@@ -37,7 +37,6 @@ inline void check_weights(const std::vector<double>& weights, const char* op) {
   STD_TORCH_CHECK(weights.size() == 4, op, " takes four weights, got ", weights.size());
 }
 
-// `Device::run<T>` computes the detections.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_detections(
     std::vector<Tensor> logits, std::vector<Tensor> deltas, std::vector<Tensor> centerness,
@@ -73,7 +72,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_detections(
   return {detections.boxes, detections.scores, detections.labels, detections.counts};
 }
 
-// `Device::run<acc_t>` computes the detections.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_box_detections(Tensor logits, Tensor deltas, Tensor boxes,
                                                                  std::optional<Tensor> counts, Tensor image_sizes,

@@ -31,7 +31,6 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls `body(TypeTag<scalar_t>{})` for the tensor's type.
 template <class Body>
 void dispatch_floating(ScalarType type, const char* op, const Body& body) {
   switch (type) {
@@ -66,7 +65,6 @@ inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_
   return Tensor(made);
 }
 
-// Uninitialised maps of the type, device and channels of `like`.
 inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int64_t width, bool channels_last) {
   const int64_t channels = like.size(1);
   const int64_t sizes[4] = {batch, channels, height, width};
@@ -78,7 +76,6 @@ inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int6
   return empty_strided(like, 4, sizes, channels_last ? last : first, dtype);
 }
 
-// An uninitialised contiguous tensor on the device of `like`.
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);

@@ -87,13 +87,11 @@ _FINEST_STRIDE = {"select_detections": 8, "sigmoid_focal_loss": 8} | dict.fromke
 
 
 def image_size(case: Case) -> tuple[int, int]:
-    """(height, width) of the case's image."""
     stride = _FINEST_STRIDE.get(case.op, 4)
     return stride * case.levels[0][0], stride * case.levels[0][1]
 
 
 def level_anchors(case: Case) -> list[int]:
-    """Anchors of each level of one image."""
     return [case.anchors * height * width for height, width in case.levels]
 
 

@@ -46,11 +46,11 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
          {"metavar": "NAMES"}),
         ("--quick", f"the first case of each family and direction, {QUICK_SECONDS:g} s each", {"action": "store_true"}),
         ("--seconds", f"seconds per case after warming up (default: {SECONDS:g})", {"type": float}),
-        ("--limit", "start no case after so many seconds (default: no limit)",
+        ("--limit", "start no case after this many seconds (default: no limit)",
          {"type": float, "default": float("inf"), "metavar": "SECONDS"}),
-        ("--compare", "mark what became slower than in these results: a file, or a folder of files",
+        ("--compare", "mark cases that became slower than in these results: a file, or a folder of files",
          {"type": Path, "metavar": "FILE"}),
-        ("--tiny", "tiny maps and three rounds: a trial of the command, not a measurement", {"action": "store_true"}),
+        ("--tiny", "tiny maps and three rounds, to try the command; no measurement", {"action": "store_true"}),
     ):  # fmt: skip
         parser.add_argument(name, help=text, **keywords)
     parser.set_defaults(run=bench, parser=parser)
@@ -109,7 +109,6 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: Any) -> str:
-    """`row` for a terminal."""
     label = f"{row.case!s:<72} {row.provider:<8}"
     if row.p50 is None:
         return f"{label} refused: {row.refused}"

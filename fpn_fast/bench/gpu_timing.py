@@ -43,11 +43,9 @@ class GpuClock:
         self.stream = torch.cuda.Stream()
 
     def on_stream(self) -> Any:
-        """A context whose work goes to the stream."""
         return torch.cuda.stream(self.stream)
 
     def synchronize(self) -> None:
-        """Returns when all work is done."""
         torch.cuda.synchronize()
 
     def elapsed(self, run: Step) -> float:
@@ -71,14 +69,12 @@ _clocks: list[GpuClock] = []
 
 
 def clock() -> GpuClock:
-    """The one clock of the process."""
     if not _clocks:
         _clocks.append(GpuClock())
     return _clocks[0]
 
 
 def input_sets(case: Case) -> int:
-    """Sets of inputs for `case`."""
     l2_bytes = torch.cuda.get_device_properties().L2_cache_size
     return min(MAX_SETS, max(MIN_SETS, math.ceil(L2_TIMES * l2_bytes / bytes_moved(case)) + 1))
 

@@ -42,7 +42,6 @@ _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,tempera
 
 
 def allocator() -> dict[str, str]:
-    """The allocator settings in the environment."""
     return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
 
 
@@ -76,7 +75,6 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:

@@ -57,7 +57,6 @@ class Provider:
 
 
 def op_of(case: Case) -> Op:
-    """How `case` is called."""
     return OPS[case.op](case)
 
 

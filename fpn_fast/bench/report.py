@@ -35,7 +35,6 @@ Changes = dict[tuple[Case, str], float]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file: its machine and its rows."""
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -63,7 +62,6 @@ def by_case(results: dict[str, Any], words: tuple[str, ...] = ()) -> dict[Case, 
 
 
 def time_text(row: Row | None) -> str:
-    """A median time with its unit, to three digits."""
     if row is None:
         return ""
     if "refused" in row:
@@ -73,7 +71,6 @@ def time_text(row: Row | None) -> str:
 
 
 def memory_text(row: Row | None) -> str:
-    """The peak memory of a call, to three digits."""
     if row is None or "peak_bytes" not in row:
         return ""
     value = row["peak_bytes"] / 1e6
@@ -226,7 +223,6 @@ text {{ fill: #e6edf3 }} .note {{ fill: #9198a1 }}
 
 
 def ratio_text(ratio: float) -> str:
-    """A speed-up to three digits at most."""
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 

@@ -135,7 +135,6 @@ def _on_grid(boxes: Tensor, height: int, width: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def ground_truths(count: int, height: int, width: int) -> Tensor:
-    """[count, 4]: an image's objects."""
     return random_boxes(count, height, width, False, torch.Generator().manual_seed(count))
 
 

@@ -31,12 +31,10 @@ HIGH_IOU, LOW_IOU = 0.7, 0.3
 
 
 def memory_format(case: Case) -> torch.memory_format:
-    """The case's memory format as torch has it."""
     return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
 
 
 def random_maps(case: Case) -> Callable[[torch.device], list[Tensor]]:
-    """Normal noise for each level."""
     return lambda device: [
         torch.randn(case.batch, case.channels, *size, device=device)
         .to(getattr(torch, case.dtype))
@@ -69,8 +67,6 @@ def top_down(case: Case) -> Op:
 
 
 def upsample_add(case: Case) -> Op:
-    """One step of that loop."""
-
     return Op(
         random_maps(case),
         lambda maps: maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest"),
@@ -244,7 +240,6 @@ def _per_box(case: Case, table: Callable[[], Tensor]) -> Callable[[torch.device]
 
 
 def paste_masks(case: Case) -> Op:
-    """The masks of an image's detections, pasted into the image."""
     size = image_size(case)
     given = _per_box(case, lambda: scenes.mask_probabilities(case.boxes, case.output_size))
     # torch.compile makes a graph for each size of a box, and leaves the rest to eager after eight of them.

@@ -106,7 +106,6 @@ class RPN(rpn.RPN):
         return values_of(self, list(self.anchor_generator.cell_anchors))
 
     def _knows_anchors(self) -> bool:
-        """Whether the op knows how anchors are made and coded."""
         generator = self.anchor_generator
         if type(generator) is not DefaultAnchorGenerator or type(self.box2box_transform) is not Box2BoxTransform:
             return False

@@ -143,7 +143,6 @@ class _DenseDetector(nn.Module):
         )
 
     def _knows_anchors(self) -> bool:
-        """Whether the op supports this anchor generator and box coder."""
         return type(self.anchor_generator) in (AnchorGenerator, FusedAnchorGenerator) and self._knows_coder()
 
 

@@ -153,7 +153,6 @@ class RegionProposalNetwork(_RegionProposalBase):
         return labels, matched
 
     def _knows_anchors(self) -> bool:
-        """Whether the op supports this anchor generator and box coder."""
         return (
             type(self.anchor_generator) in (AnchorGenerator, _AnchorGeneratorBase) and type(self.box_coder) is BoxCoder
         )

@@ -89,7 +89,6 @@ def traced() -> bool:
 
 
 def records_gradient(tensors: Iterable[Tensor]) -> bool:
-    """Return whether autograd has to record an op on `tensors`."""
     # A generator in any() would take 0.4 us more.
     if torch.is_grad_enabled():
         for tensor in tensors:

@@ -81,8 +81,6 @@ def _refuse_second_derivative(backend: str) -> Callable[..., Any]:
 def _register(
     name: str, empty: Callable[..., Any], specification: Callable[..., Any], specification_backward: Callable[..., Any]
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
-    """Register the forward and the backward op of a pool mode."""
-
     def backward(backend: str) -> Callable[..., Any]:
         def rule(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Any, ...]:
             grads = None if grad is None else _feature_grads(backward_ops[backend], ctx, grad)

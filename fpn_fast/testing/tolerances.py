@@ -157,8 +157,8 @@ def not_worse(actual: Tensor, plain: Tensor, truth: Tensor, *, size: int, magnit
 def unit_of_result(dtype: torch.dtype, size: int) -> float:
     """What :func:`not_worse` allows beyond plain PyTorch's error, as a share of the largest number.
 
-    The truth itself has rounded: a source coordinate below `size`, so a weight, by up to size units of float64, along
-    two axes, here and there. That is all the room that float64 results have.
+    The float64 truth has rounded too: a source coordinate below `size`, and so its weight, by up to `size` units along
+    each axis, in either result.
     """
     return torch.finfo(dtype).eps + 4 * size * torch.finfo(torch.float64).eps
 

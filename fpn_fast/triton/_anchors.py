@@ -55,7 +55,6 @@ def is_finite(x1, y1, x2, y2):
 
 @triton.jit
 def box_at(boxes, index, mask):
-    """Load (x1, y1, x2, y2) from boxes [..., 4]."""
     row = boxes + index.to(tl.int64) * 4
     return (
         tl.load(row, mask=mask, other=0.0),

@@ -88,6 +88,5 @@ def target_range(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def target_weight(dst, src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
-    """Return the weight with which `dst` reads `src`."""
     lo, hi, weight_hi = bilinear_source(dst, size_in, size_out, MODE, ACC)
     return tl.where(lo == src, 1 - weight_hi, 0.0) + tl.where(hi == src, weight_hi, 0.0)

@@ -101,7 +101,6 @@ def make_roi_axis(
 
 @triton.jit
 def inverse_count(row_samples, col_samples, ACC: tl.constexpr):
-    """Return one over the number of samples of a bin."""
     count = row_samples.to(ACC) * col_samples.to(ACC)
     return divide(tl.full((), 1, tl.int32), tl.maximum(count, 1.0), ACC)
 

@@ -37,7 +37,6 @@ def generate_proposals(
     logits_out: bool,
     convention: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See fpn_fast/ops/generate_proposals.py."""
     coding = coding_of(weights, means, stds, scale_clamp, center_clamp, center_offset, image_sizes.dtype)
     found = best_of_levels(
         objectness, [], deltas, cell_anchors, strides, image_sizes, pre_nms_top_n, coding, score_thresh, min_size,

@@ -127,7 +127,6 @@ def heatmaps_to_keypoints_kernel(
 
 
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """See fpn_fast/ops/heatmaps_to_keypoints.py."""
     count, keypoints, height, width = heatmaps.shape
     points = heatmaps.new_empty((count, keypoints, 3), dtype=torch.float32)
     scores = heatmaps.new_empty((count, keypoints), dtype=torch.float32)

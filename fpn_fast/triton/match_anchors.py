@@ -164,7 +164,6 @@ def match_anchors(
     low_threshold: float,
     allow_low_quality_matches: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See fpn_fast/ops/match_anchors.py."""
     (n, g), dtype = gt_boxes.shape[:2], gt_boxes.dtype
     levels, count, first_cell = [], 0, 0
     for i, each in enumerate(cells):

@@ -250,7 +250,6 @@ def multiscale_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """See fpn_fast/ops/multiscale_roi_align.py."""
     first = features[0]
     batch, channels = first.shape[:2]
     count, bins = rois.size(0), pooled_height * pooled_width
@@ -291,7 +290,6 @@ def multiscale_roi_align_backward(
     aligned: bool,
     channels_last: bool,
 ) -> list[Tensor]:
-    """See fpn_fast/ops/multiscale_roi_align.py."""
     count, channels, pooled_height, pooled_width = grad.shape
     constants = constants_of(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
     unit_c = channels_last and _unit_channels([grad])

@@ -194,7 +194,6 @@ def multiscale_roi_align_max(
     sampling_ratio: int,
     aligned: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See fpn_fast/ops/multiscale_roi_align.py."""
     first = features[0]
     batch, channels = first.shape[:2]
     out, winners = empty_pooled_and_winners(features, rois, levels, pooled_height, pooled_width)
@@ -224,7 +223,6 @@ def multiscale_roi_align_max_backward(
     aligned: bool,
     channels_last: bool,
 ) -> list[Tensor]:
-    """See fpn_fast/ops/multiscale_roi_align.py."""
     count, channels, pooled_height, pooled_width = grad.shape
     constants = constants_of(grad, (pooled_height, pooled_width), levels, len(scales), sampling_ratio, aligned)
     outs = empty_grads(grad, batch, sizes, scales, thresholds, sampling_ratio, aligned, channels_last)

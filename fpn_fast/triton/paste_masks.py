@@ -82,7 +82,6 @@ def paste_masks_kernel(
 def paste_masks(
     masks: Tensor, boxes: Tensor, height: int, width: int, padding: int, threshold: float | None = None
 ) -> Tensor:
-    """See fpn_fast/ops/paste_masks.py."""
     count, size = masks.size(0), masks.size(3)
     dtype = masks.dtype if threshold is None else torch.bool
     out = masks.new_empty((count, 1, height, width), dtype=dtype)

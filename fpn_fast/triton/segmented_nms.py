@@ -22,7 +22,6 @@ def segmented_nms(
     max_output: int,
     convention: int,
 ) -> tuple[Tensor, Tensor]:
-    """See fpn_fast/ops/nms.py."""
     if counts is not None:
         scores = scores.where(torch.arange(scores.size(1), device=scores.device) < counts[:, None], -math.inf)
     return nms(boxes, scores, groups, iou_threshold, max_output, CONVENTIONS[convention])

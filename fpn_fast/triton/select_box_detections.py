@@ -27,7 +27,6 @@ def select_box_detections(
     weights: list[float],
     scale_clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See fpn_fast/ops/select_box_detections.py."""
     (batch, room, classes), dtype, device = logits.shape, boxes.dtype, boxes.device
     classes -= 1
     scores = torch.softmax(logits.double(), -1).to(dtype)[..., 1:]

@@ -27,7 +27,6 @@ def select_detections(
     scale_clamp: float,
     distances: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See fpn_fast/ops/select_detections.py."""
     coding = coding_of(weights, [0.0] * 4, [1.0] * 4, scale_clamp, math.inf, 0.0, image_sizes.dtype)
     found = best_of_levels(
         logits, centerness, deltas, cell_anchors, strides, image_sizes, pre_nms_top_n, coding, score_thresh, -math.inf,

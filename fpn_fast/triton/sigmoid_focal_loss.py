@@ -68,7 +68,6 @@ def sigmoid_focal_loss_kernel(
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, weights: Tensor, alpha: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """See fpn_fast/ops/sigmoid_focal_loss.py."""
     tiles = triton.cdiv(logits.numel(), FOCAL_TILE)
     parts = weights.new_empty(tiles)
     gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)

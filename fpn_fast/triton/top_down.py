@@ -172,7 +172,6 @@ def most_targets(size_in: int, size_out: int, mode: int) -> int:
 
 
 def top_down(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
-    """See fpn_fast/ops/top_down.py."""
     merged = [laterals[-1]]
     for lateral in reversed(laterals[:-1]):
         out = torch.empty_like(lateral, memory_format=memory_format(lateral))
@@ -191,7 +190,6 @@ def top_down(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
 def top_down_backward(
     grads: list[Tensor], coarse_height: int, coarse_width: int, mode: int, average: bool
 ) -> list[Tensor]:
-    """See fpn_fast/ops/top_down.py."""
     sums = []
     fine = grads[0]
     for level in range(1, len(grads) + 1):

@@ -70,12 +70,8 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
         choices=backends.BACKENDS,
         help="check only these backends; by default all that this machine has",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help=f"check {QUICK_CASES} cases; takes about a minute on two cores"
-    )
-    parser.add_argument(
-        "--cases", type=int, metavar="N", help=f"number of cases per op, backend and dtype; {CASES} by default"
-    )
+    parser.add_argument("--quick", action="store_true", help=f"--cases {QUICK_CASES}: under a minute on two cores")
+    parser.add_argument("--cases", type=int, metavar="N", help=f"cases per op, backend and dtype; {CASES} by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random sample; 0 by default")
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="check only the sizes in this JSON file; see below")
     parser.add_argument(
@@ -88,7 +84,6 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Runs ``verify`` with parsed arguments and returns the exit code."""
     try:
         plan = _plan(options)
         for path in (options.json, options.junit, options.markdown):

@@ -44,7 +44,6 @@ class Progress:
             self.clear()
 
     def clear(self) -> None:
-        """Removes the bar before anything else is printed."""
         if self._wanted:
             self._stream.write("\r" + " " * 110 + "\r")
             self._stream.flush()
@@ -105,7 +104,6 @@ def failures(rows: Sequence[Row], options: str) -> str:
 
 
 def command(failure: Failure, options: str) -> str:
-    """The command that runs a failed case alone."""
     return f"python -m fpn_fast verify --case '{failure.case}'{options}"
 
 
@@ -143,7 +141,6 @@ def as_json(rows: Sequence[Row], settings: dict[str, Any], seconds: float, optio
 
 
 def as_junit(rows: Sequence[Row], seconds: float, options: str) -> str:
-    """One test per row, as JUnit XML for CI systems."""
     suite = ET.Element(
         "testsuite",
         name="fpn_fast verify",

@@ -15,8 +15,8 @@ from fpn_fast.testing import tolerances
 from fpn_fast.testing.tolerances import Error
 from fpn_fast.verify.draw import Draw
 
-#: Smaller elements, as a share of the largest of their tensor, count with the unit in the last place of this share:
-#: where terms cancel, the result's own unit says nothing.
+#: Elements below this share of their tensor's largest are measured in the ulp of that share: where terms cancel, an
+#: element's own ulp says nothing.
 SMALLEST_SHARE = 2.0**-3
 
 
@@ -60,17 +60,17 @@ def _ulp(actual: Tensor, truth: Tensor) -> float:
 
 
 def exactly(actual: Tensor, plain: Tensor, exact: Tensor) -> Measure:
-    """Every bit is plain PyTorch's."""
+    """Equal to plain PyTorch bit for bit."""
     return Measure(tolerances.equal(actual, plain), _ulp(actual, exact))
 
 
 def chosen(actual: Tensor, plain: Tensor, exact: Tensor) -> Measure:
-    """:func:`exactly` where a value is one of several, and float64 may choose another one."""
+    """:func:`exactly` for values that are chosen among several, where float64 may choose others."""
     return exactly(actual, plain, plain)
 
 
 def not_worse(size: int, magnitude: Tensor | None = None) -> Rule:
-    """At most twice plain PyTorch's own error, and a unit; size: of the largest map; magnitude: of the terms' sums."""
+    """At most twice plain PyTorch's error and a unit. size: of the largest map; magnitude: the sum of the terms'."""
     return lambda actual, plain, exact: Measure(
         tolerances.not_worse(actual, plain, exact, size=size, magnitude=magnitude), _ulp(actual, exact)
     )
@@ -91,11 +91,11 @@ def share_not_worse(magnitude: Tensor, share: float) -> Rule:
 
 
 def decided(rtol: float = 0.0, atol: float = 0.0) -> Rule:
-    """Integers and booleans are the reference's, floating-point values within a tolerance; each that is not counts."""
+    """Integers and booleans equal the reference's; other values are within a tolerance. Violations are counted."""
 
     def rule(actual: Tensor, plain: Tensor, exact: Tensor) -> Measure:
         error = tolerances.close(actual, plain, rtol, atol)
-        # Once a decision differs, rows are not the same rows, and how far apart they are says nothing.
+        # After a different decision the rows no longer correspond, so their distance says nothing.
         ulp = _ulp(actual, plain) if error.within and actual.dtype.is_floating_point else 0.0
         return Measure(error, ulp, error.count)
 
@@ -103,7 +103,7 @@ def decided(rtol: float = 0.0, atol: float = 0.0) -> Rule:
 
 
 def boxes_rule(dtype: torch.dtype) -> Rule:
-    """Equal, but in float64 within a unit: nothing wider rounds their exponential. Corners are at most 2,048 pixels."""
+    """Equal; in float64, whose exponential no wider type rounds, within a unit. Corners are at most 2,048 pixels."""
     unit = 2.0**-51 if dtype == torch.float64 else 0.0
     return decided(rtol=unit, atol=2**11 * unit)
 
@@ -137,12 +137,12 @@ class Trial:
 def decision(
     text: str, call: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], rule: Rule | None = None
 ) -> Trial:
-    """A case whose outputs are decisions and have no gradient. rule: of each output; by default it is equal."""
+    """A case whose outputs are decisions and have no gradient. rule: for each output; equality by default."""
     return Trial(text, [], lambda _: call(), lambda _: plain(), lambda i: rule or decided(), decisions=True)
 
 
 def against_reference(draw: Draw, text: str, run: Callable[[str], Sequence[Tensor]]) -> Trial:
-    """Decisions and boxes by `run` on the case's device, which have to be those by the reference on the CPU."""
+    """Decisions and boxes by `run` on the case's device, which must equal the reference's on the CPU."""
 
     def plain() -> Sequence[Tensor]:
         with backends.use("reference"):

@@ -68,7 +68,7 @@ def generate_proposals(draw: Draw) -> Trial:
         "center_offset": draw.choice((0.0, 0.5)),
     }
     if flavour == "thresholds":
-        # The probability of a logit of 0, and a side of a box that is an anchor.
+        # Exactly the probability of a logit of 0, and exactly the side of an anchor.
         corner = cells[0][0]
         options.update(score_thresh=0.5, min_size=corner[2] - corner[0], strict_size=draw.chance(0.3))
     elif draw.chance(0.5):
@@ -115,7 +115,6 @@ def select_detections(draw: Draw) -> Trial:
         scored, moved, centred = ([m.to(device) for m in maps] for maps in (logits, deltas, centerness))
         return ops.select_detections(scored, moved, cells, strides, image.to(device), centerness=centred, **options)
 
-    # Where there is nothing to move, `to` gives the maps themselves, with the strides that they were drawn with.
     text = f"{text_of(logits)}, {flavour}, {options['coder']}, {options['pre_nms_top_n']}"
     return against_reference(draw, text, run)
 
@@ -124,7 +123,7 @@ def select_detections(draw: Draw) -> Trial:
 def select_box_detections(draw: Draw) -> Trial:
     flavour = draw.flavour(*_FLAVOURS)
     if draw.dtype == torch.float64 and flavour in ("ties", "thresholds"):
-        # Probabilities that should be equal differ by a unit, for there is nothing wider to round them from.
+        # In float64 no wider type rounds the probabilities, so equal ones may differ by a unit.
         flavour = "apart"
     batch = 0 if flavour == "no images" else draw.size("batch", lambda: draw.integer(1, 3))
     room = draw.size("boxes", lambda: draw.integer(0, 120))
@@ -136,7 +135,7 @@ def select_box_detections(draw: Draw) -> Trial:
     if flavour in ("ties", "thresholds"):
         logits = logits.round()
     if flavour == "thresholds":
-        # Sides of whole numbers that stay what they are.
+        # Whole sides, which decoding keeps exact.
         boxes, deltas, least = boxes.round(), torch.zeros_like(deltas), 8.0
     elif flavour == "bad numbers":
         logits, deltas, boxes = spoil(draw, logits, 0.02), spoil(draw, deltas, 0.01), spoil(draw, boxes, 0.01)

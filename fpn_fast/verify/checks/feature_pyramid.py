@@ -25,14 +25,14 @@ def _plain(maps: Sequence[Tensor], mode: str, align_corners: bool, fuse: str) ->
 
 
 def _gradient_rules(maps: list[Tensor], seeds: list[Tensor], options: dict[str, Any], largest: int) -> list[Rule]:
-    """largest: of the sides of `maps`. Nearest sums gradients, whose weights are 1, or powers of a half."""
+    """largest: the longest side of `maps`. Nearest sums gradients with weights of 1 or powers of 1/2."""
     leaves = [m.detach().double().requires_grad_() for m in maps]
     magnitudes = torch.autograd.grad(_plain(leaves, **options), leaves, [s.double().abs() for s in seeds])
     if options["mode"] == "bilinear":
         return [not_worse(largest, magnitude) for magnitude in magnitudes]
     rules = []
     for level, magnitude in enumerate(magnitudes):
-        # Every pixel below may reach this one; each level below rounds once, averaging once more, autograd's sum too.
+        # Every finer pixel may reach this one. Each finer level rounds once; averaging and autograd's sum round again.
         terms = sum(s.shape[2] * s.shape[3] for s in seeds[: level + 1])
         rules.append(linear(magnitude, terms=terms, roundings=2 * level + 2))
     return rules
@@ -114,7 +114,7 @@ def feature_pyramid_network(draw: Draw) -> Trial:
     inputs = [*maps, *(p.detach() for p in parameters.values())]
 
     def gradient_rules(seeds: list[Tensor], found: list[Tensor], exact: list[Tensor]) -> list[Rule]:
-        # All of it is linear: of absolute numbers, a gradient is the sum of its terms' magnitudes.
+        # The module is linear, so the gradient for absolute values is the sum of its terms' magnitudes.
         leaves = [i.cpu().double().abs().requires_grad_() for i in inputs]
         magnitudes = torch.autograd.grad(plain(leaves), leaves, [s.cpu().double().abs() for s in seeds])
         share = tolerances.largest_share(found, exact, magnitudes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What heads need: pasted masks, keypoints of heatmaps, and the focal loss."""
+"""Pasted masks, keypoints of heatmaps, and the focal loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fpn_fast.verify.checks.roi_align import boxes_in
 from fpn_fast.verify.draw import NAN, Draw
 from fpn_fast.verify.trial import Rule, Trial, decided, linear, not_worse
 
-#: Of one term of the loss: a series of 8, or of 17 of float64, in each of exp and log, and what joins them.
+#: Roundings in one term of the loss: exp and log take a series of 8 terms each, 17 in float64.
 _ROUNDINGS = 30
 
 
@@ -54,7 +54,7 @@ def heatmaps_to_keypoints(draw: Draw) -> Trial:
     height, width = (int(side) for side in draw.size("heatmap_size", lambda: (7, 6) if draw.small else drawn))
     maps = draw.normal(count, keypoints, height, width)
     if flavour == "ties":
-        # Whole numbers, so few of them that most are there more than once.
+        # Few distinct values, so that most occur more than once.
         maps = maps.round()
     if flavour == "no numbers":
         maps[:, 0, height // 2, width // 2] = NAN
@@ -90,7 +90,7 @@ def sigmoid_focal_loss(draw: Draw) -> Trial:
     losses, slopes = plainly(logits.detach().cpu().double())
 
     def gradient_rules(seeds: list[Tensor], *_: list[Tensor]) -> list[Rule]:
-        # Rounded as it is made, as its scale is, and their product.
+        # The gradient, its scale and their product are each rounded.
         return [linear(slopes.abs() * seeds[0].double().abs().cpu(), terms=_ROUNDINGS, roundings=3)]
 
     return Trial(
@@ -100,7 +100,7 @@ def sigmoid_focal_loss(draw: Draw) -> Trial:
         lambda inputs: [plainly(inputs[0])[0].sum()],
         lambda i: linear(losses.sum(), terms=_ROUNDINGS + losses.numel(), roundings=1),
         gradient_rules,
-        # Autograd would take one minus a sigmoid, of which rounding leaves little for large logits.
+        # Autograd would compute 1 - sigmoid, which loses all digits for large logits.
         lambda inputs, seeds: [(plainly(inputs[0])[1] * seeds[0]).to(inputs[0].dtype)],
         output_seeds=draw.seeds,
     )

@@ -18,9 +18,9 @@ from fpn_fast.verify.draw import INF, NAN, Draw, form_of, text_of
 from fpn_fast.verify.trial import Rule, Trial, chosen, decision, not_worse
 
 _KEYS = ("batch", "channels", "sizes", "rois", "output_size")
-#: The kernels behind the modules are checked in every type where the ops are.
+#: The checks of the ops cover the other types.
 _OF_MODULES = (torch.float32, torch.bfloat16)
-#: At which RoIs of maps as small as these are spread over all levels.
+#: Spreads the RoIs of such small maps over all levels.
 _CANONICAL_SCALE = 64
 
 
@@ -58,18 +58,18 @@ def boxes_in(draw: Draw, count: int, height: int, width: int, *, odd: bool = Fal
         if draw.chance(0.25):
             x, y = x + draw.random.uniform(-w, w), y + draw.random.uniform(-h, h)
         corners = [x, y, x + w, y + h]
-        # Numbers that quotients of are often whole: where a grid's samples are counted, and where a map ends.
+        # Half of the boxes have coordinates that divide exactly, to hit the edges of maps and sampling grids.
         rows.append(tuple(round(c * 64) / 64 for c in corners) if draw.chance(0.5) else tuple(corners))
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
 
 
 def _threshold_boxes(draw: Draw, count: int, maps: int, rule: dict[str, Any]) -> Tensor:
-    """[count, 4] whose areas are exactly those at which levels begin, or the next numbers to them."""
+    """[count, 4] boxes whose areas are the thresholds of levels, or the floats next to them."""
     areas = torch.tensor(level_thresholds(2, 1 + maps, *rule.values())).view(torch.int32)
     areas = areas[draw.integers(0, len(areas) - 1, count)] + draw.integers(-1, 1, count).int()
-    # A power of two: the area is what it was before it was divided. From the left edge, for a sum would round.
+    # Division by a power of two is exact. Boxes begin at x = 0, because a sum would round.
     wide = areas.view(torch.float32).double() / 64
-    # No sample comes to lie where a map ends, on either side of which float32 and float64 may see it.
+    # Keeps samples off the edge of a map, which float32 and float64 may see on different sides.
     top = draw.integers(0, 500, count) / 8 + 1 / 32
     return torch.stack([torch.zeros(count).double(), top, wide, top + 64], 1)
 
@@ -92,7 +92,7 @@ class Scene:
 def _scene(
     draw: Draw, levels: int, rule: dict[str, Any], *, flavour: str = "any", images: bool = False, flat: bool = False
 ) -> Scene:
-    """images: whether RoIs are those of one image after the other, none of another; flat: whether many pixels tie."""
+    """images: whether RoIs are sorted by image and none names another; flat: whether many pixels are equal."""
     sizes = draw.pyramid(levels)
     if flavour == "one pixel":
         sizes = [(1, 1)] * len(sizes)
@@ -131,7 +131,7 @@ def _trial(
     form: torch.memory_format | None = None,
     text: str = "",
 ) -> Trial:
-    """The truth of whatever pools `scene`; levels: [K], the map of each RoI."""
+    """A trial of `call`, which pools `scene`. levels: [K], the map of each RoI."""
     output_size, largest = scene.output_size, max(max(size) for size in scene.sizes)
 
     def arguments(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ def _trial(
         rest: Any = (*arguments(maps[0]), scene.batch, scene.sizes, *numbers)
         if not maximum:
             return reference.multiscale_roi_align_backward(seeds[0], *rest)
-        # Which sample is the largest is decided in the features' own type.
+        # The features' own type decides which sample is the largest.
         own = [m.to(maps[0].device) for m in scene.maps]
         _, winners = reference.multiscale_roi_align_max(own, *arguments(own[0]), output_size, *numbers)
         return reference.multiscale_roi_align_max_backward(seeds[0], winners, *rest)
@@ -221,7 +221,7 @@ def roi_align(draw: Draw, module: bool = False) -> Trial:
 
 @register("assign_levels", backends=("reference",), dtypes=(torch.float32,), keys=("rois",))
 def assign_levels(draw: Draw) -> Trial:
-    """The areas at which levels begin, against the logarithm that they stand for."""
+    """The area thresholds, against the logarithm that they replace."""
     maps, formula = draw.integer(2, 6), draw.choice(tuple(LEVEL_FORMULAS))
     rule: dict[str, Any] = {"canonical_scale": draw.choice((56, 100, 224)), "canonical_level": draw.choice((2, 3, 4))}
     rule["level_formula"] = formula
@@ -230,7 +230,7 @@ def assign_levels(draw: Draw) -> Trial:
     boxes = torch.cat([boxes, _threshold_boxes(draw, count, maps, rule)])
     rois = torch.cat([torch.zeros(len(boxes), 1), boxes], 1).float()
     area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
-    # Where this torch's square root is not the nearest number, the logarithm's level is not either.
+    # Leave out areas whose square root torch does not round correctly.
     usable = (area.sqrt() == area.double().sqrt().float()) | ~(area > 0)
     rois = rois[usable].to(draw.device)
     scales = [2.0 ** -(2 + i) for i in range(maps)]
@@ -247,10 +247,10 @@ def assign_levels(draw: Draw) -> Trial:
 )
 @register("nn.mmdet.SingleRoIExtractor", ops=("multiscale_roi_align",), dtypes=_OF_MODULES, keys=_KEYS, library="mmdet")
 def pooler(draw: Draw, library: str = "torchvision") -> Trial:
-    """The modules, whose arguments and boxes are the libraries' own."""
+    """The poolers, with the arguments and boxes of their libraries."""
     rule: dict[str, Any] = {"canonical_scale": _CANONICAL_SCALE, "canonical_level": 4, "level_formula": library}
     flavour = draw.flavour("any", "odd RoIs", "any", "no RoIs")
-    # Heights of which torchvision's module infers the scales that these maps have.
+    # Heights from which torchvision's module infers these scales.
     draw.given.setdefault("sizes", [(8 >> i, draw.integer(1, 12 >> i)) for i in range(draw.integer(1, 3))])
     scene = _scene(draw, 1, rule, flavour=flavour, images=True)
     scene.aligned = scene.aligned and library != "torchvision"

@@ -55,7 +55,7 @@ def anchor_generator(draw: Draw) -> Trial:
 
 @register("nn.RegionProposalNetwork", ops=("generate_proposals", "match_anchors"), dtypes=_SINGLE)
 def region_proposal_network(draw: Draw) -> Trial:
-    """Proposals, and in training losses: of the same labels and the same random sample."""
+    """Proposals and, in training, the losses of the same random sample."""
     sizes = draw.pyramid(draw.integer(1, 3))
     generator = _generators(draw, len(sizes))[1]
     anchors, batch = generator.num_anchors_per_location()[0], draw.integer(1, 2)
@@ -77,7 +77,7 @@ def region_proposal_network(draw: Draw) -> Trial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sampler_seed)
             boxes, losses = own(_on(device, images), named, targets)
-        # Losses are of randomly sampled anchors, and a GPU has random numbers of its own.
+        # The sampler's random numbers differ on a GPU, and so do the losses.
         found = losses.values() if device == draw.device == "cpu" else ()
         return [*(padded(b, module.post_nms_top_n()) for b in boxes), *found]
 
@@ -90,7 +90,7 @@ def _mode(module: torch.nn.Module) -> str:
 
 @register("nn.RoIHeads", ops=("match_anchors",), dtypes=_SINGLE)
 def roi_heads_matching(draw: Draw) -> Trial:
-    """What it matches proposals by, against torchvision's own matrix."""
+    """The matches of proposals, against torchvision's IoU matrix."""
     pooler = PlainPooler(["0"], 2, 2)
     numbers = (0.5, draw.choice((0.3, 0.5)), 64, 0.25, None, 0.05, 0.5, 100)
     plain, fast = (kind(pooler, None, None, *numbers) for kind in (roi_heads.RoIHeads, nn.RoIHeads))
@@ -132,14 +132,14 @@ def postprocess(draw: Draw) -> Trial:
 
 
 class _Pyramid(torch.nn.Module):
-    """A backbone that gives parts of the images; only their sizes count."""
+    """A backbone that subsamples the images; only the sizes of its maps matter."""
 
     out_channels = 1
 
     def __init__(self, levels: int) -> None:
         super().__init__()
         self.levels = levels
-        # What says on which device the detector is.
+        # A detector's device is that of its parameters.
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ class _GivenDenseHead(torch.nn.Module):
         tables = {}
         for name, numbers in self.numbers.items():
             table = torch.randn(len(features[0]), rows, numbers, generator=generator, dtype=torch.float64)
-            # FCOS's distances, as its head gives them: not negative.
+            # FCOS's head predicts distances, which are not negative.
             table = table.abs() if "bbox_ctrness" in self.numbers and name == "bbox_regression" else table
             tables[name] = table.to(self.dtype).to(features[0].device)
         return tables
@@ -192,13 +192,13 @@ def _dense_detector(draw: Draw, kind: str, levels: int) -> Any:
 @register("nn.FCOS", ops=("select_detections",), dtypes=_SINGLE, kind="FCOS")
 @register("nn.SSD", ops=("select_box_detections",), dtypes=_SINGLE, kind="SSD")
 def dense_detector(draw: Draw, kind: str) -> Trial:
-    """Detections of images, from what a head gives; in training, RetinaNet's matches."""
+    """Detections from random outputs of a head; in training, RetinaNet's matches."""
     module = _dense_detector(draw, kind, draw.integer(1, 3))
     module.train(kind == "RetinaNet" and draw.flavour("training", "evaluation", "evaluation") == "training")
     sizes = [(draw.integer(30, 100), draw.integer(30, 100)) for _ in range(draw.integer(1, 2))]
     images = [torch.zeros(3, *size, dtype=draw.dtype) for size in sizes]
     truths = [boxes_in(draw, draw.integer(0, 6), *size) for size in sizes]
-    # A box without an extent is refused by torchvision.
+    # torchvision refuses a box without area.
     truths = [torch.cat([b[:, :2], torch.maximum(b[:, 2:], b[:, :2] + 1)], 1) for b in truths]
 
     def run(device: str) -> list[Tensor]:
