@@ -35,7 +35,6 @@ struct BoxSide {
   HOST_DEVICE T centre_of(int pixel) const { return add(multiply(add(static_cast<T>(pixel), T(0.5)), step), lo); }
 };
 
-// `corners` are (x1, y1, x2, y2).
 template <class T>
 struct KeypointBox {
   BoxSide<T> x, y;
@@ -43,7 +42,6 @@ struct KeypointBox {
   HOST_DEVICE explicit KeypointBox(const T* corners) : x(corners[0], corners[2]), y(corners[1], corners[3]) {}
   HOST_DEVICE bool empty() const { return x.pixels == 0 || y.pixels == 0; }
 
-  // `position` is the row-major index of a pixel of the box.
   HOST_DEVICE void keypoint(int position, float* point) const {
     point[0] = static_cast<float>(x.centre_of(position % x.pixels));
     point[1] = static_cast<float>(y.centre_of(position / x.pixels));

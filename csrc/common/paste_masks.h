@@ -32,7 +32,6 @@ struct GrownBox {
   int left = 0, right = -1, top = 0, bottom = -1;
 };
 
-// `corners` are (x1, y1, x2, y2).
 template <class T>
 HOST_DEVICE GrownBox grow_box(const T* corners, T scale) {
   GrownBox box;

@@ -46,7 +46,6 @@ HOST_DEVICE RoiAxis<acc_t> make_roi_axis(acc_t lo, acc_t hi, acc_t scale, int si
   return axis;
 }
 
-// One over the samples of a bin along both axes.
 template <class acc_t>
 HOST_DEVICE acc_t inverse_count(const RoiAxis<acc_t>& rows, const RoiAxis<acc_t>& cols) {
   const acc_t count = static_cast<acc_t>(rows.samples) * static_cast<acc_t>(cols.samples);

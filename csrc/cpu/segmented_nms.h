@@ -15,7 +15,6 @@
 
 namespace fpn_fast {
 
-// A group of at least this many boxes is divided among threads.
 constexpr int64_t kLargeGroup = 8192;
 // Boxes of a large group that are tested in parallel before they are tested against one another.
 constexpr int64_t kBlock = 1024;

@@ -97,7 +97,6 @@ struct Cpu {
     if (class_top_n.has_value()) {
       parallel_rows(heads.batch, kExponentialCost * heads.room, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; ++n) {
-          // The first part receives all pairs of its image.
           auto& all = pairs[n * parts];
           for (int64_t i = n * parts + 1; i < (n + 1) * parts; ++i) {
             all.insert(all.end(), pairs[i].begin(), pairs[i].end());

@@ -13,7 +13,6 @@
 namespace fpn_fast {
 namespace {
 
-// The destinations of each source column and, for bilinear, their weights.
 template <bool kBilinear, class acc_t>
 struct ColumnTargets {
   std::vector<Range> ranges;

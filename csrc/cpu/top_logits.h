@@ -70,7 +70,6 @@ class TopNumbers {
     lowest_ = number_of(lowest_key_);
   }
 
-  // Keeps the best `count_`, with the lowest of them last.
   HOST_DEVICE void cut() {
     if (static_cast<int64_t>(keys_.size()) <= count_) return;
     std::nth_element(keys_.begin(), keys_.begin() + (count_ - 1), keys_.end(), std::greater<Key>());

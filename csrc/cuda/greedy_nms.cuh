@@ -26,7 +26,7 @@ namespace fpn_fast {
 constexpr int kNmsThreads = 256;
 constexpr int kNmsWarps = kNmsThreads / 32;
 constexpr int kNmsChunk = 64;
-// The 17 chunks of one block take about as long as the two launches of a region.
+// By estimate the 17 chunks of one block take as long as the two launches of a region.
 constexpr int kSmallSegment = 1024;
 // This many blocks fill a GPU, so one block may take a segment of up to kLongestSmall.
 constexpr int64_t kManyLists = 64;
@@ -331,7 +331,6 @@ __device__ __forceinline__ Segment segment_of_round(const NmsRound<acc_t>& round
   return {0, 0};
 }
 
-// The existing boxes of the chunk that `box` overlaps.
 template <class acc_t>
 __device__ __forceinline__ NmsWord overlapped(const OverlapRule<acc_t>& rule, const Chunk<acc_t>& chunk,
                                               const Box<acc_t>& box) {

@@ -221,7 +221,6 @@ __global__ void __launch_bounds__(kMatchThreads)
   if (match >= 0 && !restored) matching.matches[at] = matching.rule.code(best, match);
 }
 
-// One launch, or two with low-quality matches.
 template <class T, class Launch>
 void match_in_launches(const AnchorMatching<T>& matching, const Launch& launch) {
   const LaunchConfig config{matching.images * matching.blocks_per_image(), kMatchThreads};

@@ -145,7 +145,6 @@ __global__ void __launch_bounds__(kRoiListThreads, 4)
   if (threadIdx.x == 0) listing.lists.ranges[blockIdx.x] = {begin, end};
 }
 
-// Fills `lists` for maps of the sizes of `maps`, in one launch.
 template <class T, class Launch, class acc_t = acc_type<T>>
 void list_in_launch(const RoiAlignArguments<acc_t>& arguments, const std::vector<FeatureMap<T>>& maps,
                     const RoiLists<acc_t>& lists, const Launch& launch) {

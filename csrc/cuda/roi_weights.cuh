@@ -32,7 +32,6 @@ __device__ __forceinline__ Range bins_between(const RoiAxis<acc_t>& axis, int po
   return {clamped((lo - margin - axis.start) / axis.bin - 1), clamped((hi + margin - axis.start) / axis.bin + 1)};
 }
 
-// The weights with which `bin` reads pixels [first, first + kRoiTile).
 template <class acc_t>
 __device__ __forceinline__ void weigh_pixels(const RoiAxis<acc_t>& axis, int bin, int first, acc_t scale,
                                              acc_t (&weights)[kRoiTile]) {

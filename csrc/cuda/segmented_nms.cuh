@@ -34,7 +34,6 @@ template <class acc_t>
 struct NmsSorting {
   NmsInput<acc_t> input;
   Candidates<acc_t> candidates;
-  // Per image, the keys by score and the indices that they sort to.
   SortedRuns<RankKey<acc_t>> by_score;
   int* order;  // [batch, candidates.room]
   // The largest coordinate in each of an image's first runs, or null if no box is moved.

@@ -31,7 +31,6 @@ void dispatch_boxes(ScalarType type, const Body& body) {
   type == ScalarType::Double ? body(TypeTag<double>{}) : body(TypeTag<float>{});
 }
 
-// "[2, 3]", for error messages.
 inline std::string shape_of(const Tensor& tensor) {
   std::string text;
   for (const int64_t size : tensor.sizes()) text += (text.empty() ? "[" : ", ") + std::to_string(size);

@@ -17,7 +17,6 @@ inline void check_map_size(int64_t size, const char* op) {
                   size);
 }
 
-// `Device::pool<T>` computes the pooled RoIs and the winners of their bins. Both have the same memory format.
 template <class Device>
 std::tuple<Tensor, Tensor> multiscale_roi_align_max(std::vector<Tensor> features, Tensor rois,
                                                     std::optional<Tensor> levels, int64_t pooled_height,

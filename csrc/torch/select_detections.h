@@ -17,7 +17,6 @@
 
 namespace fpn_fast {
 
-// Padded detections of a batch. The kernels also zero the padding.
 struct Detections {
   Tensor boxes, scores, labels, counts;
 

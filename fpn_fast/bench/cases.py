@@ -196,7 +196,7 @@ _MATCH_TARGETS = {20: 10.0, 300: 20.0}  # by ground truths
 def targets(case: Case) -> dict[str, float]:
     """What the compiled library is held to for `case` on two CPU cores; empty where it is only reported.
 
-    eager, compile: at least so many times as fast as that provider; copy: at least this share of a copy's bandwidth;
+    eager, compile: at least this many times as fast as that provider; copy: at least this share of a copy's bandwidth;
     peak: at most this share of eager's peak memory.
     """
     if case.op in _SELECTION_TARGETS:

@@ -27,7 +27,7 @@ from fpn_fast.triton._roi_align import EXACT
 # 64 x 64 pairs at a time: 16 per thread.
 CHUNK = 64
 NUM_WARPS = 8
-# 16 chunks, which one program tests in 120 pairs: about as long as a few launches.
+# 16 chunks, which one program tests in 120 pairs: by estimate as long as a few launches.
 REGION = 1024
 
 
