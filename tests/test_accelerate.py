@@ -378,7 +378,7 @@ def test_torchscript_is_for_what_is_not_swapped_and_the_report_says_so(kind):
     _, expected = scripted(training_batch(torch.float32)[0])
     check_detections(detect(fast), expected)
     (limit,) = fpn_fast.accelerate(fast).limits
-    assert limit == "torch.jit.script: no longer; script the model before accelerate(), or after restore()"
+    assert limit == "torch.jit.script does not take swapped modules: script before accelerate(), or after restore()"
     with pytest.raises((RuntimeError, ValueError)):
         torch.jit.script(fast)
     assert fpn_fast.restore(fast).limits == []

@@ -23,7 +23,7 @@ class Entry:
     note: str
 
 
-_LIMIT = "torch.jit.script: no longer; script the model before accelerate(), or after restore()"
+_LIMIT = "torch.jit.script does not take swapped modules: script before accelerate(), or after restore()"
 
 
 @dataclass
