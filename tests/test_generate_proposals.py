@@ -9,7 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import boxes as box_ops
 
-from fpn_fast import backends, ops
+from fpn_fast import ops
 from fpn_fast.ops.generate_proposals import DETECTRON2, MMDET, TORCHVISION
 from fpn_fast.reference.generate_proposals import anchors_at, exponential, logistic
 
@@ -103,23 +103,6 @@ def test_other_numbers(every_backend, numbers):
     check_equal(found, as_torchvision(objectness, deltas, pre, post, thresh, score_thresh), 2**-23)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"pre_nms_top_n": 2000, "post_nms_top_n": 2000}, vars(DETECTRON2), vars(MMDET), {"center_clamp": 3.7}],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_cpp_is_the_reference_bit_for_bit(dtype, options):
-    """Half precision has many equal logits, whose order alone decides."""
-    objectness, deltas = head(dtype, torch.channels_last, trained=True)
-    results = []
-    for name in ("cpp", "reference"):
-        with backends.use(name):
-            results.append(propose(objectness, deltas, **options))
-    assert results[0][0].dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 @not_interpreted
 def test_half_precision_is_read_exactly(every_backend):
     """The result equals that of the maps in float32: anchors, decoding and overlap use no half precision."""
@@ -204,14 +187,13 @@ def test_the_exponential_is_the_nearest_float():
     assert torch.equal(boxes[0, :, 2], 1 + exponential(x))
 
 
-def test_autocast_promotes_and_gradients_are_not_kept():
+def test_autocast_promotes():
     objectness, deltas = head(torch.bfloat16)
-    wide = [m.float().requires_grad_() for m in deltas]
+    wide = [m.float() for m in deltas]
     with pytest.raises(TypeError, match="deltas must be of the dtype of objectness"):
         propose(objectness, wide)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = propose(objectness, wide)
-    assert not found[0].requires_grad
     assert all(torch.equal(a, b) for a, b in zip(found, propose([m.float() for m in objectness], wide), strict=True))
 
 

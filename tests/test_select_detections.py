@@ -334,19 +334,15 @@ def test_a_size_that_is_hit_exactly(every_backend):
 # ---- both ---------------------------------------------------------------------------------------------------------
 
 
-def test_autocast_promotes_and_gradients_are_not_kept():
+def test_autocast_promotes():
     maps = head(torch.bfloat16)
-    wide = SimpleNamespace(logits=maps.logits, deltas=[m.float().requires_grad_() for m in maps.deltas])
+    wide = SimpleNamespace(logits=maps.logits, deltas=[m.float() for m in maps.deltas])
     with pytest.raises(TypeError, match="deltas must be of the dtype of logits"):
         select(wide)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = select(wide)
-    assert not found[0].requires_grad
     expected = select(SimpleNamespace(logits=[m.float() for m in maps.logits], deltas=wide.deltas))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    these = tables()
-    these.logits.requires_grad_()
-    assert not select_boxes(these)[1].requires_grad
 
 
 MAP_ERRORS = [
