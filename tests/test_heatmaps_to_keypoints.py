@@ -18,12 +18,6 @@ def heatmaps_of(boxes, keypoints=17, size=(56, 56), dtype=torch.float32, seed=0)
     return (hills + 0.1 * noise).to(dtype)
 
 
-def sides_of(box):
-    """(height, width) in pixels that torchvision resizes a heatmap to."""
-    width, height = (box[2:] - box[:2]).clamp(min=1).ceil().tolist()
-    return int(height), int(width)
-
-
 def check(found, heatmaps, boxes):
     """The score is the heatmap's highest, and the keypoint is a pixel with that score, both to rounding."""
     keypoints, scores = found
@@ -33,7 +27,8 @@ def check(found, heatmaps, boxes):
     assert scores.is_contiguous()
     wide = heatmaps.to(torch.float64 if heatmaps.dtype == torch.float64 else torch.float32)
     for maps, box, points, heights in zip(wide, boxes, keypoints, scores, strict=True):
-        height, width = sides_of(box)
+        # In pixels, to which torchvision resizes a heatmap.
+        width, height = (box[2:] - box[:2]).clamp(min=1).ceil().long().tolist()
         resized = interpolate(maps[None], (height, width), mode="bicubic")[0]
         # Both have these errors: three roundings of a coordinate of up to the map's size, which a slope of less
         # than 1.5 hands on to a weight, ten of each weight and four of each sum, along both axes. Four weights sum

@@ -229,14 +229,10 @@ def test_a_gpu_equals_the_reference_bit_for_bit_without_synchronising(name, dtyp
                 assert all(torch.equal(actual.cpu(), right) for actual, right in zip(run, expected, strict=True))
 
 
-def test_pads_and_matches_without_values():
-    _, grid = pyramid()
+def test_pads_without_values():
     with FakeTensorMode():
         boxes, counts = ops.pad_boxes([torch.empty(n, 4, device="cuda") for n in (3, 0, 7)])
-        for anchors in (torch.empty(999, 4, device="cuda"), torch.empty(3, 999, 4, device="cuda"), grid):
-            matches, ious = ops.match_anchors(boxes, counts, anchors, **RULE)
-            assert (matches.device.type, matches.dtype, ious.dtype) == ("cuda", torch.int64, torch.float32)
-            assert matches.shape == ious.shape == (3, len(anchors) if anchors is grid else 999)
+    assert (boxes.shape, counts.shape, boxes.device.type, counts.device.type) == ((3, 7, 4), (3,), "cuda", "cuda")
 
 
 MEMORY = """

@@ -248,15 +248,6 @@ def test_necks_refuse(change, message):
         neck(**{"kind": change.get("type", "FPN"), **{k: v for k, v in change.items() if k != "type"}})
 
 
-def test_missing_keys_and_maps():
-    with pytest.raises(ValueError, match="FPN needs in_channels, num_outs, got out_channels"):
-        mmdet.build_neck({"type": "FPN", "out_channels": 8})
-    with pytest.raises(ValueError, match="SingleRoIExtractor needs roi_layer, out_channels, featmap_strides, got noth"):
-        mmdet.build_roi_extractor({"type": "SingleRoIExtractor"})
-    with pytest.raises(ValueError, match="inputs must be a map for each of the 4 stages, got 3"):
-        neck()(inputs()[:3])
-
-
 def test_conv_module_is_its_layers_in_order():
     module = ConvModule(6, 8, 3, 2, norm_cfg=GROUPS, act_cfg={"type": "Tanh"})
     map = inputs()[0]
@@ -342,14 +333,6 @@ def test_generic_extractor_refuses(options, message):
     right = {"type": "GenericRoIExtractor", "roi_layer": LAYER, "out_channels": 8, "featmap_strides": STRIDES}
     with pytest.raises(ValueError, match=message):
         mmdet.build_roi_extractor({**right, **options})
-
-
-def test_extractors_check_channels_and_maps():
-    extractor = mmdet.GenericRoIExtractor("concat", roi_layer=LAYER, out_channels=8, featmap_strides=STRIDES)
-    with pytest.raises(ValueError, match="feats must have out_channels 8 channels, got 16"):
-        extractor([torch.rand(1, 8, 4, 4)] * 2, rois()[:1])
-    with pytest.raises(ValueError, match="feats must hold at least one map"):
-        extractor([], rois())
 
 
 # Proposals
@@ -482,12 +465,23 @@ def test_half_precision_gives_float32():
         (lambda: predict({"nms": {"type": "soft_nms", "iou_threshold": 0.5}}), "must be of type 'nms', got 'soft_nms'"),
         (lambda: predict({"nms": {"iou_threshold": 0.5, "class_agnostic": True}}), "unknown keys class_agnostic"),
         (lambda: predict({"nms": None}), "cfg's nms must have iou_threshold"),
+        (lambda: mmdet.build_neck({"type": "FPN", "out_channels": 8}),
+         "FPN needs in_channels, num_outs, got out_channels"),
+        (lambda: mmdet.build_roi_extractor({"type": "SingleRoIExtractor"}),
+         "SingleRoIExtractor needs roi_layer, out_channels, featmap_strides, got nothing"),
+        (lambda: neck()(inputs()[:3]), "inputs must be a map for each of the 4 stages, got 3"),
+        (lambda: concatenate([torch.rand(1, 8, 4, 4)] * 2), "feats must have out_channels 8 channels, got 16"),
+        (lambda: concatenate([]), "feats must hold at least one map"),
     ],
-    ids=range(13),
-)
-def test_settings_refuse(call, message):
+    ids=range(18),
+)  # fmt: skip
+def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def concatenate(maps):
+    return mmdet.GenericRoIExtractor("concat", roi_layer=LAYER, out_channels=8, featmap_strides=STRIDES)(maps, rois())
 
 
 def predict(change):

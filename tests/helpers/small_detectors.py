@@ -6,26 +6,19 @@ import copy
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 NAMES = ["0", "1", "2", "3"]
-KINDS = {"faster": FasterRCNN, "mask": MaskRCNN, "keypoint": KeypointRCNN}
+KINDS = {"faster": FasterRCNN, "mask": MaskRCNN}
 
 
 def backbone():
     widths, strides = (3, 8, 8, 8, 8), (4, 2, 2, 2)
     layers = [nn.Sequential(nn.Conv2d(widths[i], widths[i + 1], 3, strides[i], padding=1), nn.ReLU()) for i in range(4)]
     return BackboneWithFPN(nn.Sequential(*layers), dict(zip(NAMES, NAMES, strict=True)), [8] * 4, 16)
-
-
-def _float32_keypoints(roi_heads, arguments):
-    """torchvision resizes keypoints to the type of the images, and then takes float32 only."""
-    for target in arguments[3] or ():
-        target["keypoints"] = target["keypoints"].float()
 
 
 def detector(kind, **others):
@@ -38,14 +31,9 @@ def detector(kind, **others):
         "box_roi_pool": torchvision.ops.MultiScaleRoIAlign(NAMES, 7, 2, canonical_scale=40),
         "box_head": TwoMLPHead(16 * 7 * 7, 32), "box_predictor": FastRCNNPredictor(32, 3),
     }  # fmt: skip
-    if kind == "keypoint":
-        options |= {"keypoint_head": KeypointRCNNHeads(16, (16,)), "keypoint_predictor": KeypointRCNNPredictor(16, 3)}
     if kind == "mask":
         options |= {"mask_head": MaskRCNNHeads(16, (16,), 1), "mask_predictor": MaskRCNNPredictor(16, 16, 3)}
-    model = KINDS[kind](backbone(), **(options | others)).double()
-    if kind == "keypoint":
-        model.roi_heads.register_forward_pre_hook(_float32_keypoints)
-    return model
+    return KINDS[kind](backbone(), **(options | others)).double()
 
 
 def training_batch(dtype=torch.float64):
@@ -54,14 +42,11 @@ def training_batch(dtype=torch.float64):
     sizes = [(60, 90), (64, 70)]
     images = [torch.rand(3, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
     boxes = torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, 60.0, 50.0]], dtype=dtype)
-    points = torch.tensor(
-        [[[10.0, 9, 1], [30, 40, 1], [20, 20, 0]], [[25, 12, 1], [50, 40, 1], [30, 30, 1]]], dtype=dtype
-    )
     targets = []
     for size in sizes:
         masks = torch.zeros(2, *size, dtype=torch.uint8)
         masks[0, 5:45, 5:40] = masks[1, 10:50, 20:60] = 1
-        targets.append({"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": points})
+        targets.append({"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks})
     return images, targets
 
 
@@ -94,6 +79,4 @@ def check_same(fast, plain, batch, *, exact=False):
         assert a.keys() == b.keys()
         for key in b:
             scale = b[key].abs().max().item() if b[key].is_floating_point() and b[key].numel() else 0
-            # Keypoints are float32 whatever the model is: a rounding of that.
-            close = torch.finfo(torch.float32).eps if key == "keypoints" else 1e-10
-            torch.testing.assert_close(a[key], b[key], rtol=0, atol=close * scale, msg=key)
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-10 * scale, msg=key)
