@@ -84,6 +84,12 @@ def test_passes_and_prints_a_table(capsys):
     assert re.search(r"\d+ cases in \d+ s, 0 failed; fpn_fast ", text)
 
 
+def test_the_quick_run_passes(capsys):
+    code, text = verify(capsys, "--quick", "--backends", "cpp", "reference")
+    assert code == 0, text
+    assert int(re.search(r"(\d+) cases in \d+ s, 0 failed; ", text)[1]) >= 6 * len(CHECKS)
+
+
 def test_files(capsys, tmp_path):
     paths = {kind: tmp_path / kind for kind in ("json", "junit", "markdown")}
     code, _ = verify(capsys, "--ops", "nms", "--cases", "1", "--seed", "3", *(f"--{k}={p}" for k, p in paths.items()))
