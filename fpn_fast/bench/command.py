@@ -109,13 +109,13 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: Any) -> str:
-    label = f"{row.case!s:<72} {row.provider:<8}"
+    label = f"  {row.provider:<8}"
     if row.p50 is None:
         return f"{label} refused: {row.refused}"
     share = "" if row.copy_share is None or row.provider == "copy" else f"{row.copy_share:7.0%} of a copy"
     eager = (row.speedup or {}).get("eager")
     times = "" if eager is None else f"{eager:7.2f}x eager"
-    return f"{label} {row.metric:<9} {row.p50:11.1f} us  {row.p20:11.1f} to {row.p80:<11.1f}{times}{share}"
+    return f"{label} {row.metric:<9} {row.p50:10.1f} us {row.p20:10.1f} to {row.p80:<10.1f}{times}{share}"
 
 
 def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_type: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_
             results.add(rows)
             done += 1
             progress.clear()
-            print("\n".join(map(_line, rows)), flush=True)
+            print("\n".join([str(case), *map(_line, rows)]), flush=True)
         if device_type == "cuda":
             results.machine["clocks_after"] = machine.clocks()
         results.save()
