@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's proposals, detections and suppression: on maps full of ties and bad numbers, and without a wait."""
+"""Triton's proposals, detections and suppression: on ties and bad numbers, without host synchronisation."""
 
 import math
 from contextlib import nullcontext
