@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import detectors
 from fpn_fast.bench.report import bars, by_case, load, ratio_text
@@ -73,9 +71,9 @@ def ratios(folder: Path) -> Iterator[tuple[Stage, list[tuple[str, float]]]]:
         yield stage, [(what, _speedup(folder, family, start)) for what, family, start in stage.measured]
 
 
-def _place(folder: Path) -> tuple[dict[str, Any], str]:
-    machine = json.loads((folder / "top_down.json").read_text())["machine"]
-    return machine, f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
+def _place(folder: Path) -> str:
+    machine = load(folder / "top_down.json")["machine"]
+    return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
 
 
 def table(folder: Path) -> str:
@@ -83,8 +81,10 @@ def table(folder: Path) -> str:
     for stage, found in ratios(folder):
         values = ", ".join(f"{what} {ratio_text(ratio)}".strip() for what, ratio in found)
         lines.append([stage.name, stage.fused, values])
-    machine, place = _place(folder)
-    note = f"{place}, {machine['date']}, one 800x1344 image, float32 (training steps: two 320x544 images)."
+    families = {family for stage in STAGES for _, family, _ in stage.measured}
+    dates = sorted({load(folder / f"{family}.json")["machine"]["date"] for family in families})
+    date = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    note = f"{_place(folder)}, {date}, one 800x1344 image, float32 (training steps: two 320x544 images)."
     return f"{markdown_table(lines, left=3)}\n\n{note}\n"
 
 
@@ -97,4 +97,4 @@ def plot(folder: Path) -> str:
     note = (
         "800x1344, one image, float32; training steps: two 320x544 images. Logarithmic scale; the line is torchvision."
     )
-    return bars(f"Speed-up over torchvision, CPU: {_place(folder)[1]}", note, ratio_bars)
+    return bars(f"Speed-up over torchvision, CPU: {_place(folder)}", note, ratio_bars)
