@@ -27,7 +27,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 
 build: $(VENV)/.built  ## .venv with pinned dependencies, and the compiled library
 
-demo: build  ## train a small Faster R-CNN on digits in photographs, torchvision's and ours (under 4 minutes on 2 cores)
+demo: build  ## train a small Faster R-CNN on digits in photographs, torchvision's and ours (about 5 minutes on 2 cores)
 	$(BIN)/python examples/train_detector.py --compare --backbone slim_resnet --heads tiny --channels 64 --image-size 128 \
 		--smallest-digit 24 --steps 1000 --lr 2e-3 --lr-steps 650 900 --eval-images 200 --output output/demo
 
