@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fpn_fast import backends, ops
+from fpn_fast import backends, ops, reference
 
 EVERYTHING = (*calls.RECIPES, *calls.VARIANTS)
 # Those with results whose number the values decide, and those that the battery tests as much.
@@ -219,6 +219,22 @@ def test_can_be_captured_in_a_graph(name, recipe):
                 mine.copy_(new)
         graph.replay()
         assert same(tree_leaves(captured), tree_leaves(op(**call)))
+
+
+def test_the_reference_makes_numbers_of_the_host_there():
+    """Whatever the default device is. What an op runs does not see that device."""
+    maps = [torch.rand(1, 2, *size, dtype=torch.float64) for size in ((26, 44), (14, 30))]
+    boxes = torch.rand(20, 4).cumsum(1) * 8
+    rois = torch.cat([torch.zeros(20, 1), boxes], 1)
+
+    def run():
+        levels = reference.assign_levels(rois, 2, 3)
+        pooled = reference.multiscale_roi_align(maps, rois.double(), levels, (2, 3), (0.5, 0.25))
+        return [*reference.top_down(maps), pooled, reference.nms(boxes, boxes[:, 0], None, 0.5)]
+
+    expected = run()
+    with torch.device("meta"):
+        assert same(run(), expected)
 
 
 def test_every_op_is_here():

@@ -46,7 +46,8 @@ def sizes_beside(maps: Sequence[Tensor], image_sizes: Sequence[Sequence[int]] | 
     if isinstance(image_sizes, Tensor):
         return image_sizes
     # The driver stages a copy this small from pageable memory, so it does not synchronise.
-    return torch.tensor([tuple(size) for size in image_sizes]).view(-1, 2).to(maps[0].device, non_blocking=True)
+    sizes = torch.tensor([tuple(size) for size in image_sizes], device="cpu").view(-1, 2)
+    return sizes.to(maps[0].device, non_blocking=True)
 
 
 def proposals_of_images(boxes: Tensor, scores: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:

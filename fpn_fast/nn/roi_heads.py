@@ -157,7 +157,9 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
             return super().normalize(image)  # which raises
         key = (tuple(self.image_mean), tuple(self.image_std), image.dtype, image.device)
         if self._moments is None or self._moments[0] != key:
-            mean, std = (torch.tensor(each, dtype=image.dtype).to(image.device)[:, None, None] for each in key[:2])
+            mean, std = (
+                torch.tensor(each, dtype=image.dtype, device="cpu").to(image.device)[:, None, None] for each in key[:2]
+            )
             self._moments = (key, mean, std)
         return (image - self._moments[1]) / self._moments[2]
 

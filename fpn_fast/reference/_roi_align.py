@@ -56,7 +56,7 @@ def axis_samples(
     Source: torchvision/csrc/ops/cpu/roi_align_common.h.
     """
     offset = 0.5 if aligned else 0.0
-    ends = torch.tensor([lo, hi], dtype=dtype) * scale - offset
+    ends = torch.tensor([lo, hi], dtype=dtype, device="cpu") * scale - offset
     start, extent = ends[0], ends[1] - ends[0]
     if not aligned:
         extent = extent.clamp(min=1)
@@ -64,13 +64,14 @@ def axis_samples(
     samples = sampling_ratio
     if sampling_ratio <= 0:
         samples = math.ceil(bin_size.item()) if 0 < bin_size.item() <= MAX_ADAPTIVE_SAMPLES else 0
-    base = start + torch.arange(pooled, dtype=dtype) * bin_size
-    first, last = torch.zeros(pooled, dtype=torch.int64), torch.full((pooled,), samples)
+    base = start + torch.arange(pooled, dtype=dtype, device="cpu") * bin_size
+    first = torch.zeros_like(base, dtype=torch.int64)
+    last = torch.full_like(first, samples)
     if samples > 2 * _SAMPLE_MARGIN and bin_size > 0:
         per_pixel = samples / bin_size
         first = ((-1 - base) * per_pixel - _SAMPLE_MARGIN).nan_to_num(0).clamp(0, samples).long()
         last = ((size - base) * per_pixel + _SAMPLE_MARGIN).nan_to_num(0).clamp(0, samples).long()
-    number = first[:, None] + torch.arange(max(int((last - first).max()), 0))
+    number = first[:, None] + torch.arange(max(int((last - first).max()), 0), device="cpu")
     coordinate = base[:, None] + (number.to(dtype) + 0.5) * bin_size / samples
     on_map = (coordinate >= -1) & (coordinate <= size)
     coordinate = torch.where(on_map, coordinate, 0).clamp(0, size - 1)

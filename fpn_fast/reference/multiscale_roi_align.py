@@ -45,16 +45,16 @@ def assign_levels(
     elif level_formula == "detectron2":
         level = torch.floor(canonical_level + torch.log2(scale / canonical_scale + inside))
     else:
-        level = torch.floor(canonical_level + torch.log2(scale / canonical_scale) + torch.tensor(outside))
+        level = torch.floor(canonical_level + torch.log2(scale / canonical_scale) + torch.tensor(outside, device="cpu"))
     level = level.clamp(first_level, last_level) - first_level
     return torch.where(rois.isnan().any(1) | level.isnan(), -1, level).long()
 
 
 def axis_weights(samples: Samples, size: int) -> Tensor:
     """Sum the weights with which each bin reads each pixel of an axis: [pooled, size]."""
-    weights = torch.zeros(len(samples.number), size, dtype=samples.weight_lo.dtype)
+    weights = samples.weight_lo.new_zeros(len(samples.number), size)
     used = samples.exists & samples.on_map
-    bins = torch.arange(len(weights))[:, None].expand_as(used)[used]
+    bins = torch.arange(len(weights), device=weights.device)[:, None].expand_as(used)[used]
     weights.index_put_((bins, samples.lo[used]), samples.weight_lo[used], accumulate=True)
     return weights.index_put_((bins, samples.hi[used]), samples.weight_hi[used], accumulate=True)
 

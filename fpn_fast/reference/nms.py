@@ -16,9 +16,9 @@ _BLOCK = 1024
 
 def _threshold(iou_threshold: float, dtype: torch.dtype) -> float:
     """Return the largest value of `dtype` up to `iou_threshold`: a quotient in `dtype` exceeds both or neither."""
-    rounded = torch.tensor(iou_threshold, dtype=dtype)
+    rounded = torch.tensor(iou_threshold, dtype=dtype, device="cpu")
     if rounded.item() > iou_threshold:
-        rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+        rounded = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
     return rounded.item()
 
 

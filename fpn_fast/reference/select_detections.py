@@ -85,7 +85,7 @@ def select_detections(
                 valid &= centers.isfinite()
                 # PyTorch's float32 square root is not correctly rounded on every machine.
                 scores = ranks = torch.sqrt((scores * logistic(centers)).double()).to(dtype)
-            index = (valid & (scores > torch.tensor(score_thresh, dtype=dtype))).nonzero().flatten()
+            index = (valid & (scores > torch.tensor(score_thresh, dtype=dtype, device="cpu"))).nonzero().flatten()
             index = index[ranks[index].sort(descending=True, stable=True).indices[:pre_nms_top_n]]
             anchors = anchors_at(index // classes, cells, logits[i].size(3), stride, 0.0, dtype)
             codes = deltas[i][n].view(-1, 4, *deltas[i].shape[2:]).permute(2, 3, 0, 1).reshape(-1, 4).to(dtype)
@@ -134,7 +134,7 @@ def select_box_detections(
     room = logits.size(1)
     for n, count in enumerate([room] * len(logits) if counts is None else counts.clamp(0, room).tolist()):
         scores = torch.softmax(logits[n, :count].double(), -1).to(dtype)
-        chosen = scores > torch.tensor(score_thresh, dtype=dtype)
+        chosen = scores > torch.tensor(score_thresh, dtype=dtype, device="cpu")
         chosen[:, :1] = False
         if class_top_n is not None:
             ranked = scores.where(chosen, -1).sort(dim=0, descending=True, stable=True).indices[class_top_n:]

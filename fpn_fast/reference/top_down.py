@@ -12,7 +12,8 @@ from torch import Tensor
 
 def nearest_sources(size_in: int, size_out: int, device: torch.device | None = None) -> Tensor:
     """Return the source pixel of each of size_out pixels, int64: min(floor(dst * float32(in / out)), in - 1)."""
-    scale = torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)
+    source, out = torch.tensor([size_in, size_out], dtype=torch.float32, device="cpu")
+    scale = source / out
     sources = torch.arange(size_out, dtype=torch.float32, device=device) * scale.item()
     return sources.floor().long().clamp(max=size_in - 1)
 

@@ -57,7 +57,7 @@ class DefaultAnchorGenerator(nn.Module):
         self.strides = list(strides)
         self.offset = offset
         self.cell_anchors = [
-            torch.tensor([_cell_anchor(size, ratio) for size in of_map for ratio in ratios])
+            torch.tensor([_cell_anchor(size, ratio) for size in of_map for ratio in ratios], device="cpu")
             for of_map, ratios in zip(
                 _of_each_map("sizes", sizes, len(strides)),
                 _of_each_map("aspect_ratios", aspect_ratios, len(strides)),

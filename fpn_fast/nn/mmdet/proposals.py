@@ -77,7 +77,7 @@ class AnchorGenerator:
                 raise ValueError(f"{name} must be one for each of the {len(self.strides)} strides, got {values}")
         if octave_base_scale is not None and scales_per_octave is not None:
             scales = [2 ** (i / scales_per_octave) * octave_base_scale for i in range(scales_per_octave)]
-        self.scales, self.ratios = torch.tensor(scales, dtype=torch.float32), torch.tensor(ratios, dtype=torch.float32)
+        self.scales, self.ratios = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (scales, ratios))
         self.octave_base_scale, self.scales_per_octave = octave_base_scale, scales_per_octave
         self.scale_major = scale_major
         self.centers = centers
