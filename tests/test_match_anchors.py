@@ -235,6 +235,21 @@ def test_pads_without_values():
     assert (boxes.shape, counts.shape, boxes.device.type, counts.device.type) == ((3, 7, 4), (3,), "cuda", "cuda")
 
 
+def test_pads_a_batched_tensor_and_keeps_every_dtype_and_device():
+    batch = torch.rand(2, 3, 4)
+    boxes, counts = ops.pad_boxes(batch)
+    assert torch.equal(boxes, batch)
+    assert counts.tolist() == [3, 3]
+    # Padding takes the first one's dtype: a fraction, and digits of float64, would be lost.
+    mixed = [torch.ones(1, 4, dtype=torch.int64), torch.full((2, 4), 0.1, dtype=torch.float64), torch.zeros(0)]
+    for order in (mixed, mixed[::-1]):
+        boxes, counts = ops.pad_boxes(order)
+        assert boxes.dtype == torch.float64
+        assert torch.equal(boxes[1], mixed[1])
+    with pytest.raises(ValueError, match="the boxes at 1 must be on the device of those at 0, cpu, got meta"):
+        ops.pad_boxes([batch[0], batch[0].to("meta")])
+
+
 MEMORY = """
 import resource
 import torch

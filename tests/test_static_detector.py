@@ -78,6 +78,25 @@ def test_is_the_list_form(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_batched_tensor_is_a_list_of_images(kind):
+    batch = images(*SIZE)
+    with torch.no_grad():
+        check(accelerated(kind)(batch), accelerated(kind)(list(batch)))
+        check(StaticDetector(accelerated(kind), SIZE, 2).detect(batch), accelerated(kind)(list(batch)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_device_does_not_matter(kind):
+    """torchvision's RetinaNet and FCOS take images of the CPU under any; so do all of ours."""
+    batch, model = images(*SIZE), copy.deepcopy(accelerated(kind)).eval()
+    with torch.no_grad():
+        expected = accelerated(kind)(list(batch))
+        with torch.device("meta"):
+            check(model(list(batch)), expected)
+            check(StaticDetector(model, SIZE, 2).detect(batch), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_when_compiled_and_exported(kind):
     """Also of a model that never ran before."""
     detector, batch = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), SIZE, 2), images(*SIZE)
@@ -145,6 +164,20 @@ def test_several_sizes_and_smaller_images():
     check([{name: framed[name] for name in names}], [{name: alone[name] for name in names}], exact=False)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kept_detection_holds_no_memory_but_its_own(kind):
+    model, (small, exact) = accelerated(kind), (images(50, 70, count=1)[0], images(*SIZE, count=1)[0])
+    detector = StaticDetector(model, SIZE, 2)
+    with torch.no_grad():
+        # The lists of torchvision's two-stage models are parts of a tensor of all detections, masks apart.
+        of_model = model([small, exact]) if kind in ("retinanet", "fcos") else []
+    found = [*detector.detect([small, exact, small]), *detector.unpad(detector(images(*SIZE))), *of_model]
+    for each in found:
+        assert len(each["boxes"]) > 3
+        for tensor in each.values():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def test_other_dtypes_and_moves():
     model = copy.deepcopy(accelerated("retinanet")).eval()
     detector = StaticDetector(model, SIZE, 1).bfloat16()
@@ -172,6 +205,24 @@ def test_errors():
         detector(images(*SIZE), torch.ones(2))
     with pytest.raises(ValueError, match=r"image of \(60, 91\) fits into none"):
         detector.detect([torch.rand(3, 60, 91)])
+    good = images(*SIZE, count=1)[0]
+    for bad, message in (
+        (
+            torch.zeros(3, 50, 70, dtype=torch.uint8),
+            r"torch.float32 on cpu, got torch.uint8 on cpu at 1; divide by 255",
+        ),
+        (good.double(), r"torch.float32 on cpu, got torch.float64 on cpu at 1$"),
+        (good.to("meta"), r"torch.float32 on cpu, got torch.float32 on meta at 1$"),
+        (torch.zeros(4, 50, 70), r"images must be \[3, h, w\] of at least 1 x 1 pixel, got \(4, 50, 70\) at 1"),
+        (torch.zeros(50, 70), r"images must be \[3, h, w\].*got \(50, 70\) at 1"),
+        (torch.zeros(3, 0, 70), r"images must be \[3, h, w\].*got \(3, 0, 70\) at 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detector.detect([good, bad])
+    with pytest.raises(TypeError, match="images must be tensors, got ndarray at 1"):
+        detector.detect([good, good.numpy()])
+    with pytest.raises(ValueError, match=r"images must be \[3, h, w\].*got \(60, 90\) at 0"):
+        detector.detect(good)
     with pytest.raises(ValueError, match="positive"):
         StaticDetector(model, SIZE, 0)
     with pytest.raises(ValueError, match="positive"):

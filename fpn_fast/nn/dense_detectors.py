@@ -35,7 +35,8 @@ def lists_of(detections: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Padded detections by name -> torchvision's dict per image. Synchronises with the host once."""
     counts = detections["counts"].tolist()
     names = [name for name in detections if name != "counts"]
-    return [{name: detections[name][n, :count] for name in names} for n, count in enumerate(counts)]
+    # A view would hold the memory of the whole padded batch.
+    return [{name: detections[name][n, :count].clone() for name in names} for n, count in enumerate(counts)]
 
 
 def _as_maps(tables: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
@@ -92,8 +93,9 @@ class _DenseDetector(nn.Module):
     _coding: Callable[[dict[str, list[Tensor]]], dict[str, Any]]
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """Images [C, H, W] -> losses by name in training, otherwise per image a dict of "boxes", "scores", "labels"."""
-        theirs = self.training or targets is not None or not images
+        """Images [C, H, W], as a list or one tensor -> losses by name in training, otherwise per image a dict of
+        "boxes", "scores" and "labels"."""
+        theirs = self.training or targets is not None or len(images) == 0
         if theirs or backends.falls_back(self, images[0], "select_detections", known=self._knows_anchors()):
             return super().forward(images, targets)
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]

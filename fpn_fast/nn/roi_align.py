@@ -101,7 +101,7 @@ class MultiScaleRoIAlign(_MultiScaleBase):
         if not features:
             raise ValueError(f"x must have maps of featmap_names {self.featmap_names}, got {list(x)}")
         if self.scales is None or self.map_levels is None:
-            if not image_shapes:
+            if len(image_shapes) == 0:
                 raise ValueError("image_shapes must have the (height, width) of each image, got none")
             height = max(shape[0] for shape in image_shapes)
             self.scales = [_nearest_power_of_two(feature.shape[-2], height) for feature in features]

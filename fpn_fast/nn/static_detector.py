@@ -80,10 +80,13 @@ class StaticDetector(nn.Module):
         _anchor_generator(model).cell_numbers()
         # Constants go to the device now: a CUDA graph cannot capture a copy from the host.
         moments = {"mean": self.model.transform.image_mean, "std": self.model.transform.image_std}
-        constants = {name: torch.tensor(values)[:, None, None] for name, values in moments.items()}
+        constants = {name: torch.tensor(values, device="cpu")[:, None, None] for name, values in moments.items()}
         for i, shapes in enumerate(self._shapes.values()):
-            constants[f"sizes_{i}"] = torch.tensor([shapes.original] * batch_size, dtype=torch.float32)
-            constants[f"resized_{i}"], constants[f"back_{i}"] = torch.tensor(shapes.resized), shapes.back()
+            constants[f"sizes_{i}"] = torch.tensor([shapes.original] * batch_size, dtype=torch.float32, device="cpu")
+            constants[f"resized_{i}"], constants[f"back_{i}"] = (
+                torch.tensor(shapes.resized, device="cpu"),
+                shapes.back(),
+            )
         for name, values in constants.items():
             self.register_buffer(f"_{name}", values, persistent=False)
         self.to(next(model.parameters()).device)
@@ -120,13 +123,21 @@ class StaticDetector(nn.Module):
         """The detections of any number of images, as torchvision's list of dicts.
 
         Args:
-            images: [C, h, w] each, not larger than the largest of `image_sizes`.
+            images: [C, h, w] each, not larger than the largest of `image_sizes`; values, dtype and device: see
+                :meth:`forward`.
+
+        Returns:
+            Per image a dict of tensors that hold no memory but their own.
 
         Raises:
-            ValueError: an image is larger than every size; others: see :meth:`forward`.
+            TypeError: an image is not a tensor.
+            ValueError: an image has another shape, dtype or device, is empty or larger than every size; the model is in
+                training mode.
 
         Synchronises with the host once a batch.
         """
+        for i, image in enumerate(images):
+            self._check_image(image, i)
         found = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
@@ -137,11 +148,11 @@ class StaticDetector(nn.Module):
             for i, image in enumerate(batch):
                 full[i, :, : image.shape[1], : image.shape[2]] = image
                 heights_widths[i] = image.shape[1], image.shape[2]
-            sizes = torch.tensor(heights_widths, dtype=torch.float32).to(full.device, non_blocking=True)
+            sizes = torch.tensor(heights_widths, dtype=torch.float32, device="cpu").to(full.device, non_blocking=True)
             lists = self.unpad(self(full, sizes))[: len(batch)]
             for each, (height, width) in zip(lists, heights_widths, strict=False):
-                if "masks" in each:
-                    each["masks"] = each["masks"][..., :height, :width]
+                if "masks" in each and (height, width) != size:
+                    each["masks"] = each["masks"][..., :height, :width].clone()
             found.extend(lists)
         return found
 
@@ -182,6 +193,18 @@ class StaticDetector(nn.Module):
             if height <= size[0] and width <= size[1]:
                 return size
         raise ValueError(f"an image of ({height}, {width}) fits into none of the sizes {self.image_sizes}")
+
+    def _check_image(self, image: Tensor, i: int) -> None:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"images must be tensors, got {type(image).__name__} at {i}")
+        dtype, device, channels = next(self.model.parameters()).dtype, self._mean.device, len(self._mean)
+        if image.dim() != 3 or image.size(0) != channels or 0 in image.shape:
+            raise ValueError(
+                f"images must be [{channels}, h, w] of at least 1 x 1 pixel, got {tuple(image.shape)} at {i}"
+            )
+        if image.dtype != dtype or image.device != device:
+            advice = "; divide by 255 first" if image.dtype == torch.uint8 else ""
+            raise ValueError(f"images must be {dtype} on {device}, got {image.dtype} on {image.device} at {i}{advice}")
 
     def _check(self, images: Tensor, sizes: Tensor | None) -> Size:
         if self.model.training:
@@ -265,7 +288,8 @@ class _Shapes:
 
     def back(self) -> Tensor:
         """[4]: factors from (x1, y1, x2, y2) in the resized image to the original image."""
-        y, x = torch.tensor(self.original, dtype=torch.float32) / torch.tensor(self.resized, dtype=torch.float32)
+        original, resized = torch.tensor([self.original, self.resized], dtype=torch.float32, device="cpu")
+        y, x = original / resized
         return torch.stack([x, y, x, y])
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,19 +142,24 @@ def pad_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     For torchvision's targets: ``pad_boxes([t["boxes"] for t in targets])``.
 
+    Args:
+        boxes: a sequence of N tensors, or one tensor [N, G, 4].
+
     Returns:
-        ([N, G, 4], [N] int64), G the largest L_i.
+        ([N, G, 4] in a dtype that holds all boxes, [N] int64), G the largest L_i.
 
     Raises:
-        ValueError: there are no images, or boxes are not [L, 4].
+        ValueError: there are no images, boxes are not [L, 4], or devices differ.
     """
-    if not boxes:
+    if len(boxes) == 0:
         raise ValueError("boxes must have a tensor for each image, got an empty sequence")
     for i, each in enumerate(boxes):
         # torchvision allows an empty tensor of any shape for an image without boxes.
         if each.numel() and (each.dim() != 2 or each.size(1) != 4):
             raise ValueError(f"boxes must be [L, 4], (x1, y1, x2, y2), got {tuple(each.shape)} at {i}")
-    rows = [each.reshape(-1, 4) for each in boxes]
+        check_device(each, f"the boxes at {i}", boxes[0], "those at 0")
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in boxes))
+    rows = [each.reshape(-1, 4).to(dtype) for each in boxes]
     counts = torch.stack([torch.full((), len(each), dtype=torch.int64, device=each.device) for each in rows])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), counts
 
