@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection sets in COCO format: reading with checks, batches that depend on the step alone, AP and AR."""
+"""Detection sets in COCO format: items, batches that depend on the step alone, AP and AR."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,23 +12,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from coco_files import DataError, mask_of, read_coco, read_picture
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as F
 
 Item = tuple[Tensor, dict[str, Tensor]]
 
 # How many of an image's proposals their recall is measured on.
 PROPOSALS_COUNTED = (10, 100)
-
-
-class DataError(Exception):
-    """Annotations or images that cannot be used; the message is one line."""
 
 
 class DetectionData(Protocol):
@@ -46,46 +38,6 @@ class DetectionData(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Item: ...
     def coco(self) -> dict[str, Any]: ...
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """Read a COCO file and check that it has the images, categories and annotations that training needs."""
-    try:
-        coco = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(coco, dict):
-        raise DataError(f"{path} must hold a JSON object, got a {type(coco).__name__}")
-    keys = {
-        "images": {"id": int, "file_name": str},
-        "categories": {"id": int, "name": str},
-        "annotations": {"image_id": int, "category_id": int, "bbox": list},
-    }
-    for name, kinds in keys.items():
-        if not isinstance(coco.get(name), list):
-            raise DataError(f"{path} has no list {name!r}")
-        for i, entry in enumerate(coco[name]):
-            for key, kind in kinds.items():
-                if not isinstance(entry, dict) or key not in entry:
-                    raise DataError(f"{path}: {name}[{i}] has no {key!r}")
-                if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
-                    raise DataError(f"{path}: {name}[{i}]: {key!r} must be {kind.__name__}, got {entry[key]!r}")
-    known = {name: {entry["id"] for entry in coco[name]} for name in ("images", "categories")}
-    for name, ids in known.items():
-        if len(ids) < len(coco[name]):
-            raise DataError(f"{path}: {name} must have distinct ids")
-        if not ids:
-            raise DataError(f"{path} has no {name}")
-    for i, annotation in enumerate(coco["annotations"]):
-        box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
-            raise DataError(f"{path}: annotations[{i}]: bbox must be 4 finite numbers, got {box}")
-        for key, name in (("image_id", "images"), ("category_id", "categories")):
-            if annotation[key] not in known[name]:
-                raise DataError(f"{path}: annotations[{i}]: {key} {annotation[key]} is not in the file")
-    return coco
 
 
 class CocoImages(Dataset[Item]):
@@ -115,11 +67,7 @@ class CocoImages(Dataset[Item]):
         also masks uint8 ``[D, H, W]``.
         """
         entry = self._coco["images"][index]
-        try:
-            with Image.open(self.folder / entry["file_name"]) as file:
-                image = F.to_dtype(F.pil_to_tensor(file.convert("RGB")), torch.float32, scale=True)
-        except OSError as error:
-            raise DataError(f"cannot read image {self.folder / entry['file_name']}: {error}") from error
+        image = read_picture(self.folder / entry["file_name"])
         kept = self._annotations[entry["id"]]
         boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
         target = {
@@ -129,7 +77,7 @@ class CocoImages(Dataset[Item]):
         }
         if self.masks:
             size = (image.shape[1], image.shape[2])
-            drawn = [torch.from_numpy(_mask_of(annotation, size)) for annotation in kept]
+            drawn = [torch.from_numpy(mask_of(annotation["segmentation"], size)) for annotation in kept]
             target["masks"] = torch.stack(drawn) if drawn else torch.zeros((0, *size), dtype=torch.uint8)
         return image, target
 
@@ -140,74 +88,23 @@ class CocoImages(Dataset[Item]):
         return CocoImages(of_images(self._coco, indices), self.folder, self.masks)
 
 
-def _mask_of(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W] of an annotation's polygons, or of its RLE with counts as a list or as text."""
-    found = annotation["segmentation"]
-    if isinstance(found, list):
-        return rle.decode(rle.merge(rle.frPyObjects(found, *size)))
-    return rle.decode(rle.frPyObjects(found, *size) if isinstance(found["counts"], list) else found)
+def load_coco(
+    annotations: Path, folder: Path, masks: bool = False, workers: int = 0, quiet: bool = False
+) -> CocoImages:
+    """The images of a file, checked; for the options see :func:`coco_files.read_coco`."""
+    return CocoImages(read_coco(annotations, folder, masks, workers, quiet), folder, masks)
 
 
-def _check_masks(coco: dict[str, Any], path: Path) -> None:
-    """Draw every mask once: a broken one is found before training."""
-    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        size = sizes[annotation["image_id"]]
-        try:
-            drawn = _mask_of(annotation, size)
-            if drawn.shape != size:
-                raise ValueError(f"it must have the image's (height, width) {size}, got {drawn.shape}")
-        except Exception as error:  # pycocotools raises no other kind
-            raise DataError(
-                f"{path}: --model mask_rcnn needs segmentations that can be drawn; one of image "
-                f"{annotation['image_id']} cannot: {type(error).__name__}: {error}"
-            ) from error
-
-
-def load_coco(annotations: Path, folder: Path, masks: bool = False) -> CocoImages:
-    coco = _complete(read_annotations(annotations), annotations, folder)
-    if masks:
-        _check_masks(coco, annotations)
-    return CocoImages(coco, folder, masks)
-
-
-def split_coco(annotations: Path, folder: Path, masks: bool, seed: int) -> tuple[CocoImages, CocoImages]:
+def split_coco(
+    annotations: Path, folder: Path, masks: bool, seed: int, workers: int = 0, quiet: bool = False
+) -> tuple[CocoImages, CocoImages]:
     """Training and test sets of one COCO file: the seed picks one image in five to hold out for testing."""
-    data = load_coco(annotations, folder, masks)
+    data = load_coco(annotations, folder, masks, workers, quiet)
     if len(data) < 2:
         raise DataError(f"{annotations} must have at least 2 images, one for each split, got {len(data)}")
     order = np.random.default_rng(seed).permutation(len(data)).tolist()
     count = min(max(1, round(len(data) / 5)), len(data) - 1)
     return data.at(sorted(order[count:])), data.at(sorted(order[:count]))
-
-
-def _complete(coco: dict[str, Any], path: Path, folder: Path) -> dict[str, Any]:
-    """Find every image's file and size, clip boxes to their image, and fill in what COCO lets out."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a directory of images")
-    images = {}
-    for image in coco["images"]:
-        try:
-            with Image.open(folder / image["file_name"]) as opened:
-                images[image["id"]] = {**image, "width": opened.width, "height": opened.height}
-        except OSError as error:
-            raise DataError(f"cannot read image {image['file_name']} of {path}: {error}") from error
-    annotations: list[dict[str, Any]] = []
-    for annotation in coco["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        image = images[annotation["image_id"]]
-        x1, y1 = max(0.0, x), max(0.0, y)
-        width, height = min(image["width"], x + width) - x1, min(image["height"], y + height) - y1
-        if width <= 0 or height <= 0:
-            continue
-        area, crowd = annotation.get("area"), int(bool(annotation.get("iscrowd")))
-        area = area if isinstance(area, int | float) else width * height
-        filled = {"bbox": [x1, y1, width, height], "area": area, "iscrowd": crowd, "id": len(annotations) + 1}
-        annotations.append({**annotation, **filled})
-    dropped = len(coco["annotations"]) - len(annotations)
-    if dropped:
-        print(f"warning: dropped {dropped} boxes of {path} that have no area inside their image", file=sys.stderr)
-    return {"info": {}, "images": [*images.values()], "annotations": annotations, "categories": coco["categories"]}
 
 
 def of_images(coco: dict[str, Any], indices: Iterable[int]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coco_data import DataError, DetectionData, StepBatches, collate, load_coco, split_coco
+from coco_data import DetectionData, StepBatches, collate, load_coco, split_coco
+from coco_files import DataError
 from detector_checkpoints import load_checkpoint, save_checkpoint
 from detector_evaluation import Logs, evaluate
 from detector_models import HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE
@@ -151,16 +152,17 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
     return args
 
 
-def load_data(args: Settings) -> tuple[DetectionData, DetectionData]:
+def load_data(args: Settings, processes: Processes) -> tuple[DetectionData, DetectionData]:
     masks = args.model == "mask_rcnn"
     if args.coco is None:
         sets = (("train", args.train_images), ("test", args.eval_images))
         options = (args.image_size, args.seed, masks, args.smallest_digit)
         return tuple(DigitsOnPhotographs(split, length, *options) for split, length in sets)
+    how: dict[str, Any] = {"masks": masks, "workers": args.workers, "quiet": not processes.leads}
     if args.coco_test is None:
-        train_data, test_data = split_coco(*args.coco, masks=masks, seed=args.seed)
+        train_data, test_data = split_coco(*args.coco, seed=args.seed, **how)
     else:
-        train_data, test_data = load_coco(*args.coco, masks=masks), load_coco(*args.coco_test, masks=masks)
+        train_data, test_data = load_coco(*args.coco, **how), load_coco(*args.coco_test, **how)
         if train_data.class_names != test_data.class_names or train_data.category_ids != test_data.category_ids:
             raise DataError(f"{args.coco_test[0]} must have the categories of {args.coco[0]}")
     if all(annotation["iscrowd"] for annotation in train_data.coco()["annotations"]):
@@ -228,7 +230,7 @@ def run(args: Settings, processes: Processes) -> int:
         torch.set_num_threads(args.threads)
     if args.deterministic:
         be_deterministic()
-    train_data, test_data = load_data(args)
+    train_data, test_data = load_data(args, processes)
     args.complete(processes, train_data.class_names)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -262,11 +264,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(args, processes)
         except (DataError, TrainingError, UsageError) as error:
-            # A loader process passes an error on as its whole traceback; the last line is the message.
-            message = str(error).strip().splitlines()[-1].removeprefix("coco_data.DataError: ")
+            # A loader process passes an error on as its whole traceback, with the message at the end.
+            message = str(error).rpartition("coco_files.DataError: ")[2].strip()
             code = 1 if isinstance(error, TrainingError) else 2
         if processes.leads or code == 2:
-            print(f"error: {message}", file=sys.stderr)
+            # All processes find the same faults in a file; the last line has their number.
+            shown = message.splitlines()[0 if processes.leads else -1 :]
+            print(*(f"error: {line}" for line in shown), sep="\n", file=sys.stderr)
         return code
 
 
