@@ -84,7 +84,8 @@ class _Called(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
-            if kwargs.get("device") is None:
+            # By its name "cpu" is the host, whereas a tensor's device stands for a GPU.
+            if kwargs.get("device") is None or isinstance(kwargs["device"], str):
                 self.on_host[id(result)] = result
             else:
                 self.count.syncs["upload"] += 1
