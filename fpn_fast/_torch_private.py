@@ -20,6 +20,15 @@ def _kernel_by_lookup(op: str, dispatch_key: str) -> bool:
     return True
 
 
+def _assert_now(condition: torch.Tensor, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+#: Raises RuntimeError(message) unless a tensor of one element is true; on a GPU when its stream gets there, without
+#: synchronising with the host.
+assert_async: Callable[[torch.Tensor, str], None] = getattr(torch, "_assert_async", _assert_now)
+
 #: A context in which an op runs its kernel and records no gradient. Under no_grad the registered autograd rule runs
 #: first, in Python.
 below_autograd: Callable[[], AbstractContextManager[None]] = getattr(

@@ -14,6 +14,7 @@ from fpn_fast.ops import _registration
 
 NAMES = (
     "_AutoDispatchBelowAutograd",
+    "_assert_async",
     "_are_functorch_transforms_active",
     "_dispatch_has_kernel_for_dispatch_key",
     "_set_deterministic_algorithms",
@@ -22,19 +23,27 @@ NAMES = (
 WITHOUT = f"""
 import importlib.util, sys
 import torch
-hidden = {{name: getattr(torch._C, name) for name in {NAMES}}}
-for name in hidden:
-    delattr(torch._C, name)
+owners = {{name: torch if name in vars(torch) else torch._C for name in {NAMES}}}
+hidden = {{name: getattr(owner, name) for name, owner in owners.items()}}
+for name, owner in owners.items():
+    delattr(owner, name)
 spec = importlib.util.spec_from_file_location("fpn_fast._torch_private", {_torch_private.__file__!r})
 sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
 for name, value in hidden.items():
-    setattr(torch._C, name, value)
+    setattr(owners[name], name, value)
 from fpn_fast import _torch_private, backends, ops, reference
 assert ops.top_down.__globals__["below_autograd"] is torch.no_grad
 assert _torch_private.below_autograd is torch.no_grad
 assert _torch_private.set_deterministic_algorithms is torch.use_deterministic_algorithms
 assert backends.choose("cpu", "top_down") == WANTED
+_torch_private.assert_async(torch.tensor(True), "passes")
+try:
+    _torch_private.assert_async(torch.tensor(False), "labels must be")
+except RuntimeError as error:
+    assert str(error) == "labels must be"
+else:
+    raise AssertionError("not raised")
 for requires_grad in (False, True):
     laterals = [torch.randn(1, 2, *size, requires_grad=requires_grad) for size in ((6, 8), (3, 4))]
     pooled = ops.multiscale_roi_align(laterals, torch.tensor([[0.0, 1, 1, 20, 20]]), 2, [0.25, 0.125])

@@ -16,6 +16,21 @@ from fpn_fast import backends, ops
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
+def check_targets(targets: Sequence[dict[str, Tensor]], images: int, *names: str) -> None:
+    """Raises ValueError unless there are as many targets as images, each with as many rows of its tables `names` as of
+    its boxes."""
+    if len(targets) != images:
+        raise ValueError(f"targets must be one for each of the {images} images, got {len(targets)}")
+    for i, target in enumerate(targets):
+        # In an image without boxes nothing is looked up.
+        boxes = len(target["boxes"]) if target["boxes"].numel() else 0
+        for name in names if boxes else ():
+            if len(target[name]) != boxes:
+                raise ValueError(
+                    f"targets must have as many {name} as boxes, got {len(target[name])} and {boxes} for image {i}"
+                )
+
+
 def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
     """gt_boxes [G, 4] and boxes [M, 4] -> [M] int64: ``matcher(similarity(gt_boxes, boxes))``, all -1 for G = 0."""
     if gt_boxes.numel() == 0:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet, ssd
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
@@ -17,6 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
+from fpn_fast._torch_private import assert_async
 from fpn_fast.nn import _matching
 from fpn_fast.nn._shared import sizes_beside
 from fpn_fast.nn.region_proposal import AnchorGenerator as FusedAnchorGenerator
@@ -64,13 +64,22 @@ def classification_loss(logits: Tensor, matches: Sequence[Tensor], labels: Seque
     Returns:
         A scalar. It equals torchvision's ``RetinaNetClassificationHead.compute_loss`` up to rounding. It has no second
         derivative.
+
+    Raises:
+        IndexError: an anchor's ground truth has no label; on a GPU an assertion of the device.
+        RuntimeError: a label is no class, also where torchvision counts a negative one from the end; on a GPU an
+            assertion of the device.
     """
     matched = torch.stack(list(matches))
     positive = matched >= 0
+    all_labels = torch.cat(list(labels))
+    known = (all_labels == all_labels.clamp(0, logits.shape[-1] - 1)).all()
+    assert_async(known, f"labels must be classes, 0 to {logits.shape[-1] - 1}; a ground truth has another one")
     share = (positive.sum(1, keepdim=True).clamp(min=1) * len(matches)).to(logits.dtype).reciprocal()
     weights = torch.where(matched == Matcher.BETWEEN_THRESHOLDS, 0, share)
-    # One class more, because gather needs a row also where an image has no ground truth.
-    classes = [F.pad(own, (0, 1))[match.clamp(min=0)] for own, match in zip(labels, matches, strict=True)]
+    # Indexing needs a row also where an image has no ground truth.
+    rows = [own if len(own) else own.new_zeros(1) for own in labels]
+    classes = [own[match.clamp(min=0)] for own, match in zip(rows, matches, strict=True)]
     own_class = torch.where(positive, torch.stack(classes), -1)
     return ops.sigmoid_focal_loss(logits.flatten(0, 1), own_class.flatten(), weights.flatten())
 
@@ -167,7 +176,10 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
-        """The losses of the head's outputs [N, M, K], given anchors [M, 4] and ground truths per image."""
+        """The losses of the head's outputs [N, M, K], given anchors [M, 4] and ground truths per image.
+
+        Raises ValueError unless an image has as many labels as boxes. Others: see :func:`classification_loss`.
+        """
         matches = [
             _matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own)
             for own, target in zip(anchors, targets, strict=False)
@@ -175,6 +187,8 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
         logits = head_outputs["cls_logits"]
         known = type(self.head) is retinanet.RetinaNetHead
         known = known and type(self.head.classification_head) is retinanet.RetinaNetClassificationHead
+        if known:
+            _matching.check_targets(targets, len(logits), "labels")
         known = known and logits.dtype in (torch.float32, torch.float64) and len(matches) == len(logits)
         if backends.falls_back(self, logits, "sigmoid_focal_loss", known=known):
             return self.head.compute_loss(targets, head_outputs, anchors, matches)
@@ -197,6 +211,18 @@ class FCOS(_DenseDetector, fcos.FCOS):
     Source: torchvision/models/detection/fcos.py.
     """
 
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        num_anchors_per_level: list[int],
+    ) -> dict[str, Tensor]:
+        """torchvision's losses. Raises ValueError unless an image has as many labels as boxes."""
+        if type(self.head) is fcos.FCOSHead:
+            _matching.check_targets(targets, len(anchors), "labels")
+        return super().compute_loss(targets, head_outputs, anchors, num_anchors_per_level)
+
     def _knows_coder(self) -> bool:
         return type(self.box_coder) is BoxLinearCoder and self.box_coder.normalize_by_size
 
@@ -213,6 +239,17 @@ class SSD(ssd.SSD):
 
     Source: torchvision/models/detection/ssd.py.
     """
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """torchvision's losses. Raises ValueError unless an image has as many labels as boxes."""
+        _matching.check_targets(targets, len(anchors), "labels")
+        return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
 
     def postprocess_detections(
         self, head_outputs: dict[str, Tensor], image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]

@@ -188,6 +188,7 @@ class RegionProposalNetwork(_RegionProposalBase):
 
     def _matched(self, images: ImageList, maps: list[Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The anchors [M, 4], which all images share, their matches [N, M], and padded ground truths [N, G, 4]."""
+        _matching.check_targets(targets, len(maps[0]))
         (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
         boxes = [target["boxes"] for target in targets]
         return anchors, *_matching.match_images(self.proposal_matcher, self.box_similarity, boxes, anchors)

@@ -65,6 +65,12 @@ class RoIHeads(roi_heads.RoIHeads):
             prediction["keypoints"], prediction["keypoints_scores"] = points, heights
         return result, {}
 
+    def check_targets(self, targets: Any) -> None:
+        """Raises ValueError unless targets have all tables that training needs, each with a row for each box."""
+        super().check_targets(targets)
+        names = ["labels", *["masks"] * self.has_mask(), *["keypoints"] * self.has_keypoint()]
+        _matching.check_targets(targets, len(targets), *names)
+
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
