@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch.autograd import forward_ad
 
 
 def _kernel_by_lookup(op: str, dispatch_key: str) -> bool:
@@ -35,9 +36,18 @@ below_autograd: Callable[[], AbstractContextManager[None]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
 )
 
-#: Whether a function transform of torch.func is active. The fallback says yes, so that every call
-#: goes through the registered op.
+#: Whether a function transform of torch.func is active. The fallback says yes, so that every call goes through
+#: torch's operators or an op with a rule for transforms.
 function_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+#: Whether torch.jit.trace, or what is built on it, records the calls of this thread.
+jit_trace_active: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
+
+def forward_mode_active() -> bool:
+    """Whether a level of forward-mode differentiation is entered. Without torch's number of the level: yes."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
 
 #: Whether an op such as "fpn_fast::top_down" has a kernel for a dispatch key such as "CUDA".
 has_kernel: Callable[[str, str], bool] = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", _kernel_by_lookup)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fpn_fast import _library, _log
+from fpn_fast import _library, _log, _torch_private
 
 BACKENDS = ("cpp", "triton", "reference")
 
@@ -166,6 +166,29 @@ def _memory_format(tensor: Tensor) -> str:
     return "channels_last" if is_last else "strided"
 
 
+# A compiler knows all that is active while it traces, and compiles anew where that changes.
+@torch.compiler.assume_constant_result
+def transformed() -> bool:
+    """Whether a transform of torch.func, or a level of forward-mode differentiation, is active."""
+    return _torch_private.function_transforms_active() or _torch_private.forward_mode_active()
+
+
+@torch.compiler.assume_constant_result
+def jit_traced() -> bool:
+    """Whether torch.jit.trace, or what is built on it, records the calls of this thread."""
+    return _torch_private.jit_trace_active()
+
+
+@torch.compiler.assume_constant_result
+def plain_only() -> bool:
+    """Whether a call has to be made of torch's own operators: :func:`transformed` or :func:`jit_traced`."""
+    return (
+        _torch_private.function_transforms_active()
+        or _torch_private.forward_mode_active()
+        or _torch_private.jit_trace_active()
+    )
+
+
 def has_kernel(tensor: Tensor, op: str) -> bool:
     """Whether a backend has a kernel of `op` for the device of `tensor`, or was asked for by name."""
     return _requested != "auto" or choose(tensor.device.type, op) != "reference"
@@ -175,8 +198,11 @@ def falls_back(module: object, tensor: Tensor, op: str, *, known: bool = True) -
     """Whether `module` has to run its original library's code instead of `op`. Warns in the log the first time.
 
     It has to where the op has no kernel, because that code is faster than the reference, and where the op does not
-    know the settings of the module or the dtypes of its inputs: ``known=False``.
+    know the settings of the module or the dtypes of its inputs: ``known=False``. Where :func:`plain_only` it has to
+    too, without a warning.
     """
+    if plain_only():
+        return True
     if known and has_kernel(tensor, op):
         return False
     kind, device_type = type(module), tensor.device.type

@@ -17,6 +17,7 @@ NAMES = (
     "_assert_async",
     "_are_functorch_transforms_active",
     "_dispatch_has_kernel_for_dispatch_key",
+    "_is_tracing",
     "_set_deterministic_algorithms",
 )
 # torch itself reads them too: they are gone only while the one file that reads them is imported, before the package.

@@ -7,6 +7,7 @@ The dispatcher has one CUDA slot per op. So the compiled ops live in ``fpn_fast:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -76,16 +77,43 @@ def register_op(
         elif not _is_defined(backend, qualified):
             continue
         torch.library.register_fake(qualified, fake)
+        op = getattr(getattr(torch.ops, namespace), name).default
+        torch.library.register_vmap(qualified, functools.partial(call_each_sample, op))
         if backward is not None:
             torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)
-        found[backend] = getattr(getattr(torch.ops, namespace), name).default
+        found[backend] = op
     _declare_missing(name, set(found))
     return found
 
 
+def call_each_sample(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """The batching rule of every op for torch.vmap: one call per sample, and the outputs stacked.
+
+    info, in_dims: see :func:`torch.library.register_vmap`. The result is (outputs, their batch dimensions).
+    """
+    if info.batch_size == 0:
+        raise ValueError("torch.vmap must map over at least one sample, got none")
+    calls = [function(*_sample(arguments, in_dims, i)) for i in range(info.batch_size)]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    stacked = [torch.stack(outputs) for outputs in zip(*calls, strict=True)]
+    return type(calls[0])(stacked), type(calls[0])([0] * len(stacked))
+
+
+def _sample(argument: Any, dim: Any, i: int) -> Any:
+    """Sample `i` of an argument, or of a list of them; `dim` is its batch dimension, None for what has none."""
+    if isinstance(argument, (list, tuple)):
+        return [_sample(each, of_each, i) for each, of_each in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, i)
+
+
 def traced() -> bool:
-    """Return whether a compiler or a function transform is active. Both support registered ops only."""
-    return torch.compiler.is_compiling() or _torch_private.function_transforms_active()
+    """Return whether a compiler, a tracer or a function transform is active. All support registered ops only."""
+    return (
+        torch.compiler.is_compiling()
+        or _torch_private.function_transforms_active()
+        or _torch_private.jit_trace_active()
+    )
 
 
 def records_gradient(tensors: Iterable[Tensor]) -> bool:

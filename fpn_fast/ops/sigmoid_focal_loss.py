@@ -55,6 +55,9 @@ def sigmoid_focal_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = 
     if weights is None:
         weights = torch.ones(len(logits), dtype=accumulate, device=logits.device)
     weights = weights.detach().to(accumulate).contiguous()
+    if backends.plain_only():
+        losses, _ = reference.sigmoid_focal_loss(logits, labels, weights, float(alpha))
+        return losses.sum()
     backend = backends.choose_for(logits, "sigmoid_focal_loss")
     total: Tensor = _FocalLoss.apply(backend, logits.contiguous(), labels, weights, float(alpha))
     return total

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
@@ -89,11 +90,19 @@ def upsample_add(
 
 def _merge(laterals: list[Tensor], mode: str, align_corners: bool, scale_factor: int | None, fuse: str) -> list[Tensor]:
     code = _check_options(mode, align_corners, fuse)
-    laterals = check_maps(laterals, "laterals")
-    if scale_factor is not None:
-        _check_scale_factor(laterals, scale_factor)
+    if laterals and not isinstance(laterals[0], Tensor) and has_torch_function(laterals):
+        # torch.fx records the op as one node.
+        options = {"align_corners": align_corners, "scale_factor": scale_factor, "fuse": fuse}
+        found = handle_torch_function(top_down, laterals, laterals, mode, **options)
+        return [found[i] for i in range(len(laterals))]
+    plain = backends.plain_only()
+    # For torch.jit.trace sizes are tensors, which a check would turn into constants.
+    if not (plain and backends.jit_traced()):
+        laterals = check_maps(laterals, "laterals")
+        if scale_factor is not None:
+            _check_scale_factor(laterals, scale_factor)
     average = fuse == "avg"
-    backend = backends.choose_for(laterals[0], "top_down")
+    backend = "reference" if plain else backends.choose_for(laterals[0], "top_down")
     if backend == "reference":
         return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
     if not traced() and records_gradient(laterals):
