@@ -23,7 +23,10 @@ class Entry:
     note: str
 
 
-_LIMIT = "torch.jit.script does not take swapped modules: script before accelerate(), or after restore()"
+_LIMIT = (
+    "torch.jit.script and torch.onnx.export(dynamo=True) do not take swapped modules: use them before accelerate(), "
+    "or after restore()"
+)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpn_fast import ops
+from fpn_fast import backends, ops
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -39,6 +39,12 @@ def merge_pyramid(
     laterals = [conv(feature) for conv, feature in zip(lateral_convs, features, strict=True)]
     merged = ops.top_down(laterals, **merge)
     return merged, [conv(map) for conv, map in zip(output_convs, merged, strict=True)]
+
+
+def recorded(x: Any) -> bool:
+    """Whether torch.jit.trace records the call, or torch.fx, whose stand-in `x` is or, in a dict, its values are."""
+    first = next(iter(x.values()), None) if isinstance(x, dict) else x
+    return backends.jit_traced() or isinstance(first, torch.fx.Proxy)
 
 
 def sizes_beside(maps: Sequence[Tensor], image_sizes: Sequence[Sequence[int]] | Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from fpn_fast import ops
 from fpn_fast.nn._shared import initialise
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
+_NOT_RECORDED = "torch.jit.trace and torch.fx record torchvision's RoIAlign, and torchvision is not installed"
+
 
 class ExtraFPNBlock(nn.Module):
     """Base class of modules that append coarser maps to a pyramid's outputs."""
@@ -107,6 +109,9 @@ class RoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
 
+    def forward(self, *_: Any) -> Tensor:
+        raise RuntimeError(_NOT_RECORDED)
+
     def extra_repr(self) -> str:
         names = "output_size", "spatial_scale", "sampling_ratio", "aligned"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
@@ -150,6 +155,9 @@ class MultiScaleRoIAlign(nn.Module):
         self.map_levels: LevelMapper | None = None
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
+
+    def forward(self, *_: Any) -> Tensor:
+        raise RuntimeError(_NOT_RECORDED)
 
     def extra_repr(self) -> str:
         names = "featmap_names", "output_size", "sampling_ratio"

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fpn_fast import ops
+from fpn_fast.nn._shared import recorded
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 if importlib.util.find_spec("torchvision") is not None:
@@ -45,6 +46,8 @@ class RoIAlign(_RoIAlignBase):
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
         """[N, C, H, W], and [K, 5] (image, x1, y1, x2, y2) or N tensors [L, 4] -> [K, C, PH, PW]; errors: the op's."""
+        if recorded(input):
+            return super().forward(input, rois)
         return ops.roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
 
@@ -97,6 +100,8 @@ class MultiScaleRoIAlign(_MultiScaleBase):
             ValueError: x has none of featmap_names; image_shapes is empty at the first call; others: the op's.
             TypeError: see the op.
         """
+        if recorded(x):
+            return super().forward(x, boxes, image_shapes)
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
             raise ValueError(f"x must have maps of featmap_names {self.featmap_names}, got {list(x)}")

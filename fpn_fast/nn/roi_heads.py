@@ -181,6 +181,8 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
         """
         if self.training:
             return result
+        if backends.jit_traced():
+            return super().postprocess(result, image_shapes, original_image_sizes)
         for prediction, size, original in zip(result, image_shapes, original_image_sizes, strict=False):
             # torchvision divides in float32; for image sizes, rounding twice changes nothing.
             y, x = (ctypes.c_float(new / old).value for new, old in zip(original, size, strict=True))

@@ -13,7 +13,7 @@ from torchvision.models.detection import transform as _transform
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from fpn_fast import ops
+from fpn_fast import backends, ops
 from fpn_fast.nn.dense_detectors import FCOS, RetinaNet, lists_of, named
 from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
@@ -207,6 +207,8 @@ class StaticDetector(nn.Module):
             raise ValueError(f"images must be {dtype} on {device}, got {image.dtype} on {image.device} at {i}{advice}")
 
     def _check(self, images: Tensor, sizes: Tensor | None) -> Size:
+        if backends.jit_traced():
+            raise RuntimeError("torch.jit.trace cannot record a StaticDetector; trace its model, or use torch.export")
         if self.model.training:
             raise ValueError("the model must be in evaluation mode, call .eval()")
         dtype, device, channels = next(self.model.parameters()).dtype, self._mean.device, len(self._mean)
