@@ -6,6 +6,7 @@ import math
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,10 @@ def test_anchors_are_detectron2s(offset):
         assert torch.equal(found, plain_proposals.grid(table, size, (stride, stride), offset))
     shared = detectron2.DefaultAnchorGenerator(sizes=[24, 40], aspect_ratios=[1.0], strides=[4, 8])
     assert torch.equal(shared.cell_anchors[0], shared.cell_anchors[1])
+    options = {"sizes": np.array([[24, 40]]), "aspect_ratios": np.array([1.0]), "strides": np.array([4, 8])}
+    of_numpy = detectron2.DefaultAnchorGenerator(**options, offset=np.float32(0.5))
+    for a, b in zip(of_numpy(maps[:2]), shared(maps[:2]), strict=True):
+        assert torch.equal(a, b)
 
 
 def decoded(weights, clamp):

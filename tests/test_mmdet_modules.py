@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -380,6 +381,21 @@ def test_anchors_are_mmdetections(name):
         torch.testing.assert_close(generator.base_anchors[level], expected, rtol=4 * 2**-24, atol=4 * 2**-15)
         grid = plain_proposals.grid(generator.base_anchors[level], ODD[level], (width, height))
         assert torch.equal(priors[level], grid)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"strides": np.array([4, 8], dtype=np.int8), "ratios": np.array([0.5, 1.0]), "scales": np.array([8.0])}
+    ours = mmdet.AnchorGenerator(**options)
+    usual = mmdet.AnchorGenerator(strides=[4, 8], ratios=[0.5, 1.0], scales=[8.0])
+    assert ours.strides == usual.strides == [(4, 4), (8, 8)]
+    sizes = [(3, 40), (2, 20)]
+    for a, b in zip(ours.grid_priors(np.array(sizes)), usual.grid_priors(sizes), strict=True):
+        assert torch.equal(a, b)
+    options = {"in_channels": [8, 8], "out_channels": 4, "num_outs": 2}
+    neck = mmdet.FPN(**options, upsample_cfg={"scale_factor": np.int64(2)})
+    assert [tuple(each.shape) for each in neck([torch.rand(1, 8, 4, 6), torch.rand(1, 8, 2, 3)])] == [
+        (1, 4, 4, 6), (1, 4, 2, 3),
+    ]  # fmt: skip
 
 
 def decode(coder):

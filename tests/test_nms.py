@@ -187,6 +187,25 @@ def test_groups_are_any_integers(every_backend):
     assert torch.equal(ops.batched_nms(boxes, scores, groups.to(torch.int16), 0.5), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_groups_are_bools_or_floats_too(every_backend, dtype):
+    boxes, scores, groups = scene(200, 2)
+    # 0 and -0 are one group, in torchvision too.
+    groups = torch.where(groups == 0, 0.0, 0.5).masked_fill((groups == 0) & (scores > 0.5), -0.0).to(dtype)
+    expected = ops.batched_nms(boxes, scores, (groups != 0).long(), 0.5)
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5), expected)
+    # As it compares groups, for more boxes than these.
+    assert torch.equal(theirs._batched_nms_vanilla(boxes, scores, groups, 0.5), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0,), (0, 5)], ids=str)
+def test_no_boxes_of_any_shape(every_backend, shape):
+    for dtype, device in ((torch.float32, "cpu"), (torch.int64, "cpu"), (torch.float32, "meta")):
+        none = torch.empty(shape, dtype=dtype, device=device)
+        found, expected = (f(none, none.flatten(), none, 0.5) for f in (ops.batched_nms, theirs.batched_nms))
+        assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
+
+
 @pytest.mark.parametrize(
     ("convention", "dtype"),
     [("torchvision", torch.float32), ("mmcv", torch.float64), ("torchvision_offset", torch.float32)],

@@ -7,6 +7,7 @@ The ops' own files test their values; merges and RoI pooling also pass helpers/b
 import sys
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from helpers import calls, devices
@@ -183,6 +184,33 @@ def test_no_images_or_boxes(every_backend, recipe):
     found = tree_leaves(op(**tree_map_only(Tensor, lambda t: t[:0], call.arguments)))
     for empty, each in zip(found, usual, strict=True):
         assert (empty.shape, empty.dtype) == ((0, *each.shape[1:]), each.dtype)
+
+
+def numbers_as(value, integer, number):
+    """`value` with its numbers as those of other types; lists of them, such as tables of anchors, too."""
+    if isinstance(value, ops.AnchorGrid):
+        return ops.AnchorGrid(**numbers_as(vars(value), integer, number))
+    if isinstance(value, dict):
+        return {key: numbers_as(each, integer, number) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(numbers_as(each, integer, number) for each in value)
+    if isinstance(value, (bool, str, Tensor)) or value is None:
+        return value
+    return integer(value) if isinstance(value, int) else number(value)
+
+
+@pytest.mark.parametrize("integer", [np.int8, np.int16, np.int64], ids=lambda kind: kind.__name__)
+@of(EVERYTHING)
+def test_numbers_of_numpy_are_numbers(recipe, integer):
+    """Sizes, counts, scales and thresholds, of small types whose products overflow, too."""
+    call = call_of(recipe, size=3)
+    if "canonical_scale" in call.arguments:
+        call.arguments |= {"canonical_scale": 100, "canonical_level": 1}
+    usual, of_numpy = (
+        numbers_as(call.arguments, *kinds) for kinds in ((int, lambda x: float(np.float32(x))), (integer, np.float32))
+    )
+    expected, found = (tree_leaves(call.op(**arguments)) for arguments in (usual, of_numpy))
+    assert same(found, expected)
 
 
 @of([*OTHERS, *OF_ANY_LENGTH])

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 import torch
 from helpers.devices import DTYPES, on_triton, without_synchronising
@@ -106,6 +107,13 @@ def test_empty_and_tiny(backend, count, size):
     pasted = ops.paste_masks(masks, boxes, size)
     assert (pasted.shape, pasted.dtype) == ((count, 1, *size), torch.float32)
     assert ops.paste_masks(masks, boxes, size, threshold=0.5).dtype == torch.bool
+
+
+def test_one_number_for_both_sides(backend):
+    masks, boxes = torch.rand(2, 1, 7, 7), torch.tensor([[1.0, 2, 9, 12], [3, 0, 14, 9]])
+    expected = ops.paste_masks(masks, boxes, (15, 15))
+    for size in (15, np.int16(15), np.array([15, 15])):
+        assert torch.equal(ops.paste_masks(masks, boxes, size, padding=np.int8(1)), expected)
 
 
 def test_nan_in_a_mask_stays_in_it(backend):

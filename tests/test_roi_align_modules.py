@@ -4,6 +4,7 @@
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -168,6 +169,26 @@ def test_scale_inference_equals_torchvisions():
                 module({"0": torch.zeros(1, 1, height, 4)}, [torch.zeros(0, 4)], [(whole, 16), (1, 1)])
             assert ours.scales == theirs.scales
             assert vars(ours.map_levels) == vars(theirs.map_levels)
+            # The square of a number of 16 bits overflows.
+            for kind in (np.int16, np.float32):
+                ours.scales = None
+                ours({"0": torch.zeros(1, 1, height, 4)}, [torch.zeros(0, 4)], [(kind(whole), kind(16))])
+                assert ours.scales == theirs.scales
+
+
+def test_sizes_are_numbers_of_numpy():
+    maps, found = [*pyramid().values()][:2], boxes()
+    numbers = np.array([1 / 4, 1 / 8], dtype=np.float32), np.int64(2)
+    of_numpy = detectron2s(output_size=np.int64(3), scales=numbers[0], sampling_ratio=numbers[1])
+    assert torch.equal(of_numpy(maps, found), detectron2s(output_size=3, sampling_ratio=2)(maps, found))
+    sizes = [
+        kind(["0"], np.array([3, 5]), 2).output_size for kind in (MultiScaleRoIAlign, _standalone.MultiScaleRoIAlign)
+    ]
+    assert sizes == [(3, 5), (3, 5)]
+    assert torch.equal(
+        mmdetections(np.array([4, 8]), np.int64(56), output_size=np.array([3, 3]))(maps, rois_of(found)),
+        mmdetections([4, 8], output_size=3)(maps, rois_of(found)),
+    )
 
 
 def test_swapped_after_its_first_call_and_back():
@@ -516,8 +537,8 @@ def mmdetections(strides=STRIDES, finest=56, **layer):
         (lambda *_: detectron2s(scales=(1 / 8, 1 / 4)), "scales must each be half of the one before"),
         (lambda *_: detectron2s(scales=(2, 1)), "scales must be positive and at most 1"),
         (lambda *_: detectron2s(scales=()), "scales must be positive and at most 1"),
-        (lambda *_: detectron2s(output_size=(7, 7, 7)), "output_size must be one or two positive integers"),
-        (lambda *_: detectron2s(output_size=7.5), "output_size must be one or two positive integers"),
+        (lambda *_: detectron2s(output_size=(7, 7, 7)), "output_size must be one integer or two"),
+        (lambda *_: detectron2s(output_size=(7, 0)), "output_size must be one or two positive integers"),
         (lambda *_: detectron2s(canonical_box_size=0), "canonical_box_size must be a positive number"),
         (lambda maps, found: detectron2s()(list(maps.values())[:3], found),
          "x must have a map for each of the 2 scales, got 3"),

@@ -4,6 +4,7 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from test_detectors import calibrate
@@ -190,8 +191,28 @@ def test_other_dtypes_and_moves():
     assert detector.state_dict().keys() == {f"model.{key}" for key in model.state_dict()}
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (64, [(64, 64)]), (np.int64(64), [(64, 64)]), (np.array([60, 64]), [(60, 64)]), ([64, 96], [(64, 96)]),
+        ([np.array([64, 96]), (np.int16(32), 32)], [(32, 32), (64, 96)]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_are_numbers_of_numpy_or_one_for_both(size, expected):
+    detector = StaticDetector(accelerated("fcos"), size, np.int64(1), max_detections=np.int32(7))
+    assert detector.image_sizes == expected
+    assert {type(side) for each in detector.image_sizes for side in each} == {int}
+    assert detector(images(*expected[0], count=1))["boxes"].shape == (1, 7, 4)
+
+
 def test_errors():
     model = accelerated("fcos")
+    for size in (None, 6.5, "64", (60.0, 64)):
+        with pytest.raises(TypeError, match="image_size must be an integer"):
+            StaticDetector(model, size, 1)
+    with pytest.raises(ValueError, match="image_size must be one integer or two"):
+        StaticDetector(model, (3, 60, 64), 1)
     detector = StaticDetector(model, SIZE, 2)
     with pytest.raises(ValueError, match=r"images must be \(2, 3, 60, 90\), got \(1, 3, 60, 90\)"):
         detector(images(*SIZE, count=1))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fpn_fast import ops
 from fpn_fast.nn._shared import initialise
+from fpn_fast.ops._checks import as_pair
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 _NOT_RECORDED = "torch.jit.trace and torch.fx record torchvision's RoIAlign, and torchvision is not installed"
@@ -150,7 +151,7 @@ class MultiScaleRoIAlign(nn.Module):
         super().__init__()
         self.featmap_names = featmap_names
         self.sampling_ratio = sampling_ratio
-        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+        self.output_size = as_pair("output_size", output_size)
         self.scales: list[float] | None = None
         self.map_levels: LevelMapper | None = None
         self.canonical_scale = canonical_scale

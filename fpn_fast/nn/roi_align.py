@@ -131,12 +131,13 @@ def _level(scale: float) -> int:
     return round(-math.log2(scale))
 
 
-def _nearest_power_of_two(size: int, whole: int) -> float:
+def _nearest_power_of_two(size: int, whole: float) -> float:
     """2.0 ** round(log2(size / whole)) by comparisons, so that a tracer can keep sizes dynamic."""
-    level = 0
-    while size**2 * 4.0**level * 2 < whole**2:
+    # Floats: the square of a small integer of numpy overflows.
+    whole, level = whole * 1.0, 0
+    while (size * 2.0**level) ** 2 * 2 < whole**2:
         level += 1
-    while size**2 * 4.0**level > whole**2 * 2:
+    while (size * 2.0**level) ** 2 > whole**2 * 2:
         level -= 1
     return 2.0**-level
 

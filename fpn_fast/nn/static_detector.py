@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fpn_fast import backends, ops
 from fpn_fast.nn.dense_detectors import FCOS, RetinaNet, lists_of, named
 from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
+from fpn_fast.ops._checks import as_integer, as_pair
 
 __all__ = ["StaticDetector"]
 
@@ -31,7 +32,7 @@ class StaticDetector(nn.Module):
     Args:
         model: a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision after :func:`fpn_fast.accelerate`, in
             evaluation mode. It is shared, not copied.
-        image_size: (height, width) of the images in pixels, or a list of several sizes.
+        image_size: (height, width) of the images in pixels, one number for both, or a list of several pairs.
         batch_size: images per batch.
         max_detections: per image. Default: the model's own limit.
 
@@ -59,14 +60,14 @@ class StaticDetector(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        image_size: Size | Sequence[Size],
+        image_size: int | Size | Sequence[Size],
         batch_size: int,
         *,
         max_detections: int | None = None,
     ) -> None:
         super().__init__()
         _check_model(model)
-        sizes = _sorted_sizes(image_size)
+        sizes, batch_size = _sorted_sizes(image_size), as_integer("batch_size", batch_size)
         if batch_size < 1 or min(min(size) for size in sizes) < 1:
             raise ValueError(f"sizes must be positive, got images of {sizes} in batches of {batch_size}")
         if max_detections is not None and max_detections < 0:
@@ -321,8 +322,9 @@ class _Captured:
 
 def _sorted_sizes(image_size: Any) -> list[Size]:
     """One size or several -> the distinct sizes, smallest first."""
-    several = [image_size] if isinstance(image_size[0], int) else image_size
-    return sorted({(int(height), int(width)) for height, width in several}, key=lambda size: (size[0] * size[1], size))
+    pairs = isinstance(image_size, Iterable) and all(isinstance(size, Iterable) for size in image_size)
+    sizes = {as_pair("image_size", size) for size in (image_size if pairs else [image_size])}
+    return sorted(sizes, key=lambda size: (size[0] * size[1], size))
 
 
 def _check_model(model: nn.Module) -> None:

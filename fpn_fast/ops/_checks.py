@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import operator
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +13,40 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise TypeError unless `sizes` are integers (or a tracer's symbols), ValueError unless they are 0 or more."""
-    for name, value in sizes.items():
-        if not isinstance(value, (Integral, torch.SymInt)):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
+def as_integer(name: str, value: Any) -> int:
+    """Return an integer, such as numpy's, as Python's, which cannot overflow; a tracer's symbol as it is.
+
+    Raises TypeError for anything else, also for a float without a fraction.
+    """
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def as_pair(name: str, value: Any) -> tuple[int, int]:
+    """Return two integers, (height, width), of a sequence of two, or of one integer for both; see :func:`as_integer`.
+
+    Raises TypeError for what is no integer, ValueError for a sequence of another length.
+    """
+    # A tensor or an array without dimensions has __iter__ too.
+    if not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        value = (value, value)
+    found = tuple(as_integer(name, each) for each in value)
+    if len(found) != 2:
+        raise ValueError(f"{name} must be one integer or two, (height, width), got {value}")
+    return found
+
+
+def check_sizes(**sizes: Any) -> list[int]:
+    """Return `sizes` as integers of Python; raise TypeError for other numbers, ValueError for negative ones."""
+    found = [as_integer(name, value) for name, value in sizes.items()]
+    for name, value in zip(sizes, found, strict=True):
         if value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+    return found
 
 
 def check_tensor(tensor: Tensor, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_fast.ops._checks import check_device, check_maps, check_shape
+from fpn_fast.ops._checks import as_integer, check_device, check_maps, check_shape
 from fpn_fast.ops._registration import constant
 
 #: csrc/common/head_decoding.h: kMaxProposalLevels.
@@ -79,10 +79,7 @@ def check_channels(name: str, what: str, maps: Sequence[Tensor], channels: int, 
 def check_strides(strides: Sequence[tuple[int, int]], levels: int) -> list[int]:
     if len(strides) != levels or any(len(pair) != 2 for pair in strides):
         raise ValueError(f"strides must be (stride_y, stride_x) for each of the {levels} levels, got {strides}")
-    flat = [stride for pair in strides for stride in pair]
-    if any(isinstance(stride, float) for stride in flat):
-        raise TypeError(f"strides must be integers, got {strides}")
-    return flat
+    return [as_integer("strides", stride) for pair in strides for stride in pair]
 
 
 def check_image_sizes(image_sizes: Tensor, like: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def generate_proposals(
     check_choice("center", center, ("corner", "mean"))
     check_choice("scores", scores, ("probability", "logit"))
     check_choice("convention", convention, CONVENTIONS[:2])
-    check_sizes(pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
+    pre_nms_top_n, post_nms_top_n = check_sizes(pre_nms_top_n=pre_nms_top_n, post_nms_top_n=post_nms_top_n)
     coding = check_fours(weights=weights, means=means, stds=stds)
     if not center_clamp >= 0:
         raise ValueError(f"center_clamp must be 0 or more pixels, got {center_clamp}")

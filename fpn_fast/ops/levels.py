@@ -130,6 +130,8 @@ def assign_levels(
         raise ValueError(f"rois must be [K, 5], (image, x1, y1, x2, y2), got {tuple(rois.shape)}")
     if len(scales) == 0:
         raise ValueError("scales must have one value per map, got an empty sequence")
+    # Two to the power of a negative integer is no number in numpy.
+    canonical_scale, canonical_level = float(canonical_scale), float(canonical_level)
     thresholds = thresholds_of(tuple(map(float, scales)), canonical_scale, canonical_level, level_formula)
     return levels_by_area(rois, len(scales), thresholds)
 

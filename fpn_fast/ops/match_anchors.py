@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import check_device, check_integers, check_tensor
+from fpn_fast.ops._checks import as_integer, check_device, check_integers, check_tensor
 from fpn_fast.ops._registration import call_kernel, register_op
 
 
@@ -51,8 +51,8 @@ class AnchorGrid:
                 raise ValueError(f"cell_anchors must be [A, 4], (x1, y1, x2, y2), got {anchors} at level {level}")
 
     def __len__(self) -> int:
-        levels = zip(self.cell_anchors, self.sizes, strict=True)
-        return sum(len(anchors) * height * width for anchors, (height, width) in levels)
+        _, cells, sizes, _, _ = self._numbers()
+        return sum(count * height * width for count, height, width in zip(cells, sizes[::2], sizes[1::2], strict=True))
 
     def boxes(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
         """Return the anchors as a tensor [M, 4]."""
@@ -63,8 +63,8 @@ class AnchorGrid:
         return (
             [float(x) for anchors in self.cell_anchors for anchor in anchors for x in anchor],
             [len(anchors) for anchors in self.cell_anchors],
-            [size for pair in self.sizes for size in pair],
-            [stride for pair in self.strides for stride in pair],
+            [as_integer("sizes", size) for pair in self.sizes for size in pair],
+            [as_integer("strides", stride) for pair in self.strides for stride in pair],
             float(self.offset),
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpn_fast.ops._checks import check_device, check_integers, check_maps, check_tensor
+from fpn_fast.ops._checks import as_pair, check_device, check_integers, check_maps, check_tensor
 from fpn_fast.ops._registration import constant
 from fpn_fast.ops._roi_align import pool
 from fpn_fast.ops.levels import MAX_LEVELS, thresholds_of
@@ -136,10 +136,10 @@ def rois_of_images(boxes: Sequence[Tensor]) -> Tensor:
 
 
 def _check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    height, width = as_pair("output_size", output_size)
     if not 1 <= height <= 1024 or not 1 <= width <= 1024:
         raise ValueError(f"output_size must be 1 to 1024 bins along each axis, got {output_size}")
-    return int(height), int(width)
+    return height, width
 
 
 def _check_rois(

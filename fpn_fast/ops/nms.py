@@ -46,7 +46,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Args:
         boxes, scores, iou_threshold: see :func:`nms`.
-        idxs: [B] integers, the group of each box; any values.
+        idxs: [B] integers, bools or floats, the group of each box; any values. Equal numbers are one group.
 
     Returns:
         int64 indices of the kept boxes, see :func:`nms`.
@@ -55,10 +55,19 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         TypeError, ValueError: see :func:`segmented_nms`.
 
     Note:
+        No boxes of any shape give no indices, like in torchvision.
+
         Groups are compared. torchvision shifts up to 1,000 boxes (25,000 on a GPU) apart instead: coordinates lose some
         bits, and boxes below zero can meet another group's. ``segmented_nms(..., convention="torchvision_offset")``
         does the same.
     """
+    if isinstance(boxes, Tensor) and boxes.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    if isinstance(idxs, Tensor) and idxs.dtype == torch.bool:
+        idxs = idxs.long()
+    elif isinstance(idxs, Tensor) and idxs.is_floating_point():
+        # Equal numbers have equal bits: adding 0 turns -0 into 0.
+        idxs = (idxs.double() + 0.0).view(torch.int64)
     return _of_one_image(boxes, scores, idxs, iou_threshold)
 
 
@@ -104,7 +113,7 @@ def segmented_nms(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be {', '.join(CONVENTIONS[:-1])} or {CONVENTIONS[-1]}, got {convention!r}")
-    check_sizes(max_output=max_output)
+    (max_output,) = check_sizes(max_output=max_output)
     _check_boxes(boxes, "[N, B, 4]", 3)
     boxes, scores = _numbers(boxes, scores)
     if groups is not None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast.ops._checks import check_device, check_shape, check_tensor
+from fpn_fast.ops._checks import as_integer, as_pair, check_device, check_shape, check_tensor
 from fpn_fast.ops._registration import call_kernel, register_op
 
 
 def paste_masks(
     masks: Tensor,
     boxes: Tensor,
-    image_size: tuple[int, int],
+    image_size: int | tuple[int, int],
     *,
     padding: int = 1,
     threshold: float | None = None,
@@ -24,7 +24,7 @@ def paste_masks(
     Args:
         masks: [K, 1, M, M], such as probabilities; float64, float32, float16 or bfloat16; M from 1 to 4096.
         boxes: [K, 4], (x1, y1, x2, y2) in image pixels, of the same dtypes; read in float32 (float64 for float64).
-        image_size: (H, W) in pixels.
+        image_size: (H, W) in pixels, or one number for both.
         padding: zero pixels added around a mask before it is resized; its box grows about its centre in proportion. 1
             by default.
         threshold: return whether values are above it instead of the values, in a quarter of float32's memory. None by
@@ -54,15 +54,16 @@ def paste_masks(
         raise ValueError(f"masks must be [K, 1, M, M], M of 1 to 4096, got {tuple(masks.shape)}")
     check_shape(boxes, "boxes", "[K, 4]", (masks.size(0), 4))
     check_device(boxes, "boxes", masks, "masks")
-    height, width = image_size
+    height, width = as_pair("image_size", image_size)
     if not (0 <= height <= 2**29 and 0 <= width <= 2**29):
-        raise ValueError(f"image_size must be (H, W), up to 2**29 pixels each, got {tuple(image_size)}")
+        raise ValueError(f"image_size must be (H, W), up to 2**29 pixels each, got {(height, width)}")
+    padding = as_integer("padding", padding)
     if not 0 <= padding <= 4096:
         raise ValueError(f"padding must be 0 to 4096 mask pixels, got {padding}")
     coordinates = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     masks, boxes = masks.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
     op = _OP[backends.choose_for(masks, "paste_masks")]
-    arguments = (masks, boxes, height, width, int(padding), None if threshold is None else float(threshold))
+    arguments = (masks, boxes, height, width, padding, None if threshold is None else float(threshold))
     return call_kernel(op, *arguments)
 
 

@@ -74,7 +74,9 @@ def select_box_detections(
     if counts is not None:
         counts = check_integers(counts, "counts", "[N]", (boxes.size(0),), boxes, "boxes")
     sizes = check_image_sizes(image_sizes, boxes)
-    check_sizes(max_detections=max_detections, class_top_n=0 if class_top_n is None else class_top_n)
+    (max_detections,) = check_sizes(max_detections=max_detections)
+    if class_top_n is not None:
+        (class_top_n,) = check_sizes(class_top_n=class_top_n)
     (weights,) = check_fours(weights=weights)
     (scale_clamp,) = check_numbers(scale_clamp=scale_clamp)
     score_thresh, min_size, nms_thresh = check_numbers(

@@ -96,7 +96,7 @@ def select_detections(
     centers = others[0] if others else []
     if centers:
         check_channels("centerness", "[N, A, H, W]", centers, anchors, logits)
-    check_sizes(pre_nms_top_n=pre_nms_top_n, max_detections=max_detections)
+    pre_nms_top_n, max_detections = check_sizes(pre_nms_top_n=pre_nms_top_n, max_detections=max_detections)
     (weights,) = check_fours(weights=weights)
     (scale_clamp,) = check_numbers(scale_clamp=scale_clamp)
     flat_strides = check_strides(strides, len(logits))

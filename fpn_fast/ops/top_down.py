@@ -129,6 +129,8 @@ def _check_scale_factor(laterals: list[Tensor], scale_factor: int) -> None:
         raise ValueError(
             f"scale_factor must be a positive integer, got {scale_factor}; other ratios resample to the lateral's size"
         )
+    # An integer of numpy may overflow below.
+    scale_factor = int(scale_factor)
     for i, (lateral, top) in enumerate(itertools.pairwise(laterals)):
         height, width = top.shape[2] * scale_factor, top.shape[3] * scale_factor
         if lateral.shape[2] != height or lateral.shape[3] != width:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_fast import ops
+from fpn_fast.ops._checks import as_pair
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
 __all__ = ["ROIPooler"]
@@ -117,14 +118,14 @@ class ROIPooler(PoolerForward, nn.Module):
         super().__init__()
         if pooler_type not in _ALIGNED:
             raise ValueError(f"pooler_type must be one of {', '.join(_ALIGNED)}, got {pooler_type!r}")
-        size = (output_size, output_size) if isinstance(output_size, int) else output_size
-        if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(b, int) and b > 0 for b in size):
+        size = as_pair("output_size", output_size)
+        if min(size) < 1:
             raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
         if not canonical_box_size > 0:
             raise ValueError(f"canonical_box_size must be a positive number of pixels, got {canonical_box_size}")
         self.min_level, self.max_level = _levels_of(scales)
-        self.output_size = (size[0], size[1])
-        self.scales = tuple(scales)
+        self.output_size = size
+        self.scales = tuple(map(float, scales))
         self.sampling_ratio = sampling_ratio
         self.pooler_type = pooler_type
         self.canonical_box_size = canonical_box_size
@@ -144,7 +145,7 @@ class ROIPooler(PoolerForward, nn.Module):
 
 def _levels_of(scales: Sequence[float]) -> tuple[int, int]:
     """First and last level of maps with `scales`; level l has stride 2**l."""
-    if not scales or not all(0 < scale <= 1 for scale in scales):
+    if len(scales) == 0 or not all(0 < scale <= 1 for scale in scales):
         raise ValueError(f"scales must be positive and at most 1, got {list(scales)}")
     levels = [-math.log2(scale) for scale in scales]
     if not all(level.is_integer() for level in levels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -82,10 +82,10 @@ class DefaultAnchorGenerator(nn.Module):
 
 def _of_each_map(name: str, values: Sequence[Any], maps: int) -> list[Sequence[float]]:
     """One list per map; a single list counts for every map."""
-    lists = list(values) if values and isinstance(values[0], (list, tuple)) else [values]
+    lists = list(values) if len(values) and isinstance(values[0], Iterable) else [values]
     if len(lists) == 1:
         lists *= maps
-    if len(lists) != maps or not all(lists):
+    if len(lists) != maps or not all(map(len, lists)):
         raise ValueError(f"{name} must be a list for each of the {maps} strides, or one list, got {values}")
     return lists
 

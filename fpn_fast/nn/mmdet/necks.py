@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsInt
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def merge_options(upsample_cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"upsample_cfg's mode must be 'nearest' or 'bilinear', got {mode!r}")
     if corners and mode == "nearest":
         raise ValueError("upsample_cfg's align_corners goes with mode 'bilinear', got 'nearest'")
-    if scale is not None and (not isinstance(scale, (int, float)) or scale < 1 or int(scale) != scale):
+    if scale is not None and (not isinstance(scale, SupportsInt) or int(scale) < 1 or int(scale) != scale):
         raise ValueError(f"upsample_cfg's scale_factor must be a positive integer, got {scale}")
     return {"mode": mode, "align_corners": bool(corners), "scale_factor": None if scale is None else int(scale)}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fpn_fast import ops
 from fpn_fast.nn._shared import proposals_of_images, sizes_beside
+from fpn_fast.ops._checks import as_pair
 from fpn_fast.ops.generate_proposals import MMDET
 from fpn_fast.reference.generate_proposals import anchors_at
 
@@ -70,7 +71,7 @@ class AnchorGenerator:
         octaves = octave_base_scale is not None and scales_per_octave is not None
         if octaves == (scales is not None):
             raise ValueError("scales, or octave_base_scale and scales_per_octave, must be given, and not both")
-        self.strides = [(stride, stride) if isinstance(stride, int) else (stride[0], stride[1]) for stride in strides]
+        self.strides = [as_pair("strides", stride) for stride in strides]
         self.base_sizes = [min(stride) for stride in self.strides] if base_sizes is None else list(base_sizes)
         for name, values in (("base_sizes", self.base_sizes), ("centers", centers)):
             if values is not None and len(values) != len(self.strides):

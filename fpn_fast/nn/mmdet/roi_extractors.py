@@ -68,7 +68,7 @@ class RoIExtractor(ExtractorForward, nn.Module):
         init_cfg: Any = None,
     ) -> None:
         super().__init__()
-        if not featmap_strides or not all(stride > 0 for stride in featmap_strides):
+        if len(featmap_strides) == 0 or not all(stride > 0 for stride in featmap_strides):
             raise ValueError(f"featmap_strides must be positive, got {list(featmap_strides)}")
         self.roi_layer = roi_align_options(roi_layer)
         self.out_channels = out_channels
