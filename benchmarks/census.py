@@ -27,6 +27,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import fpn_fast
 from fpn_fast import nn
+from fpn_fast.__main__ import ends_with_its_reader
 from fpn_fast.bench import report, scenes
 from fpn_fast.bench.cases import FAMILIES, tiny
 from fpn_fast.bench.counting import Count, count
@@ -162,6 +163,7 @@ def table(found: dict[str, Any]) -> str:
     return f"{report.table(lines, left=1)}\n\n{note}\n"
 
 
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.census", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -170,9 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     head = {**{name: importlib.metadata.version(name) for name in ("torch", "torchvision")}, "commit": commit()}
     found = training_rows() if options.training else rows()
-    print(table({**head, "rows": found}))
     if options.json is not None:
         write_rows(options.json, head, found)
+    print(table({**head, "rows": found}))
     return 0
 
 

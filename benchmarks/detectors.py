@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torchvision.models import detection
 
 import fpn_fast
+from fpn_fast.__main__ import ends_with_its_reader
 from fpn_fast.bench import gpu_timing, machine, timing
 from fpn_fast.bench.counting import Count, Dispatched, count
 from fpn_fast.bench.harness import Ready, Refused, prepare, sampled
@@ -370,6 +371,7 @@ def held(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
             yield share <= 0.25, f"{case}: replaced stages take {share:.0%}, want 25% at most"
 
 
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 1 if a provider was refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=__doc__,

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from benchmarks import census, detectors, front_page  # noqa: E402
 from examples import ablation  # noqa: E402
+from fpn_fast.__main__ import ends_with_its_reader  # noqa: E402
 from fpn_fast.bench.cases import targets  # noqa: E402
 from fpn_fast.bench.report import by_case, load, markdown  # noqa: E402
 
@@ -80,6 +81,7 @@ def held(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
             yield met, f"{case}: {'no figure' if value is None else format(value, '.3g')} {text}"
 
 
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file differs")

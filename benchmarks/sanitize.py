@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from fpn_fast.__main__ import ends_with_its_reader
 from fpn_fast.verify import report, run
 
 #: Ratios of two and others, a single pixel at the top.
@@ -38,6 +39,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
+import os
 import platform
+import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,6 +73,29 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ends_with_its_reader(main: Callable[..., int]) -> Callable[..., int]:
+    """Make a command end quietly, with the shell's code, once what reads its output, such as head, has ended."""
+
+    @functools.wraps(main)
+    def run(*arguments: Any) -> int:
+        try:
+            try:
+                code = main(*arguments)
+            except SystemExit:
+                # argparse's, after --help.
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes at its end what it still holds, and would report the same error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        return code
+
+    return run
+
+
+@ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     description = "Shows what this installation has (info), whether it is correct (verify) and how fast it is (bench)."

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,40 @@ def test_kernels_have_no_local_memory_and_full_blocks_fit():
     kernels = command.gather()["kernels"]
     assert {k["name"].split("<")[0] for k in kernels} == {kernel.name for kernel in KERNELS}
     assert all(k["local_bytes"] == 0 and k["occupancy"] > 0 for k in kernels)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "info",
+        "verify --help",
+        "verify --ops nms --backends cpp --cases 1 --json it",
+        "bench --tiny --quick --ops paste_masks --providers eager --device cpu --output it",
+    ],
+)
+def test_commands_end_quietly_where_nobody_reads_them(arguments, tmp_path, monkeypatch, capfd):
+    """As with `| head -1`, after what it has read."""
+    monkeypatch.chdir(tmp_path)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert command.main(arguments.split()) == 128 + signal.SIGPIPE
+    assert capfd.readouterr() == ("", "")
+    # What a command writes is written before what it prints about it.
+    assert Path("it").exists() == ("it" in arguments.split())
+
+
+def test_a_command_of_another_program_is_read_to_its_first_line():
+    done = subprocess.run(
+        f"{sys.executable} -m fpn_fast info | head -1; echo ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
+        capture_output=True, text=True,
+    )  # fmt: skip
+    first, code = done.stdout.splitlines()
+    assert first.startswith(f"fpn_fast {fpn_fast.__version__}, Python ")
+    # All that it prints may fit into the pipe before head ends.
+    assert int(code) in (0, 128 + signal.SIGPIPE)
+    assert done.stderr == ""
 
 
 def test_info_says_what_a_missing_library_needs(monkeypatch):

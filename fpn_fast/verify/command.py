@@ -95,10 +95,7 @@ def verify(options: argparse.Namespace) -> int:
     began = time.monotonic()
     rows = run(plan, report.Progress(sys.stderr))
     seconds = time.monotonic() - began
-    print(report.table(rows))
     also = "" if options.shapes is None else f" --shapes {shlex.quote(str(options.shapes))}"
-    problems = report.failures(rows, also)
-    print(*([problems] if problems else []), report.summary(rows, seconds), sep="\n")
     settings = {"seed": plan.seed, "cases": plan.cases, "ops": list(plan.ops), "backends": list(plan.backends)}
     found = report.as_json(rows, settings, seconds, also)
     texts = {
@@ -109,6 +106,8 @@ def verify(options: argparse.Namespace) -> int:
     for path, text in texts.items():
         if path is not None:
             path.write_text(text)
+    problems = report.failures(rows, also)
+    print(report.table(rows), *([problems] if problems else []), report.summary(rows, seconds), sep="\n")
     return 0 if all(row.passed for row in rows) else 1
 
 
