@@ -187,6 +187,50 @@ def test_builders(name):
         check_detections(fast(images()[:1]), plain(images()[:1]))
 
 
+def gradients_of_outputs(model):
+    """Per output the gradients of the image and of all parameters, for weights of the outputs that are random."""
+    given = [each.requires_grad_() for each in images(torch.float64)]
+    leaves = {str(n): each for n, each in enumerate(given)} | dict(model.named_parameters())
+    found, grads = model(given), {}
+    for key in found[0].keys() - {"labels"}:
+        generator = torch.Generator().manual_seed(2)
+        weights = [torch.rand(each[key].shape, generator=generator, dtype=each[key].dtype) for each in found]
+        values = [each[key] for each in found]
+        own = torch.autograd.grad(values, leaves.values(), weights, retain_graph=True, allow_unused=True)
+        grads[key] = {name: grad for name, grad in zip(leaves, own, strict=True) if grad is not None}
+    return found, grads
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_gradients_in_evaluation(name):
+    """Of every output, with respect to the images and all parameters; in float64, where rounding decides nothing.
+
+    torchvision computes keypoints in float32: each is some roundings of a gradient, and 24 are summed.
+    """
+    plain = build(name, torch.float64).eval()
+    fast = copy.deepcopy(plain)
+    fpn_fast.accelerate(fast)
+    found, grads = gradients_of_outputs(fast)
+    expected, expected_grads = gradients_of_outputs(plain)
+    check_detections(found, expected)
+    assert grads.keys() == expected_grads.keys()
+    for key, wanted in expected_grads.items():
+        assert grads[key].keys() == wanted.keys()
+        assert "0" in wanted
+        part = 64 * torch.finfo(torch.float32).eps if key == "keypoints" else 1e-10
+        close = part * max(each.abs().max().item() for each in wanted.values())
+        for leaf, grad in wanted.items():
+            torch.testing.assert_close(grads[key][leaf], grad, rtol=0, atol=close, msg=f"{key} to {leaf}")
+    with torch.no_grad():
+        unrecorded = fast(images(torch.float64))
+    for own, other in zip(unrecorded, found, strict=True):
+        assert own.keys() == other.keys()
+        for key, each in own.items():
+            assert not each.requires_grad
+            assert other[key].requires_grad == (key != "labels")
+            torch.testing.assert_close(each, other[key].detach(), rtol=1e-10, atol=1e-10)
+
+
 BACKBONES = {
     "resnext50": lambda: resnet_fpn_backbone(backbone_name="resnext50_32x4d", weights=None, trainable_layers=5),
     "resnet101": lambda: resnet_fpn_backbone(backbone_name="resnet101", weights=None, trainable_layers=5),

@@ -25,6 +25,28 @@ OF_ANY_LENGTH = (calls.nms, calls.batched_nms)
 IN_THE_BATTERY = (calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align, calls.assign_levels)
 PADDED = [recipe for recipe in EVERYTHING if recipe not in OF_ANY_LENGTH]
 OTHERS = [recipe for recipe in PADDED if recipe not in IN_THE_BATTERY]
+# Whose values are differentiable: torch's operators make them again from what was selected.
+WITH_GRADIENT = (
+    *(calls.select_detections, calls.select_detections_by_distances, calls.select_box_detections),
+    *(calls.paste_masks, calls.heatmaps_to_keypoints),
+)
+
+
+def recorded(recipe):
+    """The call with a gradient recorded for every tensor of real numbers."""
+
+    def with_gradient(*arguments):
+        call = recipe(*arguments)
+        leaves = [each for each in tree_leaves(call.arguments) if isinstance(each, Tensor) and each.is_floating_point()]
+        for each in leaves:
+            each.requires_grad_()
+        return call
+
+    with_gradient.__name__ = f"{recipe.__name__}_with_gradient"
+    return with_gradient
+
+
+RECORDED = [recorded(recipe) for recipe in WITH_GRADIENT]
 SELECTIONS = (calls.generate_proposals, calls.select_detections, calls.select_box_detections, calls.segmented_nms)
 
 
@@ -52,7 +74,9 @@ def results(call) -> list[Tensor]:
     """Outputs, and the gradient where there is one."""
     found = tree_leaves(call.op(**call.arguments))
     leaves = [each for each in tree_leaves(call.arguments) if isinstance(each, Tensor) and each.requires_grad]
-    grads = torch.autograd.grad(found[0], leaves) if leaves and found[0].requires_grad else ()
+    values = [each for each in found if each.requires_grad]
+    ones = [torch.ones_like(each) for each in values]
+    grads = torch.autograd.grad(values, leaves, ones, materialize_grads=True) if values else ()
     return [*(each.detach() for each in found), *grads]
 
 
@@ -60,7 +84,7 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@of(PADDED)
+@of([*PADDED, *RECORDED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fake_tensors_follow_real_ones(recipe, dtype):
     """Shapes and types follow from shapes and types: no value is looked at, which a GPU would have to be asked for."""
@@ -105,6 +129,7 @@ def test_opcheck(backend, recipe, device):
     ("backend", "recipe", "dynamic"),
     [
         *((name, recipe, on) for recipe in OTHERS for name, on in (("cpp", False), ("cpp", True), ("reference", True))),
+        *(("cpp", recipe, True) for recipe in RECORDED),
         *(("triton", recipe, False) for recipe in SELECTIONS),
     ],
     ids=lambda value: {False: "static", True: "dynamic"}.get(value, getattr(value, "__name__", value)),
@@ -112,7 +137,8 @@ def test_opcheck(backend, recipe, device):
 )
 def test_compiles_in_one_graph(backend, recipe, dynamic):
     torch._dynamo.reset()
-    inductor = backend == "cpp" and dynamic
+    # Inductor fuses products and sums of torch's operators.
+    inductor = backend == "cpp" and dynamic and recipe not in RECORDED
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     call = call_of(recipe)
     compiled = torch.compile(call.op, fullgraph=True, dynamic=dynamic, backend="inductor" if inductor else "aot_eager")
@@ -160,7 +186,7 @@ def strided(tensor: Tensor, last: bool) -> Tensor:
 @of([*OTHERS, *OF_ANY_LENGTH])
 @pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
 def test_any_strides(every_backend, recipe, last):
-    """And what decides between candidates has no gradient, whatever its inputs have."""
+    """And what is selected is the same where a gradient is recorded; decisions have none, whatever inputs have."""
     call = call_of(recipe)
     op = getattr(ops, call.op.__name__)
     expected = op(**call.arguments)
@@ -171,12 +197,48 @@ def test_any_strides(every_backend, recipe, last):
             each.requires_grad_()
     found = op(**arguments)
     assert same(tree_leaves(found), tree_leaves(expected))
-    assert not any(each.requires_grad for each in tree_leaves(found))
+    values = recipe in WITH_GRADIENT
+    assert all(each.requires_grad == (values and each.is_floating_point()) for each in tree_leaves(found))
+
+
+# Keypoints are float32 whatever the heatmaps are; a whole detector's are compared with torchvision's.
+@of([each for each in RECORDED if "keypoints" not in each.__name__])
+def test_gradients_are_those_of_finite_differences(recipe):
+    call = call_of(recipe, dtype=torch.float64)
+
+    def values(*leaves):
+        following = iter(leaves)
+        given = tree_map_only(Tensor, lambda t: next(following) if t.requires_grad else t, call.arguments)
+        return tuple(each for each in tree_leaves(call.op(**given)) if each.is_floating_point())
+
+    leaves = [each for each in tree_leaves(call.arguments) if isinstance(each, Tensor) and each.requires_grad]
+    assert any(each.count_nonzero() for each in values(*leaves))
+    torch.autograd.gradcheck(values, leaves)
+
+
+@of(RECORDED)
+def test_what_is_not_selected_keeps_its_nan_out_of_gradients(recipe):
+    """Also where padding would read it."""
+    call = call_of(recipe, 12)
+    if "max_detections" in call.arguments:
+        call.arguments["max_detections"] = 200
+    leaves = [each for each in tree_leaves(call.arguments) if isinstance(each, Tensor) and each.requires_grad]
+    with torch.no_grad():
+        for each in leaves:
+            each.view(-1)[0] = float("nan")
+    grads = results(call)[-len(leaves) :]
+    assert all(each.isfinite().all() for each in grads)
+    assert any(each.any() for each in grads)
 
 
 # Of the others the loss is a number, and shared anchors have no images.
 @devices.not_interpreted
-@of([each for each in PADDED if each not in (calls.sigmoid_focal_loss, calls.match_anchors, *calls.VARIANTS[:1])])
+@of(
+    [
+        *(each for each in PADDED if each not in (calls.sigmoid_focal_loss, calls.match_anchors, *calls.VARIANTS[:1])),
+        *RECORDED,
+    ]
+)
 def test_no_images_or_boxes(every_backend, recipe):
     call = call_of(recipe)
     op = getattr(ops, call.op.__name__)
@@ -213,7 +275,7 @@ def test_numbers_of_numpy_are_numbers(recipe, integer):
     assert same(found, expected)
 
 
-@of([*OTHERS, *OF_ANY_LENGTH])
+@of([*OTHERS, *OF_ANY_LENGTH, *RECORDED])
 def test_repeats_bit_for_bit_on_any_number_of_threads(backend, recipe):
     """Also in memory that holds NaN when the op is given it: every element is written."""
     call, threads, runs = call_of(recipe, 12), torch.get_num_threads(), []

@@ -167,8 +167,10 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
 
     Note:
         Boxes and scores are float32 also for a half-precision head. Detections with equal scores may come in another
-        order, as may scores that differ only by rounding. The loss has no second derivative. With your own class of
-        anchor generator or box coder, and on a device without a kernel, torchvision's code runs.
+        order, as may scores that differ only by rounding. The loss has no second derivative. In evaluation boxes and
+        scores have torchvision's gradients. Where these are recorded, torch's operators select the candidates, which
+        takes several times as long as the kernel: without need of them, evaluate under ``torch.no_grad()``. With your
+        own class of anchor generator or box coder, and on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/retinanet.py.
     """

@@ -31,7 +31,8 @@ class RoIHeads(roi_heads.RoIHeads):
 
     Note:
         Boxes and scores are float32 also for a half-precision head. A ground truth with a NaN matches nothing; in
-        torchvision it matches every proposal. Keypoints have no gradient.
+        torchvision it matches every proposal. Where a gradient is recorded, detections have torchvision's; see
+        :class:`fpn_fast.nn.RetinaNet`.
 
     Source: torchvision/models/detection/roi_heads.py.
     """
@@ -149,7 +150,8 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
 
     Constructor and results are torchvision's, masks up to rounding. One sync-free call of
     :func:`fpn_fast.ops.paste_masks` pastes all masks of an image; torchvision synchronises about 14 times a mask. Means
-    and deviations are copied to the GPU once; torchvision copies them for every image. Masks have no gradient.
+    and deviations are copied to the GPU once; torchvision copies them for every image. Where a gradient is
+    recorded, torch's operators paste the masks.
 
     Source: torchvision/models/detection/transform.py.
     """

@@ -43,7 +43,7 @@ class StaticDetector(nn.Module):
     Note:
         Detections equal the model's own for a list of `batch_size` images of `image_size`. A smaller image is padded to
         the smallest size that it fits into, and resized like an image of that size; the model alone would enlarge it
-        further.
+        further. No gradient is recorded.
 
     >>> import torch, torchvision, fpn_fast
     >>> model = torchvision.models.detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, min_size=64).eval()

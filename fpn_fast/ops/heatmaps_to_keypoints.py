@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
+from fpn_fast.ops import _differentiable
 from fpn_fast.ops._checks import check_device, check_shape, check_tensor
-from fpn_fast.ops._registration import call_kernel, register_op
+from fpn_fast.ops._registration import call_kernel, records_gradient, register_op
 
 
 def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
 
     Returns:
         keypoints [R, K, 3], (x, y, 1) in image pixels, and scores [R, K], the heatmap's value there; both float32.
-        There is no gradient.
+        Keypoints are differentiable in the boxes, with which they move, and scores in the heatmaps.
 
     Raises:
         TypeError: an argument is not a tensor or has an unsupported dtype.
@@ -47,9 +48,11 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
     check_shape(boxes, "boxes", "[R, 4]", (heatmaps.size(0), 4))
     check_device(boxes, "boxes", heatmaps, "heatmaps")
     coordinates = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    heatmaps, boxes = heatmaps.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
+    given = heatmaps, boxes.to(coordinates)
+    heatmaps, boxes = (each.detach().contiguous() for each in given)
     op = _OP[backends.choose_for(heatmaps, "heatmaps_to_keypoints")]
-    return call_kernel(op, heatmaps, boxes)
+    found = call_kernel(op, heatmaps, boxes)
+    return _differentiable.heatmaps_to_keypoints(*given, found[0]) if records_gradient(given) else found
 
 
 def _fake(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

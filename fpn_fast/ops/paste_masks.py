@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast.ops._checks import as_integer, as_pair, check_device, check_shape, check_tensor
-from fpn_fast.ops._registration import call_kernel, register_op
+from fpn_fast.ops._registration import call_kernel, records_gradient, register_op
 
 
 def paste_masks(
@@ -34,7 +34,7 @@ def paste_masks(
         [K, 1, H, W] in the masks' dtype, or bool with a threshold. The grown box's corners are truncated to integers,
         first and last pixel. The resize is bilinear without aligned corners, in float32 (float64 for float64), and
         rounded once, after the comparison with the threshold. It equals torchvision's paste_masks_in_image to rounding.
-        There is no gradient.
+        Values are differentiable in the masks, by the reference; boxes have no gradient.
 
     Raises:
         TypeError: an argument is not a tensor or has an unsupported dtype.
@@ -61,8 +61,10 @@ def paste_masks(
     if not 0 <= padding <= 4096:
         raise ValueError(f"padding must be 0 to 4096 mask pixels, got {padding}")
     coordinates = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    masks, boxes = masks.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
+    given, masks, boxes = masks, masks.detach().contiguous(), boxes.detach().to(coordinates).contiguous()
     op = _OP[backends.choose_for(masks, "paste_masks")]
+    if threshold is None and records_gradient([given]):
+        return reference.paste_masks(given, boxes, height, width, padding, None)
     arguments = (masks, boxes, height, width, padding, None if threshold is None else float(threshold))
     return call_kernel(op, *arguments)
 

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
+from fpn_fast.ops import _differentiable
 from fpn_fast.ops._checks import check_device, check_integers, check_sizes, check_tensor
 from fpn_fast.ops._heads import check_fours, check_image_sizes, check_numbers
 from fpn_fast.ops._outputs import empty_detections
-from fpn_fast.ops._registration import register_op
+from fpn_fast.ops._registration import records_gradient, register_op
 
 
 def select_box_detections(
@@ -56,7 +57,7 @@ def select_box_detections(
     Returns:
         (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]) with D = max_detections: float32 (float64 if logits,
         deltas or boxes are float64) and int64. Boxes are in image pixels, scores descend, labels are class indices from
-        1, entries after an image's last detection are zero. There is no gradient.
+        1, entries after an image's last detection are zero. Boxes and scores are differentiable.
 
     Raises:
         TypeError: an argument is not a tensor or has an unsupported dtype.
@@ -70,6 +71,7 @@ def select_box_detections(
     Source: Girshick, Fast R-CNN, 2015; Liu et al., SSD, 2016; torchvision/models/detection/roi_heads.py and ssd.py
     postprocess_detections.
     """
+    given = logits, deltas, boxes
     logits, deltas, boxes = _check_tables(logits, deltas, boxes)
     if counts is not None:
         counts = check_integers(counts, "counts", "[N]", (boxes.size(0),), boxes, "boxes")
@@ -82,8 +84,10 @@ def select_box_detections(
     score_thresh, min_size, nms_thresh = check_numbers(
         score_thresh=score_thresh, min_size=min_size, nms_thresh=nms_thresh
     )
-    backend = backends.choose_for(boxes, "select_box_detections")
-    return _FORWARD[backend](
+    op: Callable[..., Any] = _FORWARD[backends.choose_for(boxes, "select_box_detections")]
+    if records_gradient(given):
+        op, (logits, deltas, boxes) = _differentiable.select_box_detections, given
+    return op(
         logits, deltas, boxes, counts, sizes, score_thresh, min_size, class_top_n, nms_thresh, max_detections,
         weights, scale_clamp,
     )  # fmt: skip

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from fpn_fast import backends, reference
+from fpn_fast.ops import _differentiable
 from fpn_fast.ops._checks import check_sizes
 from fpn_fast.ops._heads import (
     check_channels,
@@ -23,7 +25,7 @@ from fpn_fast.ops._heads import (
     run_reference,
 )
 from fpn_fast.ops._outputs import empty_detections
-from fpn_fast.ops._registration import register_op
+from fpn_fast.ops._registration import records_gradient, register_op
 
 
 def select_detections(
@@ -71,7 +73,7 @@ def select_detections(
     Returns:
         (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]) with D = max_detections: float32 (float64 for
         float64 maps) and int64. Boxes are in image pixels, scores descend, labels are class indices from 0, entries
-        after an image's last detection are zero. There is no gradient.
+        after an image's last detection are zero. Boxes and scores are differentiable.
 
     Raises:
         TypeError: an argument is not a tensor or has an unsupported dtype, or dtypes differ.
@@ -86,6 +88,7 @@ def select_detections(
     torchvision/models/detection/retinanet.py and fcos.py postprocess_detections.
     """
     maps = {"logits": logits, "deltas": deltas} | ({"centerness": centerness} if len(centerness) else {})
+    given = [list(logits), list(deltas), list(centerness)]
     logits, deltas, *others = check_head(**maps)
     check_choice("coder", coder, ("deltas", "distances"))
     cells = flatten_cells(cell_anchors, len(logits), None)
@@ -102,8 +105,10 @@ def select_detections(
     flat_strides = check_strides(strides, len(logits))
     sizes = check_image_sizes(image_sizes, logits[0])
     score_thresh, nms_thresh = check_numbers(score_thresh=score_thresh, nms_thresh=nms_thresh)
-    backend = backends.choose_for(logits[0], "select_detections")
-    return _FORWARD[backend](
+    op: Callable[..., Any] = _FORWARD[backends.choose_for(logits[0], "select_detections")]
+    if records_gradient(chain(*given)):
+        op, (logits, deltas, centers) = _differentiable.select_detections, given
+    return op(
         logits, deltas, centers, cells, flat_strides, sizes, score_thresh, pre_nms_top_n, nms_thresh, max_detections,
         weights, scale_clamp, coder == "distances",
     )  # fmt: skip

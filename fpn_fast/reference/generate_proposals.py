@@ -26,14 +26,14 @@ def logistic(x: Tensor) -> Tensor:
 def anchors_at(
     index: Tensor, cells: Tensor, width: int, stride: Sequence[int], center_offset: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return the anchors [K, 4] at flat indices [K] of (y, x, anchor): cell anchors moved by (x + offset) * stride.
+    """Return the anchors [..., 4] at flat indices [...] of (y, x, anchor): cell anchors moved by (x + offset) * stride.
 
     Source: torchvision/models/detection/anchor_utils.py; detectron2/modeling/anchor_generator.py.
     """
     cell, place = index % len(cells), index // len(cells)
     y = ((place // width).to(dtype) + center_offset) * stride[0]
     x = ((place % width).to(dtype) + center_offset) * stride[1]
-    return torch.stack([x, y, x, y], 1) + cells[cell]
+    return torch.stack([x, y, x, y], -1) + cells[cell]
 
 
 def decode(
@@ -47,23 +47,29 @@ def decode(
     mean_center: bool,
     center_clamp: float = math.inf,
 ) -> Tensor:
-    """Decode anchors [K, 4] and deltas [K, 4], (dx, dy, dw, dh), to boxes [K, 4] with every step rounded.
+    """Decode anchors [..., 4] and deltas [..., 4], (dx, dy, dw, dh), to boxes [..., 4] with every step rounded.
 
     Source: torchvision/models/detection/_utils.py BoxCoder; detectron2/modeling/box_regression.py; mmdetection's
     DeltaXYWHBBoxCoder.
     """
-    codes = deltas / deltas.new_tensor(weights) * deltas.new_tensor(stds) + deltas.new_tensor(means)
-    sides = anchors[:, 2:] - anchors[:, :2]
-    centers = (anchors[:, :2] + anchors[:, 2:]) * 0.5 if mean_center else anchors[:, :2] + 0.5 * sides
-    scales = codes[:, 2:].clamp(min=-scale_clamp if symmetric_clamp else None, max=scale_clamp)
-    moved = (codes[:, :2] * sides).clamp(-center_clamp, center_clamp) + centers
+    codes = deltas / _beside(weights, deltas) * _beside(stds, deltas) + _beside(means, deltas)
+    sides = anchors[..., 2:] - anchors[..., :2]
+    centers = (anchors[..., :2] + anchors[..., 2:]) * 0.5 if mean_center else anchors[..., :2] + 0.5 * sides
+    scales = codes[..., 2:].clamp(min=-scale_clamp if symmetric_clamp else None, max=scale_clamp)
+    moved = (codes[..., :2] * sides).clamp(-center_clamp, center_clamp) + centers
     reach = 0.5 * (exponential(scales) * sides)
-    return torch.cat([moved - reach, moved + reach], 1)
+    return torch.cat([moved - reach, moved + reach], -1)
+
+
+def _beside(values: Sequence[float], like: Tensor) -> Tensor:
+    """`values` on the device of `like`. The driver stages a copy this small, so it does not synchronise."""
+    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
 def clip(boxes: Tensor, image_size: Tensor) -> Tensor:
-    """Clip boxes [K, 4] to an image of (height, width)."""
-    return torch.minimum(boxes.clamp(min=0), image_size.flip(0).repeat(2))
+    """Clip boxes [..., 4] to images of (height, width), [..., 2]."""
+    limits = image_size.flip(-1)
+    return boxes.clamp(min=0).clamp(max=torch.cat([limits, limits], -1))
 
 
 def _propose(

@@ -40,19 +40,22 @@ def heatmaps_to_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tens
 
 def _resize(maps: Tensor, size: int) -> Tensor:
     """Resize maps [K, rows, columns] to [K, rows, size]."""
-    columns = maps.size(2)
-    # Both are tensors because PyTorch on a GPU divides by a Python number as it multiplies by the reciprocal.
-    scale = torch.full((), columns, dtype=maps.dtype, device=maps.device) / torch.full(
-        (), size, dtype=maps.dtype, device=maps.device
-    )
-    source = scale * (torch.arange(size, dtype=maps.dtype, device=maps.device) + 0.5) - 0.5
-    first = source.floor().clamp(max=columns - 1)
-    weights = _weights((source - first).clamp(max=1))
-    index = [(first.to(torch.int64) + i - 1).clamp(0, columns - 1) for i in range(4)]
+    sizes = torch.full((), size, dtype=maps.dtype, device=maps.device)
+    index, weights = taps(torch.arange(size, dtype=maps.dtype, device=maps.device), maps.size(2), sizes)
     resized = maps[:, :, index[0]] * weights[0]
     for tap, weight in zip(index[1:], weights[1:], strict=True):
         resized = resized + maps[:, :, tap] * weight
     return resized
+
+
+def taps(position: Tensor, columns: int, size: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the four columns that positions read in a map of `columns` resized to `size`, and their weights."""
+    # Both are tensors because PyTorch on a GPU divides by a Python number as it multiplies by the reciprocal.
+    scale = torch.full((), columns, dtype=position.dtype, device=position.device) / size
+    source = scale * (position + 0.5) - 0.5
+    first = source.floor().clamp(max=columns - 1)
+    weights = _weights((source - first).clamp(max=1))
+    return [(first.to(torch.int64) + i - 1).clamp(0, columns - 1) for i in range(4)], weights
 
 
 def _weights(t: Tensor) -> list[Tensor]:

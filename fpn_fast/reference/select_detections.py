@@ -15,13 +15,14 @@ Detections = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def decode_distances(anchors: Tensor, distances: Tensor) -> Tensor:
-    """Decode anchors [K, 4] and (left, top, right, bottom) from their centres, in anchor sides, to boxes [K, 4].
+    """Decode anchors [..., 4] and (left, top, right, bottom) from their centres, in anchor sides, to boxes [..., 4].
 
     Source: torchvision/models/detection/_utils.py BoxLinearCoder.
     """
-    centers = 0.5 * (anchors[:, :2] + anchors[:, 2:])
-    reach = distances * (anchors[:, 2:] - anchors[:, :2]).repeat(1, 2)
-    return torch.cat([centers - reach[:, :2], centers + reach[:, 2:]], 1)
+    centers = 0.5 * (anchors[..., :2] + anchors[..., 2:])
+    sides = anchors[..., 2:] - anchors[..., :2]
+    reach = distances * torch.cat([sides, sides], -1)
+    return torch.cat([centers - reach[..., :2], centers + reach[..., 2:]], -1)
 
 
 def _empty(image_sizes: Tensor, max_detections: int) -> Detections:
