@@ -3,6 +3,9 @@
 
 import argparse
 import copy
+import dataclasses
+import enum
+import functools
 import os
 import re
 import shlex
@@ -10,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -141,6 +145,161 @@ def test_a_reference_that_bounds_nothing():
         assert_parity(torch.clone, lambda x: x @ torch.eye(3), torch.rand(3, 3))
     with pytest.raises(ValueError, match="allows no rtol"):
         assert_parity(torch.clone, torch.clone, torch.rand(3), exact=True, atol=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    boxes: object
+    score: object = 0.5
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Boxes:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+NAN = float("nan")
+OTHER_LEAVES = {
+    # What both return beside a tensor, and what a wrong one returns in its place.
+    "dataclass": (lambda x: Found(x * 2), lambda x: Found(x * 3), r"output\[1\]\.boxes .* differs"),
+    "its number": (lambda x: Found(x, 0.5), lambda x: Found(x, 0.25), r"\.score is 0\.25, the reference's is 0\.5"),
+    "nested": (lambda x: [Found([x])], lambda x: [Found([x + 1])], r"output\[1\]\[0\]\.boxes\[0\] .* differs"),
+    "integer": (lambda x: len(x), lambda x: len(x) + 1, "is 5, the reference's is 4; they have to be equal"),
+    "float": (lambda x: 1.0, lambda x: 1.0 + 1e-12, r"is 1\.000000000001, the reference's is 1\.0"),
+    "not a number": (lambda x: NAN, lambda x: 0.0, r"is 0\.0, the reference's is nan"),
+    "truth": (lambda x: True, lambda x: 1, "is 1, a int; the reference's is True, a bool"),
+    "text": (lambda x: "cat", lambda x: "dog", "is 'dog', the reference's is 'cat'"),
+    "none": (lambda x: None, lambda x: x, "Tensor; the reference's is None, a NoneType"),
+    "dtype": (lambda x: x.dtype, lambda x: torch.float16, "is torch.float16, the reference's is torch.float32"),
+    "choice": (lambda x: Colour.RED, lambda x: Colour.BLUE, "BLUE.* the reference's is .*RED"),
+    "array": (lambda x: x.detach().numpy() * 2, lambda x: x.detach().numpy(), r"output\[1\] \[4, 3\] float32 differs"),
+    "flipped array": (lambda x: np.arange(3)[::-1], lambda x: np.arange(3), r"output\[1\] \[3\] int64 differs"),
+    "array's number": (lambda x: np.float32(3), lambda x: np.float32(4), r"output\[1\] \[\] float32 differs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong", "message"), OTHER_LEAVES.values(), ids=OTHER_LEAVES)
+def test_outputs_that_are_no_tensor_are_compared(right, wrong, message):
+    assert_parity(lambda x: (x * 1, right(x)), lambda x: (x + 0, right(x)), X)
+    with pytest.raises(AssertionError, match=message):
+        assert_parity(lambda x: (x * 1, wrong(x)), lambda x: (x + 0, right(x)), X)
+
+
+def test_bounds_of_floats_are_those_that_are_given():
+    assert_parity(lambda x: (x, 1.01), lambda x: (x, 1.0), X, rtol=0.02)
+    with pytest.raises(AssertionError, match=r"output\[1\] \[\] float64 differs .*rtol 0\.005"):
+        assert_parity(lambda x: (x, 1.01), lambda x: (x, 1.0), X, rtol=0.005)
+
+
+@pytest.mark.parametrize(
+    "value", [Boxes(X), {1, 2}, np.array(["a"]), np.array([{}])], ids=["object", "set", "text", "array"]
+)
+def test_unknown_objects_are_refused_with_advice(value):
+    function = lambda x: (x * 1, value)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=rf"output\[1\] is a .*{type(value).__name__}, .*; give both a module around them"
+    ):
+        assert_parity(function, function, X)
+    if isinstance(value, Boxes):
+        with pytest.raises(ValueError, match=r"keyword \['boxes'\] is a .*Boxes, "):
+            assert_parity(lambda boxes: boxes.tensor, lambda boxes: boxes.tensor, boxes=value)
+
+
+def test_inputs_may_be_arrays_dataclasses_and_what_holds_no_tensor():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert_parity(
+        lambda found, array, act: act(found.boxes * torch.from_numpy(array).sum()),
+        lambda found, array, act: act(torch.from_numpy(array * 1).sum() * found.boxes),
+        *(Found(X), array, torch.tanh),
+    )
+    with pytest.raises(AssertionError, match=r"gradient of input \[0\]\.boxes .* differs"):
+        assert_parity(lambda found: Half.apply(found.boxes), lambda found: found.boxes.clone(), Found(X))
+
+
+@pytest.mark.parametrize("nothing", [lambda x: None, lambda x: (), lambda x: {"loss": 3.0}, lambda x: Found("a")])
+def test_a_check_that_compares_no_tensor_fails(nothing):
+    for options in ({}, {"exact": True}, {"gradients": False}):
+        with pytest.raises(AssertionError, match="no tensor was compared"):
+            assert_parity(nothing, nothing, X, **options)
+
+
+class Counted(nn.BatchNorm2d):
+    """Sees a part of the batch alone in its running statistics."""
+
+    def __init__(self, seen):
+        super().__init__(3)
+        self.seen = seen
+        self.register_buffer(f"of {seen}", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            statistics = super().forward(x[: self.seen])
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True) + 0 * statistics.sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"rtol": 1e-5}], ids=str)
+def test_running_statistics_are_compared(options):
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    reference = Counted(4)
+    assert_parity(Counted(4), reference, x, **options)
+    assert reference.num_batches_tracked == 0
+    with pytest.raises(AssertionError, match=r"buffer running_mean afterwards \[3\] float32 differs"):
+        assert_parity(Counted(2), reference, x, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"atol": 9.0}, {"gradients": False}], ids=str)
+def test_an_input_that_the_reference_leaves_alone_must_be_left_alone(options):
+    x, array = torch.ones(4), np.ones(2)
+    with pytest.raises(
+        AssertionError, match=r"input \[0\] afterwards \[4\] float32 differs from the reference in 1 of 4"
+    ):
+        assert_parity(lambda x, y: (y * 1, x[:1].mul_(1 + 1e-6))[0], lambda x, y: y + 0, x, X, **options)
+    with pytest.raises(AssertionError, match=r"keyword \['array'\] afterwards \[2\] float64"):
+        assert_parity(lambda x, array: (x * 1, array.fill(2))[0], lambda x, array: x + 0, X, array=array, **options)
+    assert torch.equal(x, torch.ones(4))
+    assert array.tolist() == [1, 1]
+
+
+def test_functions_that_return_nothing_are_compared_by_what_they_change():
+    assert_parity(lambda x: (x.mul_(3), None)[1], lambda x: (x.copy_(x + x + x), None)[1], torch.rand(9))
+    with pytest.raises(AssertionError, match=r"input \[0\] afterwards .* differs"):
+        assert_parity(lambda x: (x.mul_(2), None)[1], lambda x: (x.mul_(3), None)[1], torch.rand(9))
+
+
+def total(values):
+    """A sum, one addition after the other in the values' own dtype."""
+    return functools.reduce(torch.add, values.unbind())
+
+
+def test_the_bound_of_a_scalar_does_not_hang_on_the_luck_of_the_reference():
+    """Sums in two orders: either is off by a few units or, with luck, by none. One in seven was said to differ."""
+    for seed in range(12):
+        x = torch.rand(256, generator=torch.Generator().manual_seed(seed))
+        assert_parity(lambda x: total(x.flip(0)), total, x, gradients=False)
+        with pytest.raises(AssertionError, match=r"output .* differs from the reference in 1 of 1"):
+            assert_parity(lambda x: total(x) * (1 + 2e-5), total, x, gradients=False)
+
+
+class Loss(nn.Module):
+    """A scalar that depends on weights and integers alone."""
+
+    def __init__(self, backwards):
+        super().__init__()
+        self.weight, self.backwards = nn.Parameter(torch.linspace(0.1, 1, 256)), backwards
+
+    def forward(self, indices):
+        return total(self.weight[indices.flip(0) if self.backwards else indices])
+
+
+def test_the_bound_of_a_scalar_needs_no_input_of_floats():
+    for seed in range(10):
+        indices = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
+        assert_parity(Loss(True), Loss(False), indices, gradients=False)
 
 
 PROJECT = """
