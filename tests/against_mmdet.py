@@ -21,10 +21,25 @@ from mmdet import registry
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import AnchorGenerator
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
-from test_mmdet_modules import CHANNELS, CONFIG, EVEN, GENERATORS, GROUPS, LAYER, ODD, SIZES, STRIDES, inputs, rois
+from test_mmdet_modules import (
+    CHANNELS,
+    CODERS,
+    CONFIG,
+    EVEN,
+    GENERATORS,
+    GROUPS,
+    LAYER,
+    ODD,
+    SIZES,
+    STRIDES,
+    coded,
+    inputs,
+    rois,
+)
 
 import fpn_fast
 from fpn_fast.bench import cases, providers
@@ -126,8 +141,44 @@ def test_anchors(name):
     assert [tuple(stride) for stride in theirs.strides] == ours.strides
     for a, b in zip(ours.base_anchors, theirs.base_anchors, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(ours.grid_priors(ODD), theirs.grid_priors(ODD, device="cpu"), strict=True):
-        assert torch.equal(a, b)
+    assert ours.num_base_anchors == theirs.num_base_anchors
+    chosen = torch.tensor([0, 5, 17, 6])
+    calls = {
+        "grid_priors": (ODD,), "grid_anchors": (ODD,), "valid_flags": (ODD, (61, 93, 3)),
+        "single_level_grid_priors": (ODD[1], 1), "sparse_priors": (chosen, ODD[1], 1),
+        "single_level_grid_anchors": (theirs.base_anchors[1], ODD[1], (8, 16)),
+        "single_level_valid_flags": (ODD[1], (3, 4), 2),
+    }  # fmt: skip
+    for method, arguments in calls.items():
+        found, expected = (getattr(each, method)(*arguments, device="cpu") for each in (ours, theirs))
+        for a, b in zip(*([each] if torch.is_tensor(each) else each for each in (found, expected)), strict=True):
+            assert a.dtype == b.dtype, method
+            assert torch.equal(a, b), method
+    assert {each for each in dir(AnchorGenerator) if not each.startswith("_")} <= set(dir(ours))
+
+
+@pytest.mark.parametrize("options", CODERS, ids=["plain", "means_and_stds", "centre_clamp"])
+def test_coder(options):
+    ours, theirs = mmdet.DeltaXYWHBBoxCoder(**options), DeltaXYWHBBoxCoder(**options)
+    assert ours.encode_size == theirs.encode_size
+    for dtype in (torch.float32, torch.float64):
+        boxes, others, codes = coded((40,), dtype)
+        assert torch.equal(ours.encode(boxes, others), theirs.encode(boxes, others))
+        wrapped = HorizontalBoxes(boxes)
+        assert torch.equal(ours.encode(wrapped, HorizontalBoxes(others)), theirs.encode(wrapped, others))
+        pairs = [torch.stack([each, each]) for each in (boxes, codes)]
+        for arguments in (
+            (boxes, codes), (wrapped, codes[:, :4]), (boxes, codes, (40, 50)), (boxes, codes, (40, 50, 3), 0.1),
+            (boxes[:0], codes[:0]), pairs, (*pairs, [(40, 50), (30, 70)]), (*pairs, (40, 50)),
+        ):  # fmt: skip
+            found = []
+            for coder in (ours, theirs):
+                leaf = arguments[1].clone().requires_grad_()
+                decoded = coder.decode(arguments[0], leaf, *arguments[2:])
+                weights = torch.arange(1.0, decoded.numel() + 1, dtype=dtype).view_as(decoded)
+                found += [decoded, torch.autograd.grad((decoded * weights).sum(), leaf)[0]]
+            assert torch.equal(found[0], found[2])
+            torch.testing.assert_close(found[1], found[3], rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 def faster_rcnn_config(channels, **changes):
@@ -341,7 +392,20 @@ def test_register_names_them():
 
 def test_coder_settings():
     ours, theirs = mmdet.DeltaXYWHBBoxCoder(), DeltaXYWHBBoxCoder()
-    assert vars(ours).items() <= vars(theirs).items()
+    assert vars(ours) == vars(theirs)
+
+
+def test_a_head_with_our_generator_and_coder():
+    theirs = head()
+    swapped = copy.deepcopy(theirs)
+    swapped.prior_generator, swapped.bbox_coder = mmdet.AnchorGenerator(**GENERATORS["rpn"]), mmdet.DeltaXYWHBBoxCoder()
+    with torch.no_grad():
+        expected = theirs.predict(features(), samples())
+        # By mmdetection's steps, then by ours.
+        check_proposals(swapped.predict(features(), samples()), expected)
+        fpn_fast.accelerate(swapped)
+        assert swapped._knows_anchors(swapped.test_cfg)
+        check_proposals(swapped.predict(features(), samples()), expected)
 
 
 @pytest.fixture(autouse=True)

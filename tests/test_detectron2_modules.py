@@ -5,6 +5,7 @@ import copy
 import math
 import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,7 +158,9 @@ def test_same_initialisation_under_the_same_seed():
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert ours.padding_constraints == theirs.padding_constraints == {"square_size": 0}
-    assert ours.output_shape() == {name: tuple(shape) for name, shape in theirs.output_shape().items()}
+    assert ours.output_shape() == {
+        name: (shape.channels, shape.stride, None, None) for name, shape in theirs.output_shape().items()
+    }
     assert detectron2.FPN(Backbone(), ["res2"], 8, square_pad=1024).padding_constraints == {"square_size": 1024}
 
 
@@ -186,10 +189,12 @@ ANCHORS = {"sizes": [[24, 40], [48, 80], [96, 160]], "aspect_ratios": [[0.5, 1.0
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_anchors_are_detectron2s(offset):
     generator = detectron2.DefaultAnchorGenerator(**ANCHORS, offset=offset)
-    assert generator.num_anchors == [6, 6, 6]
+    assert generator.num_anchors == generator.num_cell_anchors == [6, 6, 6]
+    assert generator.num_features == 3
     assert not generator.state_dict()
     maps = [torch.empty(1, 1, *size) for size in PYRAMID]
     for level, (found, size) in enumerate(zip(generator(maps), PYRAMID, strict=True)):
+        assert type(found) is detectron2.Boxes
         stride = ANCHORS["strides"][level]
         rows = []
         for side in ANCHORS["sizes"][level]:
@@ -198,13 +203,47 @@ def test_anchors_are_detectron2s(offset):
                 rows.append((-width / 2, -ratio * width / 2, width / 2, ratio * width / 2))
         table = torch.tensor(rows)
         assert torch.equal(generator.cell_anchors[level], table)
-        assert torch.equal(found, plain_proposals.grid(table, size, (stride, stride), offset))
+        assert torch.equal(generator.generate_cell_anchors(ANCHORS["sizes"][level], (0.5, 1.0, 2.0)), table)
+        assert torch.equal(found.tensor, plain_proposals.grid(table, size, (stride, stride), offset))
     shared = detectron2.DefaultAnchorGenerator(sizes=[24, 40], aspect_ratios=[1.0], strides=[4, 8])
     assert torch.equal(shared.cell_anchors[0], shared.cell_anchors[1])
     options = {"sizes": np.array([[24, 40]]), "aspect_ratios": np.array([1.0]), "strides": np.array([4, 8])}
     of_numpy = detectron2.DefaultAnchorGenerator(**options, offset=np.float32(0.5))
     for a, b in zip(of_numpy(maps[:2]), shared(maps[:2]), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a.tensor, b.tensor)
+
+
+def config(name="", **settings):
+    """As much of a detectron2 configuration as a builder of anchors looks at."""
+    settings = {"NAME": name, "SIZES": [[24], [48]], "ASPECT_RATIOS": [[0.5, 1.0]], "OFFSET": 0.25, **settings}
+    return SimpleNamespace(MODEL=SimpleNamespace(ANCHOR_GENERATOR=SimpleNamespace(**settings)))
+
+
+def test_anchors_of_a_configuration():
+    shapes = [detectron2.ShapeSpec(8, stride) for stride in (4, 8)]
+    expected = detectron2.DefaultAnchorGenerator(
+        sizes=[[24], [48]], aspect_ratios=[[0.5, 1.0]], strides=[4, 8], offset=0.25
+    )
+    for made in (
+        detectron2.DefaultAnchorGenerator(config(), shapes),
+        detectron2.DefaultAnchorGenerator(cfg=config(OFFSET=0.5), input_shape=shapes, offset=0.25),
+    ):
+        assert (made.strides, made.offset) == ([4, 8], 0.25)
+        assert all(torch.equal(a, b) for a, b in zip(made.cell_anchors, expected.cell_anchors, strict=True))
+    for arguments, missing in (((), "sizes, aspect_ratios, strides"), ((config(),), "strides")):
+        with pytest.raises(TypeError, match=f"a configuration, or {missing}, must be given"):
+            detectron2.DefaultAnchorGenerator(*arguments)
+
+
+def test_boxes_stand_in_for_detectron2s():
+    first, second = detectron2.Boxes(torch.tensor([[0.0, 0, 4, 2], [1, 1, 3, 3]])), detectron2.Boxes(torch.empty(0, 4))
+    both = detectron2.Boxes.cat([first, second, first[1]])
+    assert (len(both), both.device.type, both.area().tolist()) == (3, "cpu", [8.0, 4.0, 4.0])
+    assert [row.tolist() for row in both][2] == both[2].tensor[0].tolist() == [1.0, 1.0, 3.0, 3.0]
+    assert torch.equal(both[torch.tensor([True, False, True])].tensor, both.tensor[::2])
+    assert both.to("meta").device.type == "meta"
+    assert both.clone().tensor is not both.tensor
+    assert len(detectron2.Boxes.cat([])) == 0
 
 
 def decoded(weights, clamp):
@@ -227,7 +266,7 @@ def decoded(weights, clamp):
 def test_proposals_are_detectron2s(backend, weights, clamp, least, offset):
     generator = detectron2.DefaultAnchorGenerator(**ANCHORS, offset=offset)
     logits, deltas = plain_proposals.head(PYRAMID, 6)
-    anchors = generator([torch.empty(1, 1, *size) for size in PYRAMID])
+    anchors = [each.tensor for each in generator([torch.empty(1, 1, *size) for size in PYRAMID])]
     expected = plain_proposals.propose(
         logits, deltas, anchors, SIZES, decoded(weights, clamp), pre=150, post=120, thresh=0.6, least=least,
         convention="torchvision",
@@ -293,10 +332,41 @@ def test_accelerate_swaps_detectron2s_classes(integration):
     assert type(model.backbone) is detectron2_stand_in.FPN
 
 
-def test_training_has_the_losses_and_gradients_of_before(integration):
+def test_detectron2_builds_our_modules_by_its_configurations(integration, monkeypatch):
+    class Mine(detectron2.DefaultAnchorGenerator):
+        pass
+
+    def pyramid_of_mine(cfg, input_shape):
+        return detectron2.FPN(Backbone(), list(CHANNELS), 8)
+
+    registries = detectron2_stand_in.BACKBONE_REGISTRY, detectron2_stand_in.ANCHOR_GENERATOR_REGISTRY
+    for registry, thing in zip(registries, (pyramid_of_mine, Mine), strict=True):
+        registry.register(thing)
+    cfg = config("Mine")
+    cfg.MODEL.BACKBONE = SimpleNamespace(NAME="pyramid_of_mine")
+    made = detectron2_stand_in.build_backbone(cfg)
+    assert type(made) is detectron2.FPN
+    assert isinstance(made, detectron2_stand_in.Backbone)
+    assert not isinstance(Backbone(), detectron2_stand_in.Backbone)
+    shapes = list(made.output_shape().values())[:2]
+    maps = list(made(images()).values())[:2]
+    anchors = detectron2_stand_in.build_anchor_generator(cfg, shapes)(maps)
+    assert [type(each) for each in anchors] == [detectron2_stand_in.Boxes] * 2
+    assert len(detectron2_stand_in.Boxes.cat(anchors).tensor) == 2 * sum(m.shape[2] * m.shape[3] for m in maps)
+
+
+@pytest.mark.parametrize("own_anchors", [False, True])
+def test_training_has_the_losses_and_gradients_of_before(integration, own_anchors):
     plain = detector().train()
+    if own_anchors:
+        # Another generator than detectron2's, whose anchors the proposals know too.
+        options = {"aspect_ratios": [[0.5, 1.0, 2.0]], "strides": [4, 8, 16, 32], "offset": 0.5}
+        plain.proposal_generator.anchor_generator = detectron2.DefaultAnchorGenerator(
+            sizes=[[12 * 2**i, 20 * 2**i] for i in range(4)], **options
+        )
     fast = copy.deepcopy(plain)
     fpn_fast.accelerate(fast)
+    assert fast.proposal_generator._knows_anchors()
     targets = [torch.tensor([[5.0, 6, 60, 50]]), torch.tensor([[20.0, 10, 80, 60], [1, 1, 30, 30]])]
     found = []
     for model in (plain, fast):
@@ -347,7 +417,7 @@ def test_register_names_them_in_the_registries(integration, monkeypatch):
     assert names == ["build_fast_resnet_fpn_backbone", "build_fast_retinanet_resnet_fpn_backbone", "build_fast_rpn"]
     assert integration.register() == names
     backbones, proposals = detectron2_stand_in.BACKBONE_REGISTRY, detectron2_stand_in.PROPOSAL_GENERATOR_REGISTRY
-    monkeypatch.setattr(detectron2_stand_in, "build_backbone", Backbone)
+    monkeypatch.setattr(detectron2_stand_in, "bottom_up_of", Backbone)
     for name in names[:2]:
         made = backbones.get(name)(detectron2_stand_in.Config(), None)
         assert type(made) is integration.FPN

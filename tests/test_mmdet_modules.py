@@ -5,6 +5,7 @@ import copy
 import io
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -376,11 +377,32 @@ def test_anchors_are_mmdetections(name):
     assert generator.num_levels == len(priors) == 4
     for level, (width, height) in enumerate(generator.strides):
         expected = table(options, level)
-        assert generator.num_base_priors[level] == len(expected)
+        assert generator.num_base_priors[level] == generator.num_base_anchors[level] == len(expected)
         # A product of three rounded numbers, and a sum, of at most 512 pixels.
         torch.testing.assert_close(generator.base_anchors[level], expected, rtol=4 * 2**-24, atol=4 * 2**-15)
         grid = plain_proposals.grid(generator.base_anchors[level], ODD[level], (width, height))
         assert torch.equal(priors[level], grid)
+        assert torch.equal(generator.single_level_grid_priors(ODD[level], level), grid)
+        chosen = torch.tensor([len(grid) - 1, 0, 3, 3])
+        assert torch.equal(generator.sparse_priors(chosen, ODD[level], level), grid[chosen])
+        assert generator.sparse_priors(chosen, ODD[level], level, torch.float64).dtype == torch.float64
+        single = generator.single_level_grid_anchors(generator.base_anchors[level], ODD[level], (width, height))
+        assert torch.equal(single, grid)
+    assert all(torch.equal(a, b) for a, b in zip(generator.grid_anchors(ODD), priors, strict=True))
+    assert repr(generator).startswith(f"AnchorGenerator(strides={generator.strides}, ratios=")
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (61, 93, 3), (1, 1), (4000, 1)], ids=str)
+def test_valid_flags_are_mmdetections(shape):
+    generator = mmdet.AnchorGenerator(**GENERATORS["offset"])
+    for (height, width), (x, y), flags in zip(ODD, generator.strides, generator.valid_flags(ODD, shape), strict=True):
+        expected = [
+            row * y < shape[0] and column * x < shape[1] for row in range(height) for column in range(width)
+            for _ in range(2)
+        ]  # fmt: skip
+        assert flags.dtype == torch.bool
+        assert flags.tolist() == expected
+        assert any(expected)
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -415,15 +437,72 @@ def decode(coder):
     return decoded
 
 
-@pytest.mark.parametrize(
-    "coder",
-    [
-        {},
-        {"target_means": (0.1, 0.0, -0.1, 0.2), "target_stds": (0.5, 0.6, 9.0, 9.0)},
-        {"target_stds": (1.0, 1.0, 9.0, 9.0), "add_ctr_clamp": True, "ctr_clamp": 3},
-    ],
-    ids=["plain", "means_and_stds", "centre_clamp"],
-)
+CODERS = [
+    {},
+    {"target_means": (0.1, 0.0, -0.1, 0.2), "target_stds": (0.5, 0.6, 9.0, 9.0)},
+    {"target_stds": (1.0, 1.0, 9.0, 9.0), "add_ctr_clamp": True, "ctr_clamp": 3},
+]
+
+
+def coded(shape, dtype=torch.float32):
+    """Boxes [*shape, 4], others of as many, and codes of three classes."""
+    generator = torch.Generator().manual_seed(4)
+    corners = torch.rand(2, *shape, 2, 2, generator=generator) * 60
+    corners[..., 1, :] += corners[..., 0, :] + 1
+    boxes, others = corners.flatten(-2).to(dtype)
+    return boxes, others, torch.randn(*shape, 12, generator=generator).to(dtype) * 3
+
+
+@pytest.mark.parametrize("options", CODERS, ids=["plain", "means_and_stds", "centre_clamp"])
+def test_codes_of_boxes_are_mmdetections(options):
+    coder = mmdet.DeltaXYWHBBoxCoder(**options)
+    assert coder.encode_size == 4
+    boxes, others, codes = coded((40,))
+    expected = decode(coder)(boxes.repeat_interleave(3, 0), codes.view(-1, 4)).view(40, 12)
+    assert torch.equal(coder.decode(boxes, codes), expected)
+    assert torch.equal(coder.decode(boxes, codes[:, :4]), expected[:, :4])
+    edges = torch.tensor([50.0, 40.0] * 6)
+    clipped = torch.minimum(expected.clamp(min=0), edges)
+    assert not torch.equal(clipped, expected)
+    for limit in ((40, 50), (40, 50, 3), torch.tensor([40, 50])):
+        assert torch.equal(coder.decode(SimpleNamespace(tensor=boxes), codes, max_shape=limit), clipped)
+    assert torch.equal(mmdet.DeltaXYWHBBoxCoder(**options, clip_border=False).decode(boxes, codes, (40, 50)), expected)
+    # Of a batch, with a size per image, and of no boxes.
+    pairs = [torch.stack([each, each]) for each in (boxes, codes)]
+    assert torch.equal(coder.decode(*pairs, max_shape=[(40, 50), (400, 5000)])[0], clipped)
+    assert torch.equal(coder.decode(*pairs), torch.stack([expected, expected]))
+    assert coder.decode(boxes[:0], codes[:0]).shape == (0, 12)
+    # mmdetection's bbox2delta, in float32.
+    for dtype in (torch.float32, torch.float64):
+        found = coder.encode(boxes.to(dtype), SimpleNamespace(tensor=others.to(dtype)))
+        x, y, w, h = (
+            (boxes[:, 0] + boxes[:, 2]) * 0.5,
+            (boxes[:, 1] + boxes[:, 3]) * 0.5,
+            *(boxes[:, 2:] - boxes[:, :2]).T,
+        )
+        gx, gy = (others[:, 0] + others[:, 2]) * 0.5, (others[:, 1] + others[:, 3]) * 0.5
+        gw, gh = (others[:, 2:] - others[:, :2]).T
+        deltas = torch.stack([(gx - x) / w, (gy - y) / h, torch.log(gw / w), torch.log(gh / h)], 1)
+        assert torch.equal(found, (deltas - torch.tensor(coder.means)) / torch.tensor(coder.stds))
+    # There and back; a clamped centre or side does not come back.
+    if not coder.add_ctr_clamp:
+        torch.testing.assert_close(coder.decode(boxes, found, wh_ratio_clip=1e-9), others, rtol=1e-4, atol=1e-3)
+
+
+def test_boxes_on_an_edge_have_the_gradient_of_a_clamp():
+    """Which torch releases state differently; in a batch, mmdetection's comparisons pass it on."""
+    at_edge = torch.tensor(0.0, requires_grad=True)
+    at_edge.clamp(0, 8).backward()
+    codes, boxes = torch.zeros(2, 4, requires_grad=True), torch.tensor([[0.0, 0, 8, 8], [-9, -9, -1, -1]])
+    for batch, passed in (((), at_edge.grad.item()), ((1,), 1.0)):
+        decoded = mmdet.DeltaXYWHBBoxCoder().decode(
+            boxes.expand(*batch, 2, 4), codes.expand(*batch, 2, 4), max_shape=[(8, 8)] if batch else (8, 8)
+        )
+        (grad,) = torch.autograd.grad(decoded.sum(), codes)
+        assert grad.tolist() == [[16.0 * passed, 16.0 * passed, 0.0, 0.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("coder", CODERS, ids=["plain", "means_and_stds", "centre_clamp"])
 @pytest.mark.parametrize("name", ["rpn", "retinanet", "offset"])
 def test_proposals_are_mmdetections(backend, name, coder):
     generator, coder = mmdet.AnchorGenerator(**GENERATORS[name]), mmdet.DeltaXYWHBBoxCoder(**coder)
@@ -475,7 +554,15 @@ def test_half_precision_gives_float32():
         (lambda: mmdet.AnchorGenerator([4], [1.0], [1.0], centers=[(1, 1)], center_offset=0.5), "without a center_off"),
         (lambda: mmdet.AnchorGenerator([4, 8], [1.0], [1.0], [4]), "base_sizes must be one for each of the 2 strides"),
         (lambda: mmdet.AnchorGenerator([4, 8], [1.0], [1.0], centers=[(1, 1)]), "centers must be one for each of"),
-        (lambda: mmdet.DeltaXYWHBBoxCoder(clip_border=False), "clip_border must be True"),
+        (lambda: predict({}, clip_border=False), "clip_border must be True"),
+        (lambda: mmdet.DeltaXYWHBBoxCoder(use_box_type=True), "use_box_type must be False"),
+        (lambda: mmdet.DeltaXYWHBBoxCoder().encode(torch.rand(3, 4), torch.rand(2, 4)), "as many of both"),
+        (lambda: mmdet.DeltaXYWHBBoxCoder().decode(torch.rand(3, 4), torch.rand(3, 6)), "pred_bboxes must be"),
+        (lambda: mmdet.DeltaXYWHBBoxCoder().decode(torch.rand(3, 4), torch.rand(2, 4)), "pred_bboxes must be"),
+        (lambda: mmdet.AnchorGenerator([4, 8], [1.0], [1.0]).grid_priors([(1, 1)]), "each of the 2 maps, got 1"),
+        (lambda: mmdet.AnchorGenerator([4, 8], [1.0], [1.0]).valid_flags([(1, 1)], (4, 4)), "each of the 2 maps"),
+        (lambda: mmdet.AnchorGenerator([4], [1.0], [1.0]).single_level_valid_flags((1, 2), (1, 3), 1),
+         "valid_size must be at most featmap_size"),
         (lambda: predict({"nms_post": 3}), "cfg has unknown keys nms_post; it may have nms_pre, max_per_img"),
         (lambda: predict({"nms": {"type": "nms"}}), "cfg's nms must have iou_threshold, got"),
         (lambda: predict({"nms": {"type": "soft_nms", "iou_threshold": 0.5}}), "must be of type 'nms', got 'soft_nms'"),
@@ -489,7 +576,7 @@ def test_half_precision_gives_float32():
         (lambda: concatenate([torch.rand(1, 8, 4, 4)] * 2), "feats must have out_channels 8 channels, got 16"),
         (lambda: concatenate([]), "feats must hold at least one map"),
     ],
-    ids=range(18),
+    ids=range(25),
 )  # fmt: skip
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
@@ -500,9 +587,9 @@ def concatenate(maps):
     return mmdet.GenericRoIExtractor("concat", roi_layer=LAYER, out_channels=8, featmap_strides=STRIDES)(maps, rois())
 
 
-def predict(change):
+def predict(change, **coder):
     maps = torch.zeros(1, 1, 2, 2), torch.zeros(1, 4, 2, 2)
     generator = mmdet.AnchorGenerator([4], [1.0], [1.0])
     return mmdet.predict_proposals(
-        maps[:1], maps[1:], generator, mmdet.DeltaXYWHBBoxCoder(), [(8, 8)], {**CONFIG, **change}
+        maps[:1], maps[1:], generator, mmdet.DeltaXYWHBBoxCoder(**coder), [(8, 8)], {**CONFIG, **change}
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fpn_fast import backends
 from fpn_fast.integrations import replacing
 from fpn_fast.nn._shared import values_of
+from fpn_fast.nn.detectron2 import DefaultAnchorGenerator as OwnAnchorGenerator
 from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
 from fpn_fast.nn.detectron2.fpn import FPNForward
 from fpn_fast.nn.detectron2.poolers import PoolerForward
@@ -106,8 +107,8 @@ class RPN(rpn.RPN):
         return values_of(self, list(self.anchor_generator.cell_anchors))
 
     def _knows_anchors(self) -> bool:
-        generator = self.anchor_generator
-        if type(generator) is not DefaultAnchorGenerator or type(self.box2box_transform) is not Box2BoxTransform:
+        generator, known = self.anchor_generator, (DefaultAnchorGenerator, OwnAnchorGenerator)
+        if type(generator) not in known or type(self.box2box_transform) is not Box2BoxTransform:
             return False
         return len({len(table) for table in generator.cell_anchors}) == 1
 

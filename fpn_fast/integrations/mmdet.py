@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fpn_fast import backends
 from fpn_fast.integrations import replacing
+from fpn_fast.nn import mmdet
 from fpn_fast.nn.mmdet import predict_proposals, proposals_of_images
 from fpn_fast.nn.mmdet.necks import FPNForward, PAFPNForward, merge_options
 from fpn_fast.nn.mmdet.proposals import check_config
@@ -117,7 +118,8 @@ class RPNHead(rpn_head.RPNHead):
     def _knows_anchors(self, config: Mapping[str, Any]) -> bool:
         """Whether the op knows how anchors are made and coded, and every setting of the configuration."""
         priors, coder = self.prior_generator, self.bbox_coder
-        if type(priors) is not AnchorGenerator or type(coder) is not DeltaXYWHBBoxCoder:
+        known = (AnchorGenerator, mmdet.AnchorGenerator), (DeltaXYWHBBoxCoder, mmdet.DeltaXYWHBBoxCoder)
+        if type(priors) not in known[0] or type(coder) not in known[1]:
             return False
         if priors.use_box_type or coder.use_box_type or not coder.clip_border or self.cls_out_channels != 1:
             return False

@@ -6,6 +6,7 @@ Names, attributes and steps are detectron2's; its backbone is any, its losses on
 
 import math
 import sys
+from abc import ABCMeta, abstractmethod
 from collections import namedtuple
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from helpers import plain_proposals
 
-ShapeSpec = namedtuple("ShapeSpec", ["channels", "stride"])
+ShapeSpec = namedtuple("ShapeSpec", ["channels", "stride", "height", "width"], defaults=[None, None])
 
 
 class Registry(dict):
@@ -25,7 +26,23 @@ class Registry(dict):
         self[thing.__name__] = thing
 
 
-BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY = Registry(), Registry()
+ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY = Registry(), Registry(), Registry()
+
+
+class Backbone(nn.Module, metaclass=ABCMeta):
+    @abstractmethod
+    def forward(self):
+        pass
+
+
+def build_backbone(cfg, input_shape=None):
+    backbone = BACKBONE_REGISTRY[cfg.MODEL.BACKBONE.NAME](cfg, input_shape)
+    assert isinstance(backbone, Backbone)
+    return backbone
+
+
+def build_anchor_generator(cfg, input_shape):
+    return ANCHOR_GENERATOR_REGISTRY[cfg.MODEL.ANCHOR_GENERATOR.NAME](cfg, input_shape)
 
 
 def pyramid(fpn, x):
@@ -72,7 +89,7 @@ class LastLevelMaxPool(nn.Module):
         return [x[:, :, ::2, ::2]]
 
 
-class FPN(nn.Module):
+class FPN(Backbone):
     def __init__(self, bottom_up, in_features, out_channels, norm="", top_block=None, fuse_type="sum", square_pad=0):
         super().__init__()
         assert norm == ""
@@ -150,6 +167,11 @@ class Boxes:
     def __init__(self, tensor):
         self.tensor = tensor
 
+    @classmethod
+    def cat(cls, boxes_list):
+        assert all(isinstance(box, Boxes) for box in boxes_list)
+        return cls(torch.cat([box.tensor for box in boxes_list]))
+
 
 class Instances:
     def __init__(self, image_size, **fields):
@@ -207,7 +229,7 @@ class RPN(nn.Module):
 
     def label_and_sample_anchors(self, anchors, gt_instances):
         """Every anchor is its own ground truth's, which are enough to see that both get the same anchors."""
-        boxes = torch.cat([each.tensor for each in anchors])
+        boxes = Boxes.cat(anchors).tensor
         return [boxes[:, 0] > gt[:, 0].mean() for gt in gt_instances], [boxes for _ in gt_instances]
 
     def losses(self, anchors, logits, labels, deltas, boxes):
@@ -271,15 +293,16 @@ class Detector(nn.Module):
         return found, self.pooler(list(features.values()), [each.proposal_boxes for each in found]), losses
 
 
-build_backbone = None
+#: Makes the backbone below a pyramid.
+bottom_up_of = None
 
 
 def build_resnet_fpn_backbone(cfg, input_shape):
-    return FPN(build_backbone(), ["res2", "res3", "res4", "res5"], cfg.channels, top_block=LastLevelMaxPool())
+    return FPN(bottom_up_of(), ["res2", "res3", "res4", "res5"], cfg.channels, top_block=LastLevelMaxPool())
 
 
 def build_retinanet_resnet_fpn_backbone(cfg, input_shape):
-    bottom_up = build_backbone()
+    bottom_up = bottom_up_of()
     channels = bottom_up.output_shape()["res5"].channels
     names = ["res2", "res3", "res4", "res5"]
     return FPN(bottom_up, names, cfg.channels, top_block=LastLevelP6P7(channels, cfg.channels))
@@ -290,8 +313,8 @@ _PLACES = {
     "detectron2": [],
     "detectron2.layers": [ROIAlign],
     "detectron2.modeling": [],
-    "detectron2.modeling.anchor_generator": [DefaultAnchorGenerator],
-    "detectron2.modeling.backbone": [],
+    "detectron2.modeling.anchor_generator": [DefaultAnchorGenerator, build_anchor_generator],
+    "detectron2.modeling.backbone": [Backbone, build_backbone],
     "detectron2.modeling.backbone.fpn": [FPN, build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone],
     "detectron2.modeling.box_regression": [Box2BoxTransform],
     "detectron2.modeling.poolers": [ROIPooler],
@@ -303,6 +326,7 @@ _PLACES = {
 
 def install(monkeypatch):
     """Makes `import detectron2` find all this until the test is over."""
+    ANCHOR_GENERATOR_REGISTRY.clear()
     BACKBONE_REGISTRY.clear()
     PROPOSAL_GENERATOR_REGISTRY.clear()
     for place, things in _PLACES.items():
@@ -315,5 +339,6 @@ def install(monkeypatch):
         parent, _, name = place.rpartition(".")
         if parent:
             setattr(sys.modules[parent], name, module)
+    sys.modules["detectron2.modeling.anchor_generator"].ANCHOR_GENERATOR_REGISTRY = ANCHOR_GENERATOR_REGISTRY
     sys.modules["detectron2.modeling.backbone"].BACKBONE_REGISTRY = BACKBONE_REGISTRY
     sys.modules["detectron2.modeling.proposal_generator"].PROPOSAL_GENERATOR_REGISTRY = PROPOSAL_GENERATOR_REGISTRY

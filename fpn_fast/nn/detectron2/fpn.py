@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +25,12 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class ShapeSpec(NamedTuple):
-    """Channels and stride of a map; stands in for detectron2's ShapeSpec."""
+    """Channels, stride, and the size where it is known, of a map; stands in for detectron2's ShapeSpec."""
 
     channels: int
     stride: int
+    height: int | None = None
+    width: int | None = None
 
 
 class ConvWithNorm(nn.Conv2d):
@@ -132,7 +135,8 @@ class FPN(FPNForward, nn.Module):
     """Feature Pyramid Network (Lin et al., 2017): drop-in for detectron2's ``FPN``.
 
     Constructor, ``state_dict`` keys, seeded initialisation and outputs are detectron2's. One call of
-    :func:`fpn_fast.ops.top_down` merges all levels.
+    :func:`fpn_fast.ops.top_down` merges all levels. Where detectron2 is imported, the module is an instance of its
+    ``Backbone``, which its registry of backbones asks for.
 
     Args:
         bottom_up: the backbone: a module that returns a dict of maps. Its ``output_shape()`` returns an object with
@@ -172,6 +176,9 @@ class FPN(FPNForward, nn.Module):
         square_pad: int = 0,
     ) -> None:
         super().__init__()
+        if (theirs := sys.modules.get("detectron2.modeling.backbone")) is not None:
+            # An abstract base class, which takes classes that do not derive from it.
+            theirs.Backbone.register(FPN)
         if fuse_type not in ("sum", "avg"):
             raise ValueError(f"fuse_type must be 'sum' or 'avg', got {fuse_type!r}")
         shapes: Any = bottom_up.output_shape()  # type: ignore[operator]

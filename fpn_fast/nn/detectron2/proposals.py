@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,49 @@ from fpn_fast.nn._shared import proposals_of_images, sizes_beside
 from fpn_fast.ops.generate_proposals import DETECTRON2
 from fpn_fast.reference.generate_proposals import anchors_at
 
-__all__ = ["DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_images"]
+__all__ = ["Boxes", "DefaultAnchorGenerator", "find_top_rpn_proposals", "proposals_of_images"]
+
+
+class Boxes:
+    """Boxes [L, 4], (x1, y1, x2, y2), as ``tensor``; stands in for detectron2's Boxes where that is not imported.
+
+    >>> boxes = Boxes.cat([Boxes(torch.tensor([[0.0, 0, 4, 2]])), Boxes(torch.empty(0, 4))])
+    >>> len(boxes), boxes.area().tolist(), boxes[0].tensor.tolist()
+    (1, [8.0], [[0.0, 0.0, 4.0, 2.0]])
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, item: Any) -> Boxes:
+        return Boxes(self.tensor[item].reshape(-1, 4))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensor)
+
+    def __repr__(self) -> str:
+        return f"Boxes({self.tensor})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def to(self, device: torch.device | str) -> Boxes:
+        return Boxes(self.tensor.to(device))
+
+    def clone(self) -> Boxes:
+        return Boxes(self.tensor.clone())
+
+    def area(self) -> Tensor:
+        """[L], in square pixels."""
+        return (self.tensor[:, 2] - self.tensor[:, 0]) * (self.tensor[:, 3] - self.tensor[:, 1])
+
+    @classmethod
+    def cat(cls, boxes_list: Sequence[Boxes]) -> Boxes:
+        return cls(torch.cat([boxes.tensor for boxes in boxes_list]) if boxes_list else torch.empty(0, 4))
 
 
 class DefaultAnchorGenerator(nn.Module):
@@ -25,39 +68,52 @@ class DefaultAnchorGenerator(nn.Module):
     Anchors are not rounded. Aspect ratios vary fastest. The module has no parameters and no ``state_dict`` keys.
 
     Args:
+        cfg, input_shape: a detectron2 configuration and the maps' :class:`ShapeSpec`, which give the arguments below;
+            one that is given too replaces theirs. Default: none.
         sizes: square roots of the anchors' areas in pixels, one list per map or one list for all maps.
         aspect_ratios: height divided by width, one list per map or one list for all maps.
         strides: image pixels per map pixel, one per map.
         offset: position of the first anchor's centre, in strides, from 0 to below 1. Default: 0.5.
 
     Raises:
+        TypeError: neither a configuration nor sizes, aspect_ratios and strides are given.
         ValueError: the number of lists differs from the number of strides; offset is out of range.
 
     Source: detectron2/modeling/anchor_generator.py.
 
     >>> generator = DefaultAnchorGenerator(sizes=[[32]], aspect_ratios=[[1.0]], strides=[16], offset=0.5)
-    >>> generator([torch.rand(1, 8, 1, 2)])
-    [tensor([[-8., -8., 24., 24.],
-            [ 8., -8., 40., 24.]])]
+    >>> generator([torch.rand(1, 8, 1, 2)])[0].tensor
+    tensor([[-8., -8., 24., 24.],
+            [ 8., -8., 40., 24.]])
     """
 
     box_dim = 4
 
     def __init__(
         self,
+        cfg: Any = None,
+        input_shape: Sequence[Any] | None = None,
         *,
-        sizes: Sequence[Sequence[float]] | Sequence[float],
-        aspect_ratios: Sequence[Sequence[float]] | Sequence[float],
-        strides: Sequence[int],
-        offset: float = 0.5,
+        sizes: Sequence[Sequence[float]] | Sequence[float] | None = None,
+        aspect_ratios: Sequence[Sequence[float]] | Sequence[float] | None = None,
+        strides: Sequence[int] | None = None,
+        offset: float | None = None,
     ) -> None:
         super().__init__()
+        given = {"sizes": sizes, "aspect_ratios": aspect_ratios, "strides": strides, "offset": offset}
+        options: dict[str, Any] = {"offset": 0.5} if cfg is None else self.from_config(cfg, input_shape)
+        options |= {name: value for name, value in given.items() if value is not None}
+        if missing := [name for name in given if options.get(name) is None]:
+            raise TypeError(f"a configuration, or {', '.join(missing)}, must be given")
+        self._build(**options)
+
+    def _build(self, sizes: Any, aspect_ratios: Any, strides: Sequence[int], offset: float) -> None:
         if not 0 <= offset < 1:
             raise ValueError(f"offset must be 0 to below 1 stride, got {offset}")
         self.strides = list(strides)
         self.offset = offset
         self.cell_anchors = [
-            torch.tensor([_cell_anchor(size, ratio) for size in of_map for ratio in ratios], device="cpu")
+            self.generate_cell_anchors(of_map, ratios)
             for of_map, ratios in zip(
                 _of_each_map("sizes", sizes, len(strides)),
                 _of_each_map("aspect_ratios", aspect_ratios, len(strides)),
@@ -65,18 +121,55 @@ class DefaultAnchorGenerator(nn.Module):
             )
         ]
 
+    @classmethod
+    def from_config(cls, cfg: Any, input_shape: Sequence[Any] | None) -> dict[str, Any]:
+        """The arguments that a detectron2 configuration gives for maps of `input_shape`."""
+        settings = cfg.MODEL.ANCHOR_GENERATOR
+        return {
+            "sizes": settings.SIZES,
+            "aspect_ratios": settings.ASPECT_RATIOS,
+            "strides": None if input_shape is None else [shape.stride for shape in input_shape],
+            "offset": settings.OFFSET,
+        }
+
+    @property
+    def num_features(self) -> int:
+        """The number of maps."""
+        return len(self.strides)
+
     @property
     def num_anchors(self) -> list[int]:
         """Anchors per position, of each map."""
         return [len(table) for table in self.cell_anchors]
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps [N, C, H_l, W_l] -> per map [H_l * W_l * A, 4] float32, (x1, y1, x2, y2), in order (y, x, anchor)."""
+    @property
+    def num_cell_anchors(self) -> list[int]:
+        """Another name of num_anchors."""
+        return self.num_anchors
+
+    def generate_cell_anchors(
+        self, sizes: Sequence[float] = (32, 64, 128, 256, 512), aspect_ratios: Sequence[float] = (0.5, 1, 2)
+    ) -> Tensor:
+        """The anchors [A, 4] of a position, about the origin: all ratios of the first size, then of the next."""
+        return torch.tensor([_cell_anchor(size, ratio) for size in sizes for ratio in aspect_ratios], device="cpu")
+
+    def forward(self, features: Sequence[Tensor]) -> list[Any]:
+        """Computes the anchors of a pyramid.
+
+        Args:
+            features: maps [N, C, H_l, W_l], one per stride.
+
+        Returns:
+            Per map [H_l * W_l * A, 4] float32, (x1, y1, x2, y2), in order (y, x, anchor), as the ``tensor`` of
+            detectron2's Boxes, or of :class:`Boxes` where detectron2 is not imported.
+        """
+        kind = getattr(sys.modules.get("detectron2.structures"), "Boxes", Boxes)
         anchors = []
         for map, table, stride in zip(features, self.cell_anchors, self.strides, strict=True):
             height, width = map.shape[-2:]
             index = torch.arange(height * width * len(table), device=map.device)
-            anchors.append(anchors_at(index, table.to(map.device), width, (stride, stride), self.offset, torch.float32))
+            boxes = anchors_at(index, table.to(map.device), width, (stride, stride), self.offset, torch.float32)
+            anchors.append(kind(boxes))
         return anchors
 
 
