@@ -263,6 +263,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with joined(args.device) as processes:
         try:
             return run(args, processes)
+        except KeyboardInterrupt:
+            # While it reads the data, builds the model or tests; training ends its step first.
+            if processes.leads:
+                print("interrupted", file=sys.stderr)
+            return 130
         except (DataError, TrainingError, UsageError) as error:
             # A loader process passes an error on as its whole traceback, with the message at the end.
             message = str(error).rpartition("coco_files.DataError: ")[2].strip()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ablation
 import coco_data
+import coco_files
 import detector_models
 import detector_report
 import detector_training
@@ -338,6 +339,17 @@ def test_an_interrupt_ends_the_step_and_leaves_a_checkpoint(output, monkeypatch,
     assert "interrupted after 2 steps" in capsys.readouterr().err
 
 
+def test_an_interrupt_while_the_data_is_read_is_one_line(output, exported, images, monkeypatch, capsys):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(coco_files, "_check_image", interrupt)
+    assert train(output, "--coco", exported, images, *EAGER, 1) == 130
+    assert [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("checking ")] == [
+        "interrupted"
+    ]
+
+
 def test_a_run_that_was_killed_resumes_with_identical_losses(output, unreported):
     """In the middle of an epoch, with random flips and sizes, and without a chance to say goodbye."""
     arguments = ["--backend", "eager", "--train-images", 5, "--flip", "--multi-scale", 64, 96, "--accumulate", 2]
@@ -426,6 +438,25 @@ def test_coco_trains_with_what_the_format_allows(coco, images, annotations, outp
     assert len(figures["fused"]["losses"]) == 3
     # One image in five is held out, at least one.
     assert figures["fused"]["test"]["images"] == 1
+
+
+@pytest.mark.parametrize("model", ["mask_rcnn", "retinanet"])
+def test_the_longest_pictures_that_are_accepted_train(model, annotations, tmp_path, output, unreported):
+    sizes = [(6 * coco_files.MAX_ASPECT, 6), (6, 6 * coco_files.MAX_ASPECT), (1, 1)]
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (90, 60 * i, 120)).save(tmp_path / f"{i}.png")
+    coco = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [
+            {"image_id": i, "category_id": 1, "bbox": [0, 0, w, h], "segmentation": [[0, 0, w, 0, w, h, 0, h]]}
+            for i, (w, h) in enumerate(sizes)
+        ],
+        "categories": [{"id": 1, "name": "all"}],
+    }
+    annotations.write_text(json.dumps(coco))
+    files = ("--coco", annotations, tmp_path, "--coco-test", annotations, tmp_path)
+    assert train(output, *files, "--model", model, *EAGER, 3, "--flip", "--eval-images", 3) == 0
+    assert len(set(saved_in(output)[0]["losses"])) == 3
 
 
 def test_labels_follow_the_order_of_category_ids(coco, images, annotations):
