@@ -177,11 +177,16 @@ def test_bad_arguments_exit_with_2(capsys, arguments, message):
     assert message in text
 
 
-def test_bad_results_to_compare_with(capsys, tmp_path):
-    (tmp_path / "not.json").write_text("[]")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "no results of fpn_fast bench there"), ("{", "Expecting"), ("[" * 10**5, "maximum recursion depth")],
+    ids=["list", "cut", "nested"],
+)
+def test_bad_results_to_compare_with(content, message, capsys, tmp_path):
+    (tmp_path / "not.json").write_text(content)
     code, text = bench(capsys, "--compare", str(tmp_path))
     assert code == 2
-    assert "no results of fpn_fast bench there" in text
+    assert message in text
 
 
 def test_without_torchvision_it_says_what_to_install(tmp_path):

@@ -152,6 +152,7 @@ def test_what_raises_has_failed(capsys, add):
         (["--shapes", "missing.json"], "missing.json"),
         # The content of a file of sizes.
         ("{", "Expecting property name"),
+        pytest.param("[" * 10**5, "shapes.json: maximum recursion depth", id="nested"),
         ("[]", "must hold an object"),
         ('{"bottom_up": [{}]}', "there is no op 'bottom_up'"),
         ('{"top_down": {}}', "top_down must be a list of objects"),

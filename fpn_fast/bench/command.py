@@ -101,7 +101,7 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     try:
         found = [json.loads(file.read_text()) for file in files]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--compare {path}: {error}") from None
     if not found or not all(isinstance(each, dict) and {"machine", "rows"} <= set(each) for each in found):
         raise ValueError(f"--compare {path}: no results of fpn_fast bench there")

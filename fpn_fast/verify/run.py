@@ -254,7 +254,7 @@ def read_shapes(path: Path) -> dict[str, list[dict[str, Any]]]:
     """
     try:
         shapes = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(shapes, dict) or not shapes:
         raise ValueError(f"{path} must hold an object that maps names of ops to lists of sizes")
