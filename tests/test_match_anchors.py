@@ -64,7 +64,11 @@ def check(gts, anchors, description=None, **rule):
         for i, gt in enumerate(gts):
             expected, best = torchvisions(gt, anchors, **rule)
             assert torch.equal(matches[i], expected)
-            assert torch.equal(ious[i], best)
+            same(ious[i], best)
+
+
+def same(*ious):
+    torch.testing.assert_close(*ious, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
@@ -172,20 +176,46 @@ def test_empty_and_tiny(backend, n, g, m):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("corner", range(4))
-def test_boxes_that_are_not_finite_take_no_part(backend, bad, corner):
+def test_anchors_that_are_not_finite_take_no_part(backend, bad, corner):
     anchors, _ = pyramid()
     gts = ground_truths(6)
     anchors = anchors[:400].clone()
-    gts[2, corner], anchors[[0, 77, 399], corner] = bad, bad
+    anchors[[0, 77, 399], corner] = bad
     matches, ious = ops.match_anchors(gts[None], None, anchors, **RULE)
-    good_gts, good = torch.tensor([0, 1, 3, 4, 5]), anchors.isfinite().all(1)
-    expected, best = torchvisions(gts[good_gts], anchors[good])
-    assert torch.equal(matches[0, good], torch.where(expected < 0, expected, good_gts[expected.clamp(min=0)]))
+    good = anchors.isfinite().all(1)
+    expected, best = torchvisions(gts, anchors[good])
+    assert torch.equal(matches[0, good], expected)
     assert torch.equal(ious[0, good], best)
     assert (matches[0, ~good] == -1).all()
     assert (ious[0, ~good] == 0).all()
-    only_bad, _ = ops.match_anchors(gts[None, 2:3], None, anchors, **RULE)
-    assert (only_bad == -1).all()
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("corner", range(4))
+def test_a_ground_truth_with_a_nan_matches_all_anchors(backend, corner, low_quality):
+    """torchvision's maximum counts a NaN as the highest IoU: the loss is one too."""
+    anchors, description = pyramid()
+    gts = [ground_truths(6, seed=seed) for seed in range(3)]
+    gts[0][[2, 4], corner] = NAN
+    gts[2] = gts[2][:1] * NAN
+    check(gts, anchors, description, allow_low_quality_matches=low_quality)
+    counts = torch.tensor([2, 6, 6])
+    matches, _ = ops.match_anchors(ops.pad_boxes(gts)[0], counts, anchors, **RULE)
+    assert torch.equal(matches[0], torchvisions(gts[0][:2], anchors)[0])
+
+
+@pytest.mark.parametrize("bad", [INF, -INF])
+@pytest.mark.parametrize("corner", range(4))
+def test_an_infinite_ground_truth_is_no_better_than_a_nan(backend, bad, corner):
+    """Its IoU is 0 or NaN in torchvision, where the loss may be finite for the wrong anchors."""
+    anchors, _ = pyramid()
+    gts = ground_truths(6)
+    gts[[3, 5], corner] = bad
+    anchors = torch.cat([anchors, gts])
+    matches, ious = ops.match_anchors(gts[None], None, anchors, **RULE)
+    good = anchors.isfinite().all(1)
+    assert torch.equal(matches[0], torch.where(good, 3, -1))
+    assert torch.equal(ious[0].isnan(), good)
 
 
 def test_boxes_without_area_and_huge_ones(backend):
@@ -208,7 +238,8 @@ def test_triton_equals_the_reference_bit_for_bit(name, dtype):
         rule["anchor_counts"] = anchor_counts
     given = anchors if torch.is_tensor(case.anchors) else case.anchors
     results = on_triton("match_anchors", gts, counts, given, **rule)
-    assert all(torch.equal(a, b) for a, b in zip(results, case.expected(dtype), strict=True))
+    for actual, expected in zip(results, case.expected(dtype), strict=True):
+        same(actual, expected)
 
 
 @pytest.mark.gpu

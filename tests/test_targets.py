@@ -14,8 +14,10 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.ops import MultiScaleRoIAlign
 
 import fpn_fast
+from fpn_fast.nn import static_sampling
 from fpn_fast.nn.static_sampling import use_static_sampling
 
+NAN, INF = float("nan"), float("inf")
 CLASSES = 4
 SMALL = {"min_size": 64, "max_size": 96}
 
@@ -130,3 +132,43 @@ def test_a_negative_label_is_no_class_of_a_retinanet():
     assert torch.equal(losses_of(plain, *given)["classification"], last["classification"])
     with pytest.raises(RuntimeError, match="labels must be classes, 0 to 3; a ground truth has another one"):
         losses_of(fast, *given)
+
+
+@of_all
+@pytest.mark.parametrize(("row", "corner"), [(0, 0), (1, 3)])
+def test_a_nan_among_the_ground_truths_is_passed_on(name, row, corner):
+    plain, fast = accelerated(name)
+    images, targets = batch()
+    targets[0]["boxes"] = targets[0]["boxes"].clone()
+    targets[0]["boxes"][row, corner] = NAN
+    expected, found = (losses_of(model, images, targets) for model in (plain, fast))
+    spoilt = {key for key, loss in expected.items() if loss.isnan()}
+    assert spoilt
+    assert {key for key, loss in found.items() if loss.isnan()} == spoilt
+
+
+@of_all
+@pytest.mark.parametrize(("row", "corner", "bad"), [(0, 2, INF), (1, 3, INF), (1, 0, -INF)])
+def test_an_infinite_ground_truth_is_passed_on(name, row, corner, bad):
+    """torchvision's RoI heads may crash. Its RetinaNet may train the wrong object, with a finite loss."""
+    _, fast = accelerated(name)
+    images, targets = batch()
+    targets[0]["boxes"] = targets[0]["boxes"].clone()
+    targets[0]["boxes"][row, corner] = bad
+    found = losses_of(fast, images, targets)
+    wrong = {key for key, loss in found.items() if not loss.isfinite()}
+    # Of each stage with boxes.
+    assert wrong >= {key for key in found if "box_reg" in key or key == "bbox_regression"}
+
+
+def test_masks_are_not_pooled_from_infinite_boxes(monkeypatch):
+    """With few proposals the ground truth is sampled, as background. torchvision's RoIAlign may not end on it."""
+    model = small_detectors.detector("mask", rpn_post_nms_top_n_train=1).train()
+    fpn_fast.accelerate(model)
+    use_static_sampling(model)
+    images, targets = batch(boxes=torch.tensor([[5.0, 5.0, 40.0, 45.0], [20.0, 10.0, INF, 50.0]], dtype=torch.float64))
+    pooled, pool = [], static_sampling.roi_align
+    monkeypatch.setattr(static_sampling, "roi_align", lambda *a: pooled.append(a[1]) or pool(*a))
+    losses_of(model, images, targets)
+    assert len(pooled) == 2
+    assert all(rois.isfinite().all() for rois in pooled)

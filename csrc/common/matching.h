@@ -8,6 +8,11 @@
 // An anchor's own best IoU bounds all of its IoUs, so this pass skips the ground truths whose maximum is higher.
 // Boxes that do not overlap have an IoU of 0, and only a higher IoU changes a match. So a group of anchors can skip the
 // ground truths that it does not reach.
+//
+// Note [Ground truths that are not finite]
+// torchvision's IoU with a NaN is NaN, and its maximum counts a NaN as the highest. So every anchor of the image
+// matches the first such ground truth, whose coordinates make the loss NaN: bad data shows. Kernels do the same for an
+// infinite ground truth, whose IoUs in torchvision are 0 or NaN.
 #pragma once
 
 #include <cstdint>

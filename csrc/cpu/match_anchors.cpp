@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <mutex>
 #include <type_traits>
 #include <vector>
@@ -76,10 +77,11 @@ struct Matching {
   std::vector<T> cell_anchors;
   BoxCoding<T> coding;  // only its offset is used
   MatchRule<T> rule;
-  // The finite ground truths of all images: image n has [first[n], first[n + 1]). `highest` holds the highest IoU of
-  // each.
+  // The ground truths of all images: image n has [first[n], first[n + 1]). `highest` holds the highest IoU of each. An
+  // image with one that is not finite has none here, but the index of its first such in `not_finite`, which is
+  // otherwise -1.
   std::vector<GroundTruth<T>> gts;
-  std::vector<int64_t> first;
+  std::vector<int64_t> first, not_finite;
   std::vector<T> highest;
   int64_t* matches;
   T* ious;
@@ -152,7 +154,13 @@ struct Matching {
     }
     const int64_t at = image * anchors_per_image + begin;
     const bool none = first[image] == end;
+    const int64_t spoilt = not_finite[image];
     for (int i = 0; i < block.count; ++i) {
+      if (spoilt >= 0 && block.valid[i]) {
+        // Note [Ground truths that are not finite].
+        ious[at + i] = std::numeric_limits<T>::quiet_NaN(), matches[at + i] = spoilt;
+        continue;
+      }
       ious[at + i] = best[i];
       // With low-quality matches the second pass writes the codes.
       const int64_t code = rule.low_quality ? match[i] : rule.code(best[i], match[i]);
@@ -206,8 +214,9 @@ struct Matching {
     // If no anchor overlaps a ground truth, its highest IoU is 0, and every anchor reaches it.
     std::vector<char> all(images);
     for (int64_t image = 0; image < images; ++image) {
-      all[image] = std::any_of(highest.begin() + first[image], highest.begin() + first[image + 1],
-                               [](T iou) { return iou == 0; });
+      all[image] =
+          not_finite[image] >= 0 || std::any_of(highest.begin() + first[image], highest.begin() + first[image + 1],
+                                                [](T iou) { return iou == 0; });
     }
     parallel_tasks(blocks(), work, [&](const auto& next) {
       Block<T> block;
@@ -233,10 +242,15 @@ struct Cpu {
     const T* box = matching.gt_boxes;
     for (int64_t image = 0; image < matching.images; ++image) {
       matching.first.push_back(static_cast<int64_t>(matching.gts.size()));
+      matching.not_finite.push_back(-1);
+      int64_t& not_finite = matching.not_finite.back();
       for (int g = 0; g < matching.gts_per_image; ++g, box += 4) {
         const Box<T> gt{box[0], box[1], box[2], box[3]};
-        if (g < matching.gt_counts[image] && is_finite(gt)) matching.gts.push_back({gt, area(gt), g});
+        if (g >= matching.gt_counts[image]) continue;
+        if (!is_finite(gt) && not_finite < 0) not_finite = g;
+        matching.gts.push_back({gt, area(gt), g});
       }
+      if (not_finite >= 0) matching.gts.erase(matching.gts.begin() + matching.first.back(), matching.gts.end());
     }
     matching.first.push_back(static_cast<int64_t>(matching.gts.size()));
     matching.highest.assign(matching.gts.size(), T(0));

@@ -95,7 +95,8 @@ struct GroundTruths {
   Box<T> box[kMatchThreads];
   T area[kMatchThreads];
 
-  // Each thread loads one ground truth of `image`, from `begin` on, below `count`. Returns whether that one is finite.
+  // Each thread loads one ground truth of `image`, from `begin` on, below `count`. Returns whether it is there and
+  // finite.
   __device__ __forceinline__ bool load(const AnchorMatching<T>& matching, int64_t image, int64_t begin, int count) {
     const int64_t g = begin + threadIdx.x;
     Box<T> gt = no_box<T>();
@@ -103,17 +104,15 @@ struct GroundTruths {
       const T* corners = matching.gt_boxes + 4 * (image * matching.gts_per_image + g);
       gt = {corners[0], corners[1], corners[2], corners[3]};
     }
-    // A box that is not finite has an IoU of 0 with every anchor, because its area is infinite or NaN.
     box[threadIdx.x] = gt, area[threadIdx.x] = fpn_fast::area(gt);
     return is_finite(gt);
   }
 
-  // The first finite one of `count`, or -1.
-  __device__ __forceinline__ int first(int count) const {
-    for (int g = 0; g < count; ++g) {
-      if (is_finite(box[g])) return g;
-    }
-    return -1;
+  // The first that is not finite. There must be one.
+  __device__ __forceinline__ int first_not_finite() const {
+    int g = 0;
+    while (is_finite(box[g])) ++g;
+    return g;
   }
 
   // A NaN, as between boxes without area, becomes 0.
@@ -142,21 +141,18 @@ __global__ void __launch_bounds__(kMatchThreads)
   const Box<T> around = warp_union(anchor);
   const int count = gt_count(matching, image), warp = threadIdx.x / 32;
   T best = 0;
-  int match = -1;
+  // Only an IoU above 0 replaces the first.
+  int match = count > 0 ? 0 : -1, not_finite = -1;
   for (int64_t begin = 0; begin < count; begin += kMatchThreads) {
     __syncthreads();
-    gts.load(matching, image, begin, count);
+    const bool finite = gts.load(matching, image, begin, count);
     if (matching.rule.low_quality) {
 #pragma unroll
       for (int i = 0; i < kMatchWarps; ++i) highest[i][threadIdx.x] = 0;
     }
-    __syncthreads();
+    const bool any = __syncthreads_or(!finite && begin + threadIdx.x < count);
+    if (any && not_finite < 0) not_finite = static_cast<int>(begin) + gts.first_not_finite();
     const int here = static_cast<int>(min(int64_t{kMatchThreads}, count - begin));
-    if (match < 0) {
-      const int first = gts.first(here);
-      // Only an IoU above 0 replaces it.
-      if (first >= 0) match = static_cast<int>(begin) + first;
-    }
     for (int g = 0; g < here; ++g) {
       if (!boxes_meet(gts.box[g], around)) continue;
       const T iou = gts.iou(g, anchor, anchor_area);
@@ -180,6 +176,8 @@ __global__ void __launch_bounds__(kMatchThreads)
   if (index >= matching.anchors_per_image) return;
   const int64_t at = image * matching.anchors_per_image + index;
   const bool can_match = match >= 0 && is_finite(anchor);
+  // Note [Ground truths that are not finite]. Either kernel's code for a NaN is the match.
+  if (not_finite >= 0 && can_match) best = std::numeric_limits<T>::quiet_NaN(), match = not_finite;
   matching.ious[at] = best;
   // With low-quality matches the second kernel writes the codes.
   const int64_t code = matching.rule.low_quality ? match : matching.rule.code(best, match);

@@ -30,9 +30,9 @@ class RoIHeads(roi_heads.RoIHeads):
     host once a batch, for the lengths of its lists. :meth:`detections` returns padded tensors and does not synchronise.
 
     Note:
-        Boxes and scores are float32 also for a half-precision head. A ground truth with a NaN matches nothing; in
-        torchvision it matches every proposal. Where a gradient is recorded, detections have torchvision's; see
-        :class:`fpn_fast.nn.RetinaNet`.
+        Boxes and scores are float32 also for a half-precision head. A ground truth that is not finite matches all
+        finite proposals, so that the loss is not finite either. Where a gradient is recorded, detections have
+        torchvision's; see :class:`fpn_fast.nn.RetinaNet`.
 
     Source: torchvision/models/detection/roi_heads.py.
     """

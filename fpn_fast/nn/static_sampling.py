@@ -222,6 +222,8 @@ def _mask_loss(
 ) -> Tensor:
     """torchvision's mask loss: the mean over the pixels of the counted [N, P] positives."""
     side = logits.shape[-1]
+    # An infinite box, which is never a positive, has no number of samples.
+    boxes = boxes.masked_fill(~counted[..., None], 0)
     goals = []
     for own_boxes, own, target in zip(boxes, owners, targets, strict=True):
         masks = target["masks"]

@@ -107,7 +107,9 @@ def match_anchors(
     Note:
         Memory grows with M and G, never with their product. The call does not synchronise with the host, except for the
         reference's upload of an AnchorGrid. Two runs are equal bit for bit, and so are all backends. An image without
-        ground truths gives -1 and 0. A box that is not finite takes no part. The IoU of two boxes without area is 0.
+        ground truths gives -1 and 0. If a ground truth is not finite, all finite anchors of its image match the first
+        such, with an IoU of NaN, so that a loss shows it: as in torchvision, also where torchvision's IoU with an
+        infinite one is 0. An anchor that is not finite takes no part. The IoU of two boxes without area is 0.
 
     Source: Ren et al., Faster R-CNN, 2015, 3.1.2; torchvision/models/detection/_utils.py, Matcher.
     """

@@ -49,7 +49,8 @@ def match_anchors(
     gt_counts: [N]; anchor_counts: [N] or None; boxes have one floating-point dtype. An IoU is
     inter / ((area of the ground truth + area of the anchor) - inter) with every operation rounded; NaN becomes 0.
     Each anchor matches the first of the ground truths of highest IoU. With low-quality matches, an anchor also keeps
-    its match, whatever the thresholds are, if no anchor has a higher IoU with some ground truth.
+    its match, whatever the thresholds are, if no anchor has a higher IoU with some ground truth. If a ground truth is
+    not finite, all finite anchors match the first such, with an IoU of NaN.
     """
     n, g = gt_boxes.shape[:2]
     anchors = anchors.expand(n, -1, -1)
@@ -58,11 +59,13 @@ def match_anchors(
     anchor_is_valid = anchors.isfinite().all(2)
     if anchor_counts is not None:
         anchor_is_valid &= positions < anchor_counts[:, None]
-    gt_is_valid = gt_boxes.isfinite().all(2) & (torch.arange(g, device=gt_boxes.device) < gt_counts[:, None])
+    gt_exists = torch.arange(g, device=gt_boxes.device) < gt_counts[:, None]
+    gt_is_valid = gt_exists & gt_boxes.isfinite().all(2)
+    not_finite = gt_exists & ~gt_is_valid
 
     best = gt_boxes.new_zeros((n, m))
-    # Starts at the first valid ground truth: an IoU of 0 replaces no other.
-    matches = (gt_is_valid.cumsum(1) == 0).sum(1, keepdim=True).expand(n, m).clone()
+    # An IoU of 0 does not replace the first ground truth.
+    matches = torch.zeros_like(best, dtype=torch.int64)
     highest = []
     for first in range(0, g, _BLOCK):
         iou = _iou(gt_boxes, gt_is_valid, anchors, anchor_is_valid, first)
@@ -81,8 +84,11 @@ def match_anchors(
             iou = _iou(gt_boxes, gt_is_valid, anchors, anchor_is_valid, first)
             restored = (iou == highest[block][:, :, None]) & gt_is_valid[:, first : first + _BLOCK, None]
             codes = torch.where(restored.any(1), matches, codes)
-    matchable = anchor_is_valid & gt_is_valid.any(1, keepdim=True)
-    return codes.masked_fill(~matchable, BELOW_LOW_THRESHOLD), best
+    # torchvision's maximum counts the NaN, which is the IoU with a NaN, as the highest.
+    spoilt = not_finite.any(1, keepdim=True)
+    codes = torch.where(spoilt, (not_finite.cumsum(1) == 0).sum(1, keepdim=True), codes)
+    matchable = anchor_is_valid & gt_exists.any(1, keepdim=True)
+    return codes.masked_fill(~matchable, BELOW_LOW_THRESHOLD), best.masked_fill(spoilt & matchable, torch.nan)
 
 
 def _iou(gt_boxes: Tensor, gt_is_valid: Tensor, anchors: Tensor, anchor_is_valid: Tensor, first: int) -> Tensor:

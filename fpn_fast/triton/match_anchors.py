@@ -98,12 +98,14 @@ def match_anchors_kernel(
     )
     left, right, top, bottom = tl.min(x1), tl.max(x2), tl.min(y1), tl.max(y2)
     best = tl.zeros([BLOCK], dtype=ACC)
-    match = tl.full([BLOCK], -1, dtype=tl.int32)
-    first = tl.full((), -1, dtype=tl.int32)
-    for g in range(tl.minimum(tl.load(gt_counts + image), G).to(tl.int32)):
+    # Only an IoU above 0 replaces the first.
+    match = tl.zeros([BLOCK], dtype=tl.int32)
+    not_finite = tl.full((), -1, dtype=tl.int32)
+    count = tl.minimum(tl.load(gt_counts + image), G).to(tl.int32)
+    for g in range(count):
         gx1, gy1, gx2, gy2 = box_at(gt_boxes, image * G + g, True)
         finite = is_finite(gx1, gy1, gx2, gy2)
-        first = tl.where(finite & (first < 0), g, first)
+        not_finite = tl.where(finite | (not_finite >= 0), not_finite, g)
         if finite & (gx1 < right) & (left < gx2) & (gy1 < bottom) & (top < gy2):
             iou = box_iou(gx1, gy1, gx2, gy2, x1, y1, x2, y2, ACC)
             # Strictly greater: the first of equal IoUs stays.
@@ -114,11 +116,12 @@ def match_anchors_kernel(
                 # IoUs are not negative, so their bits have their order.
                 bits = highest_here.to(highest.dtype.element_ty, bitcast=True)
                 tl.atomic_max(highest + image * G + g, bits, mask=highest_here > 0, sem="relaxed")
-    # With no IoU above 0 the match is the first valid ground truth.
-    match = tl.where(match < 0, first, match)
+    # Note [Ground truths that are not finite] in csrc/common/matching.h. Either kernel's code for a NaN is the match.
+    match = tl.where(not_finite >= 0, not_finite, match)
+    best = tl.where(exists & (not_finite >= 0), float("nan"), best)
     if not LOW_QUALITY:
         match = code_of(best, match, decode_float(high, ACC), decode_float(low, ACC))
-    match = tl.where(exists & (first >= 0), match, BELOW_LOW_THRESHOLD)
+    match = tl.where(exists & (count > 0), match, BELOW_LOW_THRESHOLD)
     tl.store(matches + image * M + index, match.to(tl.int64), mask=index < M)
     tl.store(ious + image * M + index, best, mask=index < M)
 

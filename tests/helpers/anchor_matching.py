@@ -72,7 +72,10 @@ CASES = {
     "more_than_a_block_of_gts": Case(boxes(300, 6)[None], (300,), boxes(50, 7)),
     "more_than_a_block_without_low_quality": Case(boxes(300, 6)[None], (300,), boxes(50, 7), low_quality=False),
     "nothing_reaches_one": Case(torch.cat((boxes(3, 0), FAR))[None], (4,), boxes(40, 8)),
-    "only_the_last_is_a_box": Case(torch.cat((torch.full((260, 4), NAN), boxes(1, 0)))[None], (261,), boxes(40, 9)),
+    "one_beyond_a_block_is_not_finite": Case(torch.cat((boxes(258, 6), BAD[:2]))[None], (260,), boxes(40, 9)),
+    "one_is_not_finite_without_low_quality": Case(
+        torch.stack([torch.cat((boxes(5, 0), BAD[1:2])), boxes(6, 1)]), (6, 6), torch.cat((BAD, boxes(40, 9))),
+        low_quality=False),
     "none_is_a_box": Case(torch.full((1, 3, 4), INF), (3,), boxes(40, 9)),
     "odd": Case(torch.stack([BAD, boxes(9, 0), BAD.flip(0)]), (9, 9, 9), torch.cat((BAD, boxes(30, 2), BAD.flip(0)))),
     "no_gts": Case(torch.zeros(2, 0, 4), (0, 0), boxes(40, 0)),

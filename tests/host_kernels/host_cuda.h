@@ -165,6 +165,7 @@ class Warp {
 
 struct Block {
   std::optional<Barrier> barrier;
+  std::atomic<bool> vote{false};
   std::vector<Warp> warps;
 
   explicit Block(unsigned threads) : warps((threads + warpSize - 1) / warpSize) { reset(threads); }
@@ -313,6 +314,17 @@ void launch(dim3 grid, dim3 block, const Body& body, Blocks order = Blocks::kOne
 }  // namespace host_cuda
 
 inline void __syncthreads() { host_cuda::current.block().barrier->arrive_and_wait(); }
+
+inline int __syncthreads_or(int predicate) {
+  std::atomic<bool>& vote = host_cuda::current.block().vote;
+  if (predicate) vote = true;
+  __syncthreads();
+  const bool any = vote;
+  __syncthreads();
+  vote = false;
+  __syncthreads();
+  return any;
+}
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   unsigned ballot = 0;
