@@ -4,5 +4,5 @@
 - ``python -m benchmarks``: ``fpn-fast bench`` with NVIDIA's RoIAlign mapping as one more rival on a GPU.
 - detectors.py: whole detectors. census.py: operations and host synchronisations. ceilings.py: a GPU's limits.
 - gpu_run.py: everything to run on a GPU machine. sanitize.py: calls for a sanitizer.
-- report.py, with front_page.py: committed results into README.md and docs/.
+- report.py: committed results into README.md, docs/ and the README's plot.
 """

@@ -9,68 +9,40 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from fpn_fast.bench.gpu_timing import clock
-from fpn_fast.bench.machine import as_json
+from fpn_fast.bench.timing import GpuTimer, Step, timer
 
-NO_GPU = "skipped: no GPU"
 COPY_BYTES = 10**9
 L2_READ_BYTES = 24 << 20
 #: Enough for a launch of a millisecond at 6 TB/s.
 L2_READ_TURNS = 256
-GRAPH_NODES = 101
+GRAPH_NODES, LAUNCHES, SAMPLES = 101, 1000, 21
 
 
 def _median(sample: Callable[[], float]) -> float:
     sample()
-    return statistics.median(sample() for _ in range(21))
-
-
-def _wall(run: Callable[[], Any]) -> float:
-    """Median wall seconds of `run`, synchronised before and after where there is a GPU."""
-    synchronize: Callable[[], Any] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-
-    def sample() -> float:
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        return time.perf_counter() - start
-
-    return _median(sample)
-
-
-def _gpu(run: Callable[[], Any]) -> float:
-    """Median GPU seconds of `run`."""
-
-    def sample() -> float:
-        with clock().on_stream():
-            return clock().elapsed(run)
-
-    clock().synchronize()
-    return _median(sample)
+    return statistics.median(sample() for _ in range(SAMPLES))
 
 
 def copy(device_type: str, bytes_copied: int) -> dict[str, Any]:
     """Copy bandwidth in GB/s, reads and writes together."""
-    source = torch.randn(bytes_copied // 4, device=device_type)
+    source, clock = torch.randn(bytes_copied // 4, device=device_type), timer(device_type)
     target = torch.zeros_like(source)
-    seconds = (_gpu if device_type == "cuda" else _wall)(lambda: target.copy_(source))
+    clock.synchronize()
+    seconds = _median(lambda: clock.elapsed(lambda: target.copy_(source)))
     return {"device_type": device_type, "bytes": bytes_copied, "gb_per_s": 2 * bytes_copied / seconds / 1e9}
 
 
-def l2_read() -> dict[str, Any]:
+def l2_read(clock: GpuTimer) -> dict[str, Any]:
     """L2 read rate in GB/s."""
-    if importlib.util.find_spec("triton") is None:
-        return {"gb_per_s": None, "problem": "triton is not installed"}
     from benchmarks.l2_read import BLOCK, WARPS, l2_read_kernel
 
     blocks = L2_READ_BYTES // 4 // BLOCK
@@ -78,57 +50,62 @@ def l2_read() -> dict[str, Any]:
     # Eight programs of eight warps fill a multiprocessor.
     programs = 8 * torch.cuda.get_device_properties().multi_processor_count
     sums = torch.empty(programs, device="cuda")
-    launch = l2_read_kernel[(programs,)]
-    seconds = _gpu(lambda: launch(source, sums, blocks, L2_READ_TURNS, BLOCK=BLOCK, num_warps=WARPS))
+    clock.synchronize()
+
+    def read() -> None:
+        l2_read_kernel[(programs,)](source, sums, blocks, L2_READ_TURNS, BLOCK=BLOCK, num_warps=WARPS)
+
+    seconds = _median(lambda: clock.elapsed(read))
     error = abs(sums.double().sum() / L2_READ_TURNS - source.double().sum()).item() / source.double().abs().sum().item()
     if not error < 1e-4:
-        return {"gb_per_s": None, "problem": f"the kernel's sum is wrong by {error:.3g} of the sum of magnitudes"}
+        raise ValueError(f"the kernel's sum is wrong by {error:.3g} of the sum of magnitudes")
     return {"bytes": L2_READ_BYTES, "turns": L2_READ_TURNS, "gb_per_s": L2_READ_BYTES * L2_READ_TURNS / seconds / 1e9}
 
 
-def graph() -> dict[str, Any]:
+def graph(clock: GpuTimer) -> dict[str, Any]:
     """Replay latency and cost per node, microseconds."""
-    value = torch.zeros(1, device="cuda")
-    value.add_(1)
-    clock().synchronize()
+    value = torch.zeros(1, device="cuda").add_(1)
+    clock.synchronize()
 
-    def replay_of(nodes: int) -> Callable[[], Any]:
-        return clock().capture(lambda: [value.add_(1) for _ in range(nodes)])
+    def replay_of(nodes: int) -> Step:
+        return clock.capture(lambda: [value.add_(1) for _ in range(nodes)])
 
     one, many = replay_of(1), replay_of(GRAPH_NODES)
-    first, last = _gpu(one), _gpu(many)
+    first, last = (_median(lambda r=replay: clock.elapsed(r)) for replay in (one, many))
     return {
         "one_node_gpu_us": first * 1e6,
-        "one_node_wall_us": _wall(one) * 1e6,
+        "one_node_wall_us": _median(lambda: clock.seconds([one], 1, nullcontext)) * 1e6,
         "further_node_gpu_us": (last - first) / (GRAPH_NODES - 1) * 1e6,
     }
 
 
-def launch() -> dict[str, Any]:
+def launch(clock: GpuTimer) -> dict[str, Any]:
     """Wall time per launch, microseconds, of launches issued back to back."""
     value = torch.zeros(1, device="cuda")
-    return {"wall_us": _wall(lambda: [value.add_(1) for _ in range(1000)]) * 1e3}
-
-
-def attempt(part: Callable[[], dict[str, Any]]) -> Any:
-    """`part`'s result; a part that fails says so, and the others still run."""
-    if not torch.cuda.is_available():
-        return NO_GPU
-    try:
-        return part()
-    except Exception as error:
-        return {"problem": f"{type(error).__name__}: {error}"}
+    return {"wall_us": _median(lambda: clock.seconds([lambda: value.add_(1)], LAUNCHES, nullcontext)) * 1e6}
 
 
 def ceilings() -> dict[str, Any]:
-    return {
-        # Without a GPU a small copy on the CPU tries the code; device_type says so.
-        "copy": attempt(lambda: copy("cuda", COPY_BYTES)) if torch.cuda.is_available() else copy("cpu", 1 << 20),
-        "l2_read": attempt(l2_read),
-        "graph": attempt(graph),
-        "launch": attempt(launch),
+    """Each part's result; one that fails says so, and the others still run."""
+    if not torch.cuda.is_available():
+        # A small copy on the CPU tries the code; device_type says so.
+        return {"copy": copy("cpu", 1 << 20)} | dict.fromkeys(("l2_read", "graph", "launch"), "skipped: no GPU")
+    found: dict[str, Any] = {}
+    parts: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "copy": lambda clock: copy("cuda", COPY_BYTES),
+        "l2_read": l2_read,
+        "graph": graph,
+        "launch": launch,
     }
+    for name, part in parts.items():
+        try:
+            found[name] = part(timer("cuda"))
+        except Exception as error:
+            found[name] = {"problem": f"{type(error).__name__}: {error}"}
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(any("problem" in part for part in as_json(__doc__, ceilings).values()))
+    result = ceilings()
+    print(json.dumps(result, indent=1))
+    sys.exit(any("problem" in part for part in result.values()))

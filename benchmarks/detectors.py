@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import math
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ from torchvision.models import detection
 
 import fpn_fast
 from fpn_fast.__main__ import ends_with_its_reader
-from fpn_fast.bench import gpu_timing, machine, timing
-from fpn_fast.bench.counting import Count, Dispatched, count
-from fpn_fast.bench.harness import Ready, Refused, prepare, sampled
+from fpn_fast.bench import machine, timing
+from fpn_fast.bench.harness import Candidate, prepare, sampled
 from fpn_fast.bench.providers import backend_seen
 from fpn_fast.bench.report import load, place
 from fpn_fast.bench.report import table as markdown_table
@@ -56,11 +54,13 @@ STAGES = {
 }
 #: Stages that fpn_fast replaces.
 REPLACED = ("FPN merge", "RPN tail", "pooler", "detections")
+STAGE_RUNS = 7
 #: Standard deviation of the outputs of a head's last layer, by its name.
 DEVIATIONS = {"cls_logits": 1.0, "cls_score": 3.0, "bbox_pred": 0.3, "bbox_reg": 0.3}
 #: The share of a dense head's logits above its threshold.
 DENSE_SHARE = 2e-4
 TARGETS_PER_IMAGE = 7
+LARGE, SMALL, TINY = (800, 1344), (320, 544), (64, 96)
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,22 @@ class Case:
 
 def cases(device_type: str) -> list[Case]:
     """On a CPU also a small image, and a training step on small ones alone: on large ones it takes a minute."""
-    large, small = (800, 1344), (320, 544)
-    found = []
-    for model in BUILDERS:
-        if device_type == "cpu":
-            found.append(Case(model, small, 1))
-        found += [Case(model, large, 1), Case(model, small if device_type == "cpu" else large, 2, training=True)]
-    return found
+    on_cpu = device_type == "cpu"
+    inference = [SMALL, LARGE] if on_cpu else [LARGE]
+    return [
+        case
+        for model in BUILDERS
+        for case in (
+            *(Case(model, size, 1) for size in inference), Case(model, SMALL if on_cpu else LARGE, 2, training=True)
+        )
+    ]  # fmt: skip
 
 
 def build(case: Case, device: torch.device) -> nn.Module:
     """torchvision's detector, with outputs as :func:`spread` makes them."""
     torch.manual_seed(0)
-    model = BUILDERS[case.model](
-        weights=None, weights_backbone=None, min_size=min(case.size), max_size=max(case.size)
-    ).to(device)
+    sizes = {"min_size": min(case.size), "max_size": max(case.size)}
+    model = BUILDERS[case.model](weights=None, weights_backbone=None, **sizes).to(device)
     spread(model, images(case, device))
     return model.train(case.training)
 
@@ -107,12 +108,12 @@ def images(case: Case, device: torch.device) -> list[Tensor]:
 
 def targets(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    height, width = case.size
+    image = torch.tensor(case.size[::-1])
     found = []
     for _ in range(case.batch):
         share = torch.rand(TARGETS_PER_IMAGE, 4, generator=generator)
-        sides = (0.05 + 0.4 * share[:, 2:]) * torch.tensor([width, height])
-        corners = share[:, :2] * (torch.tensor([width, height]) - sides)
+        sides = (0.05 + 0.4 * share[:, 2:]) * image
+        corners = share[:, :2] * (image - sides)
         labels = torch.randint(1, 91, (TARGETS_PER_IMAGE,), generator=generator)
         found.append({"boxes": torch.cat([corners, corners + sides], 1).to(device), "labels": labels.to(device)})
     return found
@@ -128,91 +129,79 @@ def spread(model: Any, batch: list[Tensor]) -> None:
     for norm in norms:
         norm.momentum = 0.1
     model.eval()
-    layers = {name: each for name, each in model.named_modules() if name.rpartition(".")[2] in DEVIATIONS}
     # The box head's inputs depend on the RPN's boxes.
-    for second in (False, True):
-        seen = _outputs(
-            model, batch, {name: each for name, each in layers.items() if name.startswith("roi_heads") == second}
-        )
-        for name, outputs in seen.items():
-            kind, out = name.rpartition(".")[2], torch.cat([each.flatten() for each in outputs])
+    for in_box_head in (False, True):
+        layers = {
+            name: each
+            for name, each in model.named_modules()
+            if name.rpartition(".")[2] in DEVIATIONS and name.startswith("roi_heads") == in_box_head
+        }
+        outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        hooks = [
+            each.register_forward_hook(lambda _m, _i, out, of=outputs[name]: of.append(out.flatten()))
+            for name, each in layers.items()
+        ]
+        model(batch)
+        for hook, (name, layer) in zip(hooks, layers.items(), strict=True):
+            hook.remove()
+            kind, out = name.rpartition(".")[2], torch.cat(outputs[name])
             scale = DEVIATIONS[kind] / out.std().clamp(min=1e-6)
-            layers[name].weight.mul_(scale)
-            layers[name].bias.sub_(out.mean()).mul_(scale)
+            layer.weight.mul_(scale)
+            layer.bias.sub_(out.mean()).mul_(scale)
             if kind == "cls_logits" and hasattr(model, "score_thresh"):
                 above = max(1, round(DENSE_SHARE * out.numel()))
                 lowest = ((out - out.mean()) * scale).topk(above).values[-1]
-                layers[name].bias.add_(math.log(model.score_thresh / (1 - model.score_thresh)) - lowest)
-
-
-def _outputs(model: Any, batch: list[Tensor], layers: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
-    """The outputs of each of `layers` while `model` runs."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    hooks = [
-        each.register_forward_hook(lambda _m, _i, out, n=name: seen[n].append(out)) for name, each in layers.items()
-    ]
-    model(batch)
-    for hook in hooks:
-        hook.remove()
-    return seen
+                layer.bias.add_(math.log(model.score_thresh / (1 - model.score_thresh)) - lowest)
 
 
 @dataclass
 class Provider:
-    """How a case is computed: `step` is timed; `found` returns its result as torchvision would."""
+    """How a case is computed: `step` is timed; `lists` gives its result as torchvision would."""
 
     step: Callable[[], Any]
-    found: Callable[[], Any]
     model: nn.Module
+    lists: Callable[[Any], Any] = lambda result: result
 
 
 def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Provider]:
     plain = build(case, device)
     fast = copy.deepcopy(plain).train(case.training)
     fpn_fast.accelerate(fast)
-    batch = images(case, device)
-    make = _lists if not case.training else functools.partial(_training, own_targets=targets(case, device))
-    models: dict[str, Any] = {"eager": plain, "fpn_fast": fast}
-    found = {name: make(model, model, batch) for name, model in models.items()}
-    static: Any = None
-    if not case.training:
-        static = fpn_fast.StaticDetector(fast, case.size, case.batch)
-        found["static"] = _static(static, static, batch)
+    batch, own_targets = images(case, device), targets(case, device)
+
+    def detecting(call: Any, model: nn.Module) -> Provider:
+        def step() -> Any:
+            with torch.no_grad():
+                return call(batch)
+
+        return Provider(step, model)
+
+    def training(call: Any, model: nn.Module) -> Provider:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+        def step() -> Any:
+            torch.manual_seed(3)
+            optimizer.zero_grad(set_to_none=True)
+            losses = call(batch, own_targets)
+            sum(losses.values()).backward()
+            optimizer.step()
+            return losses
+
+        return Provider(step, model)
+
+    make = training if case.training else detecting
+    found = {"eager": make(plain, plain), "fpn_fast": make(fast, fast)}
     if compiled:
-        found |= {f"{name} + compile": make(torch.compile(model), model, batch) for name, model in models.items()}
-        if static is not None:
-            found["static + compile"] = _static(torch.compile(static, fullgraph=True), static, batch)
-    if device.type == "cuda" and static is not None:
-        captured = fpn_fast.StaticDetector(fast, case.size, case.batch).capture()
-        found["static, captured"] = _static(captured, captured, batch)
+        found |= {f"{name} + compile": make(torch.compile(each.model), each.model) for name, each in found.items()}
+    if not case.training:
+        static, stacked = fpn_fast.StaticDetector(fast, case.size, case.batch), torch.stack(batch)
+        calls: dict[str, Any] = {"static": static}
+        if compiled:
+            calls["static + compile"] = torch.compile(static, fullgraph=True)
+        if device.type == "cuda":
+            calls["static, captured"] = fpn_fast.StaticDetector(fast, case.size, case.batch).capture()
+        found |= {name: Provider(lambda c=call: c(stacked), static, static.unpad) for name, call in calls.items()}
     return found
-
-
-def _lists(call: Any, model: nn.Module, batch: list[Tensor]) -> Provider:
-    def step() -> Any:
-        with torch.no_grad():
-            return call(batch)
-
-    return Provider(step, step, model)
-
-
-def _static(call: Any, static: fpn_fast.StaticDetector, batch: list[Tensor]) -> Provider:
-    stacked = torch.stack(batch)
-    return Provider(lambda: call(stacked), lambda: static.unpad(call(stacked)), static)
-
-
-def _training(call: Any, model: nn.Module, batch: list[Tensor], own_targets: list[dict[str, Tensor]]) -> Provider:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-
-    def step() -> Any:
-        torch.manual_seed(3)
-        optimizer.zero_grad(set_to_none=True)
-        losses = call(batch, own_targets)
-        sum(losses.values()).backward()
-        optimizer.step()
-        return losses
-
-    return Provider(step, step, model)
 
 
 def problem(found: Any, expected: Any) -> str | None:
@@ -271,56 +260,39 @@ def clocked(model: nn.Module, synchronize: Callable[[], None]) -> Iterator[dict[
             hook.remove()
 
 
-def measure(case: Case, device: torch.device, seconds: float, compiled: bool, say: Callable[[str], None]) -> list[Row]:
+def measure(case: Case, device: torch.device, seconds: float, compiled: bool) -> list[Row]:
     """All providers of `case`, for some `seconds` after warming up."""
-    cuda = device.type == "cuda"
-    synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
     torch.compiler.reset()
-    candidates = providers(case, device, compiled)
-    expected = candidates["eager"].found()
+    clock = timing.timer(device.type)
+    found = providers(case, device, compiled)
+    expected = found["eager"].step()
+    clock.synchronize()
 
-    def checked(name: str, provider: Provider) -> Ready:
-        say(f"{case}: {name}")
-        seen = Count()
-        # What torch.compile makes of a model does not go through the dispatcher.
-        with nullcontext() if "compile" in name else Dispatched(seen):
-            found = provider.found()
-        if why := problem(found, expected):
-            raise Refused(why)
-        facts: dict[str, Any] = {}
-        if "compile" not in name:
-            facts["backend"] = backend_seen(seen.operators)
-            if (facts["backend"] == "torch") != (name == "eager"):
-                raise Refused(f"{facts['backend']} computed this")
-        provider.step()
-        facts["peak_bytes"] = (gpu_timing if cuda else timing).peak_bytes(provider.step)
-        if name in ("eager", "fpn_fast"):
-            facts["stages"] = _stages(provider, synchronize)
-        if name in ("eager", "fpn_fast", "static") and not case.training:
-            facts["syncs"] = count(provider.step).syncs.total()
+    def stages(provider: Provider) -> dict[str, Any]:
+        times = []
+        for _ in range(STAGE_RUNS):
+            with clocked(provider.model, clock.synchronize) as one:
+                provider.step()
+            times.append(one)
+        return {"stages": {stage: statistics.median(each[stage] for each in times) for stage in times[0]}}
 
-        def sample() -> float:
-            synchronize()
-            start = time.perf_counter()
-            provider.step()
-            synchronize()
-            return time.perf_counter() - start
+    def wrong_backend(name: str, operators: set[str]) -> str | None:
+        seen = backend_seen(operators)
+        return None if (seen == "torch") == (name == "eager") else f"{seen} computed this"
 
-        return Ready({"wall": timing.Measurement("clock", 1, sample)}, facts)
+    def candidate(name: str, provider: Provider) -> Candidate:
+        print(f"{case}: {name}", file=sys.stderr, flush=True)
+        return Candidate(
+            bind=lambda: [provider.step],
+            problem=lambda result: problem(provider.lists(result), expected),
+            backend_problem=lambda operators: wrong_backend(name, operators),
+            seen="compile" not in name and "captured" not in name,
+            wall_only=True,
+            facts=lambda: stages(provider) if name in ("eager", "fpn_fast") else {},
+        )
 
-    ready = {name: prepare(lambda n=name, p=each: checked(n, p)) for name, each in candidates.items()}
-    say(f"{case}: rounds")
-    return sampled(case, ready, seconds, timing.MAX_ROUNDS)[0]
-
-
-def _stages(provider: Provider, synchronize: Callable[[], None], runs: int = 7) -> dict[str, float]:
-    """Milliseconds per stage, medians over some runs."""
-    times = []
-    for _ in range(runs):
-        with clocked(provider.model, synchronize) as found:
-            provider.step()
-        times.append(found)
-    return {stage: statistics.median(each[stage] for each in times) for stage in times[0]}
+    ready = {name: prepare(candidate(name, provider), clock) for name, provider in found.items()}
+    return sampled(case, ready, seconds, timing.MAX_ROUNDS)
 
 
 def replaced(stages: dict[str, float]) -> float:
@@ -360,59 +332,42 @@ def table(results: dict[str, Any]) -> str:
     return f"{markdown_table(lines, left=2)}\n\n{note}\n"
 
 
-def held(results: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """Whether each target is met, and what was measured: no detector is slower than torchvision's, and on a CPU the
-    replaced stages take at most a quarter of torchvision's time."""
-    for case, rows in by_case(results).items():
-        times = rows["fpn_fast"].get("speedup", {}).get("eager")
-        yield times is not None and times >= 1.0, f"{case}: {times} eager, wants 1"
-        if results["machine"]["device_type"] == "cpu" and "stages" in rows["fpn_fast"]:
-            share = replaced(rows["fpn_fast"]["stages"]) / replaced(rows["eager"]["stages"])
-            yield share <= 0.25, f"{case}: replaced stages take {share:.0%}, want 25% at most"
-
-
 @ends_with_its_reader
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 1 if a provider was refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case", action="append", help="a case, by the beginning of its name (default: all)")
-    parser.add_argument(
-        "--case-seconds", type=float, default=60.0, help="seconds per case after warming up (default: 60)"
-    )
-    parser.add_argument("--no-compile", action="store_true",
-                        help="without torch.compile, which takes minutes per case. On a CPU it is measured for "
-                        "inference on the small image alone")  # fmt: skip
-    parser.add_argument("--results", type=Path, default=Path("output/benchmarks"),
-                        help="folder for <machine>/detectors.json (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="tiny images: a trial of the command, not a measurement")
+    for name, text, keywords in (
+        ("--device", "where to measure (default: cuda if there is a GPU)",
+         {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"}),
+        ("--case", "a case, by the beginning of its name (default: all)", {"action": "append", "default": []}),
+        ("--case-seconds", "seconds per case after warming up (default: 60)", {"type": float, "default": 60.0}),
+        ("--no-compile", "without torch.compile, which takes minutes per case. On a CPU it is measured for inference "
+         "on the small image alone", {"action": "store_true"}),
+        ("--results", "folder for <machine>/detectors.json (default: %(default)s)",
+         {"type": Path, "default": Path("output/benchmarks")}),
+        ("--tiny", "tiny images: a trial of the command, not a measurement", {"action": "store_true"}),
+    ):  # fmt: skip
+        parser.add_argument(name, help=text, **keywords)
     options = parser.parse_args(arguments)
     if arguments is None:
         machine.keep_freed_memory()
-    chosen = [c for c in cases(options.device) if not options.case or any(str(c).startswith(n) for n in options.case)]
+    chosen = [case for case in cases(options.device) if str(case).startswith(tuple(options.case) or "")]
     if not chosen:
         parser.error(f"no case is named like {', '.join(options.case)}")
     if options.tiny:
-        chosen = [Case(case.model, (64, 96), case.batch, case.training) for case in chosen]
-    smallest = min(case.size for case in cases(options.device))
+        chosen = [Case(case.model, TINY, case.batch, case.training) for case in chosen]
     # Cases of an earlier run of the same commit stay in the file.
     names = set(map(str, chosen))
     results = Results(
-        options.results, "detectors", machine.facts(options.device), lambda r: str(case_of(r)) not in names
+        options.results, "detectors", machine.facts(options.device), lambda row: str(case_of(row)) not in names
     )
-    any_refused = False
     for case in chosen:
-        small = options.tiny or (case.size == smallest and not case.training)
-        rows = measure(
-            case, torch.device(options.device), options.case_seconds,
-            not options.no_compile and (options.device == "cuda" or small),
-            lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
-        results.add(rows)
-        any_refused |= any(row.refused is not None for row in rows)
+        quick = options.device == "cuda" or case.size == TINY or (case.size == SMALL and not case.training)
+        compiled = quick and not options.no_compile
+        results.add(measure(case, torch.device(options.device), options.case_seconds, compiled))
     print(table(load(results.path)))
-    return int(any_refused)
+    return int(any("refused" in row for row in results.rows if str(case_of(row)) in names))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything to run on a GPU machine, in one command that stops by itself.
 
-    python benchmarks/gpu_run.py --output DIR [--budget 540] [--library DIR | build] [--only tests,...] [--dry-run]
+    python benchmarks/gpu_run.py [--output DIR] [--budget 540] [--library DIR | build] [--only tests,...] [--dry-run]
 
 Sections, each in processes of its own with a time limit, so that one that hangs or fails loses none of the others:
 
-    environment  device, driver, clocks (read, never set), versions, backends, resources of each kernel
-    library      with --library: the compiled library copied into the checkout, or built there
+    library      always: whether the compiled library is there; with --library it is copied from a folder, or built
+    environment  always: device, driver, clocks (read, never set), versions, backends, resources of each kernel
     ceilings     copy bandwidth, L2 read rate, graph replay and launch latency
     tests        the tests marked gpu
     sanitizer    memcheck and racecheck over calls of each kernel, where compute-sanitizer is installed
@@ -28,7 +28,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +44,6 @@ from fpn_fast.bench.rows import write_text  # noqa: E402
 NO_GPU = "skipped: no GPU"
 LIBRARY_FILES = ("_C.abi3.so", "_C_cuda.abi3.so")
 SANITIZER_TOOLS = ("memcheck", "racecheck")
-#: A sanitizer's exit code when it has found something.
-SANITIZER_ERROR = 9
 #: The cases of a dry run: some of each family.
 DRY_CASES = (
     "resnet50_fpn_800x1344-n1-float32-channels_last",
@@ -71,10 +68,8 @@ class Run:
     """One run: its options, its budget, its folder, and what was found."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.start = time.monotonic()
-        self.section_end = self.start
-        self.has_gpu = False
+        self.options, self.has_gpu = options, False
+        self.start = self.section_end = time.monotonic()
         self.output: Path = options.output.resolve()
         self.output.mkdir(parents=True, exist_ok=True)
         self.log = self.output / "gpu_run.log"
@@ -85,51 +80,45 @@ class Run:
         if options.dry_run:
             self.variables["CUDA_VISIBLE_DEVICES"] = ""
 
-    def left(self) -> float:
-        """Seconds left of the budget, less one for writing."""
-        return max(0.0, self.options.budget - (time.monotonic() - self.start) - 1)
-
     def section_left(self) -> float:
         """Seconds until the section's processes are killed."""
         return max(0.0, self.section_end - time.monotonic())
 
     def command(
-        self, arguments: list[str], variables: dict[str, str] | None = None, share: float = 1.0
-    ) -> tuple[int | None, str]:
-        """Runs a process for at most `share` of the section's time: its exit code (None if killed) and its output."""
-        limit = max(0.1, share * self.section_left())
-        begin = self.log.stat().st_size
-        with self.log.open("ab") as log:
+        self, *arguments: str, variables: dict[str, str] | None = None, share: float = 1.0
+    ) -> tuple[str | None, str]:
+        """Runs a program for at most `share` of the section's time: what went wrong, if so, and its output."""
+        with self.log.open("ab+") as log:
             log.write(f"\n$ {' '.join(arguments)}\n".encode())
             log.flush()
+            begin = log.tell()
             process = subprocess.Popen(
-                arguments, cwd=ROOT, env={**self.variables, **(variables or {})}, stdin=subprocess.DEVNULL, stdout=log,
+                arguments, cwd=ROOT, env=self.variables | (variables or {}), stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
                 # A group of its own, so that its children end with it.
                 start_new_session=True,
             )  # fmt: skip
             try:
-                code: int | None = process.wait(limit)
-            except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                code = None
-        with self.log.open("rb") as log:
+                code = process.wait(max(0.1, share * self.section_left()))
+                problem = f"exit code {code}" if code else None
+            except subprocess.TimeoutExpired:
+                problem = "stopped at its time limit"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
             log.seek(begin)
-            return code, log.read().decode(errors="replace")
+            return problem, log.read().decode(errors="replace")
 
-    def module(self, name: str, *arguments: str) -> tuple[int | None, str]:
-        """Runs a module by this Python for at most the section's time."""
-        return self.command([sys.executable, "-m", name, *arguments])
+    def python(self, *arguments: str) -> tuple[str | None, str]:
+        """Runs this Python."""
+        return self.command(sys.executable, *arguments)
 
-    def json_of(self, module: str) -> Outcome:
-        """What `module` writes with --json."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "results.json"
-            code, _ = self.module(module, "--json", str(path))
-            return json.loads(path.read_text()) if path.exists() else {}, None if code == 0 else _ending(code)
+    def json_of(self, *arguments: str) -> Outcome:
+        """The JSON object that this Python prints with `arguments`."""
+        problem, output = self.python(*arguments)
+        start = f"\n{output}".find("\n{")
+        return (json.JSONDecoder().raw_decode(output, start)[0] if start >= 0 else {}), problem
 
     def note(self, section: Section, entry: dict[str, Any]) -> None:
         """Keeps a section's entry, and writes gpu_run.json, whole or not at all."""
@@ -139,13 +128,14 @@ class Run:
 
     def do(self, section: Section) -> None:
         """Does one section within its time and notes its results."""
-        left = self.left()
+        begin, budget = time.monotonic(), self.options.budget
+        # One second is for writing.
+        left = max(0.0, budget - (begin - self.start) - 1)
         if left < section.least:
-            reason = f"{left:.0f} s of {self.options.budget:.0f} s left, needs {section.least:.0f} s"
+            reason = f"{left:.0f} s of {budget:.0f} s left, needs {section.least:.0f} s"
             return self.note(section, {"status": "skipped", "reason": reason})
         print(f"{section.name} ...", flush=True)
-        begin = time.monotonic()
-        self.section_end = begin + min(left, max(section.least, section.most * self.options.budget))
+        self.section_end = begin + min(left, max(section.least, section.most * budget))
         try:
             results, problem = section.work(self)
         except Exception as error:  # the other sections follow, whatever went wrong in this one
@@ -154,17 +144,12 @@ class Run:
         return self.note(section, {**entry, "seconds": round(time.monotonic() - begin, 1), "results": results})
 
 
-def _ending(code: int | None) -> str:
-    return "stopped at its time limit" if code is None else f"exit code {code}"
-
-
 def library(run: Run) -> Outcome:
     """Builds the compiled library in the checkout, or copies it there."""
     if run.options.dry_run:
         return {"library": "skipped: dry run"}, None
     if run.options.library == "build":
-        code, _ = run.command([sys.executable, "setup.py", "build_ext", "--inplace"])
-        return {"library": "built"}, None if code == 0 else f"build: {_ending(code)}"
+        return {"library": "built"}, run.python("setup.py", "build_ext", "--inplace")[0]
     source = Path(run.options.library).resolve()
     found = [name for name in LIBRARY_FILES if (source / name).exists()]
     for name in found:
@@ -174,59 +159,57 @@ def library(run: Run) -> Outcome:
     return {"library": str(source), "files": found}, f"{source} lacks {', '.join(missing)}" if missing else None
 
 
+def environment(run: Run) -> Outcome:
+    results, problem = run.json_of("-m", "fpn_fast.bench.machine")
+    run.has_gpu = results.get("device_type") == "cuda"
+    info, other = run.json_of("-m", "fpn_fast", "info", "--json")
+    return {**results, "info": info}, problem or other
+
+
 def tests(run: Run) -> Outcome:
     """The tests marked gpu; at the time limit, those that have ended."""
     arguments = ["tests", "-m", "gpu", "-v", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     if run.has_gpu and importlib.util.find_spec("xdist"):
         # Most of a test's time is Triton's compiler, on the CPU; and a crash of the device ends one worker only.
         arguments += ["-n", str(min(8, os.cpu_count() or 1))]
-    code, output = run.module("pytest", *arguments)
+    problem, output = run.python("-m", "pytest", *arguments)
     words = _VERDICT.findall(output)
     results: dict[str, Any] = {word.lower(): words.count(word) for word in sorted(set(words))}
     results["failures"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    if not run.has_gpu:
-        results["gpu"] = NO_GPU
     # 5: none of the tests is marked gpu.
-    return results, None if code in (0, 5) else _ending(code)
-
-
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on the PATH or in a CUDA toolkit."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    paths = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(paths))
+    return results, None if problem == "exit code 5" else problem
 
 
 def sanitizer(run: Run) -> Outcome:
-    program = [sys.executable, "-m", "benchmarks.sanitize"]
+    program = (sys.executable, "-m", "benchmarks.sanitize")
     if not run.has_gpu:
-        code, _ = run.command(program)
-        return {"calls": _ending(code), **dict.fromkeys(SANITIZER_TOOLS, NO_GPU)}, None if code == 0 else "calls failed"
-    tool = find_sanitizer()
+        return dict.fromkeys(SANITIZER_TOOLS, NO_GPU), run.command(*program)[0]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    paths = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join(paths))
     if tool is None:
         return dict.fromkeys(SANITIZER_TOOLS, "skipped: no compute-sanitizer"), None
     results, problems = {}, []
     for i, name in enumerate(SANITIZER_TOOLS):
-        command = [tool, "--tool", name, "--error-exitcode", str(SANITIZER_ERROR), *program]
         # Without the caching allocator every tensor is an allocation of its own, whose ends memcheck knows.
-        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        code, output = run.command(command, variables, share=1 / (len(SANITIZER_TOOLS) - i))
+        variables, share = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, 1 / (len(SANITIZER_TOOLS) - i)
+        command = (tool, "--tool", name, "--error-exitcode", "9", *program)
+        problem, output = run.command(*command, variables=variables, share=share)
         summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", output, re.MULTILINE)
-        results[name] = "; ".join([*summary, _ending(code)])
-        if code != 0:
-            problems.append(f"{name}: {results[name]}")
+        results[name] = "; ".join([*summary, problem or "exit code 0"])
+        problems += [f"{name}: {results[name]}"] if problem else []
     return results, "; ".join(problems) or None
 
 
 def benchmarks(run: Run) -> Outcome:
     """Every case, into <machine>/<family>.json."""
-    arguments = ["--output", str(run.output), "--seconds", "0.1" if run.options.dry_run else "2"]
+    arguments = ["-m", "benchmarks", "--output", str(run.output), "--seconds", "0.1" if run.options.dry_run else "2"]
     if run.options.dry_run:
         arguments += ["--tiny", "--only", ",".join(DRY_CASES)]
     # A case that has begun needs time to end, most of it for torch.compile.
     limit = max(5.0, run.section_left() - 30)
     before = {path: path.stat().st_mtime_ns for path in run.output.glob("*/*.json")}
-    code, _ = run.module("benchmarks", *arguments, "--limit", f"{limit:.0f}")
+    problem, _ = run.python(*arguments, "--limit", f"{limit:.0f}")
     files = [path for path in sorted(run.output.glob("*/*.json")) if before.get(path) != path.stat().st_mtime_ns]
     results: dict[str, Any] = {"files": [str(path.relative_to(run.output)) for path in files]}
     for path in files:
@@ -236,9 +219,7 @@ def benchmarks(run: Run) -> Outcome:
             "not_reached": found["machine"].get("not_reached", []),
             "refused": report.refusals([found]),
         }
-    if not run.has_gpu:
-        results["gpu"] = NO_GPU
-    return results, None if code == 0 else _ending(code)
+    return results, problem
 
 
 @dataclass(frozen=True)
@@ -254,14 +235,15 @@ class Section:
 #: In the order of their value; time that one leaves unused goes to those after it.
 SECTIONS = (
     Section("library", library, 30, 0.5),
-    Section("environment", lambda run: run.json_of("fpn_fast.bench.machine"), 5, 0.2),
-    Section("ceilings", lambda run: run.json_of("benchmarks.ceilings"), 10, 0.15),
+    Section("environment", environment, 5, 0.2),
+    Section("ceilings", lambda run: run.json_of("-m", "benchmarks.ceilings"), 10, 0.15),
     Section("tests", tests, 20, 0.35),
     Section("sanitizer", sanitizer, 20, 0.2),
     Section("benchmarks", benchmarks, 20, 1.0),
 )
-#: Those that --only can choose.
-CHOICES = ("ceilings", "tests", "sanitizer", "benchmarks")
+#: Those that always run, and all.
+ALWAYS = ("library", "environment")
+CHOICES = tuple(section.name for section in SECTIONS)
 
 
 def summary(run: Run) -> str:
@@ -276,38 +258,31 @@ def summary(run: Run) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--budget", type=float, default=540, help="seconds for the whole run (default: 540)")
-    parser.add_argument(
-        "--library", help='folder of a prebuilt library, or "build" (default: the library in the checkout)'
-    )
-    parser.add_argument("--only", default=",".join(CHOICES), help=f"sections, of {', '.join(CHOICES)} (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="try everything on the CPU, with tiny maps")
-    options = parser.parse_args(arguments)
-    options.only = options.only.split(",")
-    if unknown := set(options.only) - set(CHOICES):
-        parser.error(f"--only takes {', '.join(CHOICES)}, not {', '.join(sorted(unknown))}")
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns 1 where a section failed, else 0."""
-    options = parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text, keywords in (
+        ("--output", "folder for results and logs (default: %(default)s)",
+         {"type": Path, "default": Path("output/gpu")}),
+        ("--budget", "seconds for the whole run (default: 540)", {"type": float, "default": 540}),
+        ("--library", 'folder of a prebuilt library, or "build" (default: the library in the checkout)',
+         {"default": ROOT / "fpn_fast"}),
+        ("--only", f"sections, of {', '.join(CHOICES)} (default: all)", {"default": ",".join(CHOICES)}),
+        ("--dry-run", "try everything on the CPU, with tiny maps", {"action": "store_true"}),
+    ):  # fmt: skip
+        parser.add_argument(name, help=text, **keywords)
+    options = parser.parse_args(arguments)
+    chosen = {*options.only.split(","), *ALWAYS}
+    if unknown := chosen - set(CHOICES):
+        parser.error(f"--only takes {', '.join(CHOICES)}, not {', '.join(sorted(unknown))}")
     run = Run(options)
     for section in SECTIONS:
-        if section.name == "library" and options.library is None:
+        if section.name not in chosen:
             continue
-        if section.name in CHOICES and section.name not in options.only:
-            continue
-        if section.name in CHOICES and not run.has_gpu and not options.dry_run:
+        if section.name in ALWAYS or run.has_gpu or options.dry_run:
+            run.do(section)
+        else:
             run.note(section, {"status": "skipped", "reason": "no GPU; --dry-run tries the run without one"})
-            continue
-        run.do(section)
-        if section.name == "environment":
-            found = run.found["sections"]["environment"].get("results", {})
-            run.has_gpu = found.get("device_type") == "cuda"
     print(summary(run))
     sections = run.found["sections"].values()
     return 0 if (run.has_gpu or options.dry_run) and all(entry["status"] != "failed" for entry in sections) else 1

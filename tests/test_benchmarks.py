@@ -23,7 +23,6 @@ from fpn_fast import __main__ as command_line
 from fpn_fast.bench import (
     cases,
     counting,
-    gpu_timing,
     harness,
     libraries,
     machine,
@@ -264,7 +263,7 @@ def test_peak_memory_sees_through_memory_that_was_kept() -> None:
     for _ in range(3):
         kept = [torch.ones(1 << 20) for _ in range(4)]
         del kept
-    peak = timing.peak_bytes(lambda: [torch.ones(1 << 20) for _ in range(4)])
+    peak = timing.timer("cpu").peak_bytes(lambda: [torch.ones(1 << 20) for _ in range(4)])
     assert 0.9 * (16 << 20) < peak < 1.5 * (16 << 20)
 
 
@@ -351,21 +350,21 @@ REFUSED = [
 def test_a_wrong_result_or_backend_is_refused(function, name: str, direction: str, reason: str) -> None:
     case = cases.tiny(_case(direction))
     planted = providers.Provider(name, function, "cpp" if name == "cpp" else None)
-    found, samples = harness.measure(case, "cpu", 0.0, [providers.Provider("eager", EAGER), planted], max_rounds=2)
+    found = harness.measure(case, "cpu", 0.0, [providers.Provider("eager", EAGER), planted], max_rounds=2)
     (refused,) = (row for row in found if row.provider == name)
     assert reason in refused.refused
     assert refused.p50 is None
     assert refused.speedup is None
     assert harness.refused(found) == [f"{case} {name}: {refused.refused}"]
     assert all(name not in (row.speedup or {}) for row in found)
-    assert {provider for provider, _ in samples} == {"eager", harness.COPY}
+    assert [row.provider for row in found if row.refused is None] == ["eager", harness.COPY]
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_rows_carry_the_backend_that_the_dispatcher_saw(family: str) -> None:
     for (_, direction), case in {(c.op, c.direction): c for c in cases.FAMILIES[family]("cpu")}.items():
         small = cases.tiny(case)
-        found, _ = harness.measure(small, "cpu", 0.0, providers.providers(small, "cpu", ["eager", "cpp"]), max_rounds=1)
+        found = harness.measure(small, "cpu", 0.0, providers.providers(small, "cpu", ["eager", "cpp"]), max_rounds=1)
         assert harness.refused(found) == [], direction
         seen = {row.provider: rows.as_dict(row).get("backend") for row in found}
         assert {name: seen[name] for name in ("eager", "cpp")} == {"eager": "torch", "cpp": "cpp"}
@@ -430,44 +429,40 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert timing.quantile([1.0, 2.0, 3.0], 0.2) == pytest.approx(1.4)
 
 
-class _CpuInPlaceOfGpu(gpu_timing.GpuClock):
+class _CpuInPlaceOfGpu(timing.GpuTimer):
+    on_stream, synchronize, elapsed = timing.Timer.on_stream, timing.Timer.synchronize, timing.Timer.elapsed
+
     def __init__(self, captures: bool) -> None:
         self.captures = captures
 
-    def on_stream(self) -> nullcontext[None]:
-        return nullcontext()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed(self, run: gpu_timing.Step) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    def capture(self, run: gpu_timing.Step) -> gpu_timing.Step:
+    def capture(self, run: timing.Step) -> timing.Step:
         if not self.captures:
             raise RuntimeError("cannot be captured")
         return run
 
 
 @pytest.mark.parametrize("captures", [True, False])
-def test_gpu_metrics_take_turns_over_all_sets(captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "_clocks", [_CpuInPlaceOfGpu(captures)])
-    op = providers.op_of(TINY)
-    inputs = [op.inputs(torch.device("cpu")) for _ in range(5)]
-    grads = [providers.output_grads(TINY, each) for each in inputs]
-    found = gpu_timing.measurements(TINY, providers.Provider("eager", op.eager), inputs, grads)
+def test_gpu_metrics_take_turns_over_all_sets(captures: bool) -> None:
+    called = [0] * 5
+
+    def step(i: int) -> None:
+        called[i] += 1
+
+    steps = [lambda i=i: step(i) for i in range(5)]
+    found = _CpuInPlaceOfGpu(captures).measurements(steps, nullcontext)
     method = "graph" if captures else "events"
     assert {name: m.method for name, m in found.items()} == {"gpu_cold": method, "gpu_warm": method, "wall": "clock"}
-    assert found["gpu_cold"].calls % 5 == 0
-    assert all(measurement.sample() > 0 for measurement in found.values())
+    for name, measurement in found.items():
+        before = list(called)
+        assert measurement.sample() > 0
+        turns = [now - then for now, then in zip(called, before, strict=True)]
+        assert turns == ([measurement.calls, 0, 0, 0, 0] if name == "gpu_warm" else [measurement.calls // 5] * 5)
 
 
 def test_results_of_a_set_live_until_its_next_turn() -> None:
     made: list[int] = []
     steps = [lambda i=i: made.append(i) or object() for i in range(3)]
-    gpu_timing.in_turn(steps, 7)()
+    timing.in_turn(steps, 7)()
     assert made == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -562,7 +557,10 @@ def test_table(results: Path) -> None:
         "| 2.67x | 2.00x | 80% |\n" in text
     )
     assert "| channels_first | backward | 2 ms |  | refused |  |  |  |\n" in text
-    assert "| top_down | tiny_3_levels | 1 | float32 | channels_first | forward | 20 us | 25 us | 0.80x |\n" in text
+    assert (
+        "| top_down | tiny_3_levels | 1 | float32 | channels_first | forward | 20 us |  | 25 us | 0.80x |  |  |\n"
+        in text
+    )
     assert "Abacus 9, 2 threads, torch 2.11.0, commit 0123abc, 2026-01-02: median wall time" in text
     assert f"Refused: {_case('backward')} cpp: result 1 differs." in text
 
@@ -606,37 +604,17 @@ def test_a_figure_that_differs_from_its_results_is_found(
         path.write_text(right)
 
 
-def test_targets_name_what_is_missed(results: Path) -> None:
-    assert list(checkout_report.held(report.load(results))) == [
-        (True, f"{_case('forward')}: 2 times as fast as compile, wants 1"),
-        (False, f"{_case('forward')}: 0.8 of a copy's bandwidth, wants 85%"),
-        (False, f"{_case('backward')}: no figure times as fast as compile, wants 1"),
-    ]
-
-
-def test_memory_is_shown_and_held_to_where_it_counts(tmp_path: Path, results: Path) -> None:
+def test_memory_is_shown_where_it_counts(tmp_path: Path, results: Path) -> None:
     kept = rows.Results(tmp_path / "memory", "match_anchors", report.load(results)["machine"])
-    few, many = (next(c for c in cases.FAMILIES["match_anchors"]("cpu") if c.boxes == n) for n in (20, 300))
-    for case, peak in ((few, 3_200_000), (many, 320_000_000)):
-        times = {"eager": (800.0, {}, 1_000_000_000), "cpp": (10.0, {"eager": 80.0}, peak)}
-        kept.add(
-            [rows.Row(case, name, "wall", "clock", 8, t, t, t, 9, 1, speedup=speedup, peak_bytes=memory)
-             for name, (t, speedup, memory) in times.items()]
-        )  # fmt: skip
-    found = report.load(kept.path)
-    text = report.markdown(found)
+    case = cases.FAMILIES["match_anchors"]("cpu")[0]
+    for name, peak in (("eager", 1_000_000_000), ("cpp", 3_200_000)):
+        kept.add([rows.Row(case, name, "wall", "clock", 8, 10.0, 10.0, 10.0, 9, 1, peak_bytes=peak)])
+    text = report.markdown(report.load(kept.path))
     assert "| peak memory, eager | peak memory, fpn_fast (cpp) |\n" in text
     assert "| 1000 MB | 3.2 MB |\n" in text
-    held = list(checkout_report.held(found))
-    assert (True, f"{few}: 80 times as fast as eager, wants 10") in held
-    assert (True, f"{few}: 0.0032 of eager's peak memory, wants 10% at most") in held
-    assert (False, f"{many}: 0.32 of eager's peak memory, wants 10% at most") in held
-    for row in found["rows"]:
-        del row["peak_bytes"]
-    assert (False, f"{few}: no figure of eager's peak memory, wants 10% at most") in checkout_report.held(found)
 
 
-EVERY_SECTION = ("environment", "ceilings", "tests", "sanitizer", "benchmarks")
+EVERY_SECTION = ("library", "environment", "ceilings", "tests", "sanitizer", "benchmarks")
 
 
 def _sections(folder: Path) -> dict:
@@ -664,13 +642,12 @@ def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
     assert {name: each["status"] for name, each in sections.items()} == dict.fromkeys(EVERY_SECTION, "ok")
     results = {name: entry["results"] for name, entry in sections.items()}
     no_gpu = "skipped: no GPU"
-    assert results["environment"]["gpu"] == results["environment"]["kernels"] == no_gpu
+    assert results["environment"]["device_type"] == "cpu"
+    assert results["environment"]["info"]["kernels"] is None
     assert {results["ceilings"][name] for name in ("l2_read", "graph", "launch")} == {no_gpu}
     assert results["ceilings"]["copy"]["device_type"] == "cpu"
-    assert results["tests"]["gpu"] == no_gpu
     assert "passed" not in results["tests"]
     assert {results["sanitizer"][tool] for tool in ("memcheck", "racecheck")} == {no_gpu}
-    assert results["benchmarks"]["gpu"] == no_gpu
     assert len(results["benchmarks"]["files"]) == len(cases.FAMILIES)
     for rows_file in results["benchmarks"]["files"]:
         family = Path(rows_file).stem
@@ -696,8 +673,8 @@ def test_too_small_a_budget_skips_sections_by_name(tmp_path: Path, capsys: pytes
 
 def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hangs(run: gpu_run.Run) -> tuple[dict, str | None]:
-        code, output = run.command([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"])
-        return {"code": code, "output": output.splitlines()[-1]}, "stopped" if code is None else None
+        problem, output = run.python("-c", "print('begun', flush=True); import time; time.sleep(60)")
+        return {"output": output}, problem
 
     def breaks(run: gpu_run.Run) -> tuple[dict, str | None]:
         raise KeyError("planted")
@@ -717,7 +694,8 @@ def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeyp
     assert time.monotonic() - start < 20
     sections = _sections(tmp_path)
     assert sections["tests"]["status"] == "failed"
-    assert sections["tests"]["results"]["code"] is None
+    assert sections["tests"]["reason"] == "stopped at its time limit"
+    assert sections["tests"]["results"]["output"] == "begun\n"
     assert sections["sanitizer"]["reason"] == "KeyError: 'planted'"
     assert sections["ceilings"]["status"] == "ok"
     assert sections["benchmarks"]["status"] == "skipped"

@@ -102,7 +102,7 @@ def test_without_a_compiler_the_package_still_works(tmp_path):
         "--ops",
         "match_anchors",
     ]
-    assert "report.html" in output_of(*command, "--only", "gts_", "--providers", "eager", "--output", "bench")
+    assert "report.md" in output_of(*command, "--only", "gts_", "--providers", "eager", "--output", "bench")
     assert len(list((tmp_path / "bench").glob("*/growth.json"))) == 1
     assert "@pytest.mark.fpn_fast_parity(" in output_of(sys.executable, "-m", "pytest", "--markers")
 

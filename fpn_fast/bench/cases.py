@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fpn_fast.bench.rois import pixels_read
 
@@ -22,19 +21,14 @@ def _levels(height: int, width: int, strides: Sequence[int] = (4, 8, 16, 32)) ->
 #: Of the usual padded size of COCO images, and of the size before padding, where widths of 334, 167, 84 and 42 do not
 #: halve everywhere.
 RESNET50_FPN_800X1344, RESNET50_FPN_800X1333 = _levels(800, 1344), _levels(800, 1333)
-#: 268,569 anchors with three per cell.
+#: 268,569 anchors with three per cell; 201,600 with nine.
 _RPN_STRIDES = (4, 8, 16, 32, 64)
 RPN_800X1344 = _levels(800, 1344, _RPN_STRIDES)
-#: 201,600 anchors with nine per cell.
 RETINANET_800X1344 = _levels(800, 1344, (8, 16, 32, 64, 128))
-#: An image in place of maps.
-IMAGE_800X1344: Levels = ((800, 1344),)
-IMAGE_800X1333: Levels = ((800, 1333),)
 TINY_3_LEVELS: Levels = ((4, 4), (2, 2), (1, 1))
 TINY_2_MAPS: Levels = ((4, 4), (2, 2))
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-MEMORY_FORMATS = ("channels_first", "channels_last")
 
 
 @dataclass(frozen=True)
@@ -55,11 +49,11 @@ class Case:
     op: str
     name: str
     levels: Levels
-    batch: int
-    channels: int
-    dtype: str
-    memory_format: str
-    direction: str
+    batch: int = 1
+    channels: int = 0
+    dtype: str = "float32"
+    memory_format: str = "channels_first"
+    direction: str = "forward"
     overhead: bool = False
     rois: int = 0
     output_size: int = 0
@@ -93,6 +87,132 @@ def image_size(case: Case) -> tuple[int, int]:
 
 def level_anchors(case: Case) -> list[int]:
     return [case.anchors * height * width for height, width in case.levels]
+
+
+def _over(base: Case, **axes: Sequence[object]) -> list[Case]:
+    """`base` with every combination of the values of its fields `axes`, the last varying fastest.
+
+    Its name may hold fields in braces, and the words ``spread`` (or "clustered") and ``image``.
+    """
+    found = []
+    for values in itertools.product(*axes.values()):
+        case = replace(base, **dict(zip(axes, values, strict=True)))  # type: ignore[arg-type]
+        image = "{}x{}".format(*image_size(case))
+        words = {**vars(case), "spread": "clustered" if case.clustered else "spread", "image": image}
+        found.append(replace(case, name=case.name.format(**words)))
+    return found
+
+
+_FORMATS = {"memory_format": ("channels_first", "channels_last")}
+_BOTH = {**_FORMATS, "direction": ("forward", "backward")}
+_DTYPES = {"dtype": ("float32", "bfloat16")}
+_MERGE = Case("top_down", "resnet50_fpn_800x1344", RESNET50_FPN_800X1344, channels=256)
+_OVERHEAD = {"direction": ("forward", "forward_grad", "forward_backward")}
+_TINY = Case("top_down", "tiny_3_levels", TINY_3_LEVELS, channels=8, overhead=True)
+#: A detector's poolers.
+_BOX, *_POOLERS = (
+    Case("multiscale_roi_align", name + "_{spread}", RESNET50_FPN_800X1344, channels=256, rois=rois, output_size=size,
+         sampling_ratio=ratio)
+    for name, rois, size, ratio in (
+        ("box_1000_7x7_ratio_2", 1000, 7, 2),
+        ("box_1000_7x7_adaptive", 1000, 7, 0),
+        ("mask_100_14x14_ratio_2", 100, 14, 2),
+        ("train_512_7x7_ratio_2", 512, 7, 2),
+    )
+)  # fmt: skip
+_CROWDED = replace(_BOX, clustered=True)
+_PROPOSALS = Case("generate_proposals", "top_{pre_nms_top_n}_800x1344", RPN_800X1344, anchors=3, pre_nms_top_n=1000)
+#: Tables with the classes of an anchor side by side, as channels_last maps have them.
+_RETINANET = Case("select_detections", "retinanet_91_classes_800x1344", RETINANET_800X1344,
+                  memory_format="channels_last", anchors=9, classes=91)  # fmt: skip
+_MATCH = Case("match_anchors", "{boxes}_gts_800x1344", RPN_800X1344, anchors=3, boxes=20)
+_IMAGE, _UNPADDED_IMAGE = ((800, 1344),), ((800, 1333),)
+
+
+def _library(neck: str, extractor: str, proposals: str) -> list[Case]:
+    """The parts of a library's Faster R-CNN R50 that fpn_fast replaces; their pooling is adaptive."""
+    base = Case(neck, "faster_rcnn_r50_800x1344", RESNET50_FPN_800X1344, channels=256)
+    return [
+        *_over(base, **_BOTH),
+        *_over(replace(base, op=extractor, rois=1000, output_size=7), **_BOTH),
+        *_over(replace(_PROPOSALS, op=proposals, name=base.name), batch=(1, 2), **_FORMATS),
+    ]
+
+
+def _images(base: Case, axis: str) -> list[Case]:
+    sizes = [_levels(*size, _RPN_STRIDES[: len(base.levels)]) for size in ((400, 672), (800, 1344), (1200, 2016))]
+    return _over(replace(base, axis=axis, name=axis + "_{image}"), levels=sizes)
+
+
+#: Family -> its cases on any device, the most valuable first. A family's rows share one results file.
+_CASES: dict[str, list[Case]] = {
+    "top_down": [
+        *_over(_MERGE, batch=(1, 2), **_DTYPES, **_BOTH),
+        *_over(_TINY, **_OVERHEAD),
+        *_over(replace(_TINY, op="upsample_add", name="tiny_2_maps", levels=TINY_2_MAPS), **_OVERHEAD),
+        *_over(replace(_MERGE, name="resnet50_fpn_800x1333", levels=RESNET50_FPN_800X1333), **_BOTH),
+    ],
+    "multiscale_roi_align": [
+        *(case for pooler in (_BOX, *_POOLERS) for case in _over(pooler, **_BOTH)),
+        *_over(replace(_BOX, dtype="bfloat16"), **_BOTH),
+        *_over(_CROWDED, **_BOTH),
+        *_over(replace(_BOX, batch=2), **_BOTH),
+    ],
+    "generate_proposals": _over(_PROPOSALS, batch=(1, 2, 8), pre_nms_top_n=(1000, 2000), **_FORMATS),
+    "select_detections": _over(replace(_RETINANET, pre_nms_top_n=1000), batch=(1, 2)),
+    "sigmoid_focal_loss": _over(
+        replace(_RETINANET, op="sigmoid_focal_loss", direction="forward_backward"), batch=(1, 2)
+    ),
+    "batched_nms": _over(
+        Case("batched_nms", "{boxes}_boxes_{classes}_groups", _IMAGE),
+        boxes=(1_000, 5_000, 10_000, 30_000), classes=(1, 5, 80, 1203),
+    ),
+    "match_anchors": _over(_MATCH, boxes=(20, 300, 100, 7)),
+    "paste_masks": [Case("paste_masks", "100_masks_800x1333", _UNPADDED_IMAGE, boxes=100, output_size=28)],
+    "heatmaps_to_keypoints": _over(
+        Case("heatmaps_to_keypoints", "{boxes}_people_800x1333", _UNPADDED_IMAGE, classes=17, output_size=56),
+        boxes=(20, 100),
+    ),
+    "detectron2": _library("detectron2_fpn", "detectron2_pooler", "detectron2_proposals"),
+    "mmdet": _library("mmdet_neck", "mmdet_extractor", "mmdet_proposals"),
+    # Series in which one quantity grows and all else stays.
+    "growth": [
+        *_over(replace(_BOX, axis="rois", name="rois_{rois}", memory_format="channels_last"),
+               rois=(100, 300, 1000, 3000)),
+        *_over(replace(_MATCH, axis="gts", name="gts_{boxes}"), boxes=(5, 20, 80, 320)),
+        *_over(replace(_MERGE, axis="batch", name="batch"), batch=(1, 2, 4)),
+        *_over(replace(_PROPOSALS, axis="batch", name="batch"), batch=(1, 2, 4, 8)),
+        *_images(_MERGE, "image"), *_images(_PROPOSALS, "image"), *_images(_MATCH, "anchors"),
+    ],
+}  # fmt: skip
+#: Further cases on a GPU.
+_ON_A_GPU: dict[str, list[Case]] = {
+    "top_down": _over(replace(_MERGE, batch=8), **_DTYPES, **_BOTH),
+    "multiscale_roi_align": [
+        case
+        for base in (*_POOLERS, _CROWDED, replace(_BOX, batch=2), replace(_BOX, batch=8))
+        for case in _over(replace(base, dtype="bfloat16"), **_BOTH)
+    ],
+}
+
+
+def _of_family(family: str) -> Callable[[str], list[Case]]:
+    return lambda device_type: _CASES[family] + (_ON_A_GPU.get(family, []) if device_type == "cuda" else [])
+
+
+#: Family -> its cases for a device type.
+FAMILIES: dict[str, Callable[[str], list[Case]]] = {family: _of_family(family) for family in _CASES}
+
+
+def tiny(case: Case) -> Case:
+    """`case` with eight channels, maps of a few pixels and few boxes: for tests, not for measurements."""
+    levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)
+    if all(fine == (2 * coarse[0], 2 * coarse[1]) for fine, coarse in itertools.pairwise(case.levels)):
+        # Maps that halve still do: detectron2 takes no others.
+        (height, width), last = levels[-1], len(levels) - 1
+        levels = tuple((height << (last - i), width << (last - i)) for i in range(len(levels)))
+    most = {"channels": 8, "rois": 4, "classes": 3, "pre_nms_top_n": 20, "boxes": 20}
+    return replace(case, levels=levels, **{name: min(getattr(case, name), limit) for name, limit in most.items()})
 
 
 def _map_elements(case: Case) -> list[int]:
@@ -147,10 +267,10 @@ def _focal_elements(case: Case) -> int:
 
 
 _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
-    "top_down": _merge_elements,
-    "upsample_add": _merge_elements,
-    "multiscale_roi_align": _pooler_elements,
-    "generate_proposals": _proposal_elements,
+    **dict.fromkeys(("top_down", "upsample_add"), _merge_elements),
+    **dict.fromkeys(("multiscale_roi_align", "detectron2_pooler", "mmdet_extractor"), _pooler_elements),
+    **dict.fromkeys(("generate_proposals", "detectron2_proposals", "mmdet_proposals"), _proposal_elements),
+    **dict.fromkeys(("detectron2_fpn", "mmdet_neck"), _neck_elements),
     # Every logit. What is above the threshold depends on the data, and is little.
     "select_detections": lambda case: case.batch * case.classes * sum(level_anchors(case)),
     "sigmoid_focal_loss": _focal_elements,
@@ -162,12 +282,6 @@ _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     "paste_masks": lambda case: case.boxes * (case.output_size**2 + 4 + image_size(case)[0] * image_size(case)[1]),
     # Heatmaps and boxes, and (x, y, 1) and a score per keypoint.
     "heatmaps_to_keypoints": lambda case: case.boxes * (case.classes * (case.output_size**2 + 3 + 1) + 4),
-    "detectron2_fpn": _neck_elements,
-    "detectron2_pooler": _pooler_elements,
-    "detectron2_proposals": _proposal_elements,
-    "mmdet_neck": _neck_elements,
-    "mmdet_extractor": _pooler_elements,
-    "mmdet_proposals": _proposal_elements,
 }
 
 
@@ -180,196 +294,3 @@ def bytes_moved(case: Case) -> int:
     if case.direction == "forward_backward":
         elements += _ELEMENTS_MOVED[case.op](replace(case, direction="backward"))
     return elements * ELEMENT_BYTES[case.dtype]
-
-
-_SELECTION_TARGETS = {
-    "generate_proposals": 8.0,
-    "select_detections": 5.0,
-    "sigmoid_focal_loss": 5.0,
-    "batched_nms": 3.0,
-    "paste_masks": 5.0,
-    "heatmaps_to_keypoints": 3.0,
-}
-_MATCH_TARGETS = {20: 10.0, 300: 20.0}  # by ground truths
-
-
-def targets(case: Case) -> dict[str, float]:
-    """What the compiled library is held to for `case` on two CPU cores; empty where it is only reported.
-
-    eager, compile: at least this many times as fast as that provider; copy: at least this share of a copy's bandwidth;
-    peak: at most this share of eager's peak memory.
-    """
-    if case.op in _SELECTION_TARGETS:
-        return {"eager": _SELECTION_TARGETS[case.op]}
-    if case.op == "match_anchors" and case.boxes in _MATCH_TARGETS:
-        return {"eager": _MATCH_TARGETS[case.boxes], "peak": 0.1}
-    if case.op == "multiscale_roi_align" and case.dtype == "float32":
-        if case.direction == "forward" and case.sampling_ratio == 0:
-            return {"eager": 10.0}
-        return {"eager": 8.0 if case.memory_format == "channels_last" else 5.0}
-    if (case.name, case.dtype, case.batch) == ("resnet50_fpn_800x1344", "float32", 1):
-        return {"compile": 1.0, "copy": 0.85} if case.direction == "forward" else {"compile": 1.0}
-    return {}
-
-
-def _pathway(name: str, levels: Levels, batch: int, dtype: str, directions: Sequence[str]) -> list[Case]:
-    return [
-        Case("top_down", name, levels, batch, 256, dtype, memory_format, direction)
-        for memory_format in MEMORY_FORMATS
-        for direction in directions
-    ]
-
-
-def _top_down(device_type: str) -> list[Case]:
-    both, dtypes = ("forward", "backward"), ("float32", "bfloat16")
-    large = ("resnet50_fpn_800x1344", RESNET50_FPN_800X1344)
-    cases = [case for batch in (1, 2) for dtype in dtypes for case in _pathway(*large, batch, dtype, both)]
-    cases += [
-        Case(op, name, levels, 1, 8, "float32", "channels_first", direction, overhead=True)
-        for op, name, levels in (
-            ("top_down", "tiny_3_levels", TINY_3_LEVELS),
-            ("upsample_add", "tiny_2_maps", TINY_2_MAPS),
-        )
-        for direction in ("forward", "forward_grad", "forward_backward")
-    ]
-    cases += _pathway("resnet50_fpn_800x1333", RESNET50_FPN_800X1333, 1, "float32", both)
-    if device_type == "cuda":
-        cases += [case for dtype in dtypes for case in _pathway(*large, 8, dtype, both)]
-    return cases
-
-
-#: A detector's poolers: RoIs per image, bins and samples per axis.
-POOLERS = {
-    "box_1000_7x7_ratio_2": (1000, 7, 2),
-    "box_1000_7x7_adaptive": (1000, 7, 0),
-    "mask_100_14x14_ratio_2": (100, 14, 2),
-    "train_512_7x7_ratio_2": (512, 7, 2),
-}
-_BOX = "box_1000_7x7_ratio_2"
-
-
-def _pool(pooler: str, batch: int, dtype: str, clustered: bool = False) -> list[Case]:
-    count, output_size, sampling_ratio = POOLERS[pooler]
-    name = f"{pooler}_{'clustered' if clustered else 'spread'}"
-    return [
-        Case("multiscale_roi_align", name, RESNET50_FPN_800X1344, batch, 256, dtype, memory_format, direction,
-             rois=count, output_size=output_size, sampling_ratio=sampling_ratio, clustered=clustered)
-        for memory_format in MEMORY_FORMATS
-        for direction in ("forward", "backward")
-    ]  # fmt: skip
-
-
-def _multiscale_roi_align(device_type: str) -> list[Case]:
-    cases = [case for pooler in POOLERS for case in _pool(pooler, 1, "float32")]
-    cases += _pool(_BOX, 1, "bfloat16") + _pool(_BOX, 1, "float32", clustered=True) + _pool(_BOX, 2, "float32")
-    if device_type == "cuda":
-        cases += [case for pooler in POOLERS if pooler != _BOX for case in _pool(pooler, 1, "bfloat16")]
-        cases += _pool(_BOX, 1, "bfloat16", clustered=True) + _pool(_BOX, 2, "bfloat16") + _pool(_BOX, 8, "bfloat16")
-    return cases
-
-
-def _selection(op: str, name: str, levels: Levels, batch: int = 1, memory_format: str = "channels_first",
-               direction: str = "forward", **sizes: Any) -> Case:  # fmt: skip
-    return Case(op, name, levels, batch, 0, "float32", memory_format, direction, **sizes)
-
-
-def _retinanet(op: str, direction: str, **sizes: int) -> list[Case]:
-    """Tables with the classes of an anchor side by side, as channels_last maps have them."""
-    name = "retinanet_91_classes_800x1344"
-    return [
-        _selection(op, name, RETINANET_800X1344, batch, "channels_last", direction, anchors=9, classes=91, **sizes)
-        for batch in (1, 2)
-    ]
-
-
-def _proposals(op: str, name: str, batches: Sequence[int], top_ns: Sequence[int]) -> list[Case]:
-    return [
-        _selection(op, name.format(top_n), RPN_800X1344, batch, memory_format, anchors=3, pre_nms_top_n=top_n)
-        for batch, top_n, memory_format in itertools.product(batches, top_ns, MEMORY_FORMATS)
-    ]
-
-
-#: The families that are the same on every device.
-_SELECTIONS: dict[str, list[Case]] = {
-    "generate_proposals": _proposals("generate_proposals", "top_{}_800x1344", (1, 2, 8), (1000, 2000)),
-    "select_detections": _retinanet("select_detections", "forward", pre_nms_top_n=1000),
-    "sigmoid_focal_loss": _retinanet("sigmoid_focal_loss", "forward_backward"),
-    "batched_nms": [
-        _selection("batched_nms", f"{boxes}_boxes_{groups}_groups", IMAGE_800X1344, boxes=boxes, classes=groups)
-        for boxes, groups in itertools.product((1_000, 5_000, 10_000, 30_000), (1, 5, 80, 1203))
-    ],
-    "match_anchors": [
-        _selection("match_anchors", f"{gts}_gts_800x1344", RPN_800X1344, anchors=3, boxes=gts)
-        for gts in (20, 300, 100, 7)
-    ],
-    "paste_masks": [_selection("paste_masks", "100_masks_800x1333", IMAGE_800X1333, boxes=100, output_size=28)],
-    "heatmaps_to_keypoints": [
-        _selection("heatmaps_to_keypoints", f"{boxes}_people_800x1333", IMAGE_800X1333, boxes=boxes, classes=17,
-                   output_size=56)
-        for boxes in (20, 100)
-    ],
-}  # fmt: skip
-
-
-def _library(neck: str, extractor: str, proposals: str) -> list[Case]:
-    """The parts of a library's Faster R-CNN R50 that fpn_fast replaces; their pooling is adaptive."""
-    name = "faster_rcnn_r50_800x1344"
-    cases = [
-        Case(op, name, RESNET50_FPN_800X1344, 1, 256, "float32", memory_format, direction, rois=rois, output_size=size)
-        for op, rois, size in ((neck, 0, 0), (extractor, 1000, 7))
-        for memory_format in MEMORY_FORMATS
-        for direction in ("forward", "backward")
-    ]
-    return cases + _proposals(proposals, name, (1, 2), (1000,))
-
-
-def _growth() -> list[Case]:
-    """Series in which one quantity grows and all else stays."""
-    pooler = next(c for c in _pool(_BOX, 1, "float32") if c.memory_format == "channels_last")
-    pathway = _pathway("", RESNET50_FPN_800X1344, 1, "float32", ("forward",))[0]
-    proposals, matching = _SELECTIONS["generate_proposals"][0], _SELECTIONS["match_anchors"][0]
-    cases = [replace(pooler, rois=count, axis="rois", name=f"rois_{count}") for count in (100, 300, 1000, 3000)]
-    cases += [replace(matching, boxes=count, axis="gts", name=f"gts_{count}") for count in (5, 20, 80, 320)]
-    for base, counts in ((pathway, (1, 2, 4)), (proposals, (1, 2, 4, 8))):
-        cases += [replace(base, batch=count, axis="batch", name="batch") for count in counts]
-    for base, axis in ((pathway, "image"), (proposals, "image"), (matching, "anchors")):
-        cases += [
-            replace(base, levels=_levels(*size, _RPN_STRIDES[: len(base.levels)]), axis=axis,
-                    name=f"{axis}_{size[0]}x{size[1]}")
-            for size in ((400, 672), (800, 1344), (1200, 2016))
-        ]  # fmt: skip
-    return cases
-
-
-def _same(cases: list[Case]) -> Callable[[str], list[Case]]:
-    """Cases that do not depend on the device type."""
-    return lambda device_type: list(cases)
-
-
-#: Family -> its cases for a device type, the most valuable first. A family's rows share one results file.
-FAMILIES: dict[str, Callable[[str], list[Case]]] = {
-    "top_down": _top_down,
-    "multiscale_roi_align": _multiscale_roi_align,
-    **{family: _same(cases) for family, cases in _SELECTIONS.items()},
-    "detectron2": _same(_library("detectron2_fpn", "detectron2_pooler", "detectron2_proposals")),
-    "mmdet": _same(_library("mmdet_neck", "mmdet_extractor", "mmdet_proposals")),
-    "growth": _same(_growth()),
-}
-
-
-def tiny(case: Case) -> Case:
-    """`case` with eight channels, maps of a few pixels and few boxes: for tests, not for measurements."""
-    levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)
-    if all(fine == (2 * coarse[0], 2 * coarse[1]) for fine, coarse in itertools.pairwise(case.levels)):
-        # Maps that halve still do: detectron2 takes no others.
-        (height, width), last = levels[-1], len(levels) - 1
-        levels = tuple((height << (last - i), width << (last - i)) for i in range(len(levels)))
-    return replace(
-        case,
-        levels=levels,
-        channels=min(case.channels, 8),
-        rois=min(case.rois, 4),
-        classes=min(case.classes, 3),
-        pre_nms_top_n=min(case.pre_nms_top_n, 20),
-        boxes=min(case.boxes, 20),
-    )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fpn_fast.bench import report
 from fpn_fast.bench.cases import FAMILIES, Case, tiny
 
 #: Seconds per case after warming up, and with --quick. torch.compile takes most of a case's time.
@@ -25,8 +26,8 @@ refused and has no figures. Cases in which a rival is faster are listed at the e
 On Linux the command starts itself again with two settings that make glibc keep freed memory, for all providers alike.
 An allocator in LD_PRELOAD, or settings of your own, are kept and recorded instead.
 
-Writes <output>/<machine>/<family>.json after every case, and report.md and report.html (one page, nothing to fetch) at
-the end. Exits with 0; with 1 if a row was refused or, with --compare, became slower; with 2 for bad arguments."""
+Writes <output>/<machine>/<family>.json after every case, and report.md at the end. Exits with 0; with 1 if a row was
+refused or, with --compare, became slower; with 2 for bad arguments."""
 
 
 def add_arguments(commands: Any) -> argparse.ArgumentParser:
@@ -98,9 +99,8 @@ def _chosen(options: argparse.Namespace, device_type: str) -> dict[str, list[Cas
 
 def _earlier(path: Path) -> list[dict[str, Any]]:
     """The results in a file, or in all files of a machine's folder."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     try:
-        found = [json.loads(file.read_text()) for file in files]
+        found = [json.loads(file.read_text()) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--compare {path}: {error}") from None
     if not found or not all(isinstance(each, dict) and {"machine", "rows"} <= set(each) for each in found):
@@ -118,8 +118,9 @@ def _line(row: Any) -> str:
     return f"{label} {row.metric:<9} {row.p50:10.1f} us {row.p20:10.1f} to {row.p80:<10.1f}{times}{share}"
 
 
-def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_type: str) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_type: str) -> dict[str, Path]:
     """Family -> its results file, for the families that were reached. A file is written after every case."""
+    # These need torchvision.
     from fpn_fast.bench import harness, machine, providers
     from fpn_fast.bench.rows import Results
     from fpn_fast.verify.report import Progress
@@ -128,50 +129,48 @@ def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_
     names = options.providers.split(",") if options.providers else None
     facts = machine.facts(device_type) | ({"tiny": True} if options.tiny else {})
     seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else SECONDS
+    # A trial makes and runs the graphs; generating code for them would take most of its time.
+    compiler, rounds = ("aot_eager", 3) if options.tiny else ("inductor", harness.MAX_ROUNDS)
     progress, done, total = Progress(sys.stderr), 0, sum(map(len, chosen.values()))
-    found: dict[str, Any] = {}
+    found = {}
     for family, cases in chosen.items():
-        results = Results(options.output, family, facts)
-        for i, case in enumerate(cases):
-            results.machine["not_reached"] = [str(each) for each in cases[i:]]
+        results = Results(options.output, family, facts | {"not_reached": list(map(str, cases))})
+        left = results.machine["not_reached"]
+        for case in cases:
             if time.monotonic() - begin > options.limit:
-                print(f"the limit of {options.limit:.0f} s is reached: {len(cases) - i} cases of {family} left out")
+                print(f"the limit of {options.limit:.0f} s is reached: {len(left)} cases of {family} left out")
                 break
             progress(done, total, str(case))
-            # A trial makes and runs the graphs; generating code for them would take most of its time.
-            compiler = "aot_eager" if options.tiny else "inductor"
             candidates = providers.providers(case, device_type, names, compiler=compiler)
-            rounds = 3 if options.tiny else harness.MAX_ROUNDS
-            rows, _ = harness.measure(case, device_type, seconds, candidates, max_rounds=rounds)
-            results.machine["not_reached"] = [str(each) for each in cases[i + 1 :]]
+            rows = harness.measure(case, device_type, seconds, candidates, max_rounds=rounds)
+            del left[0]
             results.add(rows)
+            found[family] = results.path
             done += 1
             progress.clear()
             print("\n".join([str(case), *map(_line, rows)]), flush=True)
         if device_type == "cuda":
             results.machine["clocks_after"] = machine.clocks()
         results.save()
-        if results.rows:
-            found[family] = results.path
     return found
 
 
 def _finish(found: dict[str, Path], before: list[dict[str, Any]] | None) -> int:
-    """Writes the reports of the results files; returns the exit code."""
-    from fpn_fast.bench import report
-
+    """Writes the report of the results files; returns the exit code."""
     results = {family: report.load(path) for family, path in found.items()}
     every = list(results.values())
     compared = None if before is None else report.changes(before, every)
-    folder = next(iter(found.values())).parent
-    (folder / "report.md").write_text(report.document(results, compared))
-    (folder / "report.html").write_text(report.page(results, compared))
-    print(f"\nwritten to {folder}: report.html, report.md, {', '.join(path.name for path in found.values())}")
-    refused = report.refusals(every)
-    worse = [f"{case} {name}: {change:.2f}x the time" for (case, name), change in (compared or {}).items()
-             if change > report.REGRESSION]  # fmt: skip
+    path = next(iter(found.values())).with_name("report.md")
+    path.write_text(report.document(results, compared))
+    print(f"\nwritten to {path.parent}: report.md, {', '.join(each.name for each in found.values())}")
     if compared is not None and not compared:
         print("nothing to compare: the earlier results have none of these cases")
+    worse = [
+        f"{case} {name}: {report.change_text(change)}"
+        for (case, name), change in (compared or {}).items()
+        if change > report.REGRESSION
+    ]
+    refused = report.refusals(every)
     for title, lines in (("a rival is faster", report.slower(every)), ("slower than before", worse)):
         for line in lines:
             print(f"{title}: {line}")

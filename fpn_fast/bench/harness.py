@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a case to its rows. The protocol, the same for every op and device:
+"""From a case to its rows. The protocol, the same for every op, detector and device:
 
 1. Inputs are random, from a fixed seed. Every provider computes the case from the same ones, runs until it has compiled
-   and allocated what it needs, and is compared with the reference in float64. While it is compared, the operators that
-   the dispatcher hands to a backend are recorded. A provider that differs, does not run, or whose backend did not
-   compute the result is refused: its row says why and has no figures, and no ratio includes it.
+   and allocated what it needs, and is compared with the reference in float64. Then the operators that the dispatcher
+   hands to a backend are recorded. A provider that differs, does not run, or whose backend did not compute the result
+   is refused: its row says why and has no figures, and no ratio includes it.
 2. Rounds: in each, every provider is sampled once, in an order that changes between rounds, so that other work on the
    machine hits all alike. A sample is one call, or as many as the clock's grain requires.
 3. A copy takes part in the rounds as one more provider. It reads and writes as many bytes as the case must;
@@ -12,23 +12,20 @@
 4. Reported are the median, p20 and p80 over the rounds. A ratio of two providers is the median of the ratios within
    each round, not the ratio of the medians: a slow second of the machine slows both sides of its round and cancels.
 
-Metrics are defined in timing.py (CPU) and gpu_timing.py.
+Metrics are defined in timing.py.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fpn_fast.bench import gpu_timing, timing
 from fpn_fast.bench.cases import Case, bytes_moved
-from fpn_fast.bench.counting import Count, Dispatched, count
-from fpn_fast.bench.op import Expectation
+from fpn_fast.bench.counting import count
 from fpn_fast.bench.providers import (
     Provider,
     backend_problem,
@@ -41,16 +38,31 @@ from fpn_fast.bench.providers import (
     running,
 )
 from fpn_fast.bench.rows import Row
-from fpn_fast.bench.timing import MAX_ROUNDS, Measurement, interleave, quantile, ratio
+from fpn_fast.bench.timing import MAX_ROUNDS, Measurement, State, Step, Timer, interleave, quantile, ratio, timer
 
 #: The name under which the copy is reported.
 COPY = "copy"
-#: By (provider, metric): seconds per call, one value a round.
-Samples = dict[tuple[str, str], list[float]]
 
 
-class Refused(Exception):
-    """A provider's result, or the backend that computed it, is not what its row would say."""
+@dataclass
+class Candidate:
+    """What the protocol needs of a provider, whatever it computes.
+
+    bind: gives the calls to time, one for each set of inputs; they run inside `state`.
+    problem: what is wrong with a call's result, and with the operators that the dispatcher saw in a call.
+    seen: whether the dispatcher sees what runs. It does not see what torch.compile made, nor a CUDA graph.
+    memory: whether the peak memory of a call says something. wall_only: whether a GPU's own time is left out.
+    facts: more fields of the rows, measured last.
+    """
+
+    bind: Callable[[], list[Step]]
+    problem: Callable[[Any], str | None]
+    backend_problem: Callable[[set[str]], str | None]
+    state: State = nullcontext
+    seen: bool = True
+    memory: bool = True
+    wall_only: bool = False
+    facts: Callable[[], dict[str, Any]] = field(default=dict)
 
 
 @dataclass
@@ -61,39 +73,29 @@ class Ready:
     facts: dict[str, Any]
 
 
-def prepare(attempt: Callable[[], Ready]) -> Ready | str:
-    """What `attempt` returns, or why its provider is refused."""
+def prepare(candidate: Candidate, clock: Timer) -> Ready | str:
+    """The candidate with its measurements, warm, or why it is refused."""
+    facts: dict[str, Any] = {}
     try:
-        return attempt()
-    except Refused as refused:
-        return str(refused)
+        # Autograd runs a backward on its forward's stream, which must be the one that is captured.
+        with clock.on_stream(), candidate.state():
+            steps = candidate.bind()
+            if problem := candidate.problem(steps[0]()):
+                return problem
+            if candidate.seen:
+                counted = count(steps[0])
+                if problem := candidate.backend_problem(set(counted.operators)):
+                    return problem
+                facts = {"backend": backend_seen(counted.operators), "operations": counted.operations}
+                facts["syncs"] = counted.syncs.total()
+            if candidate.memory:
+                facts["peak_bytes"] = clock.peak_bytes(steps[0])
+            clock.synchronize()
+        times = clock.wall if candidate.wall_only else clock.measurements
+        return Ready(times(steps, candidate.state), facts | candidate.facts())
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"does not run: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
-
-
-def _checked(
-    case: Case, provider: Provider, device_timing: Any, inputs: list[Any], grads: list[Any], expected: Expectation
-) -> Ready:
-    facts: dict[str, Any] = {}
-    with running(case, provider):
-        step = bind(case, provider.function, inputs[0], grads[0])
-        step()
-        # torch.compile does not compile under a dispatch mode, and its kernels do not go through the dispatcher.
-        seen, is_compiled = Count(), provider.name == "compile"
-        with nullcontext() if is_compiled else Dispatched(seen):
-            result = step()
-        if problem := expected.problem(result):
-            raise Refused(problem)
-        if not is_compiled:
-            if problem := backend_problem(case, provider, seen.operators):
-                raise Refused(problem)
-            facts["backend"] = backend_seen(seen.operators)
-            counted = count(step)
-            facts |= {"operations": counted.operations, "syncs": counted.syncs.total()}
-        if not case.overhead:
-            facts["peak_bytes"] = device_timing.peak_bytes(step)
-    return Ready(device_timing.measurements(case, provider, inputs, grads), facts)
 
 
 def measure(
@@ -102,41 +104,58 @@ def measure(
     seconds: float,
     candidates: Sequence[Provider] | None = None,
     max_rounds: int = MAX_ROUNDS,
-) -> tuple[list[Row], Samples]:
-    """Measures `case` for some `seconds` after warming up.
+) -> list[Row]:
+    """The rows of `case`, refused ones among them, measured for some `seconds` after warming up.
 
-    Args:
-        candidates: the providers; by default all that this machine has.
-
-    Returns:
-        The rows, refused ones among them, and the samples.
+    candidates: the providers; by default all that this machine has.
     """
-    device_timing: Any = gpu_timing if device_type == "cuda" else timing
+    clock, least_bytes = timer(device_type), bytes_moved(case)
     # Shapes of the case before would make torch.compile generalise, and a cache full of graphs give up.
     torch.compiler.reset()
     torch.manual_seed(0)
-    inputs = [op_of(case).inputs(torch.device(device_type)) for _ in range(device_timing.input_sets(case))]
+    inputs = [op_of(case).inputs(torch.device(device_type)) for _ in range(clock.sets(least_bytes))]
     grads = [output_grads(case, each) for each in inputs]
     expected = expectation(case, inputs[0], grads[0])
-    found: dict[str, Ready | str] = {}
-    for provider in providers(case, device_type) if candidates is None else candidates:
-        attempt = functools.partial(_checked, case, provider, device_timing, inputs, grads, expected)
-        found[provider.name] = prepare(attempt)
+    clock.synchronize()
+
+    def candidate(provider: Provider) -> Candidate:
+        return Candidate(
+            bind=lambda: [bind(case, provider.function, *each) for each in zip(inputs, grads, strict=True)],
+            problem=expected.problem,
+            backend_problem=lambda operators: backend_problem(case, provider, operators),
+            state=lambda: running(case, provider),
+            seen=provider.name != "compile",
+            memory=not case.overhead,
+        )
+
+    chosen = providers(case, device_type) if candidates is None else candidates
+    found = {provider.name: prepare(candidate(provider), clock) for provider in chosen}
     if not case.overhead and any(isinstance(each, Ready) for each in found.values()):
-        found[COPY] = Ready(device_timing.copy_measurement(case), {})
-    return sampled(case, found, seconds, max_rounds, bytes_moved(case))
+        found[COPY] = Ready(_copy(device_type, least_bytes, clock), {})
+    return sampled(case, found, seconds, max_rounds, least_bytes)
+
+
+def _copy(device_type: str, least_bytes: int, clock: Timer) -> dict[str, Measurement]:
+    """A copy into existing buffers, by the metric of bandwidth."""
+
+    def step() -> Step:
+        source = torch.randn(least_bytes // 8, device=device_type)
+        target = torch.zeros_like(source)
+        return lambda: target.copy_(source)
+
+    steps = [step() for _ in range(clock.sets(least_bytes))]
+    return dict([next(iter(clock.measurements(steps, torch.no_grad).items()))])
 
 
 def sampled(
     case: Any, found: dict[str, Ready | str], seconds: float, max_rounds: int, least_bytes: int | None = None
-) -> tuple[list[Row], Samples]:
-    """The rows of a case, and the samples that they were made of. `found`: by provider, ready or why it is refused."""
-    refusals = {name: why for name, why in found.items() if isinstance(why, str)}
-    rows = [Row(case, name, "none", "none", least_bytes, refused=why) for name, why in refusals.items()]
+) -> list[Row]:
+    """The rows of a case. found: by provider, ready or why it is refused."""
+    rows = [Row(case, name, "none", "none", least_bytes, refused=w) for name, w in found.items() if isinstance(w, str)]
     ready = {name: each for name, each in found.items() if isinstance(each, Ready)}
     measurements = {(name, metric): m for name, each in ready.items() for metric, m in each.measurements.items()}
     if not measurements:
-        return rows, {}
+        return rows
     samples = interleave({key: measurement.sample for key, measurement in measurements.items()}, seconds, max_rounds)
     for (name, metric), measurement in measurements.items():
         own = samples[name, metric]
@@ -150,7 +169,7 @@ def sampled(
             others = {n: times for (n, of), times in samples.items() if of == metric and n not in (name, COPY)}
             row.speedup = {other: ratio(times, own) for other, times in others.items()}
         rows.append(row)
-    return rows, samples
+    return rows
 
 
 def refused(rows: Sequence[Row]) -> list[str]:

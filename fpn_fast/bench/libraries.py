@@ -26,11 +26,10 @@ from torchvision.ops import batched_nms, nms, roi_align
 
 from fpn_fast.bench import scenes
 from fpn_fast.bench.cases import NECK_CHANNELS, Case, image_size, scales
-from fpn_fast.bench.op import OnDevice, Op, listed, unpadded
+from fpn_fast.bench.op import OnDevice, Op, listed, lists_on_cpu, unpadded
 from fpn_fast.bench.rois import random_rois
 from fpn_fast.bench.torchvision_ops import PROPOSAL_IOU, gradient_sums, head_maps, memory_format, random_maps
 from fpn_fast.nn import detectron2, mmdet
-from fpn_fast.nn._shared import Layer
 from fpn_fast.nn.detectron2.fpn import ShapeSpec
 
 SCALE_CLAMP = math.log(1000 / 16)
@@ -39,39 +38,18 @@ RATIOS = (0.5, 1.0, 2.0)
 
 # Necks: inputs are four maps of a ResNet, then weights and biases of all lateral and of all output convolutions.
 
-
-class _Given(nn.Module):
-    """A backbone that hands on the maps it is given."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return {f"res{i + 2}": ShapeSpec(channels, 4 << i) for i, channels in enumerate(self.channels)}
-
-    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.output_shape(), maps, strict=True))
-
-
 #: A neck's convolutions and its last level.
 _NECK = frozenset(("aten::convolution", "aten::convolution_backward", "aten::max_pool2d_with_indices",
                    "aten::max_pool2d_with_indices_backward"))  # fmt: skip
 
 
-def _convolution(weight: Tensor, bias: Tensor) -> Layer:
-    return lambda map: F.conv2d(map, weight, bias, padding=weight.size(-1) // 2)
+def _neck(case: Case, module: nn.Module, names: Sequence[str]) -> Op:
+    """names: `module`'s lateral convolutions, then its output convolutions, finest first.
 
-
-def _neck(
-    case: Case,
-    module: nn.Module,
-    names: Callable[[int], tuple[str, str]],
-    eager: Callable[[list[Tensor], list[Layer], list[Layer]], list[Tensor]],
-) -> Op:
-    """names: the lateral and the output convolution of a level in `module`; eager: of maps and of these."""
+    Both libraries make the same calls; detectron2 convolves each level's output before the next finer level.
+    """
     count = len(case.levels)
-    keys = [f"{names(level)[i]}.{key}" for i in range(2) for level in range(count) for key in ("weight", "bias")]
+    keys = [f"{name}.{key}" for name in names for key in ("weight", "bias")]
     module.requires_grad_(False)
 
     def inputs(device: torch.device) -> list[Tensor]:
@@ -86,9 +64,17 @@ def _neck(
             each.contiguous(memory_format=memory_format(case)) if each.dim() == 4 else each for each in maps + weights
         ]
 
+    def convolved(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        layers = zip(maps, weights[::2], weights[1::2], strict=True)
+        return [F.conv2d(each, weight, bias, padding=weight.size(-1) // 2) for each, weight, bias in layers]
+
     def plain(tensors: Sequence[Tensor]) -> list[Tensor]:
-        layers = [_convolution(*tensors[i : i + 2]) for i in range(count, len(tensors), 2)]
-        return eager(list(tensors[:count]), layers[:count], layers[count:])
+        merged = convolved(tensors[:count], tensors[count : 3 * count])
+        for level in range(count - 1, 0, -1):
+            size = merged[level - 1].shape[2:]
+            merged[level - 1] = merged[level - 1] + F.interpolate(merged[level], size=size, mode="nearest")
+        results = convolved(merged, tensors[3 * count :])
+        return [*results, F.max_pool2d(results[-1], 1, stride=2)]
 
     def fused(tensors: Sequence[Tensor]) -> list[Tensor]:
         found = functional_call(module, dict(zip(keys, tensors[count:], strict=True)), (tensors[:count],))
@@ -97,106 +83,83 @@ def _neck(
     return Op(inputs, plain, fused, plain, "top_down", fullgraph=True, alongside=_NECK | gradient_sums(case))
 
 
+class _Given(nn.Module):
+    """A backbone that hands on the maps it is given."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {f"res{i}": ShapeSpec(channels, 1 << i) for i, channels in enumerate(self.channels, 2)}
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.output_shape(), maps, strict=True))
+
+
 def detectron2_fpn(case: Case) -> Op:
     """detectron2's FPN with LastLevelMaxPool, of the backbone's maps."""
-    channels = [share * case.channels for share in NECK_CHANNELS]
-    backbone = _Given(channels)
-    module = detectron2.FPN(
-        backbone, list(backbone.output_shape()), case.channels, top_block=detectron2.LastLevelMaxPool()
-    )
-
-    def eager(maps: list[Tensor], laterals: list[Layer], outputs: list[Layer]) -> list[Tensor]:
-        merged = laterals[-1](maps[-1])
-        results = [outputs[-1](merged)]
-        for level in range(len(maps) - 2, -1, -1):
-            top = F.interpolate(merged, scale_factor=2.0, mode="nearest")
-            merged = laterals[level](maps[level]) + top
-            results.insert(0, outputs[level](merged))
-        return [*results, F.max_pool2d(results[-1], 1, stride=2)]
-
-    return _neck(case, module, lambda level: (f"fpn_lateral{level + 2}", f"fpn_output{level + 2}"), eager)
+    backbone = _Given([share * case.channels for share in NECK_CHANNELS])
+    names, last = list(backbone.output_shape()), detectron2.LastLevelMaxPool()
+    module = detectron2.FPN(backbone, names, case.channels, top_block=last)
+    return _neck(case, module, [f"fpn_{kind}{level}" for kind in ("lateral", "output") for level in range(2, 6)])
 
 
 def mmdet_neck(case: Case) -> Op:
     """mmdetection's FPN, ``num_outs=5``."""
-    channels = [share * case.channels for share in NECK_CHANNELS]
-    module = mmdet.FPN(channels, case.channels, num_outs=5)
-
-    def eager(maps: list[Tensor], laterals: list[Layer], outputs: list[Layer]) -> list[Tensor]:
-        merged = [layer(each) for each, layer in zip(maps, laterals, strict=True)]
-        for level in range(len(merged) - 1, 0, -1):
-            size = merged[level - 1].shape[2:]
-            merged[level - 1] = merged[level - 1] + F.interpolate(merged[level], size=size, mode="nearest")
-        results = [layer(each) for each, layer in zip(merged, outputs, strict=True)]
-        return [*results, F.max_pool2d(results[-1], 1, stride=2)]
-
-    return _neck(case, module, lambda level: (f"lateral_convs.{level}.conv", f"fpn_convs.{level}.conv"), eager)
+    module = mmdet.FPN([share * case.channels for share in NECK_CHANNELS], case.channels, num_outs=5)
+    return _neck(case, module, [f"{kind}_convs.{i}.conv" for kind in ("lateral", "fpn") for i in range(4)])
 
 
 # RoI extractors: bins of 7x7, as many samples as a bin has pixels, pixel centres at half-integers.
 
 
 def _extractor(
-    case: Case, eager: Callable[[Sequence[Tensor], Any], Tensor], fused: Callable[[Sequence[Tensor], Any], Tensor],
-    by_image: bool,
-) -> Op:  # fmt: skip
-    """eager, fused: called with the maps, and with the boxes of each image or RoIs [K, 5]."""
-    rois = random_rois(case.batch, case.rois, *image_size(case), case.clustered)
-    boxes = OnDevice([rois[rois[:, 0] == i, 1:] for i in range(case.batch)] if by_image else rois)
+    case: Case, module: Callable[..., Tensor], boxes: Any, levelled: Callable[[Any], tuple[Tensor, Tensor]]
+) -> Op:
+    """boxes: what `module` takes beside the maps; levelled: these -> RoIs [K, 5] and the level of each."""
+    given, size, ratio = OnDevice(boxes), case.output_size, case.sampling_ratio
 
-    def ours(maps: Sequence[Tensor]) -> Tensor:
-        return fused(maps, boxes(maps[0].device))
+    def fused(maps: Sequence[Tensor]) -> Tensor:
+        return module(maps, given(maps[0].device))
 
-    def plain(maps: Sequence[Tensor]) -> Tensor:
-        return eager(maps, boxes(maps[0].device))
+    def eager(maps: Sequence[Tensor]) -> Tensor:
+        rois, levels = levelled(given(maps[0].device))
+        pooled = maps[0].new_zeros(len(rois), case.channels, size, size)
+        for level, (each, scale) in enumerate(zip(maps, scales(case), strict=True)):
+            chosen = (levels == level).nonzero().squeeze(1)
+            pooled[chosen] = roi_align(each, rois[chosen].to(each.dtype), size, scale, ratio, aligned=True)
+        return pooled
 
-    return Op(random_maps(case), plain, ours, plain, "multiscale_roi_align")
+    return Op(random_maps(case), eager, fused, eager, "multiscale_roi_align")
 
 
 def detectron2_pooler(case: Case) -> Op:
     """detectron2's ROIPooler of ROIAlignV2, of the boxes of each image."""
-    count, last = case.output_size, len(case.levels) - 1
-    module = detectron2.ROIPooler(count, scales(case), case.sampling_ratio, "ROIAlignV2")
+    module = detectron2.ROIPooler(case.output_size, scales(case), case.sampling_ratio, "ROIAlignV2")
+    rois = random_rois(case.batch, case.rois, *image_size(case), case.clustered)
 
-    def eager(maps: Sequence[Tensor], box_lists: Sequence[Tensor]) -> Tensor:
-        boxes = torch.cat(list(box_lists))
-        lengths = torch.tensor([len(each) for each in box_lists], device=boxes.device)
-        images = torch.repeat_interleave(torch.arange(len(box_lists), device=boxes.device), lengths)
-        rois = torch.cat([images[:, None].to(boxes.dtype), boxes], 1)
+    def levelled(lists: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        boxes = torch.cat(list(lists))
+        lengths = torch.tensor([len(each) for each in lists], device=boxes.device)
+        images = torch.repeat_interleave(torch.arange(len(lists), device=boxes.device), lengths)
         sides = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-        levels = torch.floor(4 + torch.log2(sides / 224 + 1e-8)).clamp(2, 2 + last).to(torch.int64) - 2
-        pooled = maps[0].new_zeros(len(boxes), maps[0].size(1), count, count)
-        for level, (each, scale) in enumerate(zip(maps, scales(case), strict=True)):
-            chosen = (levels == level).nonzero().unbind(1)[0]
-            found = roi_align(each, rois[chosen].to(each.dtype), count, scale, case.sampling_ratio, aligned=True)
-            pooled.index_put_((chosen,), found)
-        return pooled
+        levels = torch.floor(4 + torch.log2(sides / 224 + 1e-8)).clamp(2, 1 + len(case.levels)).to(torch.int64) - 2
+        return torch.cat([images[:, None].to(boxes.dtype), boxes], 1), levels
 
-    return _extractor(case, eager, module, by_image=True)
+    return _extractor(case, module, [rois[rois[:, 0] == i, 1:] for i in range(case.batch)], levelled)
 
 
 def mmdet_extractor(case: Case) -> Op:
     """mmdetection's SingleRoIExtractor, of RoIs [K, 5]."""
-    count, last = case.output_size, len(case.levels) - 1
-    strides = [4 << level for level in range(len(case.levels))]
-    layer = {"type": "RoIAlign", "output_size": count, "sampling_ratio": case.sampling_ratio}
-    module = mmdet.SingleRoIExtractor(layer, case.channels, strides)
+    layer = {"type": "RoIAlign", "output_size": case.output_size, "sampling_ratio": case.sampling_ratio}
+    module = mmdet.SingleRoIExtractor(layer, case.channels, _strides(case))
 
-    def eager(maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        rois = rois.type_as(maps[0])
-        pooled = maps[0].new_zeros(rois.size(0), case.channels, count, count)
+    def levelled(rois: Tensor) -> tuple[Tensor, Tensor]:
         sides = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
-        levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, last).long()
-        for level, (each, stride) in enumerate(zip(maps, strides, strict=True)):
-            chosen = (levels == level).nonzero(as_tuple=False).squeeze(1)
-            if chosen.numel() > 0:
-                pooled[chosen] = roi_align(each, rois[chosen], count, 1 / stride, case.sampling_ratio, aligned=True)
-            else:
-                # So that each map has a gradient.
-                pooled += each.sum() * 0.0
-        return pooled
+        return rois, torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(case.levels) - 1).long()
 
-    return _extractor(case, eager, module, by_image=False)
+    return _extractor(case, module, random_rois(case.batch, case.rois, *image_size(case), case.clustered), levelled)
 
 
 # Proposals: maps of logits, then of deltas, of five levels; anchors of three ratios, eight strides wide.
@@ -215,11 +178,14 @@ def _proposals(
         return [boxes for boxes, _ in found] + [scores for _, scores in found]
 
     def ours(maps: Sequence[Tensor]) -> Any:
-        padded = fused(maps[:count], maps[count:], sizes(maps[0].device))
-        return unpadded(padded) if maps[0].device.type == "cpu" else padded
+        return lists_on_cpu(fused(maps[:count], maps[count:], sizes(maps[0].device)))
 
     inputs = head_maps(case, scenes.rpn_head(image_size(case), case.levels))
     return Op(inputs, plain, ours, plain, "generate_proposals", decides=True, tensors_of=unpadded)
+
+
+def _strides(case: Case) -> list[int]:
+    return [4 << level for level in range(len(case.levels))]
 
 
 def _flat(maps: Sequence[Tensor], values: int) -> list[Tensor]:
@@ -237,7 +203,7 @@ def _shifted(table: Tensor, size: torch.Size, stride: int) -> Tensor:
 
 def detectron2_proposals(case: Case) -> Op:
     """The end of detectron2's RPN: all anchors, all boxes, then the highest logits."""
-    strides = [4 << level for level in range(len(case.levels))]
+    strides = _strides(case)
     generator = detectron2.DefaultAnchorGenerator(
         sizes=[[8 * stride] for stride in strides], aspect_ratios=[list(RATIOS)], strides=strides, offset=0.0
     )
@@ -295,7 +261,7 @@ def detectron2_proposals(case: Case) -> Op:
 
 def mmdet_proposals(case: Case) -> Op:
     """The end of mmdetection's RPNHead: a sort per image and level, then the boxes of the highest scores."""
-    strides = [4 << level for level in range(len(case.levels))]
+    strides = _strides(case)
     generator = mmdet.AnchorGenerator(strides, RATIOS, scales=[8.0])
     coder = mmdet.DeltaXYWHBBoxCoder()
     top_n = case.pre_nms_top_n

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that figures belong to, and its allocator. ``python -m fpn_fast.bench.machine`` prints all facts."""
+"""The machine that figures belong to, and its allocator. ``python -m fpn_fast.bench.machine`` prints the facts."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import importlib.util
@@ -11,30 +10,20 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fpn_fast import __version__, _library, backends
+from fpn_fast import __version__
 
 #: The checkout, where this is one.
 ROOT = Path(__file__).resolve().parents[2]
+_CPU_VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 #: Settings of the memory allocator, on which the cost of a fresh output depends on a CPU.
-ALLOCATOR_VARIABLES = (
-    "GLIBC_TUNABLES",
-    "LD_PRELOAD",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "THP_MEM_ALLOC_ENABLE",
-)
-_CPU_VARIABLES = {"GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+ALLOCATOR_VARIABLES = (*_CPU_VARIABLES, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "THP_MEM_ALLOC_ENABLE")
 #: With these, glibc keeps freed memory. By default it returns large blocks to the system, which hands out zeroed pages
 #: anew for every output: most of the time of a merge, whoever computes it.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
@@ -50,8 +39,16 @@ def keep_freed_memory() -> None:
 
     Does nothing without glibc, and where the environment already has settings of an allocator: they win.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not _CPU_VARIABLES & set(os.environ):
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not set(_CPU_VARIABLES) & set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def commit() -> str | None:
@@ -64,14 +61,10 @@ def commit() -> str | None:
     if not (ROOT / "csrc" / "ops.cpp").exists():
         # An installation: a repository around it is another project's.
         return None
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "--", "fpn_fast", "csrc", "setup.py"]
-        changes = subprocess.run(status, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    git = "git", "-C", str(ROOT)
+    head = _output(*git, "rev-parse", "--short=12", "HEAD")
+    changes = _output(*git, "status", "--porcelain", "--", "fpn_fast", "csrc", "setup.py")
+    return None if head is None else head + ("+changes" if changes else "")
 
 
 def cpu_name() -> str:
@@ -84,17 +77,10 @@ def cpu_name() -> str:
 
 def clocks() -> dict[str, str] | None:
     """The GPU's clocks, power limit, temperature and driver as nvidia-smi reads them; None without it."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
     uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
     device = torch.cuda.current_device() if uuid is None else f"GPU-{uuid}"
-    query = [tool, f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id={device}"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(_CLOCKS.split(","), (value.strip() for value in answer.split(",")), strict=False))
+    answer = _output("nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id={device}")
+    return None if answer is None else dict(zip(_CLOCKS.split(","), answer.split(", "), strict=False))
 
 
 def facts(device_type: str) -> dict[str, Any]:
@@ -112,24 +98,20 @@ def facts(device_type: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "allocator": allocator(),
     }
-    if device_type == "cuda":
-        properties = torch.cuda.get_device_properties()
-        found |= {
-            "host": found["device"],
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "memory_bytes": properties.total_memory,
-            "torch_cuda": torch.version.cuda,
-            "clocks_before": clocks(),
-        }
-    else:
-        found |= {
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "load_before": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        }
-    return found
+    if device_type == "cpu":
+        load = [round(each, 2) for each in os.getloadavg()] if hasattr(os, "getloadavg") else None
+        return found | {"capability": torch.backends.cpu.get_cpu_capability(), "load_before": load}
+    properties = torch.cuda.get_device_properties()
+    return found | {
+        "host": found["device"],
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "torch_cuda": torch.version.cuda,
+        "clocks_before": clocks(),
+    }
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -142,38 +124,5 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
-def kernels() -> list[dict[str, Any]] | str:
-    """Registers, shared and local memory and occupancy of each CUDA kernel, or why they cannot be read."""
-    if not torch.cuda.is_available():
-        return "skipped: no GPU"
-    if _library.problems["cuda"] is not None:
-        return f"skipped: {_library.problems['cuda']}"
-    try:
-        return _library.kernel_attributes()
-    except RuntimeError as error:
-        return f"skipped: {error}"
-
-
-def environment() -> dict[str, Any]:
-    """All facts about the machine, its backends and its kernels."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        **facts(device_type),
-        "gpu": "found" if device_type == "cuda" else "skipped: no GPU",
-        "backends": {name: backends.problem(name, device_type) or "available" for name in backends.BACKENDS},
-        "kernels": kernels(),
-    }
-
-
-def as_json(description: str, found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A command with the option ``--json FILE``: writes or prints what `found` returns, and returns it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for the result (default: it is printed)")
-    path, result = parser.parse_args().json, found()
-    text = json.dumps(result, indent=1)
-    print(text) if path is None else path.write_text(text)
-    return result
-
-
 if __name__ == "__main__":
-    as_json(__doc__, environment)
+    print(json.dumps(facts("cuda" if torch.cuda.is_available() else "cpu"), indent=1))

@@ -35,6 +35,11 @@ def unpadded(result: Any) -> list[Tensor]:
     return [image[:length] for tensor in padded for image, length in zip(tensor, lengths, strict=True)]
 
 
+def lists_on_cpu(padded: tuple[Tensor, ...]) -> Any:
+    """Padded results as a caller on a CPU wants them; on a GPU they stay, without host synchronisation."""
+    return unpadded(padded) if padded[0].device.type == "cpu" else padded
+
+
 def largest(tensor: Tensor) -> float:
     """The largest magnitude; NaN if there is one, 0 if the tensor is empty."""
     return torch.linalg.vector_norm(tensor, ord=torch.inf).item() if tensor.numel() else 0.0
@@ -116,6 +121,5 @@ class Op:
 
         with torch.no_grad():
             results = self.tensors_of(self.reference(inputs))
-        return Expectation(
-            [each.double() for each in results], list(map(bound, results)), [r.dtype for r in results], self.tensors_of
-        )
+        dtypes = [each.dtype for each in results]
+        return Expectation([each.double() for each in results], list(map(bound, results)), dtypes, self.tensors_of)

@@ -28,23 +28,11 @@ OPS: dict[str, Callable[[Case], Op]] = {**torchvision_ops.OPS, **libraries.OPS}
 #: By op: further providers of a case on a GPU, by name.
 RIVALS: dict[str, Callable[[Case], dict[str, Function]]] = {}
 #: torch operators that may run with any kernel of ours: they fill, copy and convert tensors.
-_NO_ARITHMETIC = frozenset(
+_NO_ARITHMETIC = {
     f"aten::{name}"
-    for name in (
-        "_local_scalar_dense",
-        "_to_copy",
-        "cat",
-        "clone",
-        "constant_pad_nd",
-        "copy_",
-        "fill_",
-        "full",
-        "lift_fresh",
-        "ones",
-        "zero_",
-        "zeros",
-    )
-)
+    for name in ("_local_scalar_dense", "_to_copy", "cat", "clone", "constant_pad_nd", "copy_", "fill_", "full",
+                 "lift_fresh", "ones", "zero_", "zeros")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

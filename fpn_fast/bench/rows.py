@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ class Row:
     """A provider's figures for a case by one metric; none where it was refused.
 
     case: a frozen dataclass, whose fields become the row's.
-    metric: ``wall``, a caller's time; ``gpu_cold`` and ``gpu_warm``, the GPU's alone, see gpu_timing.py.
-    method: ``clock``, ``graph`` (replay) or ``events``.
+    metric, method: see timing.py; the method is ``clock``, ``graph`` (replay) or ``events``.
     bytes: the least that the case can move; None where nobody counted.
     p50, p20, p80: microseconds per call over `rounds` samples of `calls` calls.
     speedup: by provider, the median over all rounds of its time over this one's in the same round.
@@ -53,18 +53,15 @@ class Row:
 
 def _short(value: Any) -> Any:
     """Floats to four digits: more is noise, and makes the file hard to read."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
-    return value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def as_dict(row: Row) -> dict[str, Any]:
     """`row` as JSON holds it: the case's fields, then the row's, without those that are None."""
     fields = asdict(row)
-    fields = {**fields.pop("case"), **fields}
-    return {key: _short(value) for key, value in fields.items() if value is not None}
+    return {key: _short(value) for key, value in (fields.pop("case") | fields).items() if value is not None}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,17 +81,21 @@ def write_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> 
 class Results:
     """The rows of one family on one machine, in a file that is complete after every case.
 
-    With `keep`, rows of the file at hand stay where it is of the same commit and `keep` is true of them.
+    keep: earlier rows that stay in a file of the same commit; by default none do.
     """
 
-    def __init__(self, folder: Path, family: str, machine: dict[str, Any], keep: Any = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        machine: dict[str, Any],
+        keep: Callable[[dict[str, Any]], bool] = lambda row: False,
+    ) -> None:
         self.path = folder / slug(machine) / f"{family}.json"
         self.machine = dict(machine)
-        self.rows: list[dict[str, Any]] = []
-        if keep is not None and self.path.exists():
-            earlier = json.loads(self.path.read_text())
-            if earlier["machine"]["commit"] == machine["commit"]:
-                self.rows = [row for row in earlier["rows"] if keep(row)]
+        earlier = json.loads(self.path.read_text()) if self.path.exists() else {"machine": {}, "rows": []}
+        same = earlier["machine"].get("commit") == machine["commit"]
+        self.rows: list[dict[str, Any]] = [row for row in earlier["rows"] if same and keep(row)]
 
     def add(self, rows: list[Row]) -> None:
         """Adds a case's rows and writes the file."""

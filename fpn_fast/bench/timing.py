@@ -1,47 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds, medians, and how a call is timed on a CPU. There is one metric there:
+"""Rounds, medians, and how a call is timed.
 
-- wall: the time until a caller has the result. Each call allocates its outputs and drops them, as a caller's would.
-  What that costs depends on the allocator; see :func:`fpn_fast.bench.machine.keep_freed_memory`.
+The metrics:
+
+- wall: the host's time per call of calls issued back to back, until a caller has the result. Each call allocates its
+  outputs and drops them, as a caller's would. What that costs on a CPU depends on the allocator; see
+  :func:`fpn_fast.bench.machine.keep_freed_memory`.
+- gpu_cold: the GPU's time for calls that take turns over sets of inputs (and outputs, which live for one turn) of more
+  than three times the L2 together, so that every call reads from memory. The calls are captured in a CUDA graph whose
+  replay is timed by events, which excludes the cost of launches. Where a provider cannot be captured the method is
+  ``events``, which includes it.
+- gpu_warm: the same over one set, which may stay in the L2.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
-from fpn_fast.bench.cases import Case, bytes_moved
-from fpn_fast.bench.providers import Provider, bind, running
 
 #: Fewer rounds give no quantiles; the longest case has no time for more.
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
-#: Seconds per sample: a clock with a grain of a microsecond then errs by less than a thousandth.
+#: Seconds per sample: a clock, or events, with a grain of a microsecond then err by less than a thousandth.
 SAMPLE_SECONDS = 0.003
+#: Input sets on a GPU take this many times the L2, so a line is evicted before its set's turn comes again. Two sets
+#: could leave lines of the first in the L2; more than 16 of tiny maps change nothing.
+L2_TIMES, MIN_SETS, MAX_SETS = 3, 3, 16
+#: Nodes in a graph; more take time to capture and change nothing.
+MAX_NODES = 240
 
 Key = TypeVar("Key", bound=Hashable)
-#: Takes one sample: seconds per call.
-Sampler = Callable[[], float]
+Step = Callable[[], Any]
+#: Makes the context that steps run in.
+State = Callable[[], Any]
 
 
 @dataclass
 class Measurement:
-    """How one metric of one provider is sampled: by what method, and over how many calls."""
+    """How one metric of one provider is sampled (seconds per call): by what method, and over how many calls."""
 
     method: str
     calls: int
-    sample: Sampler
+    sample: Callable[[], float]
 
 
-def interleave(samplers: Mapping[Key, Sampler], seconds: float, max_rounds: int = MAX_ROUNDS) -> dict[Key, list[float]]:
+def interleave(
+    samplers: Mapping[Key, Callable[[], float]], seconds: float, max_rounds: int = MAX_ROUNDS
+) -> dict[Key, list[float]]:
     """Samples each of `samplers` once a round until `seconds` have passed, in an order that changes with the round."""
     keys = list(samplers)
     samples: dict[Key, list[float]] = {key: [] for key in keys}
@@ -72,61 +88,150 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def input_sets(case: Case) -> int:
-    """One: the other providers run between two calls on the same maps, and large maps do not fit a cache."""
-    return 1
+def in_turn(steps: Sequence[Step], calls: int) -> Step:
+    """`calls` calls that take turns over `steps`; a step's result lives until its next turn."""
+    kept: list[Any] = [None] * len(steps)
+
+    def run() -> None:
+        for i in range(calls):
+            kept[i % len(steps)] = steps[i % len(steps)]()
+
+    return run
 
 
-def wall_measurement(step: Callable[[], Any], state: Callable[[], Any]) -> Measurement:
-    """Wall time of one call of `step`; `state` gives the context it runs in."""
+def _calls(steps: Sequence[Step], seconds: float) -> int:
+    """Calls of `seconds` each that fill a sample, as many of every step."""
+    return len(steps) * max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9) / len(steps)))
 
-    def seconds(calls: int) -> float:
-        with state():
+
+class Timer:
+    """Times calls on a CPU."""
+
+    def sets(self, least_bytes: int) -> int:
+        """Sets of inputs. One: the other providers run between two calls, and large maps do not fit a cache."""
+        return 1
+
+    def on_stream(self) -> Any:
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        pass
+
+    def seconds(self, steps: Sequence[Step], calls: int, state: State) -> float:
+        """Wall seconds per call of `calls` calls that take turns over `steps`."""
+        turns = list(itertools.islice(itertools.cycle(steps), calls))
+        with self.on_stream(), state():
+            self.synchronize()
             start = time.perf_counter()
-            for _ in range(calls):
+            for step in turns:
                 step()
+            self.synchronize()
             return (time.perf_counter() - start) / calls
 
-    calls = 1
-    # Twice: the first call after a pause is slow, and says little about the following ones where maps are tiny.
-    for _ in range(2):
-        calls = max(1, round(SAMPLE_SECONDS / max(seconds(calls), 1e-9)))
-    return Measurement("clock", calls, lambda: seconds(calls))
+    def elapsed(self, run: Step) -> float:
+        """The device's seconds for what `run` launches."""
+        return self.seconds([run], 1, nullcontext)
+
+    def wall(self, steps: Sequence[Step], state: State) -> dict[str, Measurement]:
+        calls = len(steps)
+        # Twice: the first call after a pause is slow, and says little about the following ones where maps are tiny.
+        for _ in range(2):
+            took = self.seconds(steps, calls, state)
+            calls = _calls(steps, took)
+            if took > SAMPLE_SECONDS:
+                break
+        return {"wall": Measurement("clock", calls, lambda: self.seconds(steps, calls, state))}
+
+    def measurements(self, steps: Sequence[Step], state: State) -> dict[str, Measurement]:
+        """All metrics of this device; the first is the one of bandwidth."""
+        return self.wall(steps, state)
+
+    def peak_bytes(self, step: Step) -> int | None:
+        """The peak memory of one call, in bytes; None where the system does not say. Linux does.
+
+        It is counted in pages, so anything below a few hundred kilobytes may read as nothing.
+        """
+
+        def resident(name: str) -> int:
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition(f"{name}:")[2].split()[0]) * 1024
+
+        try:
+            # Freed memory that the allocator keeps would hide what this call takes.
+            ctypes.CDLL(None).malloc_trim(0)
+            # Resets the high-water mark to what is resident now.
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            step()
+            return max(0, resident("VmHWM") - before)
+        except (OSError, ValueError, IndexError, AttributeError):
+            return None
 
 
-def measurements(
-    case: Case, provider: Provider, inputs: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor]]
-) -> dict[str, Measurement]:
-    """The metrics of `provider`, warm."""
-    with running(case, provider):
-        step = bind(case, provider.function, inputs[0], grads[0])
-    return {"wall": wall_measurement(step, lambda: running(case, provider))}
+class GpuTimer(Timer):
+    """Captures and times everything on one stream of a GPU."""
 
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
 
-def copy_measurement(case: Case) -> dict[str, Measurement]:
-    """A copy into an existing buffer that reads and writes as many bytes as `case` must."""
-    source = torch.randn(bytes_moved(case) // 8)
-    target = torch.zeros_like(source)
-    return {"wall": wall_measurement(lambda: target.copy_(source), torch.no_grad)}
+    def sets(self, least_bytes: int) -> int:
+        l2_bytes = torch.cuda.get_device_properties().L2_cache_size
+        return min(MAX_SETS, max(MIN_SETS, math.ceil(L2_TIMES * l2_bytes / least_bytes) + 1))
 
+    def on_stream(self) -> Any:
+        return torch.cuda.stream(self.stream)
 
-def peak_bytes(step: Callable[[], Any]) -> int | None:
-    """The peak memory of one call, in bytes; None where the system does not say. Linux does.
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
-    It is counted in pages, so anything below a few hundred kilobytes may read as nothing.
-    """
+    def elapsed(self, run: Step) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with self.on_stream():
+            start.record()
+            run()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
-    def resident(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition(f"{name}:")[2].split()[0]) * 1024
+    def capture(self, run: Step) -> Step:
+        """`run` as the replay of a CUDA graph; raises RuntimeError where it cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            run()
+        return graph.replay
 
-    try:
-        # Freed memory that the allocator keeps would hide what this call takes.
-        ctypes.CDLL(None).malloc_trim(0)
-        # Resets the high-water mark to what is resident now.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
+    def gpu(self, steps: Sequence[Step], state: State) -> Measurement:
+        def seconds(run: Step, calls: int) -> float:
+            with state():
+                return self.elapsed(run) / calls
+
+        self.synchronize()
+        once = in_turn(steps, len(steps))
+        taken = [seconds(once, len(steps)) for _ in range(2)][-1]
+        calls = min(_calls(steps, taken), MAX_NODES // len(steps) * len(steps))
+        run, method = in_turn(steps, calls), "events"
+        self.synchronize()
+        try:
+            with state():
+                run, method = self.capture(run), "graph"
+        except RuntimeError:
+            self.synchronize()
+        seconds(run, calls)
+        return Measurement(method, calls, lambda: seconds(run, calls))
+
+    def measurements(self, steps: Sequence[Step], state: State) -> dict[str, Measurement]:
+        metrics = {"gpu_cold": self.gpu(steps, state), "gpu_warm": self.gpu(steps[:1], state)}
+        return metrics | self.wall(steps, state)
+
+    def peak_bytes(self, step: Step) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        return max(0, resident("VmHWM") - before)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
+        return torch.cuda.max_memory_allocated() - before
+
+
+@functools.cache
+def timer(device_type: str) -> Timer:
+    """The timer of a device type; there is one stream for everything on a GPU."""
+    return GpuTimer() if device_type == "cuda" else Timer()

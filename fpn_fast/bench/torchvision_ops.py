@@ -19,10 +19,10 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
 from torchvision.ops import sigmoid_focal_loss as focal_losses
 
-from fpn_fast import nn, ops, reference
+from fpn_fast import ops, reference
 from fpn_fast.bench import scenes
 from fpn_fast.bench.cases import Case, image_size, level_anchors, scales
-from fpn_fast.bench.op import OnDevice, Op, unpadded
+from fpn_fast.bench.op import OnDevice, Op, lists_on_cpu, unpadded
 from fpn_fast.bench.rois import random_rois
 
 NMS_IOU, PROPOSAL_IOU = 0.5, 0.7
@@ -48,6 +48,15 @@ def _copied(make: Callable[[], Sequence[Tensor]]) -> Callable[[torch.device], li
     return lambda device: [each.to(device) for each in make()]
 
 
+def head_maps(case: Case, head: scenes.Head) -> Callable[[torch.device], list[Tensor]]:
+    """Maps of logits, then of deltas, of a trained head with one logit per anchor."""
+    return lambda device: [
+        each.to(device).contiguous(memory_format=memory_format(case))
+        for table in scenes.head_tables(head, case.batch, 1)
+        for each in head.maps_of(table)
+    ]
+
+
 def gradient_sums(case: Case) -> frozenset[str]:
     """Autograd adds the gradients of a map that is used twice, such as the coarsest one."""
     return frozenset({"aten::add"} if "backward" in case.direction else ())
@@ -67,10 +76,16 @@ def top_down(case: Case) -> Op:
 
 
 def upsample_add(case: Case) -> Op:
+    def eager(maps: Sequence[Tensor]) -> Tensor:
+        return maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest")
+
+    def fused(maps: Sequence[Tensor]) -> Tensor:
+        return ops.upsample_add(maps[0], maps[1])
+
     return Op(
         random_maps(case),
-        lambda maps: maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest"),
-        lambda maps: ops.upsample_add(maps[0], maps[1]),
+        eager,
+        fused,
         lambda maps: reference.upsample_add(maps[0], maps[1]),
         "top_down",
         fullgraph=True,
@@ -98,25 +113,14 @@ def multiscale_roi_align(case: Case) -> Op:
     return Op(random_maps(case), eager, fused, eager, "multiscale_roi_align")
 
 
-def head_maps(case: Case, head: scenes.Head) -> Callable[[torch.device], list[Tensor]]:
-    """Maps of logits, then of deltas, of a trained head with one logit per anchor."""
-
-    def inputs(device: torch.device) -> list[Tensor]:
-        maps = [each for table in scenes.head_tables(head, case.batch, 1) for each in head.maps_of(table)]
-        return [each.to(device).contiguous(memory_format=memory_format(case)) for each in maps]
-
-    return inputs
-
-
 def generate_proposals(case: Case) -> Op:
     """Everything after an RPN's head, from its maps to the proposals of each image."""
     head = scenes.rpn_head(image_size(case), case.levels)
     # torchvision keeps as many proposals per image as candidates per level.
     top_n = {"training": case.pre_nms_top_n, "testing": case.pre_nms_top_n}
-    arguments = (None, HIGH_IOU, LOW_IOU, 256, 0.5, top_n, top_n, PROPOSAL_IOU)
-    theirs = rpn.RegionProposalNetwork(head.generator, *arguments).eval()
-    anchors = nn.AnchorGenerator(head.generator.sizes, head.generator.aspect_ratios)
-    mine = nn.RegionProposalNetwork(anchors, *arguments).eval()
+    theirs = rpn.RegionProposalNetwork(
+        head.generator, None, HIGH_IOU, LOW_IOU, 256, 0.5, top_n, top_n, PROPOSAL_IOU
+    ).eval()
     count, sizes = len(case.levels), OnDevice(torch.tensor([head.image_size] * case.batch))
 
     def eager(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -130,14 +134,11 @@ def generate_proposals(case: Case) -> Op:
         return [*boxes, *scores]
 
     def fused(maps: Sequence[Tensor]) -> Any:
-        device = maps[0].device
-        if device.type == "cpu":
-            images = head.images(case.batch, device)
-            return unpadded(mine.proposals_of_head(images, maps[:count], maps[count:]))
-        return ops.generate_proposals(
-            maps[:count], maps[count:], head.cells, head.strides, sizes(device), pre_nms_top_n=case.pre_nms_top_n,
-            post_nms_top_n=case.pre_nms_top_n, nms_thresh=PROPOSAL_IOU,
+        found = ops.generate_proposals(
+            maps[:count], maps[count:], head.cells, head.strides, sizes(maps[0].device),
+            pre_nms_top_n=case.pre_nms_top_n, post_nms_top_n=case.pre_nms_top_n, nms_thresh=PROPOSAL_IOU,
         )  # fmt: skip
+        return lists_on_cpu(found)
 
     return Op(head_maps(case, head), eager, fused, eager, "generate_proposals", decides=True, tensors_of=unpadded)
 
@@ -167,12 +168,12 @@ def select_detections(case: Case) -> Op:
 
     def fused(tables: Sequence[Tensor]) -> Any:
         logits, deltas = map(head.maps_of, tables)
-        padded = ops.select_detections(
+        found = ops.select_detections(
             logits, deltas, head.cells, head.strides, sizes(tables[0].device), score_thresh=theirs.score_thresh,
             pre_nms_top_n=theirs.topk_candidates, nms_thresh=theirs.nms_thresh,
             max_detections=theirs.detections_per_img,
         )  # fmt: skip
-        return unpadded(padded) if tables[0].device.type == "cpu" else padded
+        return lists_on_cpu(found)
 
     return Op(given, eager, fused, eager, "select_detections", decides=True, tensors_of=unpadded)
 
@@ -199,9 +200,7 @@ def sigmoid_focal_loss(case: Case) -> Op:
     generator = torch.Generator().manual_seed(0)
     some = torch.randint(case.classes, (anchors,), generator=generator)
     labels = OnDevice(torch.where(torch.rand(anchors, generator=generator) < 3e-3, some, -1))
-
-    def inputs(device: torch.device) -> list[Tensor]:
-        return [torch.randn(anchors, case.classes, generator=generator).sub_(4.6).to(device)]
+    given = _copied(lambda: [torch.randn(anchors, case.classes, generator=generator).sub_(4.6)])
 
     def eager(logits: Sequence[Tensor]) -> Tensor:
         here = labels(logits[0].device)
@@ -215,14 +214,13 @@ def sigmoid_focal_loss(case: Case) -> Op:
         return ops.sigmoid_focal_loss(logits[0], labels(logits[0].device))
 
     # The kernel gives a loss per anchor and the gradient of their sum; autograd scales it.
-    return Op(inputs, eager, fused, eager, "sigmoid_focal_loss", alongside=frozenset(("aten::sum", "aten::mul")))
+    return Op(given, eager, fused, eager, "sigmoid_focal_loss", alongside=frozenset(("aten::sum", "aten::mul")))
 
 
 def match_anchors(case: Case) -> Op:
     """An image's anchors, which both sides are given, to its ground truths."""
     head = scenes.rpn_head(image_size(case), case.levels)
     matcher = Matcher(HIGH_IOU, LOW_IOU, allow_low_quality_matches=True)
-
     given = _copied(lambda: (scenes.ground_truths(case.boxes, *head.image_size), head.anchors()))
 
     def eager(boxes: Sequence[Tensor]) -> Tensor:
@@ -235,28 +233,33 @@ def match_anchors(case: Case) -> Op:
     return Op(given, eager, fused, eager, "match_anchors", decides=True)
 
 
-def _per_box(case: Case, table: Callable[[], Tensor]) -> Callable[[torch.device], list[Tensor]]:
-    return _copied(lambda: (table(), scenes.ground_truths(case.boxes, *image_size(case))))
+def _per_box(case: Case, table: Callable[..., Tensor], *arguments: int) -> Callable[[torch.device], list[Tensor]]:
+    """A mask or heatmaps for each ground truth, and these."""
+    boxes = scenes.ground_truths(case.boxes, *image_size(case))
+    return _copied(lambda: (table(case.boxes, *arguments, case.output_size), boxes))
+
+
+# Of code that goes from box to box, torch.compile makes a graph for each size of a box, and leaves the rest to eager
+# after eight of them.
 
 
 def paste_masks(case: Case) -> Op:
     size = image_size(case)
-    given = _per_box(case, lambda: scenes.mask_probabilities(case.boxes, case.output_size))
-    # torch.compile makes a graph for each size of a box, and leaves the rest to eager after eight of them.
-    return Op(
-        given,
-        lambda found: roi_heads.paste_masks_in_image(*found, size),
-        lambda found: ops.paste_masks(found[0], found[1], size),
-        None,
-        "paste_masks",
-    )
+
+    def eager(found: Sequence[Tensor]) -> Tensor:
+        pasted: Tensor = roi_heads.paste_masks_in_image(*found, size)
+        return pasted
+
+    def fused(found: Sequence[Tensor]) -> Tensor:
+        return ops.paste_masks(found[0], found[1], size)
+
+    return Op(_per_box(case, scenes.mask_probabilities), eager, fused, None, "paste_masks")
 
 
 def heatmaps_to_keypoints(case: Case) -> Op:
     """The keypoints of an image's people; a person's row is judged as boxes are."""
-    # As for masks, a graph for each size of a box.
     return Op(
-        _per_box(case, lambda: scenes.keypoint_logits(case.boxes, case.classes, case.output_size)),
+        _per_box(case, scenes.keypoint_logits, case.classes),
         lambda found: roi_heads.heatmaps_to_keypoints(*found),
         lambda found: ops.heatmaps_to_keypoints(*found),
         None,
