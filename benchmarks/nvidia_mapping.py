@@ -40,78 +40,58 @@ def _tap(position, size):
 
 
 @triton.jit
-def _bin_of_program(rois, levels, scales, PH: tl.constexpr, PW: tl.constexpr, RATIO: tl.constexpr):
-    """(level, image, first row, rows of a bin, first column, columns of a bin, samples on either axis)."""
-    program = tl.program_id(0)
-    k, ph, pw = program // (PH * PW), program // PW % PH, program % PW
-    level = tl.load(levels + k).to(tl.int32)
-    scale = tl.load(scales + level)
-    row = rois + k.to(tl.int64) * 5
-    left, top = tl.load(row + 1) * scale, tl.load(row + 2) * scale
-    bin_h = tl.maximum(tl.load(row + 4) * scale - top, 1.0) / PH
-    bin_w = tl.maximum(tl.load(row + 3) * scale - left, 1.0) / PW
-    if RATIO > 0:
-        count_h, count_w = RATIO, RATIO
+def _read_or_add(pixel, mask, weight, value, BACKWARD: tl.constexpr):
+    """Forward: `value` plus the weighted pixel. Backward: adds weighted `value` to the pixel."""
+    if BACKWARD:
+        tl.atomic_add(pixel, weight * value, mask=mask)
     else:
-        count_h, count_w = tl.ceil(bin_h).to(tl.int32), tl.ceil(bin_w).to(tl.int32)
-    image = tl.load(row).to(tl.int64)
-    return level, image, top + ph * bin_h, bin_h, left + pw * bin_w, bin_w, count_h, count_w
-
-
-@triton.jit
-def _map_of_level(level, map0, map1, map2, map3, sizes):
-    """(map, height, width)."""
-    chosen = tl.where(level == 0, map0, tl.where(level == 1, map1, tl.where(level == 2, map2, map3)))
-    return chosen, tl.load(sizes + 2 * level), tl.load(sizes + 2 * level + 1)
+        value += weight * tl.load(pixel, mask=mask, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
 def nvidia_mapping_kernel(
-    map0, map1, map2, map3, sizes, scales, rois, levels, out, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    RATIO: tl.constexpr, BLOCK_C: tl.constexpr,
+    map0, map1, map2, map3, sizes, scales, rois, levels, pooled, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    RATIO: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """out [count, PH, PW, C]: a program is a bin."""
-    level, image, top, bin_h, left, bin_w, count_h, count_w = _bin_of_program(rois, levels, scales, PH, PW, RATIO)
-    source, height, width = _map_of_level(level, map0, map1, map2, map3, sizes)
-    channels = tl.arange(0, BLOCK_C)
-    source += image * height * width * C + channels
-    mask = channels < C
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for i in range(count_h):
-        y_low, y_high, y_weight_low, y_weight_high = _tap(top + (i + 0.5) * bin_h / count_h, height)
-        for j in range(count_w):
-            x_low, x_high, x_weight_low, x_weight_high = _tap(left + (j + 0.5) * bin_w / count_w, width)
-            a = tl.load(source + (y_low * width + x_low) * C, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(source + (y_low * width + x_high) * C, mask=mask, other=0.0).to(tl.float32)
-            c = tl.load(source + (y_high * width + x_low) * C, mask=mask, other=0.0).to(tl.float32)
-            d = tl.load(source + (y_high * width + x_high) * C, mask=mask, other=0.0).to(tl.float32)
-            total += y_weight_low * (x_weight_low * a + x_weight_high * b)
-            total += y_weight_high * (x_weight_low * c + x_weight_high * d)
-    total /= tl.maximum(count_h * count_w, 1)
-    tl.store(out + tl.program_id(0).to(tl.int64) * C + channels, total.to(out.dtype.element_ty), mask=mask)
+    """A program is a bin of pooled [count, PH, PW, C].
 
+    Forward writes it. Backward reads its gradient, and adds to the maps' float32 gradients, [N, H, W, C] each.
+    """
+    program = tl.program_id(0)
+    k, ph, pw = program // (PH * PW), program // PW % PH, program % PW
+    level = tl.load(levels + k).to(tl.int32)
+    scale = tl.load(scales + level)
+    roi = rois + k.to(tl.int64) * 5
+    left, top = tl.load(roi + 1) * scale, tl.load(roi + 2) * scale
+    bin_h = tl.maximum(tl.load(roi + 4) * scale - top, 1.0) / PH
+    bin_w = tl.maximum(tl.load(roi + 3) * scale - left, 1.0) / PW
+    if RATIO > 0:
+        count_h, count_w = RATIO, RATIO
+    else:
+        count_h, count_w = tl.ceil(bin_h).to(tl.int32), tl.ceil(bin_w).to(tl.int32)
+    samples = tl.maximum(count_h * count_w, 1)
 
-@triton.jit
-def nvidia_mapping_backward_kernel(
-    map0, map1, map2, map3, sizes, scales, rois, levels, grad, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    RATIO: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Adds the gradient of grad [count, PH, PW, C] to the maps' float32 gradients, [N, H, W, C] each."""
-    level, image, top, bin_h, left, bin_w, count_h, count_w = _bin_of_program(rois, levels, scales, PH, PW, RATIO)
-    target, height, width = _map_of_level(level, map0, map1, map2, map3, sizes)
+    chosen = tl.where(level == 0, map0, tl.where(level == 1, map1, tl.where(level == 2, map2, map3)))
+    height, width = tl.load(sizes + 2 * level), tl.load(sizes + 2 * level + 1)
     channels = tl.arange(0, BLOCK_C)
-    target += image * height * width * C + channels
     mask = channels < C
-    share = tl.load(grad + tl.program_id(0).to(tl.int64) * C + channels, mask=mask, other=0.0).to(tl.float32)
-    share /= tl.maximum(count_h * count_w, 1)
+    chosen += tl.load(roi).to(tl.int64) * height * width * C + channels
+    pooled += program.to(tl.int64) * C + channels
+    if BACKWARD:
+        value = tl.load(pooled, mask=mask, other=0.0).to(tl.float32) / samples
+    else:
+        value = tl.zeros([BLOCK_C], tl.float32)
     for i in range(count_h):
-        y_low, y_high, y_weight_low, y_weight_high = _tap(top + (i + 0.5) * bin_h / count_h, height)
+        y0, y1, wy0, wy1 = _tap(top + ph * bin_h + (i + 0.5) * bin_h / count_h, height)
         for j in range(count_w):
-            x_low, x_high, x_weight_low, x_weight_high = _tap(left + (j + 0.5) * bin_w / count_w, width)
-            tl.atomic_add(target + (y_low * width + x_low) * C, y_weight_low * x_weight_low * share, mask=mask)
-            tl.atomic_add(target + (y_low * width + x_high) * C, y_weight_low * x_weight_high * share, mask=mask)
-            tl.atomic_add(target + (y_high * width + x_low) * C, y_weight_high * x_weight_low * share, mask=mask)
-            tl.atomic_add(target + (y_high * width + x_high) * C, y_weight_high * x_weight_high * share, mask=mask)
+            x0, x1, wx0, wx1 = _tap(left + pw * bin_w + (j + 0.5) * bin_w / count_w, width)
+            value = _read_or_add(chosen + (y0 * width + x0) * C, mask, wy0 * wx0, value, BACKWARD)
+            value = _read_or_add(chosen + (y0 * width + x1) * C, mask, wy0 * wx1, value, BACKWARD)
+            value = _read_or_add(chosen + (y1 * width + x0) * C, mask, wy1 * wx0, value, BACKWARD)
+            value = _read_or_add(chosen + (y1 * width + x1) * C, mask, wy1 * wx1, value, BACKWARD)
+    if not BACKWARD:
+        tl.store(pooled, (value / samples).to(pooled.dtype.element_ty), mask=mask)
 
 
 def _levels(rois: Tensor) -> Tensor:
@@ -120,41 +100,32 @@ def _levels(rois: Tensor) -> Tensor:
     return (4 + torch.log2(area.sqrt() / 224 + 1e-6)).floor().clamp(2, 5).int() - 2
 
 
-def _launch(kernel: Any, maps: Sequence[Tensor], scales: Tensor, rois: Tensor, levels: Tensor, pooled: Tensor,
-            output_size: int, sampling_ratio: int, sizes: Tensor) -> None:  # fmt: skip
-    channels = maps[0].shape[1]
-    block = triton.next_power_of_2(channels)
-    warps = max(1, min(32, block // (CHANNELS_OF_A_THREAD * WARP)))
-    kernel[(len(rois) * output_size**2,)](
-        *maps, sizes, scales, rois, levels, pooled, C=channels, PH=output_size, PW=output_size, RATIO=sampling_ratio,
-        BLOCK_C=block, num_warps=warps,
-    )  # fmt: skip
-
-
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rois: Tensor, scales: Tensor, sizes: Tensor, output_size: int, sampling_ratio: int,
-                *maps: Tensor) -> Tensor:  # fmt: skip
-        levels = _levels(rois)
-        shape = len(rois), maps[0].shape[1], output_size, output_size
+    def launch(maps: Sequence[Tensor], pooled: Tensor, tables: Sequence[Tensor], ratio: int, backward: bool) -> None:
+        channels, *size = pooled.shape[1:]
+        block = triton.next_power_of_2(channels)
+        nvidia_mapping_kernel[(pooled.numel() // channels,)](
+            *maps, *tables, pooled, C=channels, PH=size[0], PW=size[1], RATIO=ratio, BLOCK_C=block, BACKWARD=backward,
+            num_warps=max(1, min(32, block // (CHANNELS_OF_A_THREAD * WARP))),
+        )  # fmt: skip
+
+    @staticmethod
+    def forward(ctx: Any, tables: Sequence[Tensor], output_size: int, ratio: int, *maps: Tensor) -> Tensor:
+        shape = len(tables[-1]), maps[0].shape[1], output_size, output_size
         pooled = torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=torch.channels_last)
-        _launch(nvidia_mapping_kernel, maps, scales, rois, levels, pooled, output_size, sampling_ratio, sizes)
-        ctx.save_for_backward(rois, scales, sizes, levels)
-        ctx.options = output_size, sampling_ratio
-        ctx.maps = [(each.shape, each.dtype) for each in maps]
+        _Pool.launch(maps, pooled, tables, ratio, backward=False)
+        ctx.tables, ctx.ratio, ctx.maps = tables, ratio, [(each.shape, each.dtype) for each in maps]
         return pooled
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rois, scales, sizes, levels = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         sums = [
             torch.empty(shape, device=grad.device, memory_format=torch.channels_last).zero_() for shape, _ in ctx.maps
         ]
-        output_size, sampling_ratio = ctx.options
-        _launch(nvidia_mapping_backward_kernel, sums, scales, rois, levels, grad, output_size, sampling_ratio, sizes)
-        found = [each.to(dtype) for each, (_, dtype) in zip(sums, ctx.maps, strict=True)]
-        return None, None, None, None, None, *found
+        _Pool.launch(sums, grad, ctx.tables, ctx.ratio, backward=True)
+        return None, None, None, *(each.to(dtype) for each, (_, dtype) in zip(sums, ctx.maps, strict=True))
 
 
 def pool(
@@ -172,7 +143,7 @@ def pool(
     Returns:
         ``[K, C, output_size, output_size]`` in channels_last, differentiable once with respect to the maps.
     """
-    pooled: Tensor = _Pool.apply(rois, scales, sizes, output_size, sampling_ratio, *maps)
+    pooled: Tensor = _Pool.apply((sizes, scales, rois, _levels(rois)), output_size, sampling_ratio, *maps)
     return pooled
 
 

@@ -294,7 +294,7 @@ def test_census_knows_an_upload_from_a_number_that_stays() -> None:
     def call() -> None:
         torch.tensor(1.0).to(value)
         torch.tensor([1, 2]).view(1, 2).to(value.device, non_blocking=True)
-        torch.tensor(1.0, device="cpu")
+        torch.tensor(1.0, device=value.device)
         torch.tensor([3]).tolist()
         value[value > 0].sum().item()
 
@@ -355,7 +355,6 @@ def test_a_wrong_result_or_backend_is_refused(function, name: str, direction: st
     assert reason in refused.refused
     assert refused.p50 is None
     assert refused.speedup is None
-    assert harness.refused(found) == [f"{case} {name}: {refused.refused}"]
     assert all(name not in (row.speedup or {}) for row in found)
     assert [row.provider for row in found if row.refused is None] == ["eager", harness.COPY]
 
@@ -365,7 +364,7 @@ def test_rows_carry_the_backend_that_the_dispatcher_saw(family: str) -> None:
     for (_, direction), case in {(c.op, c.direction): c for c in cases.FAMILIES[family]("cpu")}.items():
         small = cases.tiny(case)
         found = harness.measure(small, "cpu", 0.0, providers.providers(small, "cpu", ["eager", "cpp"]), max_rounds=1)
-        assert harness.refused(found) == [], direction
+        assert [row.refused for row in found if row.refused is not None] == [], direction
         seen = {row.provider: rows.as_dict(row).get("backend") for row in found}
         assert {name: seen[name] for name in ("eager", "cpp")} == {"eager": "torch", "cpp": "cpp"}
 

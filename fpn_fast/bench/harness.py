@@ -170,8 +170,3 @@ def sampled(
             row.speedup = {other: ratio(times, own) for other, times in others.items()}
         rows.append(row)
     return rows
-
-
-def refused(rows: Sequence[Row]) -> list[str]:
-    """One line for each row that was refused."""
-    return [f"{row.case} {row.provider}: {row.refused}" for row in rows if row.refused is not None]

@@ -15,11 +15,6 @@ from fpn_fast import backends
 
 Function = Callable[[Sequence[Tensor]], Any]
 
-#: A decoded box is about eight roundings of coordinates up to this many pixels.
-DECODE_ROUNDINGS, DECODE_RANGE = 8, 4096
-#: Roundings of a score, relative to 1.
-SCORE_ROUNDINGS = 4
-
 
 def listed(result: Any) -> list[Tensor]:
     """A tensor or a sequence of them, as a list."""
@@ -109,17 +104,3 @@ class Op:
         """`fused` by the reference in plain PyTorch."""
         with backends.use("reference"):
             return self.fused(inputs)
-
-    def decision(self, inputs: Sequence[Tensor]) -> Expectation:
-        """What an op that decides must return."""
-
-        def bound(tensor: Tensor) -> float:
-            if not tensor.is_floating_point():
-                return 0.0
-            eps = torch.finfo(tensor.dtype).eps
-            return DECODE_ROUNDINGS * DECODE_RANGE * eps if tensor.dim() == 2 else SCORE_ROUNDINGS * eps
-
-        with torch.no_grad():
-            results = self.tensors_of(self.reference(inputs))
-        dtypes = [each.dtype for each in results]
-        return Expectation([each.double() for each in results], list(map(bound, results)), dtypes, self.tensors_of)

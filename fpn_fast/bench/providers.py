@@ -24,6 +24,10 @@ from fpn_fast.bench.op import Expectation, Function, Op, largest, listed
 from fpn_fast.ops._registration import NAMESPACES
 from fpn_fast.ops._schemas import SCHEMAS
 
+#: A decoded box is about eight roundings of coordinates up to this many pixels.
+DECODE_ROUNDINGS, DECODE_RANGE = 8, 4096
+#: Roundings of a score, relative to 1.
+SCORE_ROUNDINGS = 4
 OPS: dict[str, Callable[[Case], Op]] = {**torchvision_ops.OPS, **libraries.OPS}
 #: By op: further providers of a case on a GPU, by name.
 RIVALS: dict[str, Callable[[Case], dict[str, Function]]] = {}
@@ -107,17 +111,24 @@ def bind(
 def expectation(case: Case, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Expectation:
     """What `case` must give: its op's decisions, or values within twice the reference's own error plus one rounding."""
     op = op_of(case)
-    if op.decides:
-        return op.decision(inputs)
     with torch.set_grad_enabled(case.direction != "forward"):
-        exact = listed(bind(case, op.reference, [t.double() for t in inputs], [g.double() for g in grads])())
-        own = listed(bind(case, op.reference, inputs, grads)())
-    exact = [result.detach() for result in exact]
-    bounds = [
-        2 * largest(same.detach().double() - right) + torch.finfo(same.dtype).eps * largest(right)
-        for same, right in zip(own, exact, strict=True)
-    ]
-    return Expectation(exact, bounds, [inputs[0].dtype] * len(exact))
+        own = op.tensors_of(bind(case, op.reference, inputs, grads)())
+        if op.decides:
+            exact, bounds = own, [_decision_bound(each) for each in own]
+        else:
+            exact = listed(bind(case, op.reference, [t.double() for t in inputs], [g.double() for g in grads])())
+            pairs = [(same.detach().double(), right.detach()) for same, right in zip(own, exact, strict=True)]
+            eps = torch.finfo(inputs[0].dtype).eps
+            bounds = [2 * largest(same - right) + eps * largest(right) for same, right in pairs]
+    return Expectation([each.detach().double() for each in exact], bounds, [each.dtype for each in own], op.tensors_of)
+
+
+def _decision_bound(tensor: Tensor) -> float:
+    """The error allowed in boxes, [K, 4], in scores, and in integers."""
+    if not tensor.is_floating_point():
+        return 0.0
+    eps = torch.finfo(tensor.dtype).eps
+    return DECODE_ROUNDINGS * DECODE_RANGE * eps if tensor.dim() == 2 else SCORE_ROUNDINGS * eps
 
 
 def backend_seen(operators: Iterable[str]) -> str:
