@@ -56,3 +56,8 @@ has_kernel: Callable[[str, str], bool] = getattr(torch._C, "_dispatch_has_kernel
 set_deterministic_algorithms: Callable[..., None] = getattr(
     torch._C, "_set_deterministic_algorithms", torch.use_deterministic_algorithms
 )
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling `module` runs hooks that calling its steps would not run. The fallback says yes."""
+    return bool(getattr(module, "_forward_hooks", True) or getattr(module, "_forward_pre_hooks", True))

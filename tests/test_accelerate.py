@@ -350,11 +350,11 @@ def test_half(kind, monkeypatch):
     """torchvision's NMS has no half on a CPU: here its own steps go on with a wider one."""
     plain, fast = pair(kind, decides=False)
     right = detect(copy.deepcopy(plain).double(), torch.float64)
+    own = detect(fast.half(), torch.half)
     nms = torchvision.ops.boxes.nms
     monkeypatch.setattr(
         torchvision.ops.boxes, "nms", lambda boxes, scores, iou: nms(boxes.float(), scores.float(), iou)
     )
-    own = detect(fast.half(), torch.half)
     assert {each["boxes"].dtype for each in own} == {torch.float32}
     check_no_decisions(own, detect(plain.half(), torch.half), right)
 

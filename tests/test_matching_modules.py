@@ -2,6 +2,7 @@
 """torchvision's matching and mask pasting inside its modules and models, against ours."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -154,13 +155,22 @@ def test_losses_and_gradients_are_torchvisions_bit_for_bit(counts, type, gt_type
     assert any(counts) == (losses["loss_rpn_box_reg"] > 0)
 
 
-def test_boxes_are_encoded_for_the_sampled_positives_alone(monkeypatch):
+def test_boxes_are_encoded_for_the_sampled_positives_alone():
     rows, anchors = [], []
-    encode, generate = BoxCoder.encode_single, AnchorGenerator.forward
-    monkeypatch.setattr(BoxCoder, "encode_single", lambda *args: (rows.append(len(args[1])), encode(*args))[1])
-    monkeypatch.setattr(AnchorGenerator, "forward", lambda *args: (anchors.append(generate(*args)), anchors[-1])[1])
+
+    def watch(frame, event, result):
+        """Replaces nothing: torchvision's code would run for what is replaced."""
+        if event == "return" and frame.f_code is BoxCoder.encode_single.__code__:
+            rows.append(len(frame.f_locals["proposals"]))
+        elif event == "return" and frame.f_code is AnchorGenerator.forward.__code__:
+            anchors.append(result)
+
     _, fast = heads_of()
-    trained(fast, inputs_of((20, 0, 1)))
+    sys.setprofile(watch)
+    try:
+        trained(fast, inputs_of((20, 0, 1)))
+    finally:
+        sys.setprofile(None)
     # 12 of an image are sampled as positives at most; anchors are made for one image.
     assert [len(each) for each in anchors] == [1]
     assert len(anchors[0][0]) == 3 * (16 * 19 + 8 * 11)

@@ -8,10 +8,12 @@ checkpoints load both ways.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+
+from fpn_fast.nn._own import changed_steps
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,16 @@ def _swap(name: str, module: nn.Module, new: type) -> Entry:
     return entry
 
 
+def _note_changed(report: Report, model: nn.Module, apart: set[type]) -> None:
+    """Notes which steps of the swapped modules are not the library's own: its code runs there."""
+    modules = dict(model.named_modules())
+    for i, entry in enumerate(report.swapped):
+        changed = dict.fromkeys(changed_steps(modules[entry.name], apart))
+        if changed:
+            note = f"{entry.note}; torchvision's code runs where you changed {', '.join(changed)}"
+            report.swapped[i] = replace(entry, note=note)
+
+
 def accelerate(model: nn.Module) -> Report:
     """Swaps every module of `model` that has a fused implementation, in place. The model computes the same.
 
@@ -130,6 +142,7 @@ def accelerate(model: nn.Module) -> Report:
             note = f"a subclass of {_qualified(base)}, which may compute something else"
         if note is not None:
             report.left.append(Entry(name, _qualified(kind), note))
+    _note_changed(report, model, {*fused.values()})
     if any(type(module) in fused.values() for module in model.modules()):
         report.limits.append(_LIMIT)
     return report

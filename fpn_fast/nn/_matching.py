@@ -12,8 +12,11 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
+from fpn_fast.nn._own import Part
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
+
+_MATCHER = Part(Matcher, calls=(box_iou,))
 
 
 def check_targets(targets: Sequence[dict[str, Tensor]], images: int, *names: str) -> None:
@@ -59,7 +62,7 @@ def match_images(
 
 
 def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> bool:
-    known = type(matcher) is Matcher and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
+    known = _MATCHER.are_own(matcher) and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
     return not backends.falls_back(matcher, boxes, "match_anchors", known=known)
 
 

@@ -10,21 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet, ssd
-from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection._utils import BoxLinearCoder, Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
 from fpn_fast._torch_private import assert_async
 from fpn_fast.nn import _matching
+from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn._shared import sizes_beside
-from fpn_fast.nn.region_proposal import AnchorGenerator as FusedAnchorGenerator
-from fpn_fast.nn.region_proposal import cell_numbers
+from fpn_fast.nn.region_proposal import ANCHORS, BOX_CODER, cell_numbers
 
 __all__ = ["FCOS", "SSD", "RetinaNet"]
 
 Padded = tuple[Tensor, Tensor, Tensor, Tensor]
+
+LINEAR_CODER = Part(BoxLinearCoder)
+_RETINANET_LOSS = Steps(retinanet.RetinaNet, replaced="compute_loss")
+_HEAD_LOSS = Steps(retinanet.RetinaNetHead, "compute_loss")
+_CLASSIFICATION_LOSS = Steps(retinanet.RetinaNetClassificationHead, "compute_loss")
+_FCOS_LOSS = Steps(fcos.FCOS, replaced="compute_loss")
+_FCOS_HEAD_LOSS = Steps(fcos.FCOSHead, "compute_loss")
+_SSD_LOSS = Steps(ssd.SSD, replaced="compute_loss")
+_SSD_DETECTIONS = Steps(ssd.SSD, replaced="postprocess_detections")
 
 
 def named(padded: Padded) -> dict[str, Tensor]:
@@ -97,7 +105,9 @@ class _DenseDetector(nn.Module):
     topk_candidates: int
     nms_thresh: float
     detections_per_img: int
-    # Of a subclass: whether the op supports its box coder, and the op's options for it.
+    # Of a subclass: the steps that evaluation leaves out, whether the op supports its box coder, and the op's options
+    # for it.
+    _evaluation: Steps
     _knows_coder: Callable[[], bool]
     _coding: Callable[[dict[str, list[Tensor]]], dict[str, Any]]
 
@@ -154,7 +164,7 @@ class _DenseDetector(nn.Module):
         )
 
     def _knows_anchors(self) -> bool:
-        return type(self.anchor_generator) in (AnchorGenerator, FusedAnchorGenerator) and self._knows_coder()
+        return self._evaluation.are_own(self) and ANCHORS.are_own(self.anchor_generator) and self._knows_coder()
 
 
 class RetinaNet(_DenseDetector, retinanet.RetinaNet):
@@ -170,10 +180,12 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
         order, as may scores that differ only by rounding. The loss has no second derivative. In evaluation boxes and
         scores have torchvision's gradients. Where these are recorded, torch's operators select the candidates, which
         takes several times as long as the kernel: without need of them, evaluate under ``torch.no_grad()``. With your
-        own class of anchor generator or box coder, and on a device without a kernel, torchvision's code runs.
+        own anchor generator, box coder or step, and on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/retinanet.py.
     """
+
+    _evaluation = Steps(retinanet.RetinaNet, "postprocess_detections", "eager_outputs", replaced="forward")
 
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
@@ -182,13 +194,16 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
 
         Raises ValueError unless an image has as many labels as boxes. Others: see :func:`classification_loss`.
         """
+        if not _RETINANET_LOSS.are_own(self):
+            return super().compute_loss(targets, head_outputs, anchors)
         matches = [
             _matching.match_boxes(self.proposal_matcher, box_iou, target["boxes"], own)
             for own, target in zip(anchors, targets, strict=False)
         ]
         logits = head_outputs["cls_logits"]
-        known = type(self.head) is retinanet.RetinaNetHead
+        known = type(self.head) is retinanet.RetinaNetHead and _HEAD_LOSS.are_own(self.head)
         known = known and type(self.head.classification_head) is retinanet.RetinaNetClassificationHead
+        known = known and _CLASSIFICATION_LOSS.are_own(self.head.classification_head)
         if known:
             _matching.check_targets(targets, len(logits), "labels")
         known = known and logits.dtype in (torch.float32, torch.float64) and len(matches) == len(logits)
@@ -201,7 +216,7 @@ class RetinaNet(_DenseDetector, retinanet.RetinaNet):
         }
 
     def _knows_coder(self) -> bool:
-        return type(self.box_coder) is BoxCoder
+        return BOX_CODER.are_own(self.box_coder)
 
     def _coding(self, maps: dict[str, list[Tensor]]) -> dict[str, Any]:
         return {"weights": self.box_coder.weights, "scale_clamp": self.box_coder.bbox_xform_clip}
@@ -213,6 +228,8 @@ class FCOS(_DenseDetector, fcos.FCOS):
     Source: torchvision/models/detection/fcos.py.
     """
 
+    _evaluation = Steps(fcos.FCOS, "postprocess_detections", "eager_outputs", replaced="forward")
+
     def compute_loss(
         self,
         targets: list[dict[str, Tensor]],
@@ -221,12 +238,12 @@ class FCOS(_DenseDetector, fcos.FCOS):
         num_anchors_per_level: list[int],
     ) -> dict[str, Tensor]:
         """torchvision's losses. Raises ValueError unless an image has as many labels as boxes."""
-        if type(self.head) is fcos.FCOSHead:
+        if _FCOS_LOSS.are_own(self) and type(self.head) is fcos.FCOSHead and _FCOS_HEAD_LOSS.are_own(self.head):
             _matching.check_targets(targets, len(anchors), "labels")
         return super().compute_loss(targets, head_outputs, anchors, num_anchors_per_level)
 
     def _knows_coder(self) -> bool:
-        return type(self.box_coder) is BoxLinearCoder and self.box_coder.normalize_by_size
+        return LINEAR_CODER.are_own(self.box_coder) and self.box_coder.normalize_by_size
 
     def _coding(self, maps: dict[str, list[Tensor]]) -> dict[str, Any]:
         return {"coder": "distances", "centerness": maps["bbox_ctrness"]}
@@ -236,7 +253,7 @@ class SSD(ssd.SSD):
     """SSD (Liu et al., 2016) with post-processing in one call: drop-in for torchvision's.
 
     Constructor, ``state_dict`` keys, losses and detections are torchvision's. One call of
-    :func:`fpn_fast.ops.select_box_detections` replaces everything after the head. With your own class of box coder, and
+    :func:`fpn_fast.ops.select_box_detections` replaces everything after the head. With your own box coder or step, and
     on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/ssd.py.
@@ -250,7 +267,8 @@ class SSD(ssd.SSD):
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
         """torchvision's losses. Raises ValueError unless an image has as many labels as boxes."""
-        _matching.check_targets(targets, len(anchors), "labels")
+        if _SSD_LOSS.are_own(self):
+            _matching.check_targets(targets, len(anchors), "labels")
         return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
 
     def postprocess_detections(
@@ -258,7 +276,8 @@ class SSD(ssd.SSD):
     ) -> list[dict[str, Tensor]]:
         """ "cls_logits" [N, M, classes] and "bbox_regression" [N, M, 4] -> torchvision's dict per image."""
         logits = head_outputs["cls_logits"]
-        if backends.falls_back(self, logits, "select_box_detections", known=type(self.box_coder) is BoxCoder):
+        known = _SSD_DETECTIONS.are_own(self) and BOX_CODER.are_own(self.box_coder)
+        if backends.falls_back(self, logits, "select_box_detections", known=known):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         found = ops.select_box_detections(
             logits,

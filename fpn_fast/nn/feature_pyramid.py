@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
+from fpn_fast.nn._own import Steps
 from fpn_fast.nn._shared import merge_pyramid
 
 if importlib.util.find_spec("torchvision") is not None:
@@ -19,6 +20,8 @@ else:
     from fpn_fast.nn._standalone import FeaturePyramidNetwork as _Base
 
 __all__ = ["ExtraFPNBlock", "FeaturePyramidNetwork", "LastLevelMaxPool", "LastLevelP6P7"]
+
+_STEPS = Steps(_Base, "get_result_from_inner_blocks", "get_result_from_layer_blocks", replaced="forward")
 
 
 class FeaturePyramidNetwork(_Base):
@@ -47,6 +50,8 @@ class FeaturePyramidNetwork(_Base):
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """{name: [N, C_l, H_l, W_l]}, finest first -> {name: [N, out_channels, H_l, W_l]} and the extra maps."""
+        if not _STEPS.are_own(self):
+            return super().forward(x)
         names = list(x)
         features = list(x.values())
         # Like in torchvision, the coarsest map takes the last block, however many maps there are.

@@ -17,6 +17,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
+from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn._shared import proposals_of_images, sizes_beside, values_of
 
 __all__ = ["AnchorGenerator", "RegionProposalNetwork"]
@@ -61,8 +62,8 @@ class RegionProposalNetwork(_RegionProposalBase):
     encoded for the sampled anchors only.
 
     Note:
-        Boxes and scores are float32 also for a half-precision head. With your own class of anchor generator or box
-        coder, and on a device without a kernel, torchvision's code runs.
+        Boxes and scores are float32 also for a half-precision head. With your own anchor generator, box coder or step,
+        and on a device without a kernel, torchvision's code runs.
 
     Source: torchvision/models/detection/rpn.py.
     """
@@ -104,12 +105,12 @@ class RegionProposalNetwork(_RegionProposalBase):
             an image's last proposal are zero.
 
         Raises:
-            TypeError: the anchor generator or box coder is a class of your own; others: the op's.
+            TypeError: the anchor generator, box coder or a step is your own; others: the op's.
         """
         if not self._knows_anchors():
             raise TypeError(
                 "proposals() needs an AnchorGenerator and a BoxCoder of torchvision or fpn_fast, got "
-                f"{type(self.anchor_generator).__name__} and {type(self.box_coder).__name__}"
+                f"{type(self.anchor_generator).__name__} and {type(self.box_coder).__name__}; no step may be replaced"
             )
         return self.proposals_of_head(images, *self.head(list(features.values())))
 
@@ -143,6 +144,8 @@ class RegionProposalNetwork(_RegionProposalBase):
         Labels are 1 for a match, 0 for background, -1 for an ignored anchor. An anchor without a match gets the first
         ground truth as its box, and zeros in an image without ground truths.
         """
+        if not _ASSIGNING.are_own(self):
+            return super().assign_targets_to_anchors(anchors, targets)
         labels, matched = [], []
         for boxes, target in zip(anchors, targets, strict=False):
             gt_boxes = target["boxes"]
@@ -153,17 +156,13 @@ class RegionProposalNetwork(_RegionProposalBase):
         return labels, matched
 
     def _knows_anchors(self) -> bool:
-        return (
-            type(self.anchor_generator) in (AnchorGenerator, _AnchorGeneratorBase) and type(self.box_coder) is BoxCoder
-        )
+        own_parts = ANCHORS.are_own(self.anchor_generator) and BOX_CODER.are_own(self.box_coder)
+        return own_parts and PROPOSALS.are_own(self)
 
     def _losses(
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> dict[str, Tensor]:
-        own = type(self)
-        usual = RegionProposalNetwork.assign_targets_to_anchors, _RegionProposalBase.compute_loss
-        if (own.assign_targets_to_anchors, own.compute_loss) != usual:
-            # A subclass overrides a step between the targets and the losses.
+        if not LOSSES.are_own(self):
             anchors = self.anchor_generator(images, maps)
             labels, matched = self.assign_targets_to_anchors(anchors, targets)
             goals = self.box_coder.encode(matched, anchors)
@@ -192,6 +191,13 @@ class RegionProposalNetwork(_RegionProposalBase):
         (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
         boxes = [target["boxes"] for target in targets]
         return anchors, *_matching.match_images(self.proposal_matcher, self.box_similarity, boxes, anchors)
+
+
+ANCHORS = Part(_AnchorGeneratorBase, fused=AnchorGenerator)
+BOX_CODER = Part(BoxCoder)
+PROPOSALS = Steps(_RegionProposalBase, "filter_proposals", "_get_top_n_idx", replaced="forward")
+LOSSES = Steps(_RegionProposalBase, "assign_targets_to_anchors", "compute_loss", fused=RegionProposalNetwork)
+_ASSIGNING = Steps(_RegionProposalBase, replaced="assign_targets_to_anchors")
 
 
 def cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fpn_fast import ops
+from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn._shared import recorded
 from fpn_fast.ops.multiscale_roi_align import rois_of_images
 
@@ -25,6 +26,10 @@ else:
     from fpn_fast.nn._standalone import RoIAlign as _RoIAlignBase
 
 __all__ = ["MultiScaleRoIAlign", "RoIAlign"]
+
+_ROI_ALIGN = Steps(_RoIAlignBase, replaced="forward")
+_POOLING = Steps(_MultiScaleBase, replaced="forward")
+_MAPPER = Part(LevelMapper)
 
 
 class RoIAlign(_RoIAlignBase):
@@ -46,7 +51,7 @@ class RoIAlign(_RoIAlignBase):
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
         """[N, C, H, W], and [K, 5] (image, x1, y1, x2, y2) or N tensors [L, 4] -> [K, C, PH, PW]; errors: the op's."""
-        if recorded(input):
+        if recorded(input) or not _ROI_ALIGN.are_own(self):
             return super().forward(input, rois)
         return ops.roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
@@ -100,7 +105,7 @@ class MultiScaleRoIAlign(_MultiScaleBase):
             ValueError: x has none of featmap_names; image_shapes is empty at the first call; others: the op's.
             TypeError: see the op.
         """
-        if recorded(x):
+        if recorded(x) or not _POOLING.are_own(self):
             return super().forward(x, boxes, image_shapes)
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
@@ -145,7 +150,7 @@ def _nearest_power_of_two(size: int, whole: float) -> float:
 def _level_rule(mapper: Any, scales: Sequence[float], boxes: Sequence[Tensor]) -> dict[str, Any]:
     """Arguments for the op to choose the levels of `mapper`: its constants, or the levels of a custom mapper."""
     ends = (_level(scales[0]), _level(scales[-1]))
-    usual = type(mapper) is LevelMapper and mapper.eps == 1e-6 and (mapper.k_min, mapper.k_max) == ends
+    usual = _MAPPER.are_own(mapper) and mapper.eps == 1e-6 and (mapper.k_min, mapper.k_max) == ends
     if usual and len(scales) > 1:
         return {"canonical_scale": mapper.s0, "canonical_level": mapper.lvl0}
     return {"levels": mapper(boxes)}

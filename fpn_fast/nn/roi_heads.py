@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import roi_heads, transform
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
 from fpn_fast import backends, ops
 from fpn_fast.nn import _matching
+from fpn_fast.nn._own import Steps
 from fpn_fast.nn._shared import sizes_beside
 from fpn_fast.nn.dense_detectors import Padded, lists_of, named
+from fpn_fast.nn.region_proposal import BOX_CODER
 
 __all__ = ["GeneralizedRCNNTransform", "RoIHeads"]
+
+_FORWARD = Steps(roi_heads.RoIHeads, replaced="forward")
+_CHECKING = Steps(roi_heads.RoIHeads, replaced="check_targets")
+_ASSIGNING = Steps(roi_heads.RoIHeads, replaced="assign_targets_to_proposals")
+_DETECTIONS = Steps(roi_heads.RoIHeads, replaced="postprocess_detections")
+_NORMALIZE = Steps(transform.GeneralizedRCNNTransform, replaced="normalize")
+_POSTPROCESS = Steps(transform.GeneralizedRCNNTransform, replaced="postprocess")
 
 
 class RoIHeads(roi_heads.RoIHeads):
@@ -45,7 +53,7 @@ class RoIHeads(roi_heads.RoIHeads):
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Maps by name, boxes [R_n, 4] and (height, width) per image -> (detections, losses), like torchvision's."""
-        theirs = self.training or targets is not None or not self.has_keypoint()
+        theirs = self.training or targets is not None or not self.has_keypoint() or not _FORWARD.are_own(self)
         if theirs or backends.falls_back(self, features[next(iter(features))], "heatmaps_to_keypoints"):
             return super().forward(features, proposals, image_shapes, targets)
         pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
@@ -69,8 +77,9 @@ class RoIHeads(roi_heads.RoIHeads):
     def check_targets(self, targets: Any) -> None:
         """Raises ValueError unless targets have all tables that training needs, each with a row for each box."""
         super().check_targets(targets)
-        names = ["labels", *["masks"] * self.has_mask(), *["keypoints"] * self.has_keypoint()]
-        _matching.check_targets(targets, len(targets), *names)
+        if _CHECKING.are_own(self):
+            names = ["labels", *["masks"] * self.has_mask(), *["keypoints"] * self.has_keypoint()]
+            _matching.check_targets(targets, len(targets), *names)
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -79,6 +88,8 @@ class RoIHeads(roi_heads.RoIHeads):
 
         The ground truth is 0 for none. The label is 0 for background, -1 for proposals that the sampler ignores.
         """
+        if not _ASSIGNING.are_own(self):
+            return super().assign_targets_to_proposals(proposals, gt_boxes, gt_labels)
         indices, labels = [], []
         for boxes, gts, of_gts in zip(proposals, gt_boxes, gt_labels, strict=False):
             matches = _matching.match_boxes(self.proposal_matcher, box_iou, gts, boxes)
@@ -96,7 +107,8 @@ class RoIHeads(roi_heads.RoIHeads):
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """[R, classes], [R, 4 * classes] and proposals [R_n, 4] per image -> boxes, scores and labels per image."""
-        known = type(self.box_coder) is BoxCoder and box_regression.shape[-1] == 4 * class_logits.shape[-1]
+        known = _DETECTIONS.are_own(self) and BOX_CODER.are_own(self.box_coder)
+        known = known and box_regression.shape[-1] == 4 * class_logits.shape[-1]
         if backends.falls_back(self, class_logits, "select_box_detections", known=known):
             return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         lengths = [len(boxes) for boxes in proposals]
@@ -161,8 +173,8 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         """[C, H, W] with values in 0 to 1 -> (image - mean) / std. Raises TypeError for integers."""
-        if not image.is_floating_point():
-            return super().normalize(image)  # which raises
+        if not image.is_floating_point() or not _NORMALIZE.are_own(self):
+            return super().normalize(image)  # which raises for integers
         key = (tuple(self.image_mean), tuple(self.image_std), image.dtype, image.device)
         if self._moments is None or self._moments[0] != key:
             mean, std = (
@@ -181,6 +193,8 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
 
         "masks" [K, 1, M, M] become [K, 1, H, W].
         """
+        if not _POSTPROCESS.are_own(self):
+            return super().postprocess(result, image_shapes, original_image_sizes)
         if self.training:
             return result
         if backends.jit_traced():

@@ -9,19 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
+from torchvision.models.detection import roi_heads as _roi_heads
+from torchvision.models.detection import rpn as _rpn
 from torchvision.models.detection import transform as _transform
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from fpn_fast import backends, ops
-from fpn_fast.nn.dense_detectors import FCOS, RetinaNet, lists_of, named
-from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
+from fpn_fast.nn._own import Steps
+from fpn_fast.nn.dense_detectors import FCOS, LINEAR_CODER, RetinaNet, lists_of, named
+from fpn_fast.nn.region_proposal import ANCHORS, BOX_CODER, PROPOSALS, AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
 from fpn_fast.ops._checks import as_integer, as_pair
 
 __all__ = ["StaticDetector"]
 
 Size = tuple[int, int]
+
+_TRANSFORM = Steps(
+    _transform.GeneralizedRCNNTransform,
+    *("forward", "normalize", "resize", "batch_images", "postprocess"),
+    fused=GeneralizedRCNNTransform,
+)
+_RPN = Steps(_rpn.RegionProposalNetwork, "forward", fused=RegionProposalNetwork)
+_HEADS = Steps(_roi_heads.RoIHeads, "forward", "postprocess_detections", fused=RoIHeads)
 
 
 class StaticDetector(nn.Module):
@@ -341,6 +352,20 @@ def _check_model(model: nn.Module) -> None:
         if type(part) not in kinds:
             expected = f"{kinds[-1].__name__} after fpn_fast.accelerate(model)"
             raise TypeError(f"the model's {name} must be {expected}, got {type(part).__name__}")
+    for name, part, steps in _left_out(model):
+        if changed := steps.changed(part):
+            raise TypeError(f"the model's {name} must be torchvision's own, got a changed {', '.join(changed)}")
+
+
+def _left_out(model: Any) -> list[tuple[str, Any, Steps]]:
+    """The parts whose steps are not called, by name."""
+    parts = [("transform", model.transform, _TRANSFORM), ("anchor_generator", _anchor_generator(model), ANCHORS)]
+    if isinstance(model, FasterRCNN):
+        parts += [("rpn", model.rpn, steps) for steps in (_RPN, PROPOSALS)]
+        parts += [(f"{name}.box_coder", getattr(model, name).box_coder, BOX_CODER) for name in ("rpn", "roi_heads")]
+        return [*parts, ("roi_heads", model.roi_heads, _HEADS)]
+    coder = BOX_CODER if isinstance(model, RetinaNet) else LINEAR_CODER
+    return [*parts, ("box_coder", model.box_coder, coder), (type(model).__name__, model, model._evaluation)]
 
 
 def _anchor_generator(model: Any) -> Any:

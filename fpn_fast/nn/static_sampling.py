@@ -24,10 +24,19 @@ from torchvision.ops import roi_align
 
 from fpn_fast import ops
 from fpn_fast.nn import _matching
-from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
+from fpn_fast.nn._own import Part, Steps
+from fpn_fast.nn.region_proposal import BOX_CODER, LOSSES, AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import RoIHeads
 
 __all__ = ["FixedSizeSampler", "StaticRegionProposalNetwork", "StaticRoIHeads", "use_static_sampling"]
+
+_TORCHVISIONS_SAMPLER = Part(BalancedPositiveNegativeSampler)
+_ROI_TRAINING = Steps(
+    roi_heads.RoIHeads,
+    *("select_training_samples", "add_gt_proposals", "assign_targets_to_proposals", "subsample"),
+    replaced="forward",
+    fused=RoIHeads,
+)
 
 
 class FixedSizeSampler(BalancedPositiveNegativeSampler):
@@ -81,6 +90,9 @@ class FixedSizeSampler(BalancedPositiveNegativeSampler):
         return masks
 
 
+_SAMPLER = Part(FixedSizeSampler)
+
+
 def _at(table: Tensor, places: Tensor) -> Tensor:
     """table [N, K] at places [N, S]. The value is arbitrary for a place outside 0..K-1."""
     if table.shape[1] == 0:
@@ -120,7 +132,8 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """See :class:`RegionProposalNetwork`. In training, boxes are padded."""
-        if not self.training:
+        own = self._knows_anchors() and LOSSES.are_own(self) and _SAMPLER.are_own(self.fg_bg_sampler)
+        if not self.training or not own:
             return super().forward(images, features, targets)
         if targets is None:
             raise ValueError("targets must have the boxes of each image in training, got None")
@@ -175,6 +188,11 @@ class StaticRoIHeads(RoIHeads):
         """See :class:`RoIHeads`."""
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
+        own = _ROI_TRAINING.are_own(self) and BOX_CODER.are_own(self.box_coder)
+        if not own or not _SAMPLER.are_own(self.fg_bg_sampler):
+            # torchvision would sample the padding as background.
+            found = [boxes[boxes[:, 2] > boxes[:, 0]] for boxes in proposals]
+            return super().forward(features, found, image_shapes, targets)
         if targets is None:
             raise ValueError("targets must have the boxes and labels of each image in training, got None")
         self.check_targets(targets)
@@ -266,6 +284,8 @@ def use_static_sampling(model: nn.Module) -> None:
     for part, known in usual:
         if type(part) not in known:
             raise TypeError(f"the model's {known[0].__name__} must be torchvision's, got {type(part).__name__}")
+    if not _TORCHVISIONS_SAMPLER.are_own(rpn.fg_bg_sampler):
+        raise TypeError("BalancedPositiveNegativeSampler must be torchvision's own: static sampling replaces it")
     if heads.has_keypoint():
         raise TypeError("static sampling does not support keypoints, got a model with a keypoint head")
     rpn.__class__, heads.__class__ = StaticRegionProposalNetwork, StaticRoIHeads
