@@ -374,6 +374,16 @@ def test_errors(backend, change, error, message):
         ops.multiscale_roi_align(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_boxes_of_several_dtypes_keep_their_digits(backend, dtype):
+    """Whichever image comes first, as one without boxes, whose table is of float32."""
+    feature = torch.rand(2, 3, 12, 16, dtype=torch.float64).to(dtype)
+    boxes = [torch.zeros(0, 4), torch.tensor([[1 / 3, 1 / 7, 40 / 3, 60 / 7]], dtype=torch.float64)]
+    expected = ops.roi_align(feature, torch.tensor([[1, 1 / 3, 1 / 7, 40 / 3, 60 / 7]], dtype=torch.float64), 3)
+    assert torch.equal(ops.roi_align(feature, boxes, 3), expected)
+
+
 def test_errors_of_boxes():
     with pytest.raises(ValueError, match=r"boxes must be \[L, 4\].*got \(2, 5\) at 1"):
         ops.roi_align(FEATURES[0], [torch.zeros(2, 4), torch.zeros(2, 5)], 2)

@@ -37,7 +37,7 @@ def select_detections(
     scale_clamp: float,
     distances: bool,
 ) -> Detections:
-    """See :func:`fpn_fast.ops.select_detections`. Of equal logits at the limit of a level, any may be taken."""
+    """See :func:`fpn_fast.ops.select_detections`."""
     dtype = image_sizes.dtype
     tables = torch.tensor(cell_anchors, dtype=dtype, device="cpu").view(len(logits), -1, 4)
     levels = []
@@ -188,7 +188,15 @@ def _sigmoid(logits: Tensor) -> Tensor:
 
 def _highest(ranks: Tensor, count: int) -> Tensor:
     """The indices of the `count` highest per image of [N, B], best first, of equal ones the lower first."""
-    index = ranks.topk(min(count, ranks.size(1))).indices.sort(1).values
+    count = min(count, ranks.size(1))
+    if count == 0:
+        return ranks.topk(0).indices
+    # Of equal values topk takes any.
+    lowest = ranks.topk(count).values[:, -1:]
+    above, equal = ranks > lowest, ranks == lowest
+    taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
+    numbers = torch.arange(1, count + 1, dtype=torch.int32, device=ranks.device).repeat(ranks.size(0), 1)
+    index = torch.searchsorted(taken.cumsum(1, dtype=torch.int32), numbers)
     order = ranks.gather(1, index).sort(dim=1, descending=True, stable=True).indices
     return index.gather(1, order)
 
