@@ -403,6 +403,29 @@ def test_what_has_no_fused_form_is_left(integration):
         assert torch.equal(ours.objectness_logits, theirs.objectness_logits)
 
 
+@pytest.mark.parametrize(
+    "path", ["predict_proposals", "box2box_transform.apply_deltas", "anchor_generator.forward", "anchor_generator hook"]
+)
+@pytest.mark.parametrize("is_class", [False, True], ids=["instance", "class"])
+def test_a_replaced_step_is_called(integration, path, is_class, monkeypatch):
+    model, calls = detector().eval(), []
+    fpn_fast.accelerate(model)
+    model(images(), SIZES[:2])
+    owner = model.proposal_generator
+    if path.endswith(" hook"):
+        owner.anchor_generator.register_forward_hook(lambda *_: calls.append(path))
+    else:
+        *parts, name = path.split(".")
+        for part in parts:
+            owner = getattr(owner, part)
+        if is_class:
+            owner = next(kind for kind in type(owner).__mro__ if name in vars(kind))
+        step = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: calls.append(path) or step(*given))
+    model(images(), SIZES[:2])
+    assert calls
+
+
 def test_cell_anchors_are_read_once(integration):
     model = detector().eval()
     fpn_fast.accelerate(model)

@@ -297,7 +297,7 @@ def test_another_loss_is_trained_on():
     losses = dict(outcome(model, "mask")[:5])
     assert (losses["loss_objectness"].item(), losses["loss_rpn_box_reg"].item()) == (100, 200)
     notes = {entry.name: entry.note for entry in report.swapped}
-    expected = "now fpn_fast.RegionProposalNetwork; torchvision's code runs where you changed compute_loss"
+    expected = "now fpn_fast.RegionProposalNetwork; its library's code runs where you changed compute_loss"
     assert notes["rpn"] == expected
     assert all(note.startswith("now ") and ";" not in note for name, note in notes.items() if name != "rpn")
 

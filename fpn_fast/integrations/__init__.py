@@ -103,7 +103,7 @@ def _note_changed(report: Report, model: nn.Module, apart: set[type]) -> None:
     for i, entry in enumerate(report.swapped):
         changed = dict.fromkeys(changed_steps(modules[entry.name], apart))
         if changed:
-            note = f"{entry.note}; torchvision's code runs where you changed {', '.join(changed)}"
+            note = f"{entry.note}; its library's code runs where you changed {', '.join(changed)}"
             report.swapped[i] = replace(entry, note=note)
 
 

@@ -21,11 +21,16 @@ from torch import Tensor, nn
 
 from fpn_fast import backends
 from fpn_fast.integrations import replacing
+from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn._shared import values_of
 from fpn_fast.nn.detectron2 import DefaultAnchorGenerator as OwnAnchorGenerator
 from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
 from fpn_fast.nn.detectron2.fpn import FPNForward
 from fpn_fast.nn.detectron2.poolers import PoolerForward
+
+_PROPOSALS = Steps(rpn.RPN, "predict_proposals", "_decode_proposals", replaced="forward")
+_ANCHORS = Part(DefaultAnchorGenerator, fused=OwnAnchorGenerator)
+_TRANSFORM = Part(Box2BoxTransform)
 
 
 class FPN(FPNForward, fpn.FPN):
@@ -56,7 +61,7 @@ class ROIPooler(PoolerForward, poolers.ROIPooler):
 class RPN(rpn.RPN):
     """detectron2's RPN with proposals by :func:`fpn_fast.ops.generate_proposals`. Only losses need anchors in memory.
 
-    It runs detectron2's own code with an anchor generator or box transform of your own, and on a device without a
+    It runs detectron2's own code with an anchor generator, box transform or step of your own, and on a device without a
     kernel. detectron2 raises where a prediction is not finite; here training goes on without that prediction.
     """
 
@@ -107,10 +112,10 @@ class RPN(rpn.RPN):
         return values_of(self, list(self.anchor_generator.cell_anchors))
 
     def _knows_anchors(self) -> bool:
-        generator, known = self.anchor_generator, (DefaultAnchorGenerator, OwnAnchorGenerator)
-        if type(generator) not in known or type(self.box2box_transform) is not Box2BoxTransform:
+        own_parts = _ANCHORS.are_own(self.anchor_generator) and _TRANSFORM.are_own(self.box2box_transform)
+        if not own_parts or not _PROPOSALS.are_own(self):
             return False
-        return len({len(table) for table in generator.cell_anchors}) == 1
+        return len({len(table) for table in self.anchor_generator.cell_anchors}) == 1
 
 
 FUSED = replacing(FPN, ROIPooler, RPN)

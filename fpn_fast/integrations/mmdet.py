@@ -23,10 +23,15 @@ from torch import Tensor, nn
 from fpn_fast import backends
 from fpn_fast.integrations import replacing
 from fpn_fast.nn import mmdet
+from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn.mmdet import predict_proposals, proposals_of_images
 from fpn_fast.nn.mmdet.necks import FPNForward, PAFPNForward, merge_options
 from fpn_fast.nn.mmdet.proposals import check_config
 from fpn_fast.nn.mmdet.roi_extractors import LAYER_KEYS, GenericForward, SingleForward
+
+_PROPOSALS = Steps(rpn_head.RPNHead, "_predict_by_feat_single", "_bbox_post_process", replaced="predict_by_feat")
+_PRIORS = Part(AnchorGenerator, fused=mmdet.AnchorGenerator)
+_CODER = Part(DeltaXYWHBBoxCoder, fused=mmdet.DeltaXYWHBBoxCoder)
 
 
 class _Checked:
@@ -87,8 +92,8 @@ class GenericRoIExtractor(_Extractor, GenericForward, generic_roi_extractor.Gene
 class RPNHead(rpn_head.RPNHead):
     """mmdetection's RPNHead with proposals by :func:`fpn_fast.ops.generate_proposals`, without anchors in memory.
 
-    It runs mmdetection's own code with an anchor generator, coder or configuration that the op does not support, and on
-    a device without a kernel. Proposals of half precision maps are float32.
+    It runs mmdetection's own code with a step of your own, with an anchor generator, coder or configuration that the op
+    does not support, and on a device without a kernel. Proposals of half precision maps are float32.
     """
 
     def predict_by_feat(
@@ -118,8 +123,7 @@ class RPNHead(rpn_head.RPNHead):
     def _knows_anchors(self, config: Mapping[str, Any]) -> bool:
         """Whether the op knows how anchors are made and coded, and every setting of the configuration."""
         priors, coder = self.prior_generator, self.bbox_coder
-        known = (AnchorGenerator, mmdet.AnchorGenerator), (DeltaXYWHBBoxCoder, mmdet.DeltaXYWHBBoxCoder)
-        if type(priors) not in known[0] or type(coder) not in known[1]:
+        if not _PROPOSALS.are_own(self) or not _PRIORS.are_own(priors) or not _CODER.are_own(coder):
             return False
         if priors.use_box_type or coder.use_box_type or not coder.clip_border or self.cls_out_channels != 1:
             return False
