@@ -130,7 +130,7 @@ def rois_of_images(boxes: Sequence[Tensor]) -> Tensor:
             raise ValueError(f"boxes must be [L, 4], (x1, y1, x2, y2), got {tuple(each.shape)} at {i}")
     if len(boxes) == 0:
         raise ValueError("boxes must have a tensor for each image, got an empty sequence")
-    dtype = torch.float64 if boxes[0].dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if any(each.dtype == torch.float64 for each in boxes) else torch.float32
     rows = [torch.nn.functional.pad(each.detach().to(dtype), (1, 0), value=float(i)) for i, each in enumerate(boxes)]
     return torch.cat(rows)
 
