@@ -3,14 +3,15 @@
 
 Each example is a call that is right, in which up to three arguments are then replaced: numbers out of range or none at
 all, tensors of another type, shape or memory layout or with numbers that are none. The compiled library and the
-reference must do alike: both refuse, with a TypeError or a ValueError, or both give the same. ``make fuzz`` runs
-FPN_FAST_FUZZ_EXAMPLES of them, of new random numbers each time.
+reference must do alike: both refuse, with a TypeError or a ValueError, or both give the same. Decisions are the same
+where a gradient is recorded. ``make fuzz`` runs FPN_FAST_FUZZ_EXAMPLES of them, of new random numbers each time.
 """
 
 import copy
 import math
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -99,10 +100,15 @@ def replaced(call: Call, name: str, generator: torch.Generator, data: st.DataObj
     return spoiled(value, kind, generator)
 
 
-def outcome(backend: str, call: Call) -> list[Tensor] | type[Exception]:
-    """What `backend` does: the results, or which documented error it gives; any other error is the caller's."""
+def outcome(backend: str, call: Call, recorded: bool = False) -> list[Tensor] | type[Exception]:
+    """What `backend` does: the results, or which documented error it gives; any other error is the caller's.
+
+    recorded: with a gradient recorded for every tensor of real numbers.
+    """
     # A copy, so that what is written to shows.
     arguments = copy.deepcopy(call.arguments)
+    for each in chain(*(tensors_of(value) for value in arguments.values())) if recorded else ():
+        each.requires_grad_(each.is_floating_point())
     try:
         with backends.use(backend):
             found = call.op(**arguments)
@@ -156,6 +162,8 @@ def test_a_documented_error_or_the_references_result(recipe):
         ours, theirs = (outcome(backend, call) for backend in ("cpp", "reference"))
         if isinstance(ours, list) and isinstance(theirs, list):
             same(ours, theirs, call.sums)
+            if call.sums is None:
+                same([each.detach() for each in outcome("cpp", call, recorded=True)], ours, None)
         else:
             assert ours == theirs
         if not names:

@@ -216,6 +216,21 @@ def test_gradients_are_those_of_finite_differences(recipe):
     torch.autograd.gradcheck(values, leaves)
 
 
+@of([calls.select_detections, calls.select_detections_by_distances])
+def test_equal_logits_have_an_order_where_a_gradient_is_recorded_too(recipe):
+    """Of the lowest that a level takes there are more than it takes; the highest come in between."""
+    call = call_of(recipe, 12)
+    call.arguments |= {"nms_thresh": 1.0, "max_detections": 600, "pre_nms_top_n": 300}
+    for name in ("logits", "centerness"):
+        call.arguments[name] = [each.where(each > 2.5, each.clamp(max=0)) for each in call.arguments.get(name, ())]
+    expected = results(call)
+    for each in call.arguments["logits"]:
+        each.requires_grad_()
+    found = tree_leaves(call.op(**call.arguments))
+    assert found[3].tolist() == [600, 600]
+    assert same(found, expected)
+
+
 @of(RECORDED)
 def test_what_is_not_selected_keeps_its_nan_out_of_gradients(recipe):
     """Also where padding would read it."""
