@@ -92,6 +92,7 @@ def test_necks(cfg):
     theirs, ours = MODELS.build(copy.deepcopy(cfg)), mmdet.build_neck(cfg)
     theirs.init_weights()
     assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.init_weights()
     ours.load_state_dict(theirs.state_dict())
     sizes = EVEN if "scale_factor" in cfg.get("upsample_cfg", {}) else ODD
     registered = MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
@@ -127,6 +128,9 @@ def test_extractors(cfg, factor):
     theirs, ours = MODELS.build(copy.deepcopy(cfg)), mmdet.build_roi_extractor(cfg)
     swapped, registered = copy.deepcopy(theirs), MODELS.build({**copy.deepcopy(cfg), "type": f"Fast{cfg['type']}"})
     assert len(fpn_fast.accelerate(swapped).swapped) == 1
+
+    if "finest_scale" in cfg:
+        assert torch.equal(ours.map_roi_levels(rois(), 3), theirs.map_roi_levels(rois(), 3))
 
     def arguments(dtype):
         return [each.to(dtype).requires_grad_() for each in features()], rois().to(dtype), factor

@@ -205,6 +205,12 @@ def test_checkpoints_go_round(kind):
 def test_weights_are_drawn_as_mmdetection_draws_them():
     """Xavier's uniform distribution; for init_cfg=None mmcv's normal one, of the fan out. Biases are zero."""
     drawn = mmdet.FPN([512], 64, 1, init_cfg=None), mmdet.FPN([512], 64, 1), mmdet.PAFPN([512, 512], 64, 2)
+    for neck, again in zip(drawn, (False, True, True), strict=True):
+        before = copy.deepcopy(neck)
+        neck.init_weights()
+        pairs = zip(neck.parameters(), before.parameters(), strict=True)
+        changed = {not torch.equal(a, b) for a, b in pairs if a.any()}
+        assert changed == {again}
     for module, layer, uniform in (
         (drawn[0], "lateral_convs", False), (drawn[1], "lateral_convs", True), (drawn[1], "fpn_convs", True),
         (drawn[2], "downsample_convs", True), (drawn[2], "pafpn_convs", True),
@@ -301,6 +307,16 @@ def test_generic_extractor_is_mmdetections(backend, aggregation, factor):
             torch.float32, torch.float64)))
     ]  # fmt: skip
     assert_none_worse(*found, size=43)
+
+
+def test_levels_of_rois_are_mmdetections():
+    extractor = mmdet.SingleRoIExtractor(LAYER, 8, STRIDES, 10)
+    sides = (rois()[:, 3:] - rois()[:, 1:3]).prod(1).sqrt()
+    levels = torch.floor(torch.log2(sides / 10 + 1e-6))
+    for count in (1, 3, 4):
+        expected = levels.clamp(0, count - 1).long()
+        assert torch.equal(extractor.map_roi_levels(rois(), count), expected)
+    assert expected.unique().tolist() == [0, 1, 2, 3]
 
 
 def test_generic_extractor_of_no_rois_fewer_maps_and_max():

@@ -164,6 +164,10 @@ class FPN(FPNForward, nn.Module):
                 self.fpn_convs.append(ConvModule(channels, out_channels, 3, stride=2, **layers))
         self._draw_weights()
 
+    def init_weights(self) -> None:
+        """Draws new weights by init_cfg, which the constructor has done already; none where it is None."""
+        self._draw_weights()
+
     def _draw_weights(self) -> None:
         if self.init_cfg is None:
             return

@@ -176,6 +176,12 @@ class SingleRoIExtractor(SingleForward, RoIExtractor):
         self.finest_scale = finest_scale
         self.strict = strict
 
+    def map_roi_levels(self, rois: Tensor, num_levels: int) -> Tensor:
+        """RoIs [K, 5] -> the map of each, [K] int64 from 0 to num_levels - 1, in float32; -1 for none."""
+        scales = [1 / stride for stride in self.featmap_strides[:num_levels]]
+        rule: dict[str, Any] = {"canonical_scale": self.finest_scale, "canonical_level": 2, "level_formula": "mmdet"}
+        return ops.assign_levels(rois, scales, **rule)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, finest_scale={self.finest_scale}, strict={self.strict}"
 
