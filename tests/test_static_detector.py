@@ -272,7 +272,8 @@ def test_a_captured_graph_replays(kind):
     detector = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), [SIZE, (96, 96)], 2).cuda()
     batches = [images(*SIZE).cuda(), images(*SIZE).flip(0).cuda(), images(96, 96).cuda()]
     expected = [detector(batch) for batch in batches]
-    detector.capture()
+    with torch.inference_mode():
+        detector.capture()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [detector(batch) for batch in batches]

@@ -161,4 +161,6 @@ def restore(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if type(module) in originals:
             report.swapped.append(_swap(name, module, originals[type(module)]))
+            # What values_of() keeps.
+            vars(module).pop("_numbers", None)
     return report

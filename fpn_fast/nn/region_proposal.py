@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,16 @@ class AnchorGenerator(_AnchorGeneratorBase):
         Synchronises once if torchvision's module has moved ``cell_anchors`` to a GPU before.
         """
         return values_of(self, self.cell_anchors)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """The anchors [M, 4] of each image, given its batch and maps [N, C, H_l, W_l], without synchronising."""
+        tables, like = self.cell_numbers(), feature_maps[0]
+        rows = torch.tensor([row for table in tables for row in table], dtype=like.dtype, device="cpu").view(-1, 4)
+        # torchvision keeps the tables that it moves. Those of a copy are not met by a call in another mode or thread.
+        moved = copy.copy(self)
+        moved.cell_anchors = list(rows.to(like.device, non_blocking=True).split([len(table) for table in tables]))
+        moved._numbers = (tuple(moved.cell_anchors), tables)
+        return super(AnchorGenerator, moved).forward(image_list, feature_maps)
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         numbers = self.cell_numbers()

@@ -162,26 +162,20 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
 
     Constructor and results are torchvision's, masks up to rounding. One sync-free call of
     :func:`fpn_fast.ops.paste_masks` pastes all masks of an image; torchvision synchronises about 14 times a mask. Means
-    and deviations are copied to the GPU once; torchvision copies them for every image. Where a gradient is
-    recorded, torch's operators paste the masks.
+    and deviations go to the GPU without synchronising. Where a gradient is recorded, torch's operators paste the masks.
 
     Source: torchvision/models/detection/transform.py.
     """
-
-    # ((values, dtype, device), mean, std); None in a module that was swapped in.
-    _moments: tuple[Any, Tensor, Tensor] | None = None
 
     def normalize(self, image: Tensor) -> Tensor:
         """[C, H, W] with values in 0 to 1 -> (image - mean) / std. Raises TypeError for integers."""
         if not image.is_floating_point() or not _NORMALIZE.are_own(self):
             return super().normalize(image)  # which raises for integers
-        key = (tuple(self.image_mean), tuple(self.image_std), image.dtype, image.device)
-        if self._moments is None or self._moments[0] != key:
-            mean, std = (
-                torch.tensor(each, dtype=image.dtype, device="cpu").to(image.device)[:, None, None] for each in key[:2]
-            )
-            self._moments = (key, mean, std)
-        return (image - self._moments[1]) / self._moments[2]
+        # Made anew for each image: a kept tensor would be one of the mode, and the thread, of the call that made it.
+        moments = torch.tensor([*self.image_mean, *self.image_std], dtype=image.dtype, device="cpu").view(-1, 1, 1)
+        lengths = [len(self.image_mean), len(self.image_std)]
+        mean, std = moments.to(image.device, non_blocking=True).split(lengths)
+        return (image - mean) / std
 
     def postprocess(
         self,

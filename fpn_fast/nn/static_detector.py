@@ -185,9 +185,11 @@ class StaticDetector(nn.Module):
         if device.type != "cuda":
             raise RuntimeError(f"a CUDA graph is captured on a GPU; the model is on {device}")
         dtype = next(self.model.parameters()).dtype
-        for i, size in enumerate(self._shapes):
-            images = torch.zeros(self.batch_size, len(self._mean), *size, dtype=dtype, device=device)
-            self._captured[size] = _Captured(self._detect, images, getattr(self, f"_sizes_{i}").clone())
+        # A tensor of inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            for i, size in enumerate(self._shapes):
+                images = torch.zeros(self.batch_size, len(self._mean), *size, dtype=dtype, device=device)
+                self._captured[size] = _Captured(self._detect, images, getattr(self, f"_sizes_{i}").clone())
         return self
 
     def _apply(self, *arguments: Any, **options: Any) -> StaticDetector:
