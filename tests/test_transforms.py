@@ -27,8 +27,11 @@ def maximum(generator, dtype):
 
 
 maximum.__name__ = "multiscale_roi_align_max"
+# Those that select compute the values of what they selected again.
+SELECTING = [calls.select_detections, calls.select_detections_by_distances, calls.select_box_detections,
+             calls.heatmaps_to_keypoints]  # fmt: skip
 DIFFERENTIABLE = [calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align,
-                  calls.sigmoid_focal_loss, maximum]  # fmt: skip
+                  calls.sigmoid_focal_loss, calls.paste_masks, maximum, *SELECTING]  # fmt: skip
 DECIDING = [each for each in (*PADDED, *OF_ANY_LENGTH) if each not in DIFFERENTIABLE]
 
 
@@ -59,7 +62,8 @@ def others_like(tensors, seed=1):
 def first_of(recipe):
     """(loss of the maps or logits that have a gradient, these, a direction)"""
     op, tensors = call_of(recipe)
-    names = [name for name in ("laterals", "lateral", "top", "features", "input", "logits") if name in tensors]
+    inputs = "laterals", "lateral", "top", "features", "input", "logits", "deltas", "centerness", "masks", "heatmaps"
+    names = [name for name in inputs if name in tensors]
     inputs, fixed = {name: tensors[name] for name in names}, {k: v for k, v in tensors.items() if k not in names}
     # Not linear, so that a direction's derivative depends on the place.
     loss = lambda given: sum(each.square().sum() for each in op({**given, **fixed}) if each.is_floating_point())  # noqa: E731
@@ -141,12 +145,17 @@ def test_forward_mode(backend, recipe):
     }
     expected = sum((a * b).sum() for a, b in zip(by_autograd(loss, inputs), leaves(direction), strict=True))
     assert expected.abs() > 1
+    # Keypoints and their scores are float32.
+    rtol = 1e-5 if recipe is calls.heatmaps_to_keypoints else 1e-10
+    if recipe in SELECTING:
+        # One call for each of a thousand numbers.
+        del derivatives["jacfwd"]
     for name, derivative in derivatives.items():
         if recipe is maximum:
             with pytest.raises(RuntimeError, match="no forward-mode derivative for pool_mode='max'"):
                 derivative()
         else:
-            torch.testing.assert_close(derivative(), expected, rtol=1e-10, atol=0, msg=name)
+            torch.testing.assert_close(derivative().double(), expected, rtol=rtol, atol=0, msg=name)
 
 
 def dual_derivative(loss, inputs, direction):
@@ -173,12 +182,21 @@ def test_second_derivatives_are_right_or_refused(backend, recipe):
         with pytest.raises(RuntimeError, match="not differentiable twice"):
             grad(slope)(inputs)
         return
+    if recipe in SELECTING:
+        check(grad(slope)(inputs), by_autograd(lambda given: derivative(loss, given, direction), inputs))
+        return
     step = 1e-5
     moved = [tree_map(lambda t, d, s=s: t + s * step * d, inputs, direction) for s in (1, -1)]
     expected = [(a - b) / (2 * step) for a, b in zip(*(leaves(grad(loss)(each)) for each in moved), strict=True)]
     for a, b in zip(leaves(grad(slope)(inputs)), expected, strict=True):
         # A difference of float64 gradients over 1e-5 has seven right digits.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def derivative(loss, inputs, direction):
+    """Along a direction, by autograd."""
+    gradients = torch.autograd.grad(loss(inputs), leaves(inputs), create_graph=True)
+    return sum((a * b).sum() for a, b in zip(gradients, leaves(direction), strict=True))
 
 
 def test_hessian_by_forward_over_reverse():
@@ -246,6 +264,4 @@ def test_a_whole_swapped_detector(training):
     assert sum(each.abs().sum() for each in leaves(gradient)) > 0
     tangent = jvp(loss, (x,), (tree_map(torch.ones_like, x),))[1]
     torch.testing.assert_close(tangent, sum(each.sum() for each in leaves(gradient)), rtol=1e-8, atol=0)
-    if training:
-        # Not in evaluation: there the kernels' detections have none of torchvision's gradients without a transform.
-        check(gradient, [each for each in by_autograd(loss, x)])
+    check(gradient, by_autograd(loss, x))
