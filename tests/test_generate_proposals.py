@@ -208,7 +208,7 @@ ERRORS = [
     ({"cell_anchors": CELLS[:1]}, ValueError, "cell_anchors must be a table for each of the 2 levels, got 1"),
     ({"cell_anchors": [CELLS[0], CELLS[1][:2]]}, ValueError, "cell_anchors must be 3 anchors .* at level 1"),
     ({"strides": [(4, 4)]}, ValueError, "strides must be .* for each of the 2 levels"),
-    ({"strides": [(4.0, 4), (8, 8)]}, TypeError, "strides must be integers"),
+    ({"strides": [(4.0, 4), (8, 8)]}, TypeError, "strides must be an integer"),
     ({"image_sizes": SIZES}, TypeError, "image_sizes must be a tensor, got list"),
     ({"image_sizes": torch.tensor(SIZES[:1])}, ValueError, r"image_sizes must be \[N, 2\], \(2, 2\), got \(1, 2\)"),
     ({"image_sizes": torch.tensor(SIZES).to("meta")}, ValueError, "image_sizes must be on the device of the maps"),

@@ -350,7 +350,7 @@ MAP_ERRORS = [
     ({"cell_anchors": CELLS[:2]}, ValueError, "a table for each of the 3 levels, got 2"),
     ({"cell_anchors": [CELLS[0], CELLS[1][:1], CELLS[2]]}, ValueError, "2 anchors .* at level 1"),
     ({"strides": STRIDES[:1]}, ValueError, "for each of the 3 levels"),
-    ({"strides": [(4.0, 4.0)] * 3}, TypeError, "strides must be integers"),
+    ({"strides": [(4.0, 4.0)] * 3}, TypeError, "strides must be an integer"),
     ({"image_sizes": torch.zeros(3, 2)}, ValueError, r"image_sizes must be \[N, 2\]"),
     ({"image_sizes": SIZES}, TypeError, "image_sizes must be a tensor, got list"),
     ({"pre_nms_top_n": -1}, ValueError, "pre_nms_top_n must be 0 or more, got -1"),
