@@ -3,6 +3,6 @@
 
 - ``python -m benchmarks``: ``fpn-fast bench`` with NVIDIA's RoIAlign mapping as one more rival on a GPU.
 - detectors.py: whole detectors. census.py: operations and host synchronisations. ceilings.py: a GPU's limits.
-- gpu_run.py: everything to run on a GPU machine. sanitize.py: calls for a sanitizer.
+- gpu_run.py: everything to run on a GPU machine. sanitizer_shapes.json: what `verify` calls under a sanitizer there.
 - report.py: committed results into README.md, docs/ and the README's plot.
 """

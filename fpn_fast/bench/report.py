@@ -86,21 +86,20 @@ def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Change
     Times are relative to eager's in the same run where both runs have it, so a machine that is slower as a whole
     changes nothing.
     """
-
-    def own(results: list[dict[str, Any]]) -> dict[tuple[Case, str], Row]:
-        return {
+    earlier, now = (
+        {
             (case, name): row
             for each in results
             for case, rows in by_case(each).items()
             for name, row in rows.items()
             if name in FUSED and "refused" not in row
         }
-
-    earlier, found = own(before), {}
-    for key, row in own(after).items():
-        if key in earlier:
-            times = [each.get("speedup", {}).get("eager") for each in (earlier[key], row)]
-            found[key] = times[0] / times[1] if all(times) else row["p50"] / earlier[key]["p50"]
+        for results in (before, after)
+    )
+    found = {}
+    for key in (key for key in now if key in earlier):
+        times = [each[key].get("speedup", {}).get("eager") for each in (earlier, now)]
+        found[key] = times[0] / times[1] if all(times) else now[key]["p50"] / earlier[key]["p50"]
     return found
 
 
