@@ -88,7 +88,7 @@ def _chosen(options: argparse.Namespace, device_type: str) -> dict[str, list[Cas
     words = options.only.split(",")
     for family, each in cases.items():
         wanted = [c for c in each if any(w in str(c) for w in words) and (not options.ops or c.op in options.ops)]
-        if options.quick:
+        if options.quick and family != "growth":
             # A dict keeps the last of equal keys, and a family begins with its most valuable case.
             wanted = list({(c.op, c.direction): c for c in reversed(wanted)}.values())[::-1]
         cases[family] = [tiny(case) for case in wanted] if options.tiny else wanted
