@@ -261,6 +261,24 @@ def test_unusual_proposals_take_mmdetections_steps(change):
             assert torch.equal(a.bboxes, b.bboxes)
 
 
+@pytest.mark.parametrize(
+    "path", ["_predict_by_feat_single", "_bbox_post_process", "prior_generator.grid_priors", "bbox_coder.decode"]
+)
+@pytest.mark.parametrize("is_class", [False, True], ids=["instance", "class"])
+def test_a_replaced_step_is_called(path, is_class, monkeypatch):
+    model, calls = head(), []
+    fpn_fast.accelerate(model)
+    *parts, name = path.split(".")
+    owner = getattr(model, parts[0]) if parts else model
+    if is_class:
+        owner = next(kind for kind in type(owner).__mro__ if name in vars(kind))
+    step = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **options: calls.append(path) or step(*given, **options))
+    with torch.no_grad():
+        model.predict(features(), samples())
+    assert calls
+
+
 def test_losses_are_mmdetections():
     trained = head(train_cfg=faster_rcnn_config(8, train_cfg__rpn__sampler={"type": "PseudoSampler"}).train_cfg.rpn)
     fast = copy.deepcopy(trained)
@@ -377,6 +395,11 @@ def test_what_has_no_fused_form_is_left_or_refused():
     with pytest.raises(ValueError, match="got 'bicubic'"):
         MODELS.build({"type": "FastFPN", **cfg})
     extractor = {"out_channels": 8, "featmap_strides": STRIDES}
+    hooked = MODELS.build(
+        {"type": "SingleRoIExtractor", **extractor, "roi_layer": {"type": "RoIAlign", "output_size": 3}}
+    )
+    hooked.roi_layers[0].register_forward_hook(lambda *_: None)
+    assert "its layers have forward hooks" in fpn_fast.accelerate(hooked).left[0].note
     pooled = {"type": "SingleRoIExtractor", **extractor, "roi_layer": {"type": "RoIPool", "output_size": 3}}
     assert [e.note for e in fpn_fast.accelerate(MODELS.build(copy.deepcopy(pooled))).left] == [
         "its layers are RoIPool, which has no fused implementation"

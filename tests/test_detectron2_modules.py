@@ -391,6 +391,11 @@ def test_what_has_no_fused_form_is_left(integration):
     model = detector(pooler_type="ROIPool", output_size=3)
     report = fpn_fast.accelerate(model)
     assert [e.note for e in report.left] == ["its layers are RoIPool, which has no fused implementation"]
+    hooked = detector()
+    for module in hooked.modules():
+        if type(module) is detectron2_stand_in.ROIAlign:
+            module.register_forward_hook(lambda *_: None)
+    assert "its layers have forward hooks" in fpn_fast.accelerate(hooked).left[0].note
     oblong = detector(output_size=(3, 5))
     assert "detectron2 makes its output_size (3, 5) square" in fpn_fast.accelerate(oblong).left[0].note
     # An RPN whose anchors are made in another way takes detectron2's steps.

@@ -20,6 +20,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from fpn_fast import backends
+from fpn_fast._torch_private import has_forward_hooks
 from fpn_fast.integrations import replacing
 from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn._shared import values_of
@@ -48,6 +49,8 @@ class ROIPooler(PoolerForward, poolers.ROIPooler):
         """Why `module`, of the class that this one replaces, has to stay unchanged; None where it can be swapped."""
         if any(type(pooler) is not ROIAlign for pooler in module.level_poolers):
             return f"its layers are {type(module.level_poolers[0]).__name__}, which has no fused implementation"
+        if any(map(has_forward_hooks, module.level_poolers)):
+            return "its layers have forward hooks, which the fused pooler would not call"
         if len(module.level_poolers) > 1 and module.output_size[0] != module.output_size[1]:
             return f"detectron2 makes its output_size {tuple(module.output_size)} square, the fused pooler does not"
         return None

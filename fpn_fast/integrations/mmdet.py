@@ -21,6 +21,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from fpn_fast import backends
+from fpn_fast._torch_private import has_forward_hooks
 from fpn_fast.integrations import replacing
 from fpn_fast.nn import mmdet
 from fpn_fast.nn._own import Part, Steps
@@ -71,6 +72,8 @@ class _Extractor(_Checked):
     def problem(module: Any) -> str | None:
         if any(type(layer) is not RoIAlign for layer in module.roi_layers):
             return f"its layers are {type(module.roi_layers[0]).__name__}, which has no fused implementation"
+        if any(map(has_forward_hooks, module.roi_layers)):
+            return "its layers have forward hooks, which a fused extractor would not call"
         if getattr(module, "with_pre", False) or getattr(module, "with_post", False):
             return "it has a pre_module or post_module, which have no fused implementation"
         return None
