@@ -16,6 +16,7 @@ from test_machine_code import KERNELS
 import fpn_fast
 from fpn_fast import __main__ as command
 from fpn_fast import _library, backends, ops
+from fpn_fast.ops import _registration
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = [name for name in ("_C", "_C_cuda") if _library.path(name).exists()]
@@ -227,3 +228,13 @@ def test_readmes_lines_run_and_print_what_it_shows(capsys):
     shown = re.search(r"^fpn_fast: .*?(?=^\.\.\.$)", text, re.DOTALL | re.MULTILINE).group()
     assert shown.startswith("fpn_fast: 6 swapped, 0 left\n")
     assert printed.startswith(shown)
+
+
+def test_an_op_that_the_library_was_built_without_runs_by_the_reference(monkeypatch):
+    """As after `git pull` without another build."""
+    assert _registration._is_defined("cpp", "fpn_fast::top_down")
+    assert not _registration._is_defined("cpp", "fpn_fast::no_such_op")
+    monkeypatch.setattr(backends, "_missing", {})
+    _registration._declare_missing("no_such_op", set())
+    assert backends.problem("cpp", "cpu", "no_such_op") == "it has no kernel of no_such_op for cpu tensors"
+    assert backends.choose("cpu", "no_such_op") == "reference"

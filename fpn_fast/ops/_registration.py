@@ -26,12 +26,14 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def _is_defined(backend: str, qualified: str) -> bool:
-    if backend == "cpp":
-        return _library.problems["cpu"] is None
-    if backends.problem("triton", "cuda") is not None:
+    if backend == "cpp" and _library.problems["cpu"] is not None:
         return False
-    import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::
+    if backend == "triton":
+        if backends.problem("triton", "cuda") is not None:
+            return False
+        import fpn_fast.triton  # noqa: F401  defines fpn_fast_triton::
 
+    # A library that was built before the op was written does not have it.
     namespace, _, name = qualified.partition("::")
     return hasattr(getattr(torch.ops, namespace), name)
 
@@ -40,7 +42,8 @@ def _declare_missing(name: str, defined: set[str]) -> None:
     """Tell `backends` where op `name` has no kernel although the backend serves the device."""
     for device_type, key in _DISPATCH_KEYS.items():
         compiled = f"{NAMESPACES['cpp']}::{name}"
-        if _library.problems[device_type] is None and not _torch_private.has_kernel(compiled, key):
+        has_kernel = "cpp" in defined and _torch_private.has_kernel(compiled, key)
+        if _library.problems[device_type] is None and not has_kernel:
             backends.declare_missing(name, "cpp", device_type)
         if "triton" not in defined:
             backends.declare_missing(name, "triton", device_type)
