@@ -23,6 +23,7 @@ TORCH_TARGET = "0x020b000000000000"
 SOURCES = [
     "csrc/build_facts.cpp",
     "csrc/ops.cpp",
+    "csrc/cpu/frozen_batch_norm.cpp",
     "csrc/cpu/generate_proposals.cpp",
     "csrc/cpu/heatmaps_to_keypoints.cpp",
     "csrc/cpu/match_anchors.cpp",
@@ -38,6 +39,7 @@ SOURCES = [
     "csrc/cpu/top_down_backward.cpp",
 ]
 CUDA_SOURCES = [
+    "csrc/cuda/frozen_batch_norm.cu",
     "csrc/cuda/generate_proposals.cu",
     "csrc/cuda/heatmaps_to_keypoints.cu",
     "csrc/cuda/kernel_table.cu",

@@ -48,6 +48,8 @@ class Kernel:
     scalar: frozenset[str] | None = frozenset()
     # Reads memory that it writes itself, so it may not read through the cache for constant data.
     reads_own_writes: bool = False
+    # Reads and writes single elements on purpose, whatever is switched on.
+    by_element: bool = False
     # Reads single elements on purpose; its stores alone are wide.
     gathers: bool = False
     # Counts, or takes maxima or unions of integers: the same in any order.
@@ -101,6 +103,12 @@ KERNELS = [
     Kernel("paste_masks", "paste_masks", "MaskPasting", ("above",), scalar=None, gathers=True),
     # Without a gradient it stores one number for a block.
     Kernel("sigmoid_focal_loss", "sigmoid_focal_loss", "FocalLoss", ("gradient",)),
+    Kernel("frozen_batch_norm", "frozen_batch_norm", "NormForward",
+           ("channels_last", "wide_residual", "wide_output"), scalar=None),
+    Kernel("frozen_batch_norm", "frozen_batch_norm_backward", "NormBackward",
+           ("channels_last", "wide_residual", "wide_grad"), scalar=None),
+    # A warp reads single elements of 32 channels, or of a plane.
+    Kernel("frozen_batch_norm", "frozen_batch_norm_sums", "NormSums", ("wide_grad", "wide_x"), by_element=True),
     # A thread reads single elements of its columns, and one of a block writes a keypoint.
     Kernel("heatmaps_to_keypoints", "heatmaps_to_keypoints", "KeypointSearch", shared=10),
     Kernel("sorted_runs", "merge_runs", "RunMerge", types=("uint64_t", "unsigned __int128")),
@@ -150,7 +158,7 @@ class Code:
 
     def faults(self, kernel: Kernel, switched_on: Iterable[str] = ()) -> list[str]:
         """What keeps this code of `kernel` from being fast, deterministic or right."""
-        vectorised = frozenset(switched_on) != kernel.scalar
+        vectorised = frozenset(switched_on) != kernel.scalar and not kernel.by_element
         found = {
             f"{self.shared} bytes of shared memory, {kernel.shared} KiB allowed": self.shared > 1024 * kernel.shared,
             f"{self.stack} bytes of stack": self.stack > 0,

@@ -22,7 +22,8 @@ from fpn_fast import backends, ops, reference
 EVERYTHING = (*calls.RECIPES, *calls.VARIANTS)
 # Those with results whose number the values decide, and those that the battery tests as much.
 OF_ANY_LENGTH = (calls.nms, calls.batched_nms)
-IN_THE_BATTERY = (calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align, calls.assign_levels)
+IN_THE_BATTERY = (calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align, calls.assign_levels,
+                  calls.frozen_batch_norm)  # fmt: skip
 PADDED = [recipe for recipe in EVERYTHING if recipe not in OF_ANY_LENGTH]
 OTHERS = [recipe for recipe in PADDED if recipe not in IN_THE_BATTERY]
 # Whose values are differentiable: torch's operators make them again from what was selected.
@@ -165,8 +166,8 @@ def test_schemas_of_all_backends_are_equal():
     pytest.importorskip("triton")
     assert len(registered()) > 10
     for name, forms in registered().items():
-        # The merge is plain PyTorch where it is the reference that serves it.
-        missing = {"reference"} if ".top_down." in name else set()
+        # These are plain PyTorch where it is the reference that serves them.
+        missing = {"reference"} if {"top_down", "frozen_batch_norm"} & set(name.split(".")) else set()
         assert set(forms) == {"cpp", "triton", "reference"} - missing, name
         assert len({str(op._schema).partition("::")[2] for op in forms.values()}) == 1, name
 
@@ -246,14 +247,12 @@ def test_what_is_not_selected_keeps_its_nan_out_of_gradients(recipe):
     assert any(each.any() for each in grads)
 
 
-# Of the others the loss is a number, and shared anchors have no images.
+# The loss is a number, and shared anchors and the vectors of a norm have no images.
+WITHOUT_IMAGES = (calls.sigmoid_focal_loss, calls.match_anchors, calls.frozen_batch_norm, *calls.VARIANTS[:1])
+
+
 @devices.not_interpreted
-@of(
-    [
-        *(each for each in PADDED if each not in (calls.sigmoid_focal_loss, calls.match_anchors, *calls.VARIANTS[:1])),
-        *RECORDED,
-    ]
-)
+@of([each for each in [*PADDED, *RECORDED] if each not in WITHOUT_IMAGES])
 def test_no_images_or_boxes(every_backend, recipe):
     call = call_of(recipe)
     op = getattr(ops, call.op.__name__)
@@ -399,6 +398,17 @@ FENCES = {
         (0, lambda maps: maps.int(), "takes float64, float32, float16 or bfloat16"),
         (1, lambda boxes: boxes.half(), r"boxes \[R, 4\] of float32 or float64"),
         (1, lambda boxes: boxes[:1], r"boxes \[R, 4\] of float32 or float64"),
+    ],
+    calls.frozen_batch_norm: [
+        (0, lambda x: x[0], r"takes maps \[N, C, H, W\]"),
+        (0, lambda x: x[:, :1].expand_as(x), "takes dense maps"),
+        (1, lambda norm: norm[:3], "takes weight, bias, mean and variance of a norm, got 3"),
+        (1, lambda norm: [], "takes weight, bias, mean and variance of a norm, got none"),
+        (1, lambda norm: [v[1:] for v in norm], r"takes contiguous vectors \[C\]"),
+        (1, lambda norm: [v.double() for v in norm], "float64 ones for float64 maps only"),
+        (3, lambda residual: residual[:, 1:], "takes dense maps of one shape"),
+        (3, lambda residual: residual.double(), "takes maps of one type"),
+        (4, lambda norm: [v.int() for v in norm], "takes floating-point vectors"),
     ],
     calls.paste_masks: [
         (0, lambda masks: masks[:, 0], r"masks \[K, 1, M, M\]"),

@@ -42,6 +42,7 @@ CALLS = {
     "paste_masks": "ops.paste_masks(zero.expand(4000, 1, 28, 28), boxes(4000, 4), (2000, 2000))",
     "sigmoid_focal_loss": "ops.sigmoid_focal_loss(zero[0, 0].expand(1 << 22, 91).requires_grad_(),"
     " torch.zeros(1, dtype=torch.int64).expand(1 << 22))",
+    "frozen_batch_norm": "ops.frozen_batch_norm(zero.expand(1, 1 << 28, 2, 2), *zero.view(1).expand(4, 1 << 28), 1e-5)",
     "heatmaps_to_keypoints": "ops.heatmaps_to_keypoints(zero.expand(1 << 26, 17, 4, 4), boxes(1 << 26, 4))",
 }
 

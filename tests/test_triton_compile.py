@@ -47,7 +47,7 @@ def everything():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_compiles_without_atomics_on_floats_or_local_memory(compiled, arch):
     rows = [row for row in compiled if row["arch"] == arch]
-    assert len(rows) == 49
+    assert len(rows) == 64
     assert all(row["cubin_bytes"] > 0 for row in rows)
     assert all(row["atomics"] == row["atomic_maxima"] and row["local"] == 0 for row in rows)
     assert {row["kernel"] for row in rows if row["atomics"]} == {"match_anchors_kernel"}
@@ -75,6 +75,9 @@ def test_dense_maps_are_accessed_16_bytes_at_a_time(compiled, arch):
             continue
         if "roi_align" in row["kernel"] and not row["channels_last"]:
             # Bins read single columns, and a RoI's row of 7 bins is not a multiple of 16 bytes.
+            continue
+        if row["kernel"] == "frozen_batch_norm_sums_kernel":
+            # It stores two numbers for a channel, and a warp reads single elements of 32 channels, or of a plane.
             continue
         # Without a gradient the focal loss stores one number for a program.
         assert row["wide_stores"] > 0 or row["mode"] == "gradient False", row

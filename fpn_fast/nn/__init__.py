@@ -24,9 +24,10 @@ __all__ = [
 # These subclass torchvision's classes. An ImportError of another cause must reach the user.
 if importlib.util.find_spec("torchvision") is not None:
     from fpn_fast.nn.dense_detectors import FCOS, SSD, RetinaNet
+    from fpn_fast.nn.frozen_batch_norm import FrozenBatchNorm2d
     from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
     from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
     from fpn_fast.nn.static_detector import StaticDetector
 
     __all__ += ["FCOS", "SSD", "AnchorGenerator", "GeneralizedRCNNTransform", "RegionProposalNetwork"]
-    __all__ += ["RetinaNet", "RoIHeads", "StaticDetector"]
+    __all__ += ["FrozenBatchNorm2d", "RetinaNet", "RoIHeads", "StaticDetector"]

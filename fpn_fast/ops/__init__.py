@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops. Each file holds one op's contract; the chosen backend computes it."""
 
+from fpn_fast.ops.frozen_batch_norm import frozen_batch_norm
 from fpn_fast.ops.generate_proposals import generate_proposals
 from fpn_fast.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from fpn_fast.ops.levels import assign_levels
@@ -17,6 +18,7 @@ __all__ = [
     "AnchorGrid",
     "assign_levels",
     "batched_nms",
+    "frozen_batch_norm",
     "generate_proposals",
     "heatmaps_to_keypoints",
     "match_anchors",

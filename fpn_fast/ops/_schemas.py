@@ -3,6 +3,8 @@
 
 #: Losses per partial sum of sigmoid_focal_loss; csrc/common/sigmoid_focal_loss.h.
 FOCAL_TILE = 4096
+#: Positions per partial sum of frozen_batch_norm_sums; csrc/common/frozen_batch_norm.h.
+NORM_PART = 2048
 
 SCHEMAS = {
     "top_down": "(Tensor[] laterals, int mode, bool average) -> Tensor[]",
@@ -58,4 +60,13 @@ SCHEMAS = {
     "sigmoid_focal_loss": (
         "(Tensor logits, Tensor labels, Tensor weights, float alpha, bool with_gradient) -> (Tensor, Tensor)"
     ),
+    "frozen_batch_norm": (
+        "(Tensor x, Tensor[] norm, float eps, Tensor? residual, Tensor[] residual_norm, bool relu, bool rounds, "
+        "bool widen) -> Tensor"
+    ),
+    "frozen_batch_norm_backward": (
+        "(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, bool rounds, int x_type, "
+        "int residual_type) -> (Tensor, Tensor)"
+    ),
+    "frozen_batch_norm_sums": "(Tensor grad, Tensor? y, Tensor x, Tensor mean) -> Tensor",
 }

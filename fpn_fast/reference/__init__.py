@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The executable specification: every op in plain PyTorch."""
 
+from fpn_fast.reference.frozen_batch_norm import (
+    frozen_batch_norm,
+    frozen_batch_norm_backward,
+    frozen_batch_norm_sums,
+)
 from fpn_fast.reference.generate_proposals import generate_proposals
 from fpn_fast.reference.heatmaps_to_keypoints import heatmaps_to_keypoints
 from fpn_fast.reference.match_anchors import grid_anchors, match_anchors
@@ -14,6 +19,9 @@ from fpn_fast.reference.top_down import top_down, upsample_add
 
 __all__ = [
     "assign_levels",
+    "frozen_batch_norm",
+    "frozen_batch_norm_backward",
+    "frozen_batch_norm_sums",
     "generate_proposals",
     "grid_anchors",
     "heatmaps_to_keypoints",

@@ -241,6 +241,7 @@ _SIZES = {
     "sizes": rf"\[{_PAIR}(, {_PAIR})*\]",
     "image": _PAIR,
     "heatmap_size": _PAIR,
+    "size": _PAIR,
     "output_size": f"{_PAIR}|{_SIDE}",
     **dict.fromkeys(("rois", "boxes", "ground_truths", "masks", "batch"), r"\d+"),
 }

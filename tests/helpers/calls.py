@@ -208,9 +208,20 @@ def sigmoid_focal_loss(g: torch.Generator, dtype: torch.dtype, size: int = 1) ->
     return Call(ops.sigmoid_focal_loss, arguments, {"alpha": "number"}, sums=210)
 
 
+def frozen_batch_norm(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
+    (height, width), _ = _sizes(g, size)
+    x, residual = _maps(g, dtype, 5, [(height, width)] * 2)
+    norm, other = ([*_normal(g, _wide(dtype), 3, 5), torch.rand(5, generator=g).to(_wide(dtype))] for _ in range(2))
+    names = ("weight", "bias", "running_mean", "running_var")
+    arguments = {"x": x, **dict(zip(names, norm, strict=True)), "eps": 1e-5, "residual": residual,
+                 "residual_norm": other, "activation": "relu", "rule": "torchvision", "output_dtype": None}  # fmt: skip
+    kinds = {"eps": "number", "activation": "word", "rule": "word", "output_dtype": "word"}
+    return Call(ops.frozen_batch_norm, arguments, kinds, sums=16)
+
+
 RECIPES = (top_down, upsample_add, multiscale_roi_align, roi_align, assign_levels, generate_proposals,
            select_detections, select_box_detections, segmented_nms, nms, batched_nms, match_anchors, paste_masks,
-           heatmaps_to_keypoints, sigmoid_focal_loss)  # fmt: skip
+           heatmaps_to_keypoints, sigmoid_focal_loss, frozen_batch_norm)  # fmt: skip
 
 
 def match_anchors_of_a_grid(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:

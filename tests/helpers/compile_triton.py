@@ -16,8 +16,10 @@ from triton.runtime import JITFunction, driver
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import nvidia_mapping
+from fpn_fast.ops._checks import DTYPES
 from fpn_fast.triton import (
     _resample,
+    frozen_batch_norm,
     generate_proposals,
     heatmaps_to_keypoints,
     match_anchors,
@@ -96,6 +98,16 @@ def launch_sigmoid_focal_loss(dtype, with_gradient):
     sigmoid_focal_loss.sigmoid_focal_loss(torch.zeros(200, 91, dtype=dtype), labels, weights, 0.25, with_gradient)
 
 
+def launch_frozen_batch_norm(dtype, channels_last, vectors):
+    """The end of a block, forward and backward, with the sums for weight and bias; under autocast a wide one."""
+    x, residual = maps(dtype, channels_last, 256, (32, 48), (32, 48))
+    norm = [torch.zeros(256, dtype=vectors) for _ in range(4)]
+    y = frozen_batch_norm.frozen_batch_norm(x, norm, 1e-5, residual, norm, True, False, vectors != dtype)
+    code = DTYPES.index(dtype)
+    frozen_batch_norm.frozen_batch_norm_backward(y, y, norm, 1e-5, norm, False, code, code)
+    frozen_batch_norm.frozen_batch_norm_sums(y, y, x, torch.zeros(256, dtype=wide(dtype)))
+
+
 def launch_heatmaps_to_keypoints(dtype):
     heatmaps = torch.zeros(3, 17, 56, 56, dtype=dtype)
     heatmaps_to_keypoints.heatmaps_to_keypoints(heatmaps, torch.zeros(3, 4, dtype=wide(dtype)))
@@ -157,6 +169,9 @@ LAUNCHES = [
       for dtype, threshold in ((B16, None), (F32, 0.5), (F64, 0.5))),
     *((dtype, True, f"gradient {gradient}", partial(launch_sigmoid_focal_loss, dtype, gradient))
       for dtype, gradient in ((B16, True), (F32, True), (F32, False), (F64, True))),
+    *((dtype, last, f"vectors of {vectors}", partial(launch_frozen_batch_norm, dtype, last, vectors))
+      for dtype, last, vectors in ((B16, True, F32), (B16, False, B16), (F32, True, F32), (F32, False, F32),
+                                   (F64, True, F64))),
     *((dtype, False, "keypoints", partial(launch_heatmaps_to_keypoints, dtype)) for dtype in (B16, F64)),
     *((dtype, False, "mmdet" if mmdet else "torchvision", partial(launch_generate_proposals, dtype, mmdet))
       for dtype, mmdet in ((B16, False), (F64, True))),

@@ -81,6 +81,14 @@ FAULTS = (
           "last + 1 < extent ? last + 1 : extent", "last < extent ? last : extent"),
     Fault("own_class_as_any_other", "sigmoid_focal_loss", "cpu/sigmoid_focal_loss.cpp",
           "own >= 0 && own < run", "own > 0 && own < run"),
+    Fault("statistics_without_eps", "frozen_batch_norm", "common/frozen_batch_norm.h",
+          "add(variance, static_cast<V>(eps))", "variance"),
+    Fault("relu_lets_every_gradient_pass", "frozen_batch_norm", "common/frozen_batch_norm.h",
+          "y <= acc_t(0) ? acc_t(0) : grad", "grad"),
+    Fault("channels_do_not_advance", "frozen_batch_norm", "cpu/frozen_batch_norm.cpp",
+          "++channel == maps.channels", "false"),
+    Fault("sums_of_raw_values", "frozen_batch_norm", "cpu/frozen_batch_norm.cpp",
+          "g * (to_acc(x[i]) - mean)", "g * to_acc(x[i])"),
 )  # fmt: skip
 
 

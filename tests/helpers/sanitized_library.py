@@ -15,6 +15,7 @@ from pathlib import Path
 from helpers import copied_package
 
 TESTS = (
+    "frozen_batch_norm",
     "generate_proposals",
     "heatmaps_to_keypoints",
     "match_anchors",

@@ -61,6 +61,7 @@ def register(
 
 # These modules register their checks, with the names above.
 from fpn_fast.verify.checks import (  # noqa: E402, F401
+    bottom_up,
     detections,
     feature_pyramid,
     heads,

@@ -15,13 +15,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign as PlainPooler
 
 from fpn_fast import backends, nn
-from fpn_fast.verify.checks import register
+from fpn_fast.verify.checks import bottom_up, register
 from fpn_fast.verify.checks.detections import head_maps
 from fpn_fast.verify.checks.roi_align import boxes_in
 from fpn_fast.verify.draw import Draw, padded, text_of
 from fpn_fast.verify.trial import Trial, against_reference, boxes_rule, decision, not_worse
 
 _SINGLE = (torch.float32, torch.float64)
+
+register("nn.FrozenBatchNorm2d", ops=bottom_up.OPS, keys=bottom_up.KEYS, module=True)(bottom_up.frozen_batch_norm)
 
 
 class _GivenHead(torch.nn.Module):
