@@ -291,6 +291,18 @@ def test_compiles_whole_with_levels_given_and_one_map():
         assert all(map(torch.equal, found, expected))
 
 
+def test_maps_of_one_scale_compile():
+    """As those of torchvision's MobileNet pyramids: no RoI's area decides between them."""
+    torch._dynamo.reset()
+    maps = {name: torch.randn(3, 8, 12, 20, requires_grad=True) for name in "01"}
+    ours, theirs = (cls(["0", "1"], 3, 2) for cls in (MultiScaleRoIAlign, torchvision.ops.MultiScaleRoIAlign))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    called = (module(maps, boxes(), SHAPES) for module in (theirs, ours, compiled))
+    expected, *found = (outputs_and_gradients([pooled], [maps["0"]]) for pooled in called)
+    for values in found:
+        torch.testing.assert_close(values, expected)
+
+
 # As modules
 
 

@@ -78,10 +78,12 @@ def multiscale_roi_align(
     features = check_maps(list(features), "features")
     rois, levels = _check_rois(features, rois, scales, sampling_ratio, levels)
     scales = [constant(scale) for scale in scales]
-    # Not an empty list, which autograd's tracer mistakes for a list of tensors. No area reaches infinity.
-    thresholds = [math.inf]
+    thresholds = []
     if levels is None and len(scales) > 1:
         thresholds = thresholds_of(tuple(scales), constant(canonical_scale), constant(canonical_level), level_formula)
+    # Not an empty list, as for maps of one scale: autograd's tracer mistakes it for a list of tensors. No area reaches
+    # infinity.
+    thresholds = thresholds or [math.inf]
     rule = (height, width, scales, thresholds, int(sampling_ratio), bool(aligned))
     if pool_mode == "avg":
         return pool("multiscale_roi_align", features, rois, levels, *rule)
