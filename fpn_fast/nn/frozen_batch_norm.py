@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNormBase
 
-from fpn_fast import backends, ops
+from fpn_fast import backends
 from fpn_fast.nn._shared import recorded
 from fpn_fast.ops._checks import DTYPES
+from fpn_fast.ops.frozen_batch_norm import normalise, vectors_fit
 
 __all__ = ["FrozenBatchNorm2d"]
 
@@ -36,13 +37,11 @@ class FrozenBatchNorm2d(_FrozenBatchNormBase):
         """[N, C, H, W] -> [N, C, H, W] in the wider of the dtypes of x and of the buffers."""
         if torch.compiler.is_compiling() or recorded(x):
             return super().forward(x)
-        vectors = self.weight, self.bias, self.running_mean, self.running_var
-        known = x.dim() == 4 and x.dtype in DTYPES and self.weight.dtype in DTYPES
-        for vector in vectors:
-            # What torchvision broadcasts or promotes, the op refuses.
-            known = known and vector.shape == x.shape[1:2] and vector.dtype == self.weight.dtype
-        # Only weight and bias have a gradient in the op.
-        known = known and not (self.running_mean.requires_grad or self.running_var.requires_grad)
+        vectors = [self.weight, self.bias, self.running_mean, self.running_var]
+        # What torchvision broadcasts or promotes, and a gradient of the statistics, the op refuses.
+        known = x.dim() == 4 and x.dtype in DTYPES and vectors_fit(x, vectors)
         if backends.falls_back(self, x, "frozen_batch_norm", known=known):
             return super().forward(x)
-        return ops.frozen_batch_norm(x, *vectors, self.eps)
+        # The checks of the public op are made.
+        dtype = torch.promote_types(x.dtype, vectors[0].dtype)
+        return normalise(x, vectors, self.eps, None, [], False, False, dtype)

@@ -94,11 +94,25 @@ def frozen_batch_norm(
         output_dtype = torch.promote_types(x.dtype, dtype) if rule == "torchvision" else x.dtype
     elif output_dtype not in DTYPES:
         raise TypeError(f"output_dtype must be float64, float32, float16 or bfloat16, got {output_dtype}")
-    relu, rounds = activation == "relu", rule == "detectron2"
+    return normalise(x, norm, float(eps), residual, other, activation == "relu", rule == "detectron2", output_dtype)
+
+
+def normalise(
+    x: Tensor,
+    norm: list[Tensor],
+    eps: float,
+    residual: Tensor | None,
+    other: list[Tensor],
+    relu: bool,
+    rounds: bool,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """Run the op on checked arguments. other: the norm of the residual, empty without; the rest: see the reference."""
+    dtype = norm[0].dtype
     plain = torch.compiler.is_compiling() or backends.plain_only()
     backend = "reference" if plain else backends.choose_for(x, "frozen_batch_norm")
     if backend == "reference":
-        return reference.frozen_batch_norm(x, norm, float(eps), residual, other, relu, rounds, output_dtype)
+        return reference.frozen_batch_norm(x, norm, eps, residual, other, relu, rounds, output_dtype)
     if dtype == torch.float64 != x.dtype:
         x = x.double()
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -108,22 +122,25 @@ def frozen_batch_norm(
     if residual is not None:
         residual = residual if residual.dtype == x.dtype else residual.to(wide)
         residual = residual.contiguous(memory_format=form)
-    rule_of_call = (float(eps), relu, rounds, widen)
+    norm, other = [v.contiguous() for v in norm], [v.contiguous() for v in other]
     tensors = (x, *norm, *other) if residual is None else (x, residual, *norm, *other)
     if records_gradient(tensors):
-        y: Tensor = _FrozenBatchNorm.apply(backend, rule_of_call, x, residual, *norm, *other)
+        y: Tensor = _FrozenBatchNorm.apply(backend, (eps, relu, rounds, widen), x, residual, *norm, *other)
     else:
-        y = call_kernel(_FORWARD[backend], x, norm, float(eps), residual, other, relu, rounds, widen)
+        y = call_kernel(_FORWARD[backend], x, norm, eps, residual, other, relu, rounds, widen)
     return y if y.dtype == output_dtype else y.to(output_dtype)
 
 
 def _checked_vectors(x: Tensor, vectors: Sequence[Tensor], of: str) -> list[Tensor]:
-    """Return the four vectors [C] of a norm of x as contiguous ones; of: the argument that they are in."""
+    """Return the four vectors [C] of a norm of x; of: the argument that they are in."""
     check_tensor(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got {tuple(x.shape)}")
     if len(vectors) != 4:
         raise ValueError(f"residual_norm must be {', '.join(_VECTORS)}, got {len(vectors)} items")
+    # Almost every call is right; the checks that say what is wrong take several times as long.
+    if not backends.jit_traced() and vectors_fit(x, vectors):
+        return list(vectors)
     for name, vector in zip(_VECTORS, vectors, strict=True):
         check_tensor(vector, of + name)
         # For torch.jit.trace sizes are tensors, which a check would turn into constants.
@@ -134,7 +151,18 @@ def _checked_vectors(x: Tensor, vectors: Sequence[Tensor], of: str) -> list[Tens
             raise TypeError(f"{of}{name} must be of the dtype of weight, {vectors[0].dtype}, got {vector.dtype}")
         if vector.requires_grad and name.startswith("running"):
             raise ValueError(f"{of}{name} is a constant and has no gradient, but requires one; detach it")
-    return [vector.contiguous() for vector in vectors]
+    return list(vectors)
+
+
+def vectors_fit(x: Tensor, vectors: Sequence[Tensor]) -> bool:
+    """Whether the op takes these as the vectors of a norm of x [N, C, H, W]."""
+    channels, device = x.size(1), x.device
+    for i, vector in enumerate(vectors):
+        if not isinstance(vector, Tensor) or vector.dim() != 1 or vector.size(0) != channels:
+            return False
+        if vector.dtype != vectors[0].dtype or vector.device != device or (i > 1 and vector.requires_grad):
+            return False
+    return vectors[0].dtype in DTYPES
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
