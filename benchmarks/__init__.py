@@ -2,7 +2,8 @@
 """What a checkout adds to :mod:`fpn_fast.bench`.
 
 - ``python -m benchmarks``: ``fpn-fast bench`` with NVIDIA's RoIAlign mapping as one more rival on a GPU.
-- detectors.py: whole detectors. census.py: operations and host synchronisations. ceilings.py: a GPU's limits.
+- detectors.py: whole detectors. step_budget.py: operators, bytes and host synchronisations by part.
+- ceilings.py: a GPU's limits.
 - gpu_run.py: everything to run on a GPU machine. sanitizer_shapes.json: what `verify` calls under a sanitizer there.
-- report.py: committed results into README.md, docs/ and the README's plot.
+- report.py: committed results into README.md, docs/ and the plots.
 """

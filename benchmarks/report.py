@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes committed results into the README, the docs and the README's plot.
+"""Writes committed results into the README, the docs and the plots.
 
-    python benchmarks/report.py          writes every table and the plot anew
+    python benchmarks/report.py          writes every table and the plots anew
     python benchmarks/report.py --check  exits with 1 where one of them differs from the results
 
 A table stands between ``<!-- table: NAME [WORD ...] -->`` and ``<!-- /table -->``. NAME is a family of
-``fpn_fast bench``, or ``detectors`` (benchmarks/detectors.py), ``census`` (benchmarks/census.py), ``ablation`` or
-``ablation_float64`` (examples/ablation.py), or ``summary``, which is the README's. With WORDs, a family's table has the
-cases whose name holds all of them.
+``fpn_fast bench``, or ``detectors`` (benchmarks/detectors.py), ``step_budget`` (benchmarks/step_budget.py),
+``ablation`` or ``ablation_float64`` (examples/ablation.py), or ``summary``, which is the README's. With WORDs, a
+family's table has the cases whose name holds all of them, and that of step_budget the parts of steps in that mode.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
 import math
 import re
 import sys
@@ -25,16 +24,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import census, detectors  # noqa: E402
+from benchmarks import detectors, step_budget  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.__main__ import ends_with_its_reader  # noqa: E402
 from fpn_fast.bench.report import by_case, load, markdown  # noqa: E402
 from fpn_fast.bench.report import table as markdown_table  # noqa: E402
+from fpn_fast.bench.svg import bars  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: The folder of the machine whose figures the pages show.
 MACHINE = "amd-epyc-2-threads"
 PLOT = ROOT / "docs" / "img" / "speedup.svg"
+BUDGET_PLOT = PLOT.with_name("step-budget.svg")
 _TABLE = re.compile(r"(<!-- table: (\w+)((?: \S+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 _MERGE = "resnet50_fpn_800x1344-n1-float32-channels_last"
@@ -101,57 +102,27 @@ def summary(folder: Path) -> str:
     return f"{markdown_table(lines, left=3)}\n\n{note}\n"
 
 
-_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img"
- font-family="system-ui, sans-serif">
-<title>{title}</title>
-<style>
-text {{ fill: #1f2328; font-size: 13px }} .title {{ font-size: 15px; font-weight: 600 }}
-.note {{ fill: #59636e; font-size: 12px }}
-.whole {{ fill: #0a6b5d }} .stage {{ fill: #2f6fbd }} .slower {{ fill: #c4452e }} line {{ stroke: #8c959f }}
-@media (prefers-color-scheme: dark) {{
-text {{ fill: #e6edf3 }} .note {{ fill: #9198a1 }}
-.whole {{ fill: #2ea893 }} .stage {{ fill: #5a9bea }} .slower {{ fill: #f0765c }}
-}}
-</style>
-{body}
-</svg>
-"""
-
-
 def plot(folder: Path) -> str:
     """An SVG of horizontal bars on a logarithmic scale, for light and dark: what is slower points to the left."""
-    found = [
-        (f"{stage.removesuffix(', whole')}{', ' if what else ''}{what}", ratio, "whole" in stage)
-        for stage, _, of_stage in ratios(folder) for what, ratio in of_stage
-    ]  # fmt: skip
-    left, width, step, top = 280, 400, 24, 64
-    powers = [0.0, *(math.log2(ratio) for _, ratio, _ in found)]
-    scale = width / max(max(powers) - min(powers), 1e-3)
-    one = left - min(powers) * scale
-    title = html.escape(f"Speed-up over torchvision, CPU: {_place(folder)}")
+    found = []
+    for stage, _, of_stage in ratios(folder):
+        for what, ratio in of_stage:
+            label = f"{stage.removesuffix(', whole')}{', ' if what else ''}{what}"
+            kind = "slower" if ratio < 1 else "whole" if "whole" in stage else "stage"
+            found.append((label, kind, math.log2(ratio), ratio_text(ratio)))
+    title = f"Speed-up over torchvision, CPU: {_place(folder)}"
     note = (
         "800x1344, one image, float32; training steps: two 320x544 images. Logarithmic scale; the line is torchvision."
     )
-    body = [f'<text class="title" x="16" y="26">{title}</text>', f'<text class="note" x="16" y="46">{note}</text>']
-    for i, (label, ratio, is_whole) in enumerate(found):
-        y, end = top + i * step, one + math.log2(ratio) * scale
-        kind = "slower" if ratio < 1 else "whole" if is_whole else "stage"
-        body += [
-            f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>',
-            f'<rect class="{kind}" x="{min(one, end):.1f}" y="{y}" width="{abs(end - one):.1f}" height="17" rx="2"/>',
-            f'<text x="{max(one, end) + 6:.1f}" y="{y + 13}">{ratio_text(ratio)}</text>',
-        ]
-    bottom = top + len(found) * step
-    body.append(f'<line x1="{one:.1f}" y1="{top - 6}" x2="{one:.1f}" y2="{bottom}"/>')
-    return _SVG.format(height=bottom + 12, title=title, body="\n".join(body))
+    return bars(title, note, found)
 
 
 def table(name: str, words: tuple[str, ...] = ()) -> str:
     """Markdown of one table."""
     if name == "summary":
         return summary(RESULTS / MACHINE)
-    if name == "census":
-        return census.table(load(RESULTS / "census.json"))
+    if name == "step_budget":
+        return step_budget.table(load(RESULTS / "step_budget.json"), words)
     if name.startswith("ablation"):
         found = load(RESULTS / f"{name}.json")
         return ablation.table(found["rows"], found["command"])
@@ -160,8 +131,9 @@ def table(name: str, words: tuple[str, ...] = ()) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every file that holds figures, as it must be: README.md and the docs with tables, and the plot."""
-    found = {PLOT: plot(RESULTS / MACHINE)}
+    """Every file that holds figures, as it must be: README.md and the docs with tables, and the plots."""
+    budgets = load(RESULTS / "step_budget.json")
+    found = {PLOT: plot(RESULTS / MACHINE), BUDGET_PLOT: step_budget.plot(budgets)}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         if _TABLE.search(text):

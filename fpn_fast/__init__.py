@@ -5,6 +5,7 @@
 >>> report = fpn_fast.accelerate(model)  # a torchvision detector, in place  # doctest: +SKIP
 """
 
+import importlib
 from typing import Any
 
 from fpn_fast import backends, nn, ops, reference
@@ -30,4 +31,7 @@ def __getattr__(name: str) -> Any:
         from fpn_fast.nn.static_detector import StaticDetector
 
         return StaticDetector
+    if name == "profile":
+        # Nor this one.
+        return importlib.import_module("fpn_fast.profile")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

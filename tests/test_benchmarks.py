@@ -42,7 +42,7 @@ from fpn_fast.verify.run import read_shapes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import census, gpu_run  # noqa: E402
+from benchmarks import gpu_run  # noqa: E402
 from benchmarks import report as checkout_report  # noqa: E402
 
 CASE = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.direction == "backward")
@@ -268,28 +268,7 @@ def test_peak_memory_sees_through_memory_that_was_kept() -> None:
     assert 0.9 * (16 << 20) < peak < 1.5 * (16 << 20)
 
 
-def test_census_counts_host_synchronisations() -> None:
-    found = {(r["stage"].split(",")[0], r["batch"], r["library"]): r for r in census.rows((1, 2), small=True)}
-    assert len(found) == 4 * 2 * 2
-    for batch in (1, 2):
-        theirs = {stage: found[stage, batch, "torchvision"] for stage in ("RPN", "RetinaNet", "mask pasting")}
-        # Of an image: small boxes, low scores and NMS; decode uploads two values, NMS one per image.
-        assert theirs["RPN"]["syncs_by_cause"] == {
-            "aten::nonzero": 2 * batch,
-            "torchvision::nms": batch,
-            "upload": 2 + batch,
-        }
-        # A mask and a nonzero of each level.
-        assert theirs["RetinaNet"]["syncs_by_cause"]["mask as index"] == 5 * batch
-        assert theirs["mask pasting"]["syncs"] > 10 * 20 * batch
-        assert found["RPN", batch, "fpn_fast"]["syncs_by_cause"] == {"tolist": 1}
-        assert found["RetinaNet", batch, "fpn_fast"]["syncs_by_cause"] == {"tolist": 1}
-        assert found["mask pasting", batch, "fpn_fast"]["syncs_by_cause"] == {}
-        assert found["mask pasting", batch, "fpn_fast"]["operations"] == batch
-        assert found["RPN", batch, "fpn_fast"]["operations"] < 5 < 100 < theirs["RPN"]["operations"]
-
-
-def test_census_knows_an_upload_from_a_number_that_stays() -> None:
+def test_an_upload_is_known_from_a_number_that_stays() -> None:
     value = torch.ones(2)
 
     def call() -> None:
@@ -575,6 +554,7 @@ def test_pages_and_plot_hold_the_committed_results() -> None:
     found = checkout_report.pages()
     names = {path.relative_to(ROOT).as_posix() for path in found}
     assert {"README.md", "docs/benchmarks.md", "docs/ablation.md", "docs/img/speedup.svg"} <= names
+    assert {"docs/step-budget.md", "docs/img/step-budget.svg"} <= names
     for path, text in found.items():
         assert path.read_text() == text, f"{path} differs from the results; run python benchmarks/report.py"
 
@@ -584,7 +564,8 @@ def test_a_figure_that_differs_from_its_results_is_found(
 ) -> None:
     (tmp_path / "docs" / "img").mkdir(parents=True)
     monkeypatch.setattr(checkout_report, "ROOT", tmp_path)
-    monkeypatch.setattr(checkout_report, "PLOT", tmp_path / "docs" / "img" / "speedup.svg")
+    for name in ("PLOT", "BUDGET_PLOT"):
+        monkeypatch.setattr(checkout_report, name, tmp_path / "docs" / "img" / getattr(checkout_report, name).name)
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table: summary -->\n<!-- /table -->\nafter\n")
     assert checkout_report.main(["--check"]) == 1

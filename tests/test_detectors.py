@@ -16,8 +16,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fpn_fast
-from benchmarks import census
 from fpn_fast import backends
+from fpn_fast.bench.counting import count
 
 NOTHING = {"weights": None, "weights_backbone": None}
 SMALL = {"min_size": 64, "max_size": 96}
@@ -288,7 +288,7 @@ def accelerated(name):
 def test_waits_for_the_lengths_of_its_lists_alone(name, waits):
     """torchvision waits 20 times and more."""
     model = accelerated(name)
-    assert census.count(lambda: model(images())).syncs == {"tolist": waits}
+    assert count(lambda: model(images())).syncs == {"tolist": waits}
 
 
 @pytest.mark.parametrize("name", DENSE)

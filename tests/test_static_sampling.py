@@ -3,7 +3,6 @@ import copy
 import math
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from helpers import small_detectors
 from torch import Tensor, nn
 from torchvision.models.detection import fcos_resnet50_fpn, keypointrcnn_resnet50_fpn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import fpn_fast
 from fpn_fast.bench.counting import count
@@ -148,9 +146,7 @@ def test_a_whole_step_waits_for_what_torchvision_checks_alone() -> None:
             with torch.enable_grad():
                 sum(model(*batch).values()).backward()
 
-        # A number of the host.
-        with mock.patch.object(GeneralizedRCNNTransform, "torch_choice", lambda transform, sizes: sizes[0]):
-            return count(step).syncs.total()
+        return count(step).syncs.total()
 
     def both(model: nn.Module) -> None:
         fpn_fast.accelerate(model)
