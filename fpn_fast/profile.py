@@ -23,6 +23,7 @@ from fpn_fast.bench.timing import timer
 from fpn_fast.integrations import Entry, accelerate
 
 #: Part -> names of its modules in models of torchvision, detectron2 and mmdetection. Modules inside belong to it too.
+#: In a wrapper such as DistributedDataParallel they are below ``module`` or ``model``.
 PARTS = {
     "transform": r"transform|data_preprocessor",
     "body": r"backbone(\.body|\.bottom_up)?",
@@ -108,7 +109,8 @@ def budget(model: nn.Module, images: Any, targets: Any = None) -> Budget:
     Args:
         model: a detector of torchvision, detectron2 or mmdetection, accelerated or not, in training or evaluation.
         images: its first argument. On a GPU the counts are the same as on a CPU.
-        targets: its second argument, if it takes one. In training the model must return its losses by name.
+        targets: its second argument, if it takes one. In training the model must return its losses by name:
+            mmdetection's does so in a module that calls it as ``self.model(images, targets, mode="loss")``.
 
     Raises:
         TypeError: `model` is not a module, or returned no losses in training.
@@ -116,7 +118,7 @@ def budget(model: nn.Module, images: Any, targets: Any = None) -> Budget:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     copied = copy.deepcopy(model)
-    part_of = {id(module): part for name, module in copied.named_modules() if (part := _part(copied, name))}
+    part_of = {id(module): part for name, module in copied.named_modules() if (part := _part(name, module))}
     parts: dict[str, Count] = defaultdict(Count)
     backward = False
 
@@ -162,10 +164,11 @@ def measured_rates(device: torch.device | str) -> Rates:
     return 2 * source.nbytes / copying / 1e9, 2 * side**3 / product / 1e12
 
 
-def _part(model: nn.Module, name: str) -> str | None:
-    if name == "backbone" and hasattr(getattr(model, name), "bottom_up"):
-        return "FPN"  # detectron2's, which calls the body
-    return next((part for part, pattern in PARTS.items() if re.fullmatch(pattern, name)), None)
+def _part(name: str, module: nn.Module) -> str | None:
+    if hasattr(module, "bottom_up"):
+        # detectron2's pyramid, which has the name of a backbone and calls the body.
+        return "FPN"
+    return next((part for part, names in PARTS.items() if re.fullmatch(rf"(mod(el|ule)\.)*({names})", name)), None)
 
 
 def _part_on_stack(part_of: dict[int, str]) -> str:

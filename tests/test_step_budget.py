@@ -81,6 +81,26 @@ def test_a_training_step_leaves_the_model_as_it_was() -> None:
     assert fpn_fast.profile.budget(model, IMAGES, torch.ones(7, 1)).could_swap == []
 
 
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("transform", "transform data_preprocessor"),
+        ("body", "backbone backbone.body backbone.bottom_up module.backbone model.backbone.bottom_up"),
+        ("FPN", "backbone.fpn neck module.model.neck"),
+        ("RPN", "rpn rpn_head proposal_generator"),
+        ("pooler", "roi_heads.box_roi_pool roi_heads.mask_pooler roi_head.bbox_roi_extractor"),
+        ("heads", "head roi_heads roi_head bbox_head module.roi_heads"),
+        # Inside a part.
+        (None, "rpn.head backbone.fpn.inner_blocks.0 roi_heads.box_head roi_head.bbox_head"),
+    ],
+)
+def test_parts_are_known_by_their_names_in_three_libraries(part: str | None, names: str) -> None:
+    assert {name: profile._part(name, nn.Module()) for name in names.split()} == dict.fromkeys(names.split(), part)
+    pyramid = nn.Module()
+    pyramid.bottom_up = nn.Module()
+    assert profile._part("backbone", pyramid) == "FPN"
+
+
 def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
         profile.budget(3, IMAGES)
