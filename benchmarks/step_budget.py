@@ -32,7 +32,7 @@ from fpn_fast.bench.machine import commit
 from fpn_fast.bench.rows import write_rows
 from fpn_fast.bench.svg import bars
 from fpn_fast.nn.static_sampling import use_static_sampling
-from fpn_fast.profile import BACKWARD, LOSSES, PARTS, REST, Budget, budget, measured_rates
+from fpn_fast.profile import Budget, budget, measured_rates
 
 SIZE, SMALL = (800, 1344), (96, 128)
 TARGETS = 8
@@ -88,37 +88,42 @@ def by_case(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[str, 
     return grouped
 
 
+#: Title, key, unit, format.
+COLUMNS = (
+    ("operators", "operators", 1, ".0f"),
+    ("GB", "bytes", 1e9, ".2f"),
+    ("GFLOP", "flops", 1e9, ".0f"),
+    ("host synchronisations", "syncs", 1, ".0f"),
+)
+BOTH = ("torchvision", "accelerated")
+#: The columns of a table of both; the FLOPs are the same.
+OF_BOTH = [(column, which) for column in COLUMNS for which in BOTH if (column[0], which) != ("GFLOP", BOTH[1])]
+
+
+def _cell(parts: dict[str, Any], part: str, column: tuple[str, str, float, str]) -> str:
+    _, key, unit, form = column
+    return format(parts.get(part, {key: 0})[key] / unit, form)
+
+
 def table(found: dict[str, Any], words: tuple[str, ...] = ()) -> str:
     """Markdown. With a mode as `words`: a line for each part of each model; without: a line for each whole step."""
-    both = ("torchvision", "accelerated")
-    columns = (("operators", 1, "d"), ("bytes", 1e9, ".2f"), ("flops", 1e9, ".0f"), ("syncs", 1, "d"))
-    titles = ("operators", "GB", "GFLOP", "host synchronisations")
-    if not words:
-        lines = [["step", "variant", *titles]]
-        for (model, mode), variants in by_case(found).items():
-            for variant, parts in variants.items():
-                lines.append([f"{model}, {mode}", variant, *_cells([parts["total"]], columns)])
+    if words:
+        titles = [column[0] if column[0] == "GFLOP" else f"{column[0]}: {which}" for column, which in OF_BOTH]
+        lines = [["model", "part", *titles]]
     else:
-        lines = [["model", "part", *(f"{title}: {which}" for title in titles for which in both)]]
-        for (model, mode), variants in by_case(found).items():
-            for part in (*PARTS, REST, LOSSES, BACKWARD, "total") if mode in words else ():
-                rows = [variants[variant].get(part) for variant in both]
-                if any(rows):
-                    lines.append([model, part, *_cells(rows, columns)])
+        lines = [["step", "variant", *(column[0] for column in COLUMNS)]]
+    for (model, mode), variants in by_case(found).items():
+        if not words:
+            for variant, parts in variants.items():
+                lines.append([f"{model}, {mode}", variant, *(_cell(parts, "total", column) for column in COLUMNS)])
+        elif mode in words:
+            for part in variants[BOTH[0]]:
+                lines.append([model, part, *(_cell(variants[which], part, column) for column, which in OF_BOTH)])
     note = (
         "Counted, not timed: one image of 800x1344, float32, ResNet-50 with frozen batch norm, three trainable stages; "
         f"torch {found['torch']}, torchvision {found['torchvision']}, commit {found['commit'] or 'unknown'}."
     )
     return f"{report.table(lines, left=2)}\n\n{note}\n"
-
-
-def _cells(rows: list[Any], columns: tuple[tuple[str, float, str], ...]) -> list[str]:
-    empty = dict.fromkeys(("operators", "bytes", "flops", "syncs"), 0)
-    return [
-        format((row or empty)[what] if unit == 1 else (row or empty)[what] / unit, form)
-        for what, unit, form in columns
-        for row in rows
-    ]
 
 
 def plot(found: dict[str, Any]) -> str:

@@ -135,9 +135,9 @@ def budget(model: nn.Module, images: Any, targets: Any = None) -> Budget:
                 return
             if not isinstance(found, dict) or not found or not all(isinstance(each, Tensor) for each in found.values()):
                 raise TypeError(f"in training the model must return a dictionary of losses, got {type(found).__name__}")
-            loss: Any = sum(found.values())
             backward = True
             try:
+                loss: Any = sum(found.values())
                 loss.backward()
             finally:
                 backward = False
