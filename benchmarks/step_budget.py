@@ -131,7 +131,7 @@ def plot(found: dict[str, Any]) -> str:
     rows = []
     for (model, mode), variants in by_case(found).items():
         for part in variants["torchvision"] if model == "Faster R-CNN" else ():
-            for variant, kind in (("torchvision", "slower"), ("accelerated", "whole")):
+            for variant, kind in (("torchvision", "stage"), ("accelerated", "whole")):
                 size = variants[variant].get(part, {"bytes": 0})["bytes"] / 1e9
                 rows.append((f"{mode}, {part}, {variant}", kind, size, f"{size:.2f}"))
     note = "GB of all operators' inputs and outputs, counted, not timed; one 800x1344 image, float32."
