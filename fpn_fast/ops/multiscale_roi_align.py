@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -81,9 +80,9 @@ def multiscale_roi_align(
     thresholds = []
     if levels is None and len(scales) > 1:
         thresholds = thresholds_of(tuple(scales), constant(canonical_scale), constant(canonical_level), level_formula)
-    # Not an empty list, as for maps of one scale: autograd's tracer mistakes it for a list of tensors. No area reaches
-    # infinity.
-    thresholds = thresholds or [math.inf]
+    # Not an empty list, as for maps of one scale: autograd's tracer mistakes it for a list of tensors. Only an infinite
+    # area reaches this one; AOTInductor cannot load a list with infinity.
+    thresholds = thresholds or [torch.finfo(torch.float32).max]
     rule = (height, width, scales, thresholds, int(sampling_ratio), bool(aligned))
     if pool_mode == "avg":
         return pool("multiscale_roi_align", features, rois, levels, *rule)
