@@ -11,7 +11,7 @@ MODULES = {
     "nn.detectron2.proposals": 1, "nn.mmdet.config": 1, "nn.mmdet.necks": 1, "nn.mmdet.proposals": 1,
     "nn.mmdet.roi_extractors": 3, "ops.generate_proposals": 1, "ops.levels": 1, "ops.match_anchors": 2,
     "ops.nms": 1, "ops.top_down": 2, "ops.sigmoid_focal_loss": 1,
-    "ops.frozen_batch_norm": 1, "nn.frozen_batch_norm": 2,
+    "ops.frozen_batch_norm": 1, "nn.frozen_batch_norm": 2, "nn.folding": 2,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import importlib.util
 
 from fpn_fast.nn import detectron2, mmdet
 from fpn_fast.nn.feature_pyramid import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+from fpn_fast.nn.folding import fold_frozen_batch_norm
 from fpn_fast.nn.roi_align import MultiScaleRoIAlign, RoIAlign
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MultiScaleRoIAlign",
     "RoIAlign",
     "detectron2",
+    "fold_frozen_batch_norm",
     "mmdet",
 ]
 
