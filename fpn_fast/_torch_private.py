@@ -61,3 +61,13 @@ set_deterministic_algorithms: Callable[..., None] = getattr(
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs hooks that calling its steps would not run. The fallback says yes."""
     return bool(getattr(module, "_forward_hooks", True) or getattr(module, "_forward_pre_hooks", True))
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling `module` runs hooks, forward or backward. The fallback says yes."""
+    backward = getattr(module, "_backward_hooks", True) or getattr(module, "_backward_pre_hooks", True)
+    return bool(backward) or has_forward_hooks(module)
+
+
+#: Whether hooks are registered for every module, such as torch.nn.modules.module.register_module_forward_hook does.
+has_global_hooks: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)

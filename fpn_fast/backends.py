@@ -130,9 +130,13 @@ def choose(device_type: str, op: str | None = None) -> str:
 
 def choose_for(tensor: Tensor, op: str) -> str:
     """:func:`choose` for the device of `tensor`. The first call writes a line to the log."""
-    # Reading a device's type costs more than the choice.
-    device_type = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
+    device_type = _device_type(tensor)
     return _chosen.get((_requested, device_type, op)) or _serve(tensor, device_type, op)
+
+
+def _device_type(tensor: Tensor) -> str:
+    # Reading a device's type costs more than the choice.
+    return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
 def _serve(tensor: Tensor, device_type: str, op: str) -> str:
@@ -191,7 +195,7 @@ def plain_only() -> bool:
 
 def has_kernel(tensor: Tensor, op: str) -> bool:
     """Whether a backend has a kernel of `op` for the device of `tensor`, or was asked for by name."""
-    return _requested != "auto" or choose(tensor.device.type, op) != "reference"
+    return _requested != "auto" or choose(_device_type(tensor), op) != "reference"
 
 
 def falls_back(module: object, tensor: Tensor, op: str, *, known: bool = True) -> bool:

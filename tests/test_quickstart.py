@@ -22,7 +22,7 @@ def test_all_cells_run_in_order(monkeypatch, tmp_path, capsys):
         exec(compile("".join(cell["source"]), PATH.name, "exec"), scope)
     assert len(drawn) == 2
     printed = capsys.readouterr().out
-    assert "fpn_fast: 6 swapped" in printed
+    assert "fpn_fast: 22 swapped" in printed
     assert "times as fast" in printed
 
 
@@ -33,4 +33,4 @@ def test_committed_outputs_are_whole_and_small():
     images = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(images) == 2
     text = "".join("".join(output.get("text", "")) for output in outputs)
-    assert "fpn_fast: 6 swapped" in text
+    assert "fpn_fast: 22 swapped" in text

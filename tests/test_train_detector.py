@@ -238,7 +238,9 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(output, caps
     eager, fused = figures["eager"], figures["fused"]
     assert eager["swapped"] is None
     assert [entry["name"] for entry in fused["swapped"]["swapped"]] == [
-        *("transform", "backbone.fpn", "rpn", "rpn.anchor_generator", "roi_heads", "roi_heads.box_roi_pool")
+        "transform",
+        *(f"backbone.body.layer{stage}" for stage in range(1, 5)),
+        *("backbone.fpn", "rpn", "rpn.anchor_generator", "roi_heads", "roi_heads.box_roi_pool"),
     ]
     assert len(eager["losses"]) == len(fused["losses"]) == figures["steps"] == 3
     # Loss of a few units in float32, from some 10^3 terms: rounding alone.

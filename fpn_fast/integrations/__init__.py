@@ -35,7 +35,7 @@ _LIMIT = (
 class Report:
     """The modules that were swapped, those that were left unchanged, and what the model can no longer do (`limits`).
 
-    ``print`` shows it as a table; ``as_dict()`` gives plain data.
+    ``print`` shows it as a table, with a line for all modules of a class; ``as_dict()`` gives plain data.
     """
 
     swapped: list[Entry] = field(default_factory=list)
@@ -51,9 +51,16 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [("swapped", *vars(e).values()) for e in self.swapped] + [("left", *vars(e).values()) for e in self.left]
-        if not rows:
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for done, entries in (("swapped", self.swapped), ("left", self.left)):
+            for entry in entries:
+                alike.setdefault((done, entry.module, entry.note), []).append(entry.name)
+        if not alike:
             return "fpn_fast: this model has no module with a fused implementation"
+        rows = []
+        for (done, module, note), names in alike.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            rows.append((done, names[0] + more, module, note))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
         return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines, *self.limits])

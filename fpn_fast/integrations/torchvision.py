@@ -3,11 +3,13 @@
 
 from fpn_fast import nn
 from fpn_fast.integrations import replacing
+from fpn_fast.nn import resnet
 
 FUSED = replacing(
     nn.AnchorGenerator,
     nn.FCOS,
     nn.FeaturePyramidNetwork,
+    nn.FrozenBatchNorm2d,
     nn.GeneralizedRCNNTransform,
     nn.MultiScaleRoIAlign,
     nn.RegionProposalNetwork,
@@ -15,4 +17,6 @@ FUSED = replacing(
     nn.RoIAlign,
     nn.RoIHeads,
     nn.SSD,
+    resnet.BasicBlock,
+    resnet.Bottleneck,
 )

@@ -8,11 +8,14 @@ from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNormBase
 
 from fpn_fast import backends
+from fpn_fast.nn._own import Steps
 from fpn_fast.nn._shared import recorded
 from fpn_fast.ops._checks import DTYPES
 from fpn_fast.ops.frozen_batch_norm import normalise, vectors_fit
 
 __all__ = ["FrozenBatchNorm2d"]
+
+STEPS = Steps(_FrozenBatchNormBase, replaced="forward")
 
 
 class FrozenBatchNorm2d(_FrozenBatchNormBase):
@@ -35,7 +38,7 @@ class FrozenBatchNorm2d(_FrozenBatchNormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W] in the wider of the dtypes of x and of the buffers."""
-        if torch.compiler.is_compiling() or recorded(x):
+        if torch.compiler.is_compiling() or recorded(x) or not STEPS.are_own(self):
             return super().forward(x)
         vectors = [self.weight, self.bias, self.running_mean, self.running_var]
         # What torchvision broadcasts or promotes, and a gradient of the statistics, the op refuses.
