@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -71,3 +72,11 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 #: Whether hooks are registered for every module, such as torch.nn.modules.module.register_module_forward_hook does.
 has_global_hooks: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
+
+
+def compiled_package(program: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> Any:
+    """Writes a package of AOTInductor to `path` and loads it. Documented functions of a private module."""
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+    return torch._inductor.aoti_load_package(path)

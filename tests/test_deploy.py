@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/deploy.md as a reader would follow it: its Python, then its C++ and shell lines over the files that it wrote."""
 
+import copy
 import os
 import re
 import shutil
@@ -50,10 +51,11 @@ def distances(found, expected):
 
 
 def test_onnx_and_the_package_give_the_detections_of_torchvision(page):
-    fpn_fast.restore(page["model"])
-    assert page["model"].roi_heads.__module__.startswith("torchvision")
+    model = copy.deepcopy(page["model"])
+    fpn_fast.restore(model)
+    assert model.roi_heads.__module__.startswith("torchvision")
     with torch.no_grad():
-        (expected,) = page["model"](list(page["images"]))
+        (expected,) = model(list(page["images"]))
     count = len(expected["boxes"])
     assert count > 10
     packaged = page["detector"].unpad(page["packaged"])[0]
@@ -63,6 +65,27 @@ def test_onnx_and_the_package_give_the_detections_of_torchvision(page):
         assert len(found["boxes"]) == count
         assert distances(found, expected).max() < 0.2
         torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-4)
+
+
+def test_the_compiled_detector_is_within_its_bounds(page):
+    """Its norms are in the convolutions, and a move drops the packages."""
+    names = page["run"].get_constant_fqns()
+    assert names
+    assert not any("running" in name for name in names)
+    detector, images, sizes = page["detector"], page["images"], page["sizes"]
+    assert torch.equal(page["compiled"]["boxes"], page["packaged"]["boxes"])
+    found, expected = (detector.unpad(page[name])[0] for name in ("compiled", "found"))
+    assert len(found["boxes"]) == len(expected["boxes"])
+    # 0.011 and 0.035 pixels from float64 were seen.
+    assert distances(found, expected).max() < 0.2
+    # Sizes of smaller images reach the package.
+    part = detector(images, sizes / 2)
+    assert part["boxes"].max() <= 64
+    detector.to("cpu")
+    torch.testing.assert_close(detector(images, sizes / 2)["counts"], part["counts"])
+    assert not detector._compiled
+    with pytest.raises(ValueError, match="evaluation mode"):
+        fpn_fast.StaticDetector(copy.deepcopy(detector.model).train(), 96, 1).compile()
 
 
 def test_cpp_lines_print_the_same_detections(page):

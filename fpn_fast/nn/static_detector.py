@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torchvision.models.detection import transform as _transform
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from fpn_fast import backends, ops
+from fpn_fast import _torch_private, backends, ops
 from fpn_fast.nn._own import Steps
 from fpn_fast.nn.dense_detectors import FCOS, LINEAR_CODER, RetinaNet, lists_of, named
 from fpn_fast.nn.region_proposal import ANCHORS, BOX_CODER, PROPOSALS, AnchorGenerator, RegionProposalNetwork
@@ -88,6 +90,7 @@ class StaticDetector(nn.Module):
         self.max_detections = max_detections
         self._shapes = {size: _Shapes(self.model.transform, size) for size in sizes}
         self._captured: dict[Size, _Captured] = {}
+        self._compiled: dict[Size, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {}
         # Computed here once and kept, because a compiler cannot trace it.
         _anchor_generator(model).cell_numbers()
         # Constants go to the device now: a CUDA graph cannot capture a copy from the host.
@@ -129,6 +132,8 @@ class StaticDetector(nn.Module):
             sizes = getattr(self, f"_sizes_{self.image_sizes.index(size)}")
         if size in self._captured:
             return self._captured[size].replay(images, sizes)
+        if size in self._compiled:
+            return self._compiled[size](images, sizes.to(torch.float32))
         return self._detect(images, sizes)
 
     def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -192,9 +197,47 @@ class StaticDetector(nn.Module):
                 self._captured[size] = _Captured(self._detect, images, getattr(self, f"_sizes_{i}").clone())
         return self
 
-    def _apply(self, *arguments: Any, **options: Any) -> StaticDetector:
-        """Runs whenever the module moves. Drops captured graphs, which would read freed memory."""
+    def compile(self, folder: str | Path | None = None) -> StaticDetector:  # type: ignore[override]
+        """Compiles one package per image size with AOTInductor, which later calls run. Returns self.
+
+        The weights are frozen: Inductor folds the batch norms into the convolutions, reorders the weights for the
+        processor, and fuses ReLU and additions. On a CPU this is the fastest way to serve. A package is for this
+        processor and this number of threads (:func:`torch.get_num_threads`), and needs a C++ compiler once.
+
+        Args:
+            folder: where the packages stay, as HEIGHTxWIDTH.pt2. AOTInductor's ``aoti_load_package`` loads one in any
+                process; call it with the arguments of :meth:`forward`, `sizes` in float32. Default: none stays.
+
+        Raises:
+            ValueError: the model is in training mode.
+
+        Weights that you change afterwards, also in place, count once you compile again. Moving the model or changing
+        its dtype drops the packages; compiling drops captured CUDA graphs. Boxes differ from
+        the detector's by rounding, 0.004 pixels at most in a Faster R-CNN R50-FPN of 320 x 544.
+        """
+        if self.model.training:
+            raise ValueError("the model must be in evaluation mode, call .eval()")
         self._captured.clear()
+        self._compiled.clear()
+        parameter, packages = next(self.model.parameters()), {}
+        # Inductor freezes weights only where no gradient is recorded.
+        with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+            target = Path(temporary if folder is None else folder)
+            target.mkdir(parents=True, exist_ok=True)
+            for i, (height, width) in enumerate(self._shapes):
+                images = parameter.new_zeros(self.batch_size, len(self._mean), height, width)
+                # Not the buffer itself: the exported graph would read it in place of the argument.
+                sizes = getattr(self, f"_sizes_{i}").clone()
+                program = torch.export.export(self, (images, sizes))
+                path = str(target / f"{height}x{width}.pt2")
+                packages[height, width] = _torch_private.compiled_package(program, path, {"freezing": True})
+        self._compiled = packages
+        return self
+
+    def _apply(self, *arguments: Any, **options: Any) -> StaticDetector:
+        """Runs whenever the module moves. Drops captured graphs, which would read freed memory, and packages."""
+        self._captured.clear()
+        self._compiled.clear()
         constants = dict(self.named_buffers(recurse=False))
         super()._apply(*arguments, **options)
         # Boxes are float32, whatever the model's dtype is.
