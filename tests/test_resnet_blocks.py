@@ -322,7 +322,7 @@ def process_group(tmp_path):
 @NORMS
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_training_on_several_processes(norm, wrapper, process_group):
-    plain, fast = pair("basic", norm)
+    _, fast = pair("basic", norm)
     expected = gradients(fast, image())
     wrapped = fast
     if wrapper == "DDP":
