@@ -17,6 +17,7 @@ from torch import nn
 
 import fpn_fast
 from fpn_fast import backends
+from fpn_fast.bench import counting
 from fpn_fast.nn import detectron2
 from fpn_fast.testing import tolerances
 
@@ -330,6 +331,89 @@ def test_accelerate_swaps_detectron2s_classes(integration):
     undone = fpn_fast.restore(model)
     assert len(undone.swapped) == 3
     assert type(model.backbone) is detectron2_stand_in.FPN
+
+
+def residual_blocks(norm):
+    """Blocks with and without a shortcut, and their norms' numbers drawn."""
+    torch.manual_seed(0)
+    make = detectron2_stand_in
+    model = nn.Sequential(
+        make.FrozenBatchNorm2d(8),
+        make.BasicBlock(8, 12, stride=2, norm=norm),
+        make.BottleneckBlock(12, 24, bottleneck_channels=6, stride=2, norm=norm),
+        make.BottleneckBlock(24, 24, bottleneck_channels=6, norm=norm),
+    )
+    for module in model.modules():
+        if isinstance(module, (make.FrozenBatchNorm2d, nn.BatchNorm2d)):
+            for vector in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(vector, 0.5, 1.5)
+            module.bias.data.sub_(1)
+            module.running_mean.sub_(1)
+    return model.eval()
+
+
+def check_blocks(fast, plain, calls):
+    """In float64, to rounding; calls: of the op."""
+    x = torch.rand(2, 8, 17, 14, dtype=torch.float64)
+    found = []
+    for model in (fast.double(), plain.double()):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])])
+    assert not torch.equal(*found[1][0])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
+    with torch.no_grad():
+        assert counting.count(lambda: fast(x)).operators["fpn_fast::frozen_batch_norm"] == calls
+
+
+@pytest.mark.parametrize("kind", ["FrozenBatchNorm2d", "BatchNorm2d"])
+def test_residual_blocks(integration, kind):
+    plain = residual_blocks(getattr(nn, kind, None) or detectron2_stand_in.FrozenBatchNorm2d)
+    fast, kinds = copy.deepcopy(plain), [type(module) for module in plain.modules()]
+    report = fpn_fast.accelerate(fast)
+    notes = {entry.name: entry.note for entry in report.swapped if entry.name in ("0", "1", "2", "3")}
+    assert notes == {
+        "0": "now fpn_fast.FrozenBatchNorm2d",
+        "1": "now fpn_fast.BasicBlock",
+        **dict.fromkeys("23", "now fpn_fast.BottleneckBlock"),
+    }
+    check_blocks(fast, plain, 1 + 2 + 3 + 3)
+    if kind == "BatchNorm2d":
+        check_blocks(fast.train(), plain.train(), 1)
+        fast.eval(), plain.eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        own, other = (model.to(dtype)(torch.rand(1, 8, 9, 9).to(dtype)) for model in (fast, plain))
+        assert own.dtype == other.dtype == dtype
+    fpn_fast.restore(fast)
+    assert [type(module) for module in fast.modules()] == kinds
+
+
+@pytest.mark.parametrize("change", ["conv hook", "norm hook", "activation", "norm", "shortcut", "patched"])
+def test_a_changed_block_runs_detectron2s_code(integration, change):
+    plain = residual_blocks(detectron2_stand_in.FrozenBatchNorm2d)
+    fast = copy.deepcopy(plain)
+    for model in (plain, fast):
+        block = model[2]
+        if change == "conv hook":
+            block.conv2.register_forward_hook(lambda module, given, output: output * 2)
+        elif change == "norm hook":
+            block.conv2.norm.register_forward_hook(lambda module, given, output: output * 2)
+        elif change == "activation":
+            block.conv2.activation = nn.functional.softplus
+        elif change == "norm":
+            block.conv2.norm = nn.GroupNorm(2, 6)
+        elif change == "shortcut":
+            block.shortcut.register_forward_hook(lambda module, given, output: output * 2)
+        else:
+            block.conv2.forward = lambda x, own=block.conv2: own.norm(nn.Conv2d.forward(own, x) * 3)
+    notes = {entry.name: entry.note for entry in fpn_fast.accelerate(fast).swapped}
+    expected = {"conv hook": "conv2 (hooks)", "norm hook": "conv2.norm (hooks)", "norm": "conv2.norm (GroupNorm)",
+                "patched": "conv2 (forward)"}.get(change)  # fmt: skip
+    assert (f"where you changed {expected}" in notes["2"]) if expected else (";" not in notes["2"])
+    # As a whole; but for a shortcut of its own, which is called as it is.
+    alone = {"shortcut": 1 + 2 + 3 + 3 + 1, "norm": 1 + 2 + 3 + 3}
+    check_blocks(fast, plain, alone.get(change, 1 + 2 + 4 + 3))
 
 
 def test_detectron2_builds_our_modules_by_its_configurations(integration, monkeypatch):

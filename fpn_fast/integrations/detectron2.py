@@ -6,18 +6,20 @@ They are subclasses of detectron2's own. :mod:`fpn_fast.nn.detectron2` has the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from detectron2 import layers
 from detectron2.layers import ROIAlign
 from detectron2.modeling import poolers
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, fpn
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, fpn, resnet
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, rpn
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fpn_fast import backends
 from fpn_fast._torch_private import has_forward_hooks
@@ -28,10 +30,13 @@ from fpn_fast.nn.detectron2 import DefaultAnchorGenerator as OwnAnchorGenerator
 from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
 from fpn_fast.nn.detectron2.fpn import FPNForward
 from fpn_fast.nn.detectron2.poolers import PoolerForward
+from fpn_fast.nn.frozen_batch_norm import fused_norm
+from fpn_fast.nn.resnet import NORMS, FusedBlock, Parts, change, know, know_norm, may_fuse, run_block
 
 _PROPOSALS = Steps(rpn.RPN, "predict_proposals", "_decode_proposals", replaced="forward")
 _ANCHORS = Part(DefaultAnchorGenerator, fused=OwnAnchorGenerator)
 _TRANSFORM = Part(Box2BoxTransform)
+_NORM = Steps(layers.FrozenBatchNorm2d, replaced="forward")
 
 
 class FPN(FPNForward, fpn.FPN):
@@ -121,7 +126,67 @@ class RPN(rpn.RPN):
         return len({len(table) for table in self.anchor_generator.cell_anchors}) == 1
 
 
-FUSED = replacing(FPN, ROIPooler, RPN)
+class FrozenBatchNorm2d(layers.FrozenBatchNorm2d):
+    """detectron2's FrozenBatchNorm2d by :func:`fpn_fast.ops.frozen_batch_norm`, in float32 as ``F.batch_norm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W] in the dtype of x."""
+        y = fused_norm(self, x, _NORM, widens=False)
+        return super().forward(x) if y is None else y
+
+
+know_norm(layers.FrozenBatchNorm2d, _NORM)
+know_norm(FrozenBatchNorm2d, _NORM)
+know(layers.Conv2d)
+
+
+def _is_plain(conv: Any) -> bool:
+    """Whether `conv` is detectron2's, with no more than a norm behind it."""
+    return change(conv, (layers.Conv2d,)) is None and conv.activation is None
+
+
+def _without_norm(conv: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _Block(FusedBlock):
+    # Of the class of detectron2, and the names of its convolutions.
+    _steps: Steps
+    _convs: tuple[str, ...]
+    shortcut: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, out_channels, H / stride, W / stride]."""
+        convs = [getattr(self, name) for name in self._convs]
+        norms = [getattr(conv, "norm", None) for conv in convs]
+        if not may_fuse(self, x, self._steps, norms) or not all(map(_is_plain, convs)):
+            return super().forward(x)  # type: ignore[misc]
+        down: Any = self.shortcut
+        down_norm = None
+        if down is not None and _is_plain(down) and down.norm is not None:
+            down, down_norm = _without_norm(down), down.norm
+        return run_block(functional.relu_, x, [*map(_without_norm, convs)], norms, down, down_norm)
+
+
+class BasicBlock(_Block, resnet.BasicBlock):
+    """detectron2's BasicBlock with its norms fused; with live batch norm it runs detectron2's code."""
+
+    _steps, _convs = Steps(resnet.BasicBlock, replaced="forward"), ("conv1", "conv2")
+
+
+class BottleneckBlock(_Block, resnet.BottleneckBlock):
+    """detectron2's BottleneckBlock with its norms fused; with live batch norm it runs detectron2's code."""
+
+    _steps, _convs = Steps(resnet.BottleneckBlock, replaced="forward"), ("conv1", "conv2", "conv3")
+
+
+for _base, _fused in ((resnet.BasicBlock, BasicBlock), (resnet.BottleneckBlock, BottleneckBlock)):
+    _parts: dict[str, Container[type]] = {}
+    for _name in _fused._convs:
+        _parts[_name], _parts[f"{_name}.norm"] = (layers.Conv2d,), NORMS
+    Parts(_base, _parts)
+
+FUSED = replacing(FPN, ROIPooler, RPN, FrozenBatchNorm2d, BasicBlock, BottleneckBlock)
 
 
 def build_fast_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:

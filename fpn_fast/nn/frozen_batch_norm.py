@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchvision.ops.misc import FrozenBatchNorm2d as _FrozenBatchNormBase
@@ -16,6 +18,23 @@ from fpn_fast.ops.frozen_batch_norm import normalise, vectors_fit
 __all__ = ["FrozenBatchNorm2d"]
 
 STEPS = Steps(_FrozenBatchNormBase, replaced="forward")
+
+
+def fused_norm(norm: Any, x: Tensor, steps: Steps, *, widens: bool) -> Tensor | None:
+    """The output of a norm with fixed statistics by the op; None where its library's code has to run.
+
+    steps: of the library's class; widens: the output has the wider of the dtypes of x and of the buffers.
+    """
+    if torch.compiler.is_compiling() or recorded(x) or not steps.are_own(norm):
+        return None
+    vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    # What the library broadcasts or promotes, and a gradient of the statistics, the op refuses.
+    known = x.dim() == 4 and x.dtype in DTYPES and vectors_fit(x, vectors)
+    if backends.falls_back(norm, x, "frozen_batch_norm", known=known):
+        return None
+    # The checks of the public op are made.
+    dtype = torch.promote_types(x.dtype, vectors[0].dtype) if widens else x.dtype
+    return normalise(x, vectors, norm.eps, None, [], False, False, dtype)
 
 
 class FrozenBatchNorm2d(_FrozenBatchNormBase):
@@ -38,13 +57,5 @@ class FrozenBatchNorm2d(_FrozenBatchNormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W] in the wider of the dtypes of x and of the buffers."""
-        if torch.compiler.is_compiling() or recorded(x) or not STEPS.are_own(self):
-            return super().forward(x)
-        vectors = [self.weight, self.bias, self.running_mean, self.running_var]
-        # What torchvision broadcasts or promotes, and a gradient of the statistics, the op refuses.
-        known = x.dim() == 4 and x.dtype in DTYPES and vectors_fit(x, vectors)
-        if backends.falls_back(self, x, "frozen_batch_norm", known=known):
-            return super().forward(x)
-        # The checks of the public op are made.
-        dtype = torch.promote_types(x.dtype, vectors[0].dtype)
-        return normalise(x, vectors, self.eps, None, [], False, False, dtype)
+        y = fused_norm(self, x, STEPS, widens=True)
+        return super().forward(x) if y is None else y

@@ -133,6 +133,71 @@ class ROIAlign(nn.Module):
         return torchvision.ops.roi_align(x, rois.to(x.dtype), *options)
 
 
+class FrozenBatchNorm2d(nn.Module):
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with a norm and an activation after it."""
+
+    def __init__(self, *arguments, norm=None, activation=None, **options):
+        super().__init__(*arguments, **options)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        for step in (super().forward, self.norm, self.activation):
+            x = x if step is None else step(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """What both blocks do: ReLU between convolutions, and after the residual is added."""
+
+    def __init__(self, widths, sizes, stride, norm):
+        super().__init__()
+        pairs = zip(widths[:-1], widths[1:], sizes, strict=True)
+        for i, (before, after, size) in enumerate(pairs, start=1):
+            conv = Conv2d(before, after, size, stride if size == 3 else 1, size // 2, bias=False, norm=norm(after))
+            self.add_module(f"conv{i}", conv)
+            stride = 1 if size == 3 else stride
+        same = widths[0] == widths[-1]
+        stride = self.conv1.stride[0] * self.conv2.stride[0]
+        self.shortcut = None if same else Conv2d(widths[0], widths[-1], 1, stride, bias=False, norm=norm(widths[-1]))
+        self.names = [f"conv{i}" for i in range(1, len(sizes) + 1)]
+
+    def forward(self, x):
+        out = x
+        for name in self.names[:-1]:
+            out = F.relu_(getattr(self, name)(out))
+        out = getattr(self, self.names[-1])(out)
+        out += x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(out)
+
+
+class BasicBlock(ResidualBlock):
+    def __init__(self, in_channels, out_channels, *, stride=1, norm=FrozenBatchNorm2d):
+        super().__init__((in_channels, out_channels, out_channels), (3, 3), stride, norm)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class BottleneckBlock(ResidualBlock):
+    def __init__(self, in_channels, out_channels, *, bottleneck_channels, stride=1, norm=FrozenBatchNorm2d):
+        widths = (in_channels, bottleneck_channels, bottleneck_channels, out_channels)
+        super().__init__(widths, (1, 3, 1), stride, norm)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class RoIPool(torchvision.ops.RoIPool):
     pass
 
@@ -311,11 +376,12 @@ def build_retinanet_resnet_fpn_backbone(cfg, input_shape):
 #: Where each name is in detectron2.
 _PLACES = {
     "detectron2": [],
-    "detectron2.layers": [ROIAlign],
+    "detectron2.layers": [Conv2d, FrozenBatchNorm2d, ROIAlign],
     "detectron2.modeling": [],
     "detectron2.modeling.anchor_generator": [DefaultAnchorGenerator, build_anchor_generator],
     "detectron2.modeling.backbone": [Backbone, build_backbone],
     "detectron2.modeling.backbone.fpn": [FPN, build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone],
+    "detectron2.modeling.backbone.resnet": [BasicBlock, BottleneckBlock],
     "detectron2.modeling.box_regression": [Box2BoxTransform],
     "detectron2.modeling.poolers": [ROIPooler],
     "detectron2.modeling.proposal_generator": [],
