@@ -201,7 +201,7 @@ class StaticDetector(nn.Module):
         """Compiles one package per image size with AOTInductor, which later calls run. Returns self.
 
         The weights are frozen: Inductor folds the batch norms into the convolutions, reorders the weights for the
-        processor, and fuses ReLU and additions. On a CPU this is the fastest way to serve. A package is for this
+        processor, and fuses ReLU and additions. A package is for this
         processor and this number of threads (:func:`torch.get_num_threads`), and needs a C++ compiler once.
 
         Args:
