@@ -249,7 +249,7 @@ class DeltaXYWHBBoxCoder:
     (tensor([[0.2500, 0.0000, 0.0000, 0.0000]]), tensor([[1., 0., 4., 4.]]))
     """
 
-    #: Numbers of a box's code.
+    #: Values in the code of a box.
     encode_size = 4
 
     def __init__(
@@ -306,7 +306,7 @@ class DeltaXYWHBBoxCoder:
             Boxes of the shape of pred_bboxes.
 
         Raises:
-            ValueError: the numbers of boxes and codes differ, or codes are not multiples of 4.
+            ValueError: there are not as many boxes as codes, or codes are not multiples of 4.
         """
         boxes = _tensor_of(bboxes)
         if pred_bboxes.shape[:-1] != boxes.shape[:-1] or boxes.size(-1) != 4 or pred_bboxes.size(-1) % 4:
