@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -201,8 +202,9 @@ class StaticDetector(nn.Module):
         """Compiles one package per image size with AOTInductor, which later calls run. Returns self.
 
         The weights are frozen: Inductor folds the batch norms into the convolutions, reorders the weights for the
-        processor, and fuses ReLU and additions. A package is for this
-        processor and this number of threads (:func:`torch.get_num_threads`), and needs a C++ compiler once.
+        processor, and fuses ReLU and additions. On a CPU the maps are channels_last, whatever the model's are. A
+        package is for this processor and this number of threads (:func:`torch.get_num_threads`), and needs a C++
+        compiler once.
 
         Args:
             folder: where the packages stay, as HEIGHTxWIDTH.pt2. AOTInductor's ``aoti_load_package`` loads one in any
@@ -220,6 +222,9 @@ class StaticDetector(nn.Module):
         self._captured.clear()
         self._compiled.clear()
         parameter, packages = next(self.model.parameters()), {}
+        # Inductor runs convolutions in channels_last on a CPU. A graph exported from channels_first maps would convert
+        # them for every op that is not Inductor's: the pooler, the merge and the norms.
+        source = copy.deepcopy(self).to(memory_format=torch.channels_last) if self._mean.is_cpu else self
         # Inductor freezes weights only where no gradient is recorded.
         with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
             target = Path(temporary if folder is None else folder)
@@ -228,7 +233,7 @@ class StaticDetector(nn.Module):
                 images = parameter.new_zeros(self.batch_size, len(self._mean), height, width)
                 # Not the buffer itself: the exported graph would read it in place of the argument.
                 sizes = getattr(self, f"_sizes_{i}").clone()
-                program = torch.export.export(self, (images, sizes))
+                program = torch.export.export(source, (images, sizes))
                 path = str(target / f"{height}x{width}.pt2")
                 packages[height, width] = _torch_private.compiled_package(program, path, {"freezing": True})
         self._compiled = packages
