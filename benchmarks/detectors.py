@@ -34,7 +34,7 @@ from torchvision.models import detection
 import fpn_fast
 from fpn_fast.__main__ import ends_with_its_reader
 from fpn_fast.bench import machine, timing
-from fpn_fast.bench.harness import Candidate, prepare, sampled
+from fpn_fast.bench.harness import Ready, prepare, sampled
 from fpn_fast.bench.providers import backend_seen
 from fpn_fast.bench.report import load, place
 from fpn_fast.bench.report import table as markdown_table
@@ -169,14 +169,9 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
     fpn_fast.accelerate(fast)
     batch, own_targets = images(case, device), targets(case, device)
 
-    def detecting(call: Any, model: nn.Module) -> Provider:
-        def step() -> Any:
-            with torch.no_grad():
-                return call(batch)
-
-        return Provider(step, model)
-
-    def training(call: Any, model: nn.Module) -> Provider:
+    def make(call: Any, model: nn.Module) -> Provider:
+        if not case.training:
+            return Provider(torch.no_grad()(lambda: call(batch)), model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
         def step() -> Any:
@@ -189,7 +184,6 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
 
         return Provider(step, model)
 
-    make = training if case.training else detecting
     found = {"eager": make(plain, plain), "fpn_fast": make(fast, fast)}
     if compiled:
         found |= {f"{name} + compile": make(torch.compile(each.model), each.model) for name, each in found.items()}
@@ -232,27 +226,32 @@ def clocked(model: nn.Module, synchronize: Callable[[], None]) -> Iterator[dict[
     Outputs are kept until the clocks are removed: else the stage that uses one would pay for freeing it.
     """
     times: dict[str, float] = {}
-    running: list[list[float]] = []  # when each open stage began, and the seconds of the stages inside it
-    outputs, hooks = [], []
+    running: list[str] = []
+    outputs, hooks, last = [], [], 0.0
 
-    def begin() -> None:
+    def lap() -> None:
+        """What has passed since the last lap belongs to the innermost stage."""
+        nonlocal last
         synchronize()
-        running.append([time.perf_counter(), 0.0])
-
-    def end(stage: str, output: Any) -> None:
-        synchronize()
-        outputs.append(output)
-        start, inside = running.pop()
-        whole = time.perf_counter() - start
-        times[stage] = times.get(stage, 0.0) + (whole - inside) * 1e3
+        now = time.perf_counter()
         if running:
-            running[-1][1] += whole
+            times[running[-1]] = times.get(running[-1], 0.0) + (now - last) * 1e3
+        last = now
+
+    def begin(stage: str) -> None:
+        lap()
+        running.append(stage)
+
+    def end(output: Any) -> None:
+        lap()
+        running.pop()
+        outputs.append(output)
 
     for name, module in model.named_modules():
         for stage, pattern in STAGES.items():
             if re.fullmatch(pattern, name):
-                hooks.append(module.register_forward_pre_hook(lambda _m, _i: begin()))
-                hooks.append(module.register_forward_hook(lambda _m, _i, output, s=stage: end(s, output)))
+                hooks.append(module.register_forward_pre_hook(lambda _m, _i, s=stage: begin(s)))
+                hooks.append(module.register_forward_hook(lambda _m, _i, output: end(output)))
     try:
         yield times
     finally:
@@ -268,31 +267,33 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool) ->
     expected = found["eager"].step()
     clock.synchronize()
 
-    def stages(provider: Provider) -> dict[str, Any]:
+    def stages(provider: Provider) -> dict[str, float]:
         times = []
         for _ in range(STAGE_RUNS):
             with clocked(provider.model, clock.synchronize) as one:
                 provider.step()
             times.append(one)
-        return {"stages": {stage: statistics.median(each[stage] for each in times) for stage in times[0]}}
+        return {stage: statistics.median(each[stage] for each in times) for stage in times[0]}
 
     def wrong_backend(name: str, operators: set[str]) -> str | None:
         seen = backend_seen(operators)
         return None if (seen == "torch") == (name == "eager") else f"{seen} computed this"
 
-    def candidate(name: str, provider: Provider) -> Candidate:
+    def ready(name: str, provider: Provider) -> Ready | str:
         print(f"{case}: {name}", file=sys.stderr, flush=True)
-        return Candidate(
-            bind=lambda: [provider.step],
-            problem=lambda result: problem(provider.lists(result), expected),
-            backend_problem=lambda operators: wrong_backend(name, operators),
+        prepared = prepare(
+            lambda: [provider.step],
+            lambda result: problem(provider.lists(result), expected),
+            lambda operators: wrong_backend(name, operators),
+            clock,
             seen="compile" not in name and "captured" not in name,
-            wall_only=True,
-            facts=lambda: stages(provider) if name in ("eager", "fpn_fast") else {},
+            metrics=clock.wall,
         )
+        if name in ("eager", "fpn_fast") and not isinstance(prepared, str):
+            prepared[1]["stages"] = stages(provider)
+        return prepared
 
-    ready = {name: prepare(candidate(name, provider), clock) for name, provider in found.items()}
-    return sampled(case, ready, seconds, timing.MAX_ROUNDS)
+    return sampled(case, {name: ready(name, each) for name, each in found.items()}, seconds, timing.MAX_ROUNDS)
 
 
 def replaced(stages: dict[str, float]) -> float:
@@ -325,7 +326,11 @@ def table(results: dict[str, Any]) -> str:
         line += [f"{row['p50'] / 1e3:.0f}", "" if times is None else f"{times:.2f}x", str(row.get("syncs", ""))]
         line += [f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""]
         lines.append([*line, f"{replaced(row['stages']):.0f}" if "stages" in row else ""])
-    note = (
+    measured = by_case(results)
+    absent = [name for name in map(str, cases(results["machine"]["device_type"])) if name not in measured]
+    absent += [] if any("compile" in row["provider"] for row in results["rows"]) else ["`torch.compile`"]
+    note = f"Not measured: {', '.join(absent)}.\n\n" if absent else ""
+    note += (
         f"{place(results['machine'])}: median wall time; ratios to eager are medians over rounds, above 1 where "
         "fpn_fast is faster. Weights are random."
     )

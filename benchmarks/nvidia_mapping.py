@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_fast.bench.cases import Case, image_size, scales
-from fpn_fast.bench.op import Function, OnDevice
+from fpn_fast.bench.op import Function, on_device
 from fpn_fast.bench.rois import random_rois
 
 CHANNELS_OF_A_THREAD = 4
@@ -151,8 +151,8 @@ def rivals(case: Case) -> dict[str, Function]:
     """``nvidia`` for a pooler's case in channels_last."""
     if case.memory_format != "channels_last":
         return {}
-    rois = OnDevice(random_rois(case.batch, case.rois, *image_size(case), case.clustered))
-    tables = OnDevice((torch.tensor(scales(case)), torch.tensor(case.levels, dtype=torch.int32)))
+    rois = on_device(random_rois(case.batch, case.rois, *image_size(case), case.clustered))
+    tables = on_device((torch.tensor(scales(case)), torch.tensor(case.levels, dtype=torch.int32)))
 
     def function(maps: Sequence[Tensor]) -> Tensor:
         device = maps[0].device

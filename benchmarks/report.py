@@ -6,8 +6,9 @@
 
 A table stands between ``<!-- table: NAME [WORD ...] -->`` and ``<!-- /table -->``. NAME is a family of
 ``fpn_fast bench``, or ``detectors`` (benchmarks/detectors.py), ``step_budget`` (benchmarks/step_budget.py),
-``ablation`` or ``ablation_float64`` (examples/ablation.py), or ``summary``, which is the README's. With WORDs, a
-family's table has the cases whose name holds all of them, and that of step_budget the parts of steps in that mode.
+``ablation`` or ``ablation_float64`` (examples/ablation.py), or ``summary`` or ``session``, which are the README's. With
+WORDs, a family's table has the cases whose name holds all of them, and that of step_budget the parts of steps in that
+mode. Times are of the CPU that was measured last.
 """
 
 from __future__ import annotations
@@ -27,13 +28,11 @@ if __name__ == "__main__":
 from benchmarks import detectors, step_budget  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.__main__ import ends_with_its_reader  # noqa: E402
-from fpn_fast.bench.report import by_case, load, markdown  # noqa: E402
+from fpn_fast.bench.report import by_case, load, markdown, row_text  # noqa: E402
 from fpn_fast.bench.report import table as markdown_table  # noqa: E402
 from fpn_fast.bench.svg import bars  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-#: The folder of the machine whose figures the pages show.
-MACHINE = "amd-epyc-2-threads"
 PLOT = ROOT / "docs" / "img" / "speedup.svg"
 BUDGET_PLOT = PLOT.with_name("step-budget.svg")
 _TABLE = re.compile(r"(<!-- table: (\w+)((?: \S+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -85,6 +84,20 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
+def measured_last() -> Path:
+    """The folder of the CPU that was measured last."""
+    machines = {path.parent: load(path)["machine"] for path in sorted(RESULTS.glob("*/top_down.json"))}
+    return max((path for path in machines if machines[path]["device_type"] == "cpu"), key=lambda p: machines[p]["date"])
+
+
+def session(folder: Path) -> str:
+    """What `bench` prints of a case."""
+    case, rows = next(iter(by_case(load(folder / "select_detections.json")).items()))
+    lines = ["$ fpn-fast bench --family select_detections", "...", str(case), *map(row_text, rows.values()), "...",
+             f"written to fpn_fast_bench/{folder.name}: report.md, select_detections.json"]  # fmt: skip
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
 def _place(folder: Path) -> str:
     machine = load(folder / "top_down.json")["machine"]
     return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
@@ -119,21 +132,21 @@ def plot(folder: Path) -> str:
 
 def table(name: str, words: tuple[str, ...] = ()) -> str:
     """Markdown of one table."""
-    if name == "summary":
-        return summary(RESULTS / MACHINE)
+    if name in ("summary", "session"):
+        return {"summary": summary, "session": session}[name](measured_last())
     if name == "step_budget":
         return step_budget.table(load(RESULTS / "step_budget.json"), words)
     if name.startswith("ablation"):
         found = load(RESULTS / f"{name}.json")
         return ablation.table(found["rows"], found["command"])
-    results = load(RESULTS / MACHINE / f"{name}.json")
+    results = load(measured_last() / f"{name}.json")
     return detectors.table(results) if name == "detectors" else markdown(results, words)
 
 
 def pages() -> dict[Path, str]:
     """Every file that holds figures, as it must be: README.md and the docs with tables, and the plots."""
     budgets = load(RESULTS / "step_budget.json")
-    found = {PLOT: plot(RESULTS / MACHINE), BUDGET_PLOT: step_budget.plot(budgets)}
+    found = {PLOT: plot(measured_last()), BUDGET_PLOT: step_budget.plot(budgets)}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         if _TABLE.search(text):

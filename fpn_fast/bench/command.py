@@ -108,21 +108,11 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _line(row: Any) -> str:
-    label = f"  {row.provider:<8}"
-    if row.p50 is None:
-        return f"{label} refused: {row.refused}"
-    share = "" if row.copy_share is None or row.provider == "copy" else f"{row.copy_share:7.0%} of a copy"
-    eager = (row.speedup or {}).get("eager")
-    times = "" if eager is None else f"{eager:7.2f}x eager"
-    return f"{label} {row.metric:<9} {row.p50:10.1f} us {row.p20:10.1f} to {row.p80:<10.1f}{times}{share}"
-
-
 def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_type: str) -> dict[str, Path]:
     """Family -> its results file, for the families that were reached. A file is written after every case."""
     # These need torchvision.
     from fpn_fast.bench import harness, machine, providers
-    from fpn_fast.bench.rows import Results
+    from fpn_fast.bench.rows import Results, as_dict
     from fpn_fast.verify.report import Progress
 
     begin = time.monotonic()
@@ -148,7 +138,7 @@ def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_
             found[family] = results.path
             done += 1
             progress.clear()
-            print("\n".join([str(case), *map(_line, rows)]), flush=True)
+            print("\n".join([str(case), *(report.row_text(as_dict(row)) for row in rows)]), flush=True)
         if device_type == "cuda":
             results.machine["clocks_after"] = machine.clocks()
         results.save()

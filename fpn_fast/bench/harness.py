@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,57 +41,45 @@ from fpn_fast.bench.timing import MAX_ROUNDS, Measurement, State, Step, Timer, i
 
 #: The name under which the copy is reported.
 COPY = "copy"
+#: A provider that has passed its checks: how to sample it by each metric, and the other fields of its rows.
+Ready = tuple[dict[str, Measurement], dict[str, Any]]
 
 
-@dataclass
-class Candidate:
-    """What the protocol needs of a provider, whatever it computes.
+def prepare(
+    bind: Callable[[], list[Step]],
+    problem: Callable[[Any], str | None],
+    backend_problem: Callable[[set[str]], str | None],
+    clock: Timer,
+    *,
+    state: State = nullcontext,
+    seen: bool = True,
+    memory: bool = True,
+    metrics: Callable[[list[Step], State], dict[str, Measurement]] | None = None,
+) -> Ready | str:
+    """Checks and warms a provider; returns why it is refused, if it is.
 
     bind: gives the calls to time, one for each set of inputs; they run inside `state`.
-    problem: what is wrong with a call's result, and with the operators that the dispatcher saw in a call.
+    problem, backend_problem: what is wrong with a call's result, and with the operators that the dispatcher saw.
     seen: whether the dispatcher sees what runs. It does not see what torch.compile made, nor a CUDA graph.
-    memory: whether the peak memory of a call says something. wall_only: whether a GPU's own time is left out.
-    facts: more fields of the rows, measured last.
+    memory: whether the peak memory of a call says something. metrics: all of `clock` by default.
     """
-
-    bind: Callable[[], list[Step]]
-    problem: Callable[[Any], str | None]
-    backend_problem: Callable[[set[str]], str | None]
-    state: State = nullcontext
-    seen: bool = True
-    memory: bool = True
-    wall_only: bool = False
-    facts: Callable[[], dict[str, Any]] = field(default=dict)
-
-
-@dataclass
-class Ready:
-    """A provider that has passed its checks: how to sample it, and the other fields of its rows."""
-
-    measurements: dict[str, Measurement]
-    facts: dict[str, Any]
-
-
-def prepare(candidate: Candidate, clock: Timer) -> Ready | str:
-    """The candidate with its measurements, warm, or why it is refused."""
     facts: dict[str, Any] = {}
     try:
         # Autograd runs a backward on its forward's stream, which must be the one that is captured.
-        with clock.on_stream(), candidate.state():
-            steps = candidate.bind()
-            if problem := candidate.problem(steps[0]()):
-                return problem
-            if candidate.seen:
+        with clock.on_stream(), state():
+            steps = bind()
+            if wrong := problem(steps[0]()):
+                return wrong
+            if seen:
                 counted = count(steps[0])
-                if problem := candidate.backend_problem(set(counted.operators)):
-                    return problem
+                if wrong := backend_problem(set(counted.operators)):
+                    return wrong
                 facts = {"backend": backend_seen(counted.operators), "operations": counted.operations}
                 facts["syncs"] = counted.syncs.total()
-            if candidate.memory:
+            if memory:
                 facts["peak_bytes"] = clock.peak_bytes(steps[0])
             clock.synchronize()
-        times = clock.wall if candidate.wall_only else clock.measurements
-        return Ready(times(steps, candidate.state), facts | candidate.facts())
+        return (metrics or clock.measurements)(steps, state), facts
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"does not run: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
@@ -115,23 +102,24 @@ def measure(
     torch.manual_seed(0)
     inputs = [op_of(case).inputs(torch.device(device_type)) for _ in range(clock.sets(least_bytes))]
     grads = [output_grads(case, each) for each in inputs]
-    expected = expectation(case, inputs[0], grads[0])
+    problem = expectation(case, inputs[0], grads[0])
     clock.synchronize()
 
-    def candidate(provider: Provider) -> Candidate:
-        return Candidate(
-            bind=lambda: [bind(case, provider.function, *each) for each in zip(inputs, grads, strict=True)],
-            problem=expected.problem,
-            backend_problem=lambda operators: backend_problem(case, provider, operators),
+    def ready(provider: Provider) -> Ready | str:
+        return prepare(
+            lambda: [bind(case, provider.function, *each) for each in zip(inputs, grads, strict=True)],
+            problem,
+            lambda operators: backend_problem(case, provider, operators),
+            clock,
             state=lambda: running(case, provider),
             seen=provider.name != "compile",
             memory=not case.overhead,
         )
 
     chosen = providers(case, device_type) if candidates is None else candidates
-    found = {provider.name: prepare(candidate(provider), clock) for provider in chosen}
-    if not case.overhead and any(isinstance(each, Ready) for each in found.values()):
-        found[COPY] = Ready(_copy(device_type, least_bytes, clock), {})
+    found = {provider.name: ready(provider) for provider in chosen}
+    if not case.overhead and not all(isinstance(each, str) for each in found.values()):
+        found[COPY] = _copy(device_type, least_bytes, clock), {}
     return sampled(case, found, seconds, max_rounds, least_bytes)
 
 
@@ -152,14 +140,14 @@ def sampled(
 ) -> list[Row]:
     """The rows of a case. found: by provider, ready or why it is refused."""
     rows = [Row(case, name, "none", "none", least_bytes, refused=w) for name, w in found.items() if isinstance(w, str)]
-    ready = {name: each for name, each in found.items() if isinstance(each, Ready)}
-    measurements = {(name, metric): m for name, each in ready.items() for metric, m in each.measurements.items()}
+    ready = {name: each for name, each in found.items() if not isinstance(each, str)}
+    measurements = {(name, metric): each for name, (own, _) in ready.items() for metric, each in own.items()}
     if not measurements:
         return rows
     samples = interleave({key: measurement.sample for key, measurement in measurements.items()}, seconds, max_rounds)
     for (name, metric), measurement in measurements.items():
         own = samples[name, metric]
-        row = Row(case, name, metric, measurement.method, least_bytes, **ready[name].facts)
+        row = Row(case, name, metric, measurement.method, least_bytes, **ready[name][1])
         row.rounds, row.calls = len(own), measurement.calls
         row.p50, row.p20, row.p80 = (quantile(own, share) * 1e6 for share in (0.5, 0.2, 0.8))
         if least_bytes is not None and (COPY, metric) in samples:

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.ops import batched_nms, nms, roi_align
 
-from fpn_fast.bench import scenes
 from fpn_fast.bench.cases import NECK_CHANNELS, Case, image_size, scales
-from fpn_fast.bench.op import OnDevice, Op, listed, lists_on_cpu, unpadded
+from fpn_fast.bench.op import Op, listed, on_device
 from fpn_fast.bench.rois import random_rois
-from fpn_fast.bench.torchvision_ops import PROPOSAL_IOU, gradient_sums, head_maps, memory_format, random_maps
+from fpn_fast.bench.torchvision_ops import PROPOSAL_IOU, gradient_sums, memory_format, proposals, random_maps
 from fpn_fast.nn import detectron2, mmdet
 from fpn_fast.nn.detectron2.fpn import ShapeSpec
 
@@ -57,12 +56,10 @@ def _neck(case: Case, module: nn.Module, names: Sequence[str]) -> Op:
             torch.randn(case.batch, share * case.channels, *size, device=device)
             for share, size in zip(NECK_CHANNELS, case.levels, strict=True)
         ]
-        weights = [module.get_parameter(key).detach().to(device) for key in keys]
+        tensors = maps + [module.get_parameter(key).detach().to(device) for key in keys]
+        form = memory_format(case)
         # Biases are initialised as zeros, which would hide one that is not used.
-        weights = [torch.randn_like(each) if each.dim() == 1 else each for each in weights]
-        return [
-            each.contiguous(memory_format=memory_format(case)) if each.dim() == 4 else each for each in maps + weights
-        ]
+        return [each.contiguous(memory_format=form) if each.dim() == 4 else torch.randn_like(each) for each in tensors]
 
     def convolved(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         layers = zip(maps, weights[::2], weights[1::2], strict=True)
@@ -118,7 +115,7 @@ def _extractor(
     case: Case, module: Callable[..., Tensor], boxes: Any, levelled: Callable[[Any], tuple[Tensor, Tensor]]
 ) -> Op:
     """boxes: what `module` takes beside the maps; levelled: these -> RoIs [K, 5] and the level of each."""
-    given, size, ratio = OnDevice(boxes), case.output_size, case.sampling_ratio
+    given, size, ratio = on_device(boxes), case.output_size, case.sampling_ratio
 
     def fused(maps: Sequence[Tensor]) -> Tensor:
         return module(maps, given(maps[0].device))
@@ -162,26 +159,7 @@ def mmdet_extractor(case: Case) -> Op:
     return _extractor(case, module, random_rois(case.batch, case.rois, *image_size(case), case.clustered), levelled)
 
 
-# Proposals: maps of logits, then of deltas, of five levels; anchors of three ratios, eight strides wide.
-
-
-def _proposals(
-    case: Case,
-    eager: Callable[[Sequence[Tensor], Sequence[Tensor]], list[tuple[Tensor, Tensor]]],
-    fused: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor]],
-) -> Op:
-    """eager: logits and deltas -> (boxes, scores) per image; fused: these and the images' sizes -> padded tensors."""
-    count, sizes = len(case.levels), OnDevice(torch.tensor([image_size(case)] * case.batch))
-
-    def plain(maps: Sequence[Tensor]) -> list[Tensor]:
-        found = eager(maps[:count], maps[count:])
-        return [boxes for boxes, _ in found] + [scores for _, scores in found]
-
-    def ours(maps: Sequence[Tensor]) -> Any:
-        return lists_on_cpu(fused(maps[:count], maps[count:], sizes(maps[0].device)))
-
-    inputs = head_maps(case, scenes.rpn_head(image_size(case), case.levels))
-    return Op(inputs, plain, ours, plain, "generate_proposals", decides=True, tensors_of=unpadded)
+# Proposals: anchors of three ratios, eight strides wide, on five levels.
 
 
 def _strides(case: Case) -> list[int]:
@@ -203,18 +181,13 @@ def _shifted(table: Tensor, size: torch.Size, stride: int) -> Tensor:
 
 def detectron2_proposals(case: Case) -> Op:
     """The end of detectron2's RPN: all anchors, all boxes, then the highest logits."""
-    strides = _strides(case)
-    generator = detectron2.DefaultAnchorGenerator(
-        sizes=[[8 * stride] for stride in strides], aspect_ratios=[list(RATIOS)], strides=strides, offset=0.0
+    strides, top_n, (height, width) = _strides(case), case.pre_nms_top_n, image_size(case)
+    generator: Any = detectron2.DefaultAnchorGenerator(
+        sizes=[[8 * stride] for stride in strides], aspect_ratios=RATIOS, strides=strides, offset=0.0
     )
-    height, width = image_size(case)
-    top_n = case.pre_nms_top_n
-    # Plain floats: a model reads them from its generator once.
-    known: Any = SimpleNamespace(
-        cell_anchors=[table.tolist() for table in generator.cell_anchors], strides=strides, offset=0.0
-    )
-    # detectron2 has them as buffers, on the device.
-    cells = OnDevice(list(generator.cell_anchors))
+    # detectron2 has them as buffers, on the device. Ours reads plain floats from its generator once.
+    cells = on_device(generator.cell_anchors)
+    generator.cell_anchors = [table.tolist() for table in generator.cell_anchors]
 
     def decoded(anchors: Tensor, deltas: Tensor) -> Tensor:
         sides = anchors[:, 2:] - anchors[:, :2]
@@ -223,7 +196,7 @@ def detectron2_proposals(case: Case) -> Op:
         reach = 0.5 * (torch.exp(deltas[:, 2:].clamp(max=SCALE_CLAMP)) * sides)
         return torch.cat([moved - reach, moved + reach], 1)
 
-    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> Any:
         batch, device = len(logits[0]), logits[0].device
         candidates, scores, levels = [], [], []
         parts = zip(cells(device), strides, _flat(logits, 1), _flat(deltas, 4), logits, strict=True)
@@ -249,31 +222,25 @@ def detectron2_proposals(case: Case) -> Op:
                 boxes, own, groups = boxes[kept], own[kept], groups[kept]
             chosen = batched_nms(boxes.float(), own, groups, PROPOSAL_IOU)[:top_n]
             found.append((boxes[chosen], own[chosen]))
-        return found
+        return zip(*found, strict=True)
 
-    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
         return detectron2.find_top_rpn_proposals(
-            logits, deltas, known, sizes, pre_nms_topk=top_n, post_nms_topk=top_n, nms_thresh=PROPOSAL_IOU
+            logits, deltas, generator, sizes, pre_nms_topk=top_n, post_nms_topk=top_n, nms_thresh=PROPOSAL_IOU
         )
 
-    return _proposals(case, eager, fused)
+    return proposals(case, eager, fused)
 
 
 def mmdet_proposals(case: Case) -> Op:
     """The end of mmdetection's RPNHead: a sort per image and level, then the boxes of the highest scores."""
-    strides = _strides(case)
-    generator = mmdet.AnchorGenerator(strides, RATIOS, scales=[8.0])
-    coder = mmdet.DeltaXYWHBBoxCoder()
-    top_n = case.pre_nms_top_n
-    config = {
-        "nms_pre": top_n, "max_per_img": top_n, "nms": {"type": "nms", "iou_threshold": PROPOSAL_IOU},
-        "min_bbox_size": 0,
-    }  # fmt: skip
-    height, width = image_size(case)
-    # Plain floats: reading a tensor would count as a host synchronisation.
-    known: Any = SimpleNamespace(
-        base_anchors=[table.tolist() for table in generator.base_anchors], strides=generator.strides
-    )
+    strides, top_n, (height, width) = _strides(case), case.pre_nms_top_n, image_size(case)
+    coder, generator = mmdet.DeltaXYWHBBoxCoder(), mmdet.AnchorGenerator(strides, RATIOS, scales=[8.0])
+    nms_config = {"type": "nms", "iou_threshold": PROPOSAL_IOU}
+    config = {"nms_pre": top_n, "max_per_img": top_n, "nms": nms_config, "min_bbox_size": 0}
+    tables = generator.base_anchors
+    # Reading a tensor would count as a host synchronisation.
+    plain: Any = SimpleNamespace(base_anchors=[table.tolist() for table in tables], strides=generator.strides)
 
     def decoded(anchors: Tensor, deltas: Tensor) -> Tensor:
         codes = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
@@ -285,10 +252,10 @@ def mmdet_proposals(case: Case) -> Op:
         boxes[:, 1::2].clamp_(0, height)
         return boxes
 
-    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> Any:
         device = logits[0].device
         # mmdetection keeps them on the CPU and copies them each time.
-        sized = zip((table.to(device) for table in generator.base_anchors), strides, logits, strict=True)
+        sized = zip((table.to(device) for table in tables), strides, logits, strict=True)
         priors = [_shifted(table, each.shape[2:], stride) for table, stride, each in sized]
         found = []
         for n in range(len(logits[0])):
@@ -311,19 +278,15 @@ def mmdet_proposals(case: Case) -> Op:
             apart = boxes + (group.to(boxes) * (boxes.max() + 1))[:, None]
             kept = nms(apart, score, PROPOSAL_IOU)[:top_n]
             found.append((boxes[kept], score[kept]))
-        return found
+        return zip(*found, strict=True)
 
-    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return mmdet.predict_proposals(logits, deltas, known, coder, sizes, config)
+    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
+        return mmdet.predict_proposals(logits, deltas, plain, coder, sizes, config)
 
-    return _proposals(case, eager, fused)
+    return proposals(case, eager, fused)
 
 
 OPS: dict[str, Callable[[Case], Op]] = {
-    "detectron2_fpn": detectron2_fpn,
-    "detectron2_pooler": detectron2_pooler,
-    "detectron2_proposals": detectron2_proposals,
-    "mmdet_neck": mmdet_neck,
-    "mmdet_extractor": mmdet_extractor,
-    "mmdet_proposals": mmdet_proposals,
+    op.__name__: op
+    for op in (detectron2_fpn, detectron2_pooler, detectron2_proposals, mmdet_neck, mmdet_extractor, mmdet_proposals)
 }

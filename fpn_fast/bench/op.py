@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an op is called, by whom, and what its result is held to."""
+"""How an op is called, and by whom."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from fpn_fast import backends
 
@@ -35,47 +36,9 @@ def lists_on_cpu(padded: tuple[Tensor, ...]) -> Any:
     return unpadded(padded) if padded[0].device.type == "cpu" else padded
 
 
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude; NaN if there is one, 0 if the tensor is empty."""
-    return torch.linalg.vector_norm(tensor, ord=torch.inf).item() if tensor.numel() else 0.0
-
-
-class OnDevice:
-    """Tensors made on the CPU and copied to each device once: a CUDA graph cannot hold the copy."""
-
-    def __init__(self, value: Any) -> None:
-        self.there: dict[torch.device, Any] = {torch.device("cpu"): value}
-
-    def __call__(self, device: torch.device) -> Any:
-        if device not in self.there:
-            value = self.there[torch.device("cpu")]
-            self.there[device] = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, value)
-        return self.there[device]
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """The right results of a case in float64, their dtypes, and the largest error allowed in each."""
-
-    results: list[Tensor]
-    bounds: list[float]
-    dtypes: list[torch.dtype]
-    tensors_of: Callable[[Any], list[Tensor]] = listed
-
-    def problem(self, actual: Any) -> str | None:
-        """What is wrong with a provider's result; None where it is right."""
-        actual = self.tensors_of(actual)
-        if len(actual) != len(self.results):
-            return f"{len(actual)} results where the reference has {len(self.results)}"
-        expected = zip(actual, self.results, self.bounds, self.dtypes, strict=True)
-        for i, (result, exact, bound, dtype) in enumerate(expected):
-            if result.shape != exact.shape or result.dtype != dtype:
-                return f"result {i} is {result.dtype} {tuple(result.shape)}, not {dtype} {tuple(exact.shape)}"
-            error = largest(result.detach().double() - exact)
-            # Written so that a NaN is an error.
-            if not error <= bound:
-                return f"result {i} differs from the reference by {error:.3g}, more than {bound:.3g}"
-        return None
+def on_device(value: Any) -> Callable[[torch.device], Any]:
+    """Tensors made on the CPU, copied to each device once: a CUDA graph cannot hold the copy."""
+    return functools.cache(lambda device: tree_map_only(Tensor, lambda each: each.to(device), value))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from torch import Tensor
 from fpn_fast import backends
 from fpn_fast.bench import libraries, torchvision_ops
 from fpn_fast.bench.cases import Case
-from fpn_fast.bench.op import Expectation, Function, Op, largest, listed
+from fpn_fast.bench.op import Function, Op, listed
 from fpn_fast.ops._registration import NAMESPACES
 from fpn_fast.ops._schemas import SCHEMAS
+from fpn_fast.testing import tolerances
 
 #: A decoded box is about eight roundings of coordinates up to this many pixels.
 DECODE_ROUNDINGS, DECODE_RANGE = 8, 4096
@@ -108,27 +110,36 @@ def bind(
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
-def expectation(case: Case, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Expectation:
-    """What `case` must give: its op's decisions, or values within twice the reference's own error plus one rounding."""
-    op = op_of(case)
+def expectation(case: Case, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Callable[[Any], str | None]:
+    """A check of a result, by the rules of ``verify``: what is wrong with it; None where it is right.
+
+    Decisions must be those of the reference; other values no worse than the reference in the same dtype.
+    """
+    op, size = op_of(case), max(map(max, case.levels))
     with torch.set_grad_enabled(case.direction != "forward"):
-        own = op.tensors_of(bind(case, op.reference, inputs, grads)())
+        plain = op.tensors_of(bind(case, op.reference, inputs, grads)())
+        wide = [each.double() for each in inputs], [each.double() for each in grads]
+        truth = plain if op.decides else listed(bind(case, op.reference, *wide)())
+
+    def rule(actual: Tensor, own: Tensor, exact: Tensor) -> tolerances.Error:
         if op.decides:
-            exact, bounds = own, [_decision_bound(each) for each in own]
-        else:
-            exact = listed(bind(case, op.reference, [t.double() for t in inputs], [g.double() for g in grads])())
-            pairs = [(same.detach().double(), right.detach()) for same, right in zip(own, exact, strict=True)]
-            eps = torch.finfo(inputs[0].dtype).eps
-            bounds = [2 * largest(same - right) + eps * largest(right) for same, right in pairs]
-    return Expectation([each.detach().double() for each in exact], bounds, [each.dtype for each in own], op.tensors_of)
+            units = DECODE_ROUNDINGS * DECODE_RANGE if own.dim() == 2 else SCORE_ROUNDINGS
+            return tolerances.close(actual, own, 0, units * torch.finfo(inputs[0].dtype).eps)
+        return tolerances.not_worse(actual, own, exact, size=size)
 
+    def problem(result: Any) -> str | None:
+        found = [each.detach() for each in op.tensors_of(result)]
+        if len(found) != len(plain):
+            return f"{len(found)} results where the reference has {len(plain)}"
+        for i, (actual, own, exact) in enumerate(zip(found, plain, truth, strict=True)):
+            error = tolerances.alike(actual, own)
+            if error.within:
+                error = rule(actual, own.detach(), exact.detach())
+            if not error.within:
+                return f"result {i} {error.text}"
+        return None
 
-def _decision_bound(tensor: Tensor) -> float:
-    """The error allowed in boxes, [K, 4], in scores, and in integers."""
-    if not tensor.is_floating_point():
-        return 0.0
-    eps = torch.finfo(tensor.dtype).eps
-    return DECODE_ROUNDINGS * DECODE_RANGE * eps if tensor.dim() == 2 else SCORE_ROUNDINGS * eps
+    return problem
 
 
 def backend_seen(operators: Iterable[str]) -> str:

@@ -70,6 +70,19 @@ def time_text(row: Row | None) -> str:
     return _amount(row["p50"] / 1e3, "ms") if row["p50"] >= 1e3 else _amount(row["p50"], "us")
 
 
+def row_text(row: Row) -> str:
+    """The line that ``bench`` prints."""
+    text = f"  {row['provider']:<8} "
+    if "refused" in row:
+        return f"{text}refused: {row['refused']}"
+    text += f"{row['metric']:<9} {row['p50']:10.1f} us {row['p20']:10.1f} to {row['p80']:<10.1f}"
+    if "eager" in row.get("speedup", {}):
+        text += f"{row['speedup']['eager']:7.2f}x eager"
+    if "copy_share" in row and row["provider"] != "copy":
+        text += f"{row['copy_share']:7.0%} of a copy"
+    return text.rstrip()
+
+
 def memory_text(size: float) -> str:
     return _amount(size / 1e6, "MB")
 

@@ -22,19 +22,20 @@ from torchvision.ops import sigmoid_focal_loss as focal_losses
 from fpn_fast import ops, reference
 from fpn_fast.bench import scenes
 from fpn_fast.bench.cases import Case, image_size, level_anchors, scales
-from fpn_fast.bench.op import OnDevice, Op, lists_on_cpu, unpadded
+from fpn_fast.bench.op import Function, Op, lists_on_cpu, on_device, unpadded
 from fpn_fast.bench.rois import random_rois
 
 NMS_IOU, PROPOSAL_IOU = 0.5, 0.7
 #: torchvision's RPN: an IoU of at least the first is a match, below the second background.
 HIGH_IOU, LOW_IOU = 0.7, 0.3
+Inputs = Callable[[torch.device], list[Tensor]]
 
 
 def memory_format(case: Case) -> torch.memory_format:
     return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
 
 
-def random_maps(case: Case) -> Callable[[torch.device], list[Tensor]]:
+def random_maps(case: Case) -> Inputs:
     return lambda device: [
         torch.randn(case.batch, case.channels, *size, device=device)
         .to(getattr(torch, case.dtype))
@@ -43,18 +44,9 @@ def random_maps(case: Case) -> Callable[[torch.device], list[Tensor]]:
     ]
 
 
-def _copied(make: Callable[[], Sequence[Tensor]]) -> Callable[[torch.device], list[Tensor]]:
+def _copied(make: Callable[[], Sequence[Tensor]]) -> Inputs:
     """Inputs that are made on the CPU."""
     return lambda device: [each.to(device) for each in make()]
-
-
-def head_maps(case: Case, head: scenes.Head) -> Callable[[torch.device], list[Tensor]]:
-    """Maps of logits, then of deltas, of a trained head with one logit per anchor."""
-    return lambda device: [
-        each.to(device).contiguous(memory_format=memory_format(case))
-        for table in scenes.head_tables(head, case.batch, 1)
-        for each in head.maps_of(table)
-    ]
 
 
 def gradient_sums(case: Case) -> frozenset[str]:
@@ -76,16 +68,10 @@ def top_down(case: Case) -> Op:
 
 
 def upsample_add(case: Case) -> Op:
-    def eager(maps: Sequence[Tensor]) -> Tensor:
-        return maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest")
-
-    def fused(maps: Sequence[Tensor]) -> Tensor:
-        return ops.upsample_add(maps[0], maps[1])
-
     return Op(
         random_maps(case),
-        eager,
-        fused,
+        lambda maps: maps[0] + F.interpolate(maps[1], size=maps[0].shape[-2:], mode="nearest"),
+        lambda maps: ops.upsample_add(maps[0], maps[1]),
         lambda maps: reference.upsample_add(maps[0], maps[1]),
         "top_down",
         fullgraph=True,
@@ -94,53 +80,83 @@ def upsample_add(case: Case) -> Op:
 
 def multiscale_roi_align(case: Case) -> Op:
     """torchvision's MultiScaleRoIAlign, on RoIs that a detector has already."""
-    size = image_size(case)
+    size, grid = image_size(case), (case.output_size, case.sampling_ratio)
     rois = random_rois(case.batch, case.rois, *size, case.clustered)
-    module = MultiScaleRoIAlign([str(i) for i in range(len(case.levels))], case.output_size, case.sampling_ratio)
-    boxes = OnDevice((rois, [rois[rois[:, 0] == i, 1:].contiguous() for i in range(case.batch)]))
+    module = MultiScaleRoIAlign([str(i) for i in range(len(case.levels))], *grid)
+    table = on_device(rois)
+    lists = on_device([rois[rois[:, 0] == i, 1:].contiguous() for i in range(case.batch)])
 
     def eager(maps: Sequence[Tensor]) -> Tensor:
         # torchvision has no bfloat16 kernel. Its users have autocast there, which widens every map.
         with torch.autocast(maps[0].device.type, torch.bfloat16, enabled=maps[0].dtype == torch.bfloat16):
             named = {str(i): each for i, each in enumerate(maps)}
-            pooled: Tensor = module(named, boxes(maps[0].device)[1], [size] * case.batch)
+            pooled: Tensor = module(named, lists(maps[0].device), [size] * case.batch)
             return pooled
 
     def fused(maps: Sequence[Tensor]) -> Tensor:
-        here, _ = boxes(maps[0].device)
-        return ops.multiscale_roi_align(maps, here, case.output_size, scales(case), sampling_ratio=case.sampling_ratio)
+        return ops.multiscale_roi_align(maps, table(maps[0].device), grid[0], scales(case), sampling_ratio=grid[1])
 
     return Op(random_maps(case), eager, fused, eager, "multiscale_roi_align")
 
 
-def generate_proposals(case: Case) -> Op:
-    """Everything after an RPN's head, from its maps to the proposals of each image."""
-    head = scenes.rpn_head(image_size(case), case.levels)
-    # torchvision keeps as many proposals per image as candidates per level.
-    top_n = {"training": case.pre_nms_top_n, "testing": case.pre_nms_top_n}
-    theirs = rpn.RegionProposalNetwork(
-        head.generator, None, HIGH_IOU, LOW_IOU, 256, 0.5, top_n, top_n, PROPOSAL_IOU
-    ).eval()
-    count, sizes = len(case.levels), OnDevice(torch.tensor([head.image_size] * case.batch))
+def _selection(inputs: Inputs, eager: Function, fused: Callable[[Sequence[Tensor]], Any], kernel: str) -> Op:
+    """eager gives lists, fused padded tensors."""
+    return Op(
+        inputs, eager, lambda given: lists_on_cpu(fused(given)), eager, kernel, decides=True, tensors_of=unpadded
+    )  # fmt: skip
 
-    def eager(maps: Sequence[Tensor]) -> list[Tensor]:
-        logits, deltas = list(maps[:count]), list(maps[count:])
-        images = head.images(case.batch, maps[0].device)
-        all_anchors = theirs.anchor_generator(images, logits)
-        counts = [each[0].numel() for each in logits]
-        objectness, codes = rpn.concat_box_prediction_layers(logits, deltas)
-        decoded = theirs.box_coder.decode(codes, all_anchors).view(case.batch, -1, 4)
-        boxes, scores = theirs.filter_proposals(decoded, objectness, images.image_sizes, counts)
+
+def proposals(
+    case: Case,
+    eager: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    fused: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], tuple[Tensor, ...]],
+) -> Op:
+    """eager: logits and deltas of a trained head -> boxes and scores of each image; fused: these and the images' sizes.
+
+    The head has one logit per anchor.
+    """
+    head, count = scenes.rpn_head(image_size(case), case.levels), len(case.levels)
+    sizes = on_device(torch.tensor([head.image_size] * case.batch))
+
+    def inputs(device: torch.device) -> list[Tensor]:
+        maps = [each for table in scenes.head_tables(head, case.batch, 1) for each in head.maps_of(table)]
+        return [each.to(device).contiguous(memory_format=memory_format(case)) for each in maps]
+
+    def plain(maps: Sequence[Tensor]) -> list[Tensor]:
+        boxes, scores = eager(maps[:count], maps[count:])
         return [*boxes, *scores]
 
-    def fused(maps: Sequence[Tensor]) -> Any:
-        found = ops.generate_proposals(
-            maps[:count], maps[count:], head.cells, head.strides, sizes(maps[0].device),
-            pre_nms_top_n=case.pre_nms_top_n, post_nms_top_n=case.pre_nms_top_n, nms_thresh=PROPOSAL_IOU,
-        )  # fmt: skip
-        return lists_on_cpu(found)
+    return _selection(
+        inputs, plain, lambda maps: fused(maps[:count], maps[count:], sizes(maps[0].device)), "generate_proposals"
+    )  # fmt: skip
 
-    return Op(head_maps(case, head), eager, fused, eager, "generate_proposals", decides=True, tensors_of=unpadded)
+
+def generate_proposals(case: Case) -> Op:
+    """Everything after an RPN's head, from its maps to the proposals of each image."""
+    head, top_n = scenes.rpn_head(image_size(case), case.levels), case.pre_nms_top_n
+    # torchvision keeps as many proposals per image as candidates per level.
+    most = {"training": top_n, "testing": top_n}
+    theirs = rpn.RegionProposalNetwork(head.generator, None, HIGH_IOU, LOW_IOU, 256, 0.5, most, most, PROPOSAL_IOU)
+    theirs.eval()
+
+    def eager(logits: Sequence[Tensor], deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        images = head.images(case.batch, logits[0].device)
+        all_anchors = theirs.anchor_generator(images, list(logits))
+        counts = [each[0].numel() for each in logits]
+        objectness, codes = rpn.concat_box_prediction_layers(list(logits), list(deltas))
+        decoded = theirs.box_coder.decode(codes, all_anchors).view(case.batch, -1, 4)
+        found: tuple[list[Tensor], list[Tensor]] = theirs.filter_proposals(
+            decoded, objectness, images.image_sizes, counts
+        )
+        return found
+
+    def fused(logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
+        return ops.generate_proposals(
+            logits, deltas, head.cells, head.strides, sizes, pre_nms_top_n=top_n, post_nms_top_n=top_n,
+            nms_thresh=PROPOSAL_IOU,
+        )  # fmt: skip
+
+    return proposals(case, eager, fused)
 
 
 def select_detections(case: Case) -> Op:
@@ -154,8 +170,7 @@ def select_detections(case: Case) -> Op:
         score_thresh=0.05, topk_candidates=case.pre_nms_top_n, nms_thresh=NMS_IOU, detections_per_img=300,
         box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0)),
     )  # fmt: skip
-    sizes = OnDevice(torch.tensor([head.image_size] * case.batch))
-    given = _copied(lambda: scenes.head_tables(head, case.batch, case.classes))
+    sizes = on_device(torch.tensor([head.image_size] * case.batch))
 
     def eager(tables: Sequence[Tensor]) -> list[Tensor]:
         images = head.images(case.batch, tables[0].device)
@@ -166,24 +181,20 @@ def select_detections(case: Case) -> Op:
         found = retinanet.RetinaNet.postprocess_detections(theirs, outputs, anchors, images.image_sizes)
         return [each[name] for name in ("boxes", "scores", "labels") for each in found]
 
-    def fused(tables: Sequence[Tensor]) -> Any:
+    def fused(tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
         logits, deltas = map(head.maps_of, tables)
-        found = ops.select_detections(
-            logits, deltas, head.cells, head.strides, sizes(tables[0].device), score_thresh=theirs.score_thresh,
-            pre_nms_top_n=theirs.topk_candidates, nms_thresh=theirs.nms_thresh,
+        return ops.select_detections(
+            logits, deltas, head.cells, head.strides, sizes(tables[0].device),
+            score_thresh=theirs.score_thresh, pre_nms_top_n=theirs.topk_candidates, nms_thresh=theirs.nms_thresh,
             max_detections=theirs.detections_per_img,
         )  # fmt: skip
-        return lists_on_cpu(found)
 
-    return Op(given, eager, fused, eager, "select_detections", decides=True, tensors_of=unpadded)
+    given = _copied(lambda: scenes.head_tables(head, case.batch, case.classes))
+    return _selection(given, eager, fused, "select_detections")
 
 
 def nms_in_groups(case: Case) -> Op:
     """torchvision's batched_nms: boxes of one image in groups."""
-    given = _copied(lambda: scenes.detections(case.boxes, case.classes, *image_size(case)))
-
-    def eager(found: Sequence[Tensor]) -> Tensor:
-        return batched_nms(*found, NMS_IOU)
 
     def fused(found: Sequence[Tensor]) -> Any:
         if found[0].device.type == "cpu":
@@ -191,6 +202,10 @@ def nms_in_groups(case: Case) -> Op:
         boxes, scores, groups = (each[None] for each in found)
         return ops.segmented_nms(boxes, scores, groups, None, NMS_IOU, len(found[0]))
 
+    def eager(found: Sequence[Tensor]) -> Tensor:
+        return batched_nms(*found, NMS_IOU)
+
+    given = _copied(lambda: scenes.detections(case.boxes, case.classes, *image_size(case)))
     return Op(given, eager, fused, eager, "segmented_nms", decides=True, tensors_of=unpadded)
 
 
@@ -199,8 +214,7 @@ def sigmoid_focal_loss(case: Case) -> Op:
     anchors = case.batch * sum(level_anchors(case))
     generator = torch.Generator().manual_seed(0)
     some = torch.randint(case.classes, (anchors,), generator=generator)
-    labels = OnDevice(torch.where(torch.rand(anchors, generator=generator) < 3e-3, some, -1))
-    given = _copied(lambda: [torch.randn(anchors, case.classes, generator=generator).sub_(4.6)])
+    labels = on_device(torch.where(torch.rand(anchors, generator=generator) < 3e-3, some, -1))
 
     def eager(logits: Sequence[Tensor]) -> Tensor:
         here = labels(logits[0].device)
@@ -210,18 +224,21 @@ def sigmoid_focal_loss(case: Case) -> Op:
         loss: Tensor = focal_losses(logits[0], targets, reduction="sum")
         return loss
 
-    def fused(logits: Sequence[Tensor]) -> Tensor:
-        return ops.sigmoid_focal_loss(logits[0], labels(logits[0].device))
-
-    # The kernel gives a loss per anchor and the gradient of their sum; autograd scales it.
-    return Op(given, eager, fused, eager, "sigmoid_focal_loss", alongside=frozenset(("aten::sum", "aten::mul")))
+    return Op(
+        _copied(lambda: [torch.randn(anchors, case.classes, generator=generator).sub_(4.6)]),
+        eager,
+        lambda logits: ops.sigmoid_focal_loss(logits[0], labels(logits[0].device)),
+        eager,
+        "sigmoid_focal_loss",
+        # The kernel gives a loss per anchor and the gradient of their sum; autograd scales it.
+        alongside=frozenset(("aten::sum", "aten::mul")),
+    )
 
 
 def match_anchors(case: Case) -> Op:
     """An image's anchors, which both sides are given, to its ground truths."""
     head = scenes.rpn_head(image_size(case), case.levels)
     matcher = Matcher(HIGH_IOU, LOW_IOU, allow_low_quality_matches=True)
-    given = _copied(lambda: (scenes.ground_truths(case.boxes, *head.image_size), head.anchors()))
 
     def eager(boxes: Sequence[Tensor]) -> Tensor:
         return matcher(box_iou(*boxes))
@@ -230,13 +247,8 @@ def match_anchors(case: Case) -> Op:
         gts, anchors = boxes
         return ops.match_anchors(gts[None], None, anchors, high_threshold=HIGH_IOU, low_threshold=LOW_IOU)[0][0]
 
+    given = _copied(lambda: (scenes.ground_truths(case.boxes, *head.image_size), head.anchors()))
     return Op(given, eager, fused, eager, "match_anchors", decides=True)
-
-
-def _per_box(case: Case, table: Callable[..., Tensor], *arguments: int) -> Callable[[torch.device], list[Tensor]]:
-    """A mask or heatmaps for each ground truth, and these."""
-    boxes = scenes.ground_truths(case.boxes, *image_size(case))
-    return _copied(lambda: (table(case.boxes, *arguments, case.output_size), boxes))
 
 
 # Of code that goes from box to box, torch.compile makes a graph for each size of a box, and leaves the rest to eager
@@ -245,21 +257,23 @@ def _per_box(case: Case, table: Callable[..., Tensor], *arguments: int) -> Calla
 
 def paste_masks(case: Case) -> Op:
     size = image_size(case)
-
-    def eager(found: Sequence[Tensor]) -> Tensor:
-        pasted: Tensor = roi_heads.paste_masks_in_image(*found, size)
-        return pasted
-
-    def fused(found: Sequence[Tensor]) -> Tensor:
-        return ops.paste_masks(found[0], found[1], size)
-
-    return Op(_per_box(case, scenes.mask_probabilities), eager, fused, None, "paste_masks")
+    given = _copied(lambda: (scenes.mask_probabilities(case.boxes, case.output_size),
+                             scenes.ground_truths(case.boxes, *size)))  # fmt: skip
+    return Op(
+        given,
+        lambda found: roi_heads.paste_masks_in_image(*found, size),
+        lambda found: ops.paste_masks(found[0], found[1], size),
+        None,
+        "paste_masks",
+    )
 
 
 def heatmaps_to_keypoints(case: Case) -> Op:
     """The keypoints of an image's people; a person's row is judged as boxes are."""
+    given = _copied(lambda: (scenes.keypoint_logits(case.boxes, case.classes, case.output_size),
+                             scenes.ground_truths(case.boxes, *image_size(case))))  # fmt: skip
     return Op(
-        _per_box(case, scenes.keypoint_logits, case.classes),
+        given,
         lambda found: roi_heads.heatmaps_to_keypoints(*found),
         lambda found: ops.heatmaps_to_keypoints(*found),
         None,
@@ -270,14 +284,10 @@ def heatmaps_to_keypoints(case: Case) -> Op:
 
 
 OPS: dict[str, Callable[[Case], Op]] = {
-    "top_down": top_down,
-    "upsample_add": upsample_add,
-    "multiscale_roi_align": multiscale_roi_align,
-    "generate_proposals": generate_proposals,
-    "select_detections": select_detections,
     "batched_nms": nms_in_groups,
-    "sigmoid_focal_loss": sigmoid_focal_loss,
-    "match_anchors": match_anchors,
-    "paste_masks": paste_masks,
-    "heatmaps_to_keypoints": heatmaps_to_keypoints,
-}
+    **{
+        op.__name__: op
+        for op in (top_down, upsample_add, multiscale_roi_align, generate_proposals, select_detections,
+                   sigmoid_focal_loss, match_anchors, paste_masks, heatmaps_to_keypoints)
+    },
+}  # fmt: skip
