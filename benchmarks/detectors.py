@@ -36,7 +36,7 @@ from fpn_fast.__main__ import ends_with_its_reader
 from fpn_fast.bench import machine, timing
 from fpn_fast.bench.harness import Ready, prepare, sampled
 from fpn_fast.bench.providers import backend_seen
-from fpn_fast.bench.report import load, place
+from fpn_fast.bench.report import absent, load, place
 from fpn_fast.bench.report import table as markdown_table
 from fpn_fast.bench.rows import Results, Row
 
@@ -326,13 +326,9 @@ def table(results: dict[str, Any]) -> str:
         line += [f"{row['p50'] / 1e3:.0f}", "" if times is None else f"{times:.2f}x", str(row.get("syncs", ""))]
         line += [f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""]
         lines.append([*line, f"{replaced(row['stages']):.0f}" if "stages" in row else ""])
-    measured = by_case(results)
-    absent = [name for name in map(str, cases(results["machine"]["device_type"])) if name not in measured]
-    absent += [] if any("compile" in row["provider"] for row in results["rows"]) else ["`torch.compile`"]
-    note = f"Not measured: {', '.join(absent)}.\n\n" if absent else ""
-    note += (
-        f"{place(results['machine'])}: median wall time; ratios to eager are medians over rounds, above 1 where "
-        "fpn_fast is faster. Weights are random."
+    note = (
+        f"{absent(cases(results['machine']['device_type']), by_case(results))}{place(results['machine'])}: median wall "
+        "time; ratios to eager are medians over rounds, above 1 where fpn_fast is faster. Weights are random."
     )
     return f"{markdown_table(lines, left=2)}\n\n{note}\n"
 

@@ -28,6 +28,7 @@ if __name__ == "__main__":
 from benchmarks import detectors, step_budget  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.__main__ import ends_with_its_reader  # noqa: E402
+from fpn_fast.bench.cases import FAMILIES  # noqa: E402
 from fpn_fast.bench.report import by_case, load, markdown, row_text  # noqa: E402
 from fpn_fast.bench.report import table as markdown_table  # noqa: E402
 from fpn_fast.bench.svg import bars  # noqa: E402
@@ -140,7 +141,10 @@ def table(name: str, words: tuple[str, ...] = ()) -> str:
         found = load(RESULTS / f"{name}.json")
         return ablation.table(found["rows"], found["command"])
     results = load(measured_last() / f"{name}.json")
-    return detectors.table(results) if name == "detectors" else markdown(results, words)
+    if name == "detectors":
+        return detectors.table(results)
+    known = [case for case in FAMILIES[name](results["machine"]["device_type"]) if all(w in str(case) for w in words)]
+    return markdown(results, words, known=known)
 
 
 def pages() -> dict[Path, str]:

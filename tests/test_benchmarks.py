@@ -542,7 +542,11 @@ def test_table(results: Path) -> None:
         "| top_down | tiny_3_levels | 1 | float32 | channels_first | forward | 20 us |  | 25 us | 0.80x |  |  |\n"
         in text
     )
-    assert "Abacus 9, 2 threads, torch 2.11.0, commit 0123abc, 2026-01-02: median wall time" in text
+    assert "Abacus 9, 2 threads, torch 2.11.0, commit 0123abc, 2026-01-02, default allocator: median wall time" in text
+    assert "An older run, to be repeated: its rows do not name the backend that ran.\n" in text
+    assert "Not measured" not in text
+    unmeasured = _case("forward", batch=7)
+    assert f"Not measured: {unmeasured}.\n" in report.markdown(report.load(results), known=[CASE, unmeasured])
     assert f"Refused: {_case('backward')} cpp: result 1 differs." in text
 
 

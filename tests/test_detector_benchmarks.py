@@ -51,7 +51,7 @@ def test_cases_in_small(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed == detectors.table(results) + "\n"
     assert "| faster_rcnn, training step, 64x96, N=2 | fpn_fast |" in printed
-    assert "retinanet-training-320x544-n2, `torch.compile`.\n" in printed
+    assert "retinanet-training-320x544-n2.\n" in printed
 
 
 def test_stages_make_the_whole():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,16 @@ def table(lines: list[list[str]], left: int = 6) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
+def absent(known: Iterable[Any], measured: Iterable[Any]) -> str:
+    """A paragraph of the cases without rows; empty where there are none."""
+    missing = [name for name in map(str, known) if name not in set(map(str, measured))]
+    return f"Not measured: {', '.join(missing)}.\n\n" if missing else ""
+
+
 def place(machine: dict[str, Any]) -> str:
     """Device, threads, versions, commit, date and allocator that figures belong to."""
     threads = f", {machine['threads']} threads" if machine["device_type"] == "cpu" else ""
-    settings = "".join(f", {name}={value}" for name, value in machine["allocator"].items())
+    settings = "".join(f", {name}={value}" for name, value in machine["allocator"].items()) or ", default allocator"
     if machine["allocator"] == KEEP_FREED_MEMORY:
         settings = ", glibc keeping freed memory"
     commit = machine["commit"] or "unknown"
@@ -141,6 +147,8 @@ def caption(results: dict[str, Any]) -> str:
     copy = f" Copies in the same rounds reach {min(copies):.3g} to {max(copies):.3g} GB/s." if copies else ""
     refused = sorted(refusals([results]))
     note = f" Refused: {'; '.join(refused)}." if refused else ""
+    if any(row["provider"] in FUSED and not {"backend", "refused"} & set(row) for row in results["rows"]):
+        note += " An older run, to be repeated: its rows do not name the backend that ran."
     return (
         f"{tiny}{place(machine)}: median {what}; ratios are medians over rounds, above 1 where fpn_fast is faster."
         f"{copy}{note}"
@@ -148,11 +156,17 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def markdown(
-    results: dict[str, Any], words: tuple[str, ...] = (), *, full: bool = False, compared: Changes | None = None
+    results: dict[str, Any],
+    words: tuple[str, ...] = (),
+    *,
+    full: bool = False,
+    compared: Changes | None = None,
+    known: Iterable[Case] = (),
 ) -> str:
     """The table of a family's cases whose names hold all of `words`, and its caption.
 
-    full: with operations, host synchronisations and memory; compared: with what changed since an earlier run.
+    known: cases that it names as not measured where they have no rows. full: with operations, host synchronisations and
+    memory; compared: with what changed since an earlier run.
     """
     cases = by_case(results, words)
     present = [name for name in PROVIDERS if any(name in rows for rows in cases.values())]
@@ -181,7 +195,7 @@ def markdown(
 
     lines = [line(case, rows) for case, rows in cases.items()]
     found = f"{table([list(lines[0]), *(list(each.values()) for each in lines)])}\n\n" if lines else ""
-    return f"{found}{caption(results)}\n"
+    return f"{found}{absent(known, cases)}{caption(results)}\n"
 
 
 def slower(results: list[dict[str, Any]]) -> list[str]:
