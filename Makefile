@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples tools setup.py
-CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test fuzz sanitize wheel test-wheel test-mmdet test-oldest build bench docs lint format clean

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executes sm_90 machine code on the CPU, under a checker and with counters; see README.md beside this file.
+
+The C++ behind it is built on first use, once for each content of its sources, into build/gpu_emulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parents[1] / "build" / "gpu_emulator"
+FLAGS = (
+    "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-march=native",
+    # The 32 lanes of a warp are loops, of which vectors are to come.
+    "-ftree-vectorize", "-fvect-cost-model=dynamic",
+    # Roundings are those of the instruction, and of no compiler.
+    "-ffp-contract=off", "-frounding-math",
+)  # fmt: skip
+ORDERS = ("in_order", "shuffled", "interleaved")
+
+
+class Allocation(NamedTuple):
+    """Memory that a kernel may touch: `bytes` from `address`, as the host has it. One that is not `initialised` may be
+    read only where the kernel wrote; one that is not `writable` may not be written."""
+
+    address: int
+    bytes: int
+    initialised: bool = True
+    writable: bool = False
+    name: str = ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The host's C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _includes() -> list[str]:
+    # pybind11 comes with torch.
+    torch: Any = importlib.util.find_spec("torch")
+    return [str(Path(torch.origin).parent / "include"), sysconfig.get_paths()["include"]]
+
+
+@functools.cache
+def _module() -> Any:
+    path = compiler()
+    if path is None:
+        raise RuntimeError("no g++ to build the emulator with")
+    flags = [*FLAGS, *(f"-I{each}" for each in _includes())]
+    machine = platform.machine()
+    with contextlib.suppress(OSError):
+        # -march=native means another thing on another machine.
+        machine += next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\0".join([*flags, machine, version, sysconfig.get_config_var("SOABI")]).encode())
+    sources = sorted(HERE.glob("*.cpp"))
+    for source in [*sources, *sorted(HERE.glob("*.h"))]:
+        digest.update(source.name.encode() + source.read_bytes())
+    library = BUILD / f"_emulator-{digest.hexdigest()[:16]}.so"
+    with _locked(BUILD / "_emulator.lock"):
+        if not library.exists():
+            for stale in BUILD.glob("_emulator-*.so"):
+                stale.unlink()
+            objects = BUILD / "objects"
+            objects.mkdir(exist_ok=True)
+            outputs = [objects / f"{source.stem}.o" for source in sources]
+            for source, output in zip(sources, outputs, strict=True):
+                _compile([path, *flags, "-c", str(source), "-o", str(output)])
+            # Built under another name, so that an interrupted build leaves nothing that looks finished.
+            partial = BUILD / "_emulator.partial"
+            _compile([path, "-shared", *map(str, outputs), "-o", str(partial)])
+            partial.rename(library)
+    spec: Any = importlib.util.spec_from_file_location("_emulator", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EmulatorFault":
+        return _module().EmulatorFault
+    raise AttributeError(name)
+
+
+@functools.cache
+def cuobjdump() -> str:
+    """The disassembler of the CUDA toolkit or of Triton's wheel. Raises FileNotFoundError where there is none."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(home) / "bin" for home in homes if home]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = shutil.which("cuobjdump") or next(
+        (str(folder / "cuobjdump") for folder in folders if os.access(folder / "cuobjdump", os.X_OK)), None
+    )
+    if found is None:
+        raise FileNotFoundError("no cuobjdump to disassemble machine code with")
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _load(path: str, kernel: str, _stamp: tuple[int, int]) -> Any:
+    return _module().Program.load(path, kernel, "" if path.endswith((".sass", ".txt")) else cuobjdump())
+
+
+def program(code: str | os.PathLike[str], kernel: str) -> Any:
+    """The decoded kernel of a library, object, cubin or disassembly (.sass), with `registers`, `static_shared`,
+    `parameter_bytes` (-1: unknown) and `text`. Text of several lines is the disassembly itself."""
+    if isinstance(code, str) and "\n" in code:
+        return _module().Program.parse(code, kernel)
+    status = os.stat(code)
+    return _load(os.fspath(code), kernel, (status.st_mtime_ns, status.st_size))
+
+
+def launch(
+    code: Any,
+    kernel: str,
+    grid: Sequence[int] | int,
+    block: Sequence[int] | int,
+    parameters: bytes,
+    allocations: Sequence[Allocation | tuple[Any, ...]] = (),
+    *,
+    dynamic_shared: int = 0,
+    seed: int = 0,
+    order: str = "in_order",
+    mufu: str = "exact",
+    model: bool = False,
+    share: float = 1.0,
+) -> dict[str, Any]:
+    """Runs a kernel on the host's memory and returns its counters (Counters in emulator.h).
+
+    code: what `program` takes, or its result. parameters: the kernel's, laid out as C does, from the first one on.
+    order: "in_order", "shuffled" or "interleaved" blocks. mufu: "exact", or "adversarial" within the documented errors.
+    share: of the blocks, evenly spread. Raises EmulatorFault (kind, kernel, block, thread, pc, instruction, source).
+    """
+    if mufu not in ("exact", "adversarial"):
+        raise ValueError(f'mufu must be "exact" or "adversarial", got {mufu!r}')
+    decoded = code if hasattr(code, "static_shared") else program(code, kernel)
+    return _module().run(
+        decoded,
+        [grid] if isinstance(grid, int) else list(grid),
+        [block] if isinstance(block, int) else list(block),
+        dynamic_shared,
+        parameters,
+        [tuple(Allocation(*each)) for each in allocations],
+        seed,
+        ORDERS.index(order),
+        mufu == "adversarial",
+        model,
+        share,
+    )
