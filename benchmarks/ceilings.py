@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fpn_fast.bench.timing import GpuTimer, Step, timer
+from fpn_fast.bench.timing import GpuTimer, Step, Timer, timer
 
 COPY_BYTES = 10**9
 L2_READ_BYTES = 24 << 20
@@ -32,9 +32,9 @@ def _median(sample: Callable[[], float]) -> float:
     return statistics.median(sample() for _ in range(SAMPLES))
 
 
-def copy(device_type: str, bytes_copied: int) -> dict[str, Any]:
+def copy(clock: Timer, device_type: str = "cuda", bytes_copied: int = COPY_BYTES) -> dict[str, Any]:
     """Copy bandwidth in GB/s, reads and writes together."""
-    source, clock = torch.randn(bytes_copied // 4, device=device_type), timer(device_type)
+    source = torch.randn(bytes_copied // 4, device=device_type)
     target = torch.zeros_like(source)
     clock.synchronize()
     seconds = _median(lambda: clock.elapsed(lambda: target.copy_(source)))
@@ -87,21 +87,17 @@ def launch(clock: GpuTimer) -> dict[str, Any]:
 
 def ceilings() -> dict[str, Any]:
     """Each part's result; one that fails says so, and the others still run."""
+    found: dict[str, Any] = {}
     if not torch.cuda.is_available():
         # A small copy on the CPU tries the code; device_type says so.
-        return {"copy": copy("cpu", 1 << 20)} | dict.fromkeys(("l2_read", "graph", "launch"), "skipped: no GPU")
-    found: dict[str, Any] = {}
-    parts: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "copy": lambda clock: copy("cuda", COPY_BYTES),
-        "l2_read": l2_read,
-        "graph": graph,
-        "launch": launch,
-    }
-    for name, part in parts.items():
+        found["copy"] = copy(timer("cpu"), "cpu", 1 << 20)
+        return found | dict.fromkeys(("l2_read", "graph", "launch"), "skipped: no GPU")
+    parts: tuple[Callable[[Any], dict[str, Any]], ...] = (copy, l2_read, graph, launch)
+    for part in parts:
         try:
-            found[name] = part(timer("cuda"))
+            found[part.__name__] = part(timer("cuda"))
         except Exception as error:
-            found[name] = {"problem": f"{type(error).__name__}: {error}"}
+            found[part.__name__] = {"problem": f"{type(error).__name__}: {error}"}
     return found
 
 

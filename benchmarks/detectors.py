@@ -79,15 +79,8 @@ class Case:
 
 def cases(device_type: str) -> list[Case]:
     """On a CPU also a small image, and a training step on small ones alone: on large ones it takes a minute."""
-    on_cpu = device_type == "cpu"
-    inference = [SMALL, LARGE] if on_cpu else [LARGE]
-    return [
-        case
-        for model in BUILDERS
-        for case in (
-            *(Case(model, size, 1) for size in inference), Case(model, SMALL if on_cpu else LARGE, 2, training=True)
-        )
-    ]  # fmt: skip
+    of_cpu, of_gpu = ((SMALL, 1), (LARGE, 1), (SMALL, 2, True)), ((LARGE, 1), (LARGE, 2, True))
+    return [Case(model, *case) for model in BUILDERS for case in (of_cpu if device_type == "cpu" else of_gpu)]
 
 
 def build(case: Case, device: torch.device) -> nn.Module:
