@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole detectors in the same rounds: torchvision's, accelerated, both compiled, and StaticDetector.
+"""Whole detectors in the same rounds: torchvision's, accelerated, either in channels_last, compiled, StaticDetector.
 
     python -m benchmarks.detectors --results benchmarks/results          all cases; the results of the docs' table
     python -m benchmarks.detectors --case faster_rcnn-inference-320x544 --no-compile
 
-Weights are random, scaled so that a head's outputs are spread as a trained one's: some thousand candidates of a dense
-head are above its threshold, and some hundred pairs of a box and a class. Each provider's detections are compared with
-torchvision's before it is timed; one that differs is refused.
+They are as torchvision's pretrained detectors: frozen batch norm, three trainable stages. Weights are random, scaled so
+that a head's outputs are spread as a trained one's: some thousand candidates of a dense head are above its threshold,
+and some hundred pairs of a box and a class. Each provider's detections are compared with torchvision's before it is
+timed; one that differs is refused.
 
 Stages are timed in further runs with clocks around modules, each stage without the stages inside it. A part of a model
 without a module of its own counts to the module around it: what follows RetinaNet's head is the detector's own.
@@ -21,7 +22,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import fpn_fast
 from fpn_fast.__main__ import ends_with_its_reader
@@ -40,7 +44,11 @@ from fpn_fast.bench.report import absent, load, place
 from fpn_fast.bench.report import table as markdown_table
 from fpn_fast.bench.rows import Results, Row
 
-BUILDERS = {"faster_rcnn": detection.fasterrcnn_resnet50_fpn, "retinanet": detection.retinanet_resnet50_fpn}
+CLASSES: dict[str, Callable[..., nn.Module]] = {
+    "faster_rcnn": detection.FasterRCNN, "mask_rcnn": detection.MaskRCNN, "retinanet": detection.RetinaNet
+}  # fmt: skip
+#: The models that are timed.
+TIMED = ("faster_rcnn", "retinanet")
 #: Stage -> the names of its modules; the model itself has none.
 STAGES = {
     "detections": r"|roi_heads",
@@ -80,16 +88,20 @@ class Case:
 def cases(device_type: str) -> list[Case]:
     """On a CPU also a small image, and a training step on small ones alone: on large ones it takes a minute."""
     of_cpu, of_gpu = ((SMALL, 1), (LARGE, 1), (SMALL, 2, True)), ((LARGE, 1), (LARGE, 2, True))
-    return [Case(model, *case) for model in BUILDERS for case in (of_cpu if device_type == "cpu" else of_gpu)]
+    return [Case(model, *case) for model in TIMED for case in (of_cpu if device_type == "cpu" else of_gpu)]
 
 
-def build(case: Case, device: torch.device) -> nn.Module:
-    """torchvision's detector, with outputs as :func:`spread` makes them."""
+def build(name: str, size: tuple[int, int], batch: Sequence[Tensor]) -> nn.Module:
+    """torchvision's detector as its pretrained ones are, with frozen batch norm and three trainable stages of its
+    ResNet-50, for images of `size`. Its outputs are as :func:`spread` makes them of `batch`, on whose device it is."""
     torch.manual_seed(0)
-    sizes = {"min_size": min(case.size), "max_size": max(case.size)}
-    model = BUILDERS[case.model](weights=None, weights_backbone=None, **sizes).to(device)
-    spread(model, images(case, device))
-    return model.train(case.training)
+    dense = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)} if name == "retinanet" else {}
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3, **dense)
+    sides = batch[0].shape[1:]
+    model: Any = CLASSES[name](backbone, num_classes=91, min_size=min(sides), max_size=max(sides)).to(batch[0].device)
+    spread(model, batch)
+    model.transform.min_size, model.transform.max_size = (min(size),), max(size)
+    return model
 
 
 def images(case: Case, device: torch.device) -> list[Tensor]:
@@ -113,15 +125,18 @@ def targets(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def spread(model: Any, batch: list[Tensor]) -> None:
+def spread(model: Any, batch: Sequence[Tensor]) -> None:
     """Sets normalisation to `batch`'s statistics, and the last layers to outputs as wide as a trained detector's."""
-    norms = [each for each in model.backbone.modules() if isinstance(each, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    model.backbone.train()(torch.stack(batch))
-    for norm in norms:
-        norm.momentum = 0.1
-    model.eval()
+
+    def learn(norm: Any, inputs: tuple[Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3)))
+
+    norms = [each for each in model.backbone.modules() if isinstance(each, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(learn) for norm in norms]
+    model.eval().backbone(torch.stack(list(batch)))
+    for hook in hooks:
+        hook.remove()
     # The box head's inputs depend on the RPN's boxes.
     for in_box_head in (False, True):
         layers = {
@@ -143,8 +158,9 @@ def spread(model: Any, batch: list[Tensor]) -> None:
             layer.bias.sub_(out.mean()).mul_(scale)
             if kind == "cls_logits" and hasattr(model, "score_thresh"):
                 above = max(1, round(DENSE_SHARE * out.numel()))
-                lowest = ((out - out.mean()) * scale).topk(above).values[-1]
-                layer.bias.add_(math.log(model.score_thresh / (1 - model.score_thresh)) - lowest)
+                # Between two candidates, so that rounding moves none over the threshold.
+                middle = ((out - out.mean()) * scale).topk(above + 1).values[-2:].mean()
+                layer.bias.add_(math.log(model.score_thresh / (1 - model.score_thresh)) - middle)
 
 
 @dataclass
@@ -157,9 +173,15 @@ class Provider:
 
 
 def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Provider]:
-    plain = build(case, device)
-    fast = copy.deepcopy(plain).train(case.training)
-    fpn_fast.accelerate(fast)
+    """By name. What says no memory format is channels_first. With `compiled` also what torch.compile and
+    `StaticDetector.compile` make: on a CPU the former, which takes minutes, for inference on small images alone."""
+    plain = build(case.model, case.size, images(case, device)).train(case.training)
+    models = {"eager": plain, "fpn_fast": copy.deepcopy(plain)}
+    fpn_fast.accelerate(models["fpn_fast"])
+    models |= {
+        f"{name}, channels_last": copy.deepcopy(each).to(memory_format=torch.channels_last)
+        for name, each in models.items()
+    }
     batch, own_targets = images(case, device), targets(case, device)
 
     def make(call: Any, model: nn.Module) -> Provider:
@@ -177,17 +199,23 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
 
         return Provider(step, model)
 
-    found = {"eager": make(plain, plain), "fpn_fast": make(fast, fast)}
-    if compiled:
-        found |= {f"{name} + compile": make(torch.compile(each.model), each.model) for name, each in found.items()}
+    found = {name: make(each, each) for name, each in models.items()}
+    if compiled and (device.type == "cuda" or case.size == TINY or (case.size == SMALL and not case.training)):
+        found |= {
+            f"{name} + torch.compile": make(torch.compile(models[name]), models[name]) for name in ("eager", "fpn_fast")
+        }
     if not case.training:
-        static, stacked = fpn_fast.StaticDetector(fast, case.size, case.batch), torch.stack(batch)
-        calls: dict[str, Any] = {"static": static}
-        if compiled:
-            calls["static + compile"] = torch.compile(static, fullgraph=True)
+        stacked = torch.stack(batch)
+
+        def static() -> fpn_fast.StaticDetector:
+            return fpn_fast.StaticDetector(models["fpn_fast"], case.size, case.batch)
+
+        calls = {"static": static()}
         if device.type == "cuda":
-            calls["static, captured"] = fpn_fast.StaticDetector(fast, case.size, case.batch).capture()
-        found |= {name: Provider(lambda c=call: c(stacked), static, static.unpad) for name, call in calls.items()}
+            calls["static, capture()"] = static().capture()
+        elif compiled:
+            calls["static, compile()"] = static().compile()
+        found |= {name: Provider(lambda c=call: c(stacked), call, call.unpad) for name, call in calls.items()}
     return found
 
 
@@ -270,7 +298,7 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool) ->
 
     def wrong_backend(name: str, operators: set[str]) -> str | None:
         seen = backend_seen(operators)
-        return None if (seen == "torch") == (name == "eager") else f"{seen} computed this"
+        return None if (seen == "torch") == name.startswith("eager") else f"{seen} computed this"
 
     def ready(name: str, provider: Provider) -> Ready | str:
         print(f"{case}: {name}", file=sys.stderr, flush=True)
@@ -279,7 +307,7 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool) ->
             lambda result: problem(provider.lists(result), expected),
             lambda operators: wrong_backend(name, operators),
             clock,
-            seen="compile" not in name and "captured" not in name,
+            seen="compile" not in name and "capture" not in name,
             metrics=clock.wall,
         )
         if name in ("eager", "fpn_fast") and not isinstance(prepared, str):
@@ -336,8 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
          {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"}),
         ("--case", "a case, by the beginning of its name (default: all)", {"action": "append", "default": []}),
         ("--case-seconds", "seconds per case after warming up (default: 60)", {"type": float, "default": 60.0}),
-        ("--no-compile", "without torch.compile, which takes minutes per case. On a CPU it is measured for inference "
-         "on the small image alone", {"action": "store_true"}),
+        ("--no-compile", "without torch.compile and StaticDetector.compile", {"action": "store_true"}),
         ("--results", "folder for <machine>/detectors.json (default: %(default)s)",
          {"type": Path, "default": Path("output/benchmarks")}),
         ("--tiny", "tiny images: a trial of the command, not a measurement", {"action": "store_true"}),
@@ -357,9 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.results, "detectors", machine.facts(options.device), lambda row: str(case_of(row)) not in names
     )
     for case in chosen:
-        quick = options.device == "cuda" or case.size == TINY or (case.size == SMALL and not case.training)
-        compiled = quick and not options.no_compile
-        results.add(measure(case, torch.device(options.device), options.case_seconds, compiled))
+        results.add(measure(case, torch.device(options.device), options.case_seconds, not options.no_compile))
     print(table(load(results.path)))
     return int(any("refused" in row for row in results.rows if str(case_of(row)) in names))
 

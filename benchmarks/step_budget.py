@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torch import Tensor
 
 import fpn_fast
-from benchmarks.detectors import spread
+from benchmarks.detectors import build
 from fpn_fast.__main__ import ends_with_its_reader
 from fpn_fast.bench import report
 from fpn_fast.bench.machine import commit
@@ -36,23 +33,12 @@ from fpn_fast.profile import Budget, budget, measured_rates
 
 SIZE, SMALL = (800, 1344), (96, 128)
 TARGETS = 8
-MODELS: dict[str, type[nn.Module]] = {"Faster R-CNN": FasterRCNN, "Mask R-CNN": MaskRCNN, "RetinaNet": RetinaNet}
+MODELS = {"Faster R-CNN": "faster_rcnn", "Mask R-CNN": "mask_rcnn", "RetinaNet": "retinanet"}
 VARIANTS: dict[str, Callable[[Any], object]] = {
     "torchvision": lambda model: None,
     "accelerated": fpn_fast.accelerate,
     "accelerated, static sampling": lambda model: (fpn_fast.accelerate(model), use_static_sampling(model)),
 }
-
-
-def build(name: str, size: tuple[int, int]) -> nn.Module:
-    """The detector, with outputs spread as a trained one's."""
-    torch.manual_seed(0)
-    dense = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)} if name == "RetinaNet" else {}
-    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3, **dense)
-    model = MODELS[name](backbone, num_classes=91, min_size=min(SMALL), max_size=max(SMALL))
-    spread(model, [torch.rand(3, *SMALL)])
-    model.transform.min_size, model.transform.max_size = (min(size),), max(size)
-    return model
 
 
 def targets(size: tuple[int, int]) -> list[dict[str, Tensor]]:
@@ -73,7 +59,7 @@ def cases(models: list[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def count_case(name: str, mode: str, variant: str, size: tuple[int, int] = SIZE) -> Budget:
-    model = build(name, size).train(mode == "training")
+    model = build(MODELS[name], size, [torch.rand(3, *SMALL)]).train(mode == "training")
     VARIANTS[variant](model)
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(3, *size, generator=generator)]

@@ -2,6 +2,7 @@
 """The benchmark of whole detectors: that it compares rightly, and says what it measured."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,17 +15,12 @@ from fpn_fast.bench.machine import facts
 from fpn_fast.bench.rows import Results, Row
 
 
-def retinanet(weights, weights_backbone, **options):
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=weights, trainable_layers=5)
-    sizes = tuple((16.0 * 2**i, 20.0 * 2**i, 25.0 * 2**i) for i in range(5))
-    generator = detection.retinanet.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-    return detection.RetinaNet(backbone, 91, anchor_generator=generator, **options)
-
-
 @pytest.fixture(autouse=True)
 def small_detectors(monkeypatch):
-    small = {"faster_rcnn": detection.fasterrcnn_mobilenet_v3_large_fpn, "retinanet": retinanet}
-    monkeypatch.setattr(detectors, "BUILDERS", small)
+    monkeypatch.setattr(detectors, "resnet_fpn_backbone", lambda backbone_name, **options:
+                        resnet_fpn_backbone(backbone_name="resnet18", **options))  # fmt: skip
+    few = {"rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 40, "box_batch_size_per_image": 16}
+    monkeypatch.setitem(detectors.CLASSES, "faster_rcnn", partial(detection.FasterRCNN, **few))
 
 
 def test_cases_in_small(tmp_path, capsys, monkeypatch):
@@ -36,9 +32,11 @@ def test_cases_in_small(tmp_path, capsys, monkeypatch):
     (file,) = tmp_path.glob("*/detectors.json")
     results = json.loads(file.read_text())
     rows = results["rows"]
-    assert len(rows) == 3 + 2 + 3  # StaticDetector is for inference
+    assert len(rows) == 5 + 4 + 5  # StaticDetector is for inference
     backends = {row["provider"]: row["backend"] for row in rows}
-    assert backends == {"eager": "torch", "fpn_fast": "cpp", "static": "cpp"}
+    of_both = {f"{name}{memory}": backend for name, backend in (("eager", "torch"), ("fpn_fast", "cpp"))
+               for memory in ("", ", channels_last")}  # fmt: skip
+    assert backends == of_both | {"static": "cpp"}
     for row in rows:
         assert row["p20"] <= row["p50"] <= row["p80"]
         assert row["rounds"] == 3
@@ -105,7 +103,10 @@ def test_an_accelerated_detector_that_ran_by_torch_is_refused(monkeypatch):
     monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
     case = detectors.Case("faster_rcnn", (64, 96), 2, training=True)
     rows = detectors.measure(case, torch.device("cpu"), 0.0, False)
-    assert {r.provider: r.refused for r in rows} == {"eager": None, "fpn_fast": "torch computed this"}
+    assert {r.provider: r.refused for r in rows} == {
+        name + memory: None if name == "eager" else "torch computed this"
+        for name in ("eager", "fpn_fast") for memory in ("", ", channels_last")
+    }  # fmt: skip
 
 
 def test_cases_of_an_earlier_run_stay_where_it_was_of_the_same_commit(tmp_path):
