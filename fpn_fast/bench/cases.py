@@ -126,6 +126,11 @@ _PROPOSALS = Case("generate_proposals", "top_{pre_nms_top_n}_800x1344", RPN_800X
 _RETINANET = Case("select_detections", "retinanet_91_classes_800x1344", RETINANET_800X1344,
                   memory_format="channels_last", anchors=9, classes=91)  # fmt: skip
 _MATCH = Case("match_anchors", "{boxes}_gts_800x1344", RPN_800X1344, anchors=3, boxes=20)
+#: The ends of the four stages of a ResNet-50 on an 800x1344 image.
+_BLOCK_ENDS = [
+    Case("frozen_batch_norm", f"block_end_{channels}x{height}x{width}", ((height, width),), channels=channels)
+    for channels, (height, width) in zip((256, 512, 1024, 2048), RESNET50_FPN_800X1344, strict=True)
+]
 _IMAGE, _UNPADDED_IMAGE = ((800, 1344),), ((800, 1333),)
 
 
@@ -158,6 +163,7 @@ _CASES: dict[str, list[Case]] = {
         *_over(_CROWDED, **_BOTH),
         *_over(replace(_BOX, batch=2), **_BOTH),
     ],
+    "frozen_batch_norm": [case for end in _BLOCK_ENDS for case in _over(end, **_BOTH)],
     "generate_proposals": _over(_PROPOSALS, batch=(1, 2, 8), pre_nms_top_n=(1000, 2000), **_FORMATS),
     "select_detections": _over(replace(_RETINANET, pre_nms_top_n=1000), batch=(1, 2)),
     "sigmoid_focal_loss": _over(
@@ -269,6 +275,8 @@ def _focal_elements(case: Case) -> int:
 _ELEMENTS_MOVED: dict[str, Callable[[Case], int]] = {
     **dict.fromkeys(("top_down", "upsample_add"), _merge_elements),
     **dict.fromkeys(("multiscale_roi_align", "detectron2_pooler", "mmdet_extractor"), _pooler_elements),
+    # The block's map, what it is added to, and their sum; backward the sum's gradient, the sum, and two gradients.
+    "frozen_batch_norm": lambda case: (4 if case.direction == "backward" else 3) * sum(_map_elements(case)),
     **dict.fromkeys(("generate_proposals", "detectron2_proposals", "mmdet_proposals"), _proposal_elements),
     **dict.fromkeys(("detectron2_fpn", "mmdet_neck"), _neck_elements),
     # Every logit. What is above the threshold depends on the data, and is little.

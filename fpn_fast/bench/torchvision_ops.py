@@ -99,6 +99,28 @@ def multiscale_roi_align(case: Case) -> Op:
     return Op(random_maps(case), eager, fused, eager, "multiscale_roi_align")
 
 
+def frozen_batch_norm(case: Case) -> Op:
+    """What torchvision's Bottleneck does after its last convolution: FrozenBatchNorm2d, residual and ReLU."""
+    generator, eps = torch.Generator().manual_seed(0), 1e-5
+    norms = on_device([torch.rand(case.channels, generator=generator) + 0.5 for _ in range(4)])
+
+    def maps(device: torch.device) -> list[Tensor]:
+        return [each for _ in range(2) for each in random_maps(case)(device)]
+
+    def eager(maps: Sequence[Tensor]) -> Tensor:
+        weight, bias, mean, var = (each.view(1, -1, 1, 1) for each in norms(maps[0].device))
+        scale = weight * (var + eps).rsqrt()
+        out = maps[0] * scale + (bias - mean * scale)
+        out += maps[1]
+        return F.relu_(out)
+
+    def fused(maps: Sequence[Tensor]) -> Tensor:
+        weight, bias, mean, var = norms(maps[0].device)
+        return ops.frozen_batch_norm(maps[0], weight, bias, mean, var, eps, residual=maps[1], activation="relu")
+
+    return Op(maps, eager, fused, eager, "frozen_batch_norm", fullgraph=True)
+
+
 def _selection(inputs: Inputs, eager: Function, fused: Callable[[Sequence[Tensor]], Any], kernel: str) -> Op:
     """eager gives lists, fused padded tensors."""
     return Op(
@@ -287,7 +309,7 @@ OPS: dict[str, Callable[[Case], Op]] = {
     "batched_nms": nms_in_groups,
     **{
         op.__name__: op
-        for op in (top_down, upsample_add, multiscale_roi_align, generate_proposals, select_detections,
-                   sigmoid_focal_loss, match_anchors, paste_masks, heatmaps_to_keypoints)
+        for op in (top_down, upsample_add, multiscale_roi_align, frozen_batch_norm, generate_proposals,
+                   select_detections, sigmoid_focal_loss, match_anchors, paste_masks, heatmaps_to_keypoints)
     },
 }  # fmt: skip
