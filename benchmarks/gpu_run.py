@@ -49,6 +49,7 @@ DRY_CASES = (
     "resnet50_fpn_800x1344-n1-float32-channels_last",
     "ratio_2_spread-n1-bfloat16-channels_last",
     "top_1000_800x1344-n1-float32-channels_last",
+    "block_end_2048x25x42-n1-float32-channels_last",
     "91_classes_800x1344-n1",
     "1000_boxes_5_groups",
     "20_gts",
