@@ -23,6 +23,8 @@ from fpn_fast.triton._arguments import decode_float, encode_float
 
 # 8 elements per thread of 4 warps: one 16-byte access for bfloat16, two for float32.
 BLOCK_ELEMENTS = 1024
+# Pixels of a program along a plane, of a small one and of others: few values, so that Triton compiles few variants.
+SMALL_PLANE, BLOCK_PIXELS = 512, (64, 256)
 NUM_WARPS = 4
 # Products and sums are rounded one by one, as in a sequence of operators.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
@@ -49,12 +51,12 @@ def affine(
 
 
 @triton.jit
-def place(CHANNELS_LAST: tl.constexpr, rows, length, channels, VEC: tl.constexpr,
+def place(CHANNELS_LAST: tl.constexpr, rows, length, channels, blocks, VEC: tl.constexpr,
           BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
     """Return (offset, mask, channel, mask of the channel) of a program's elements."""
     length = length // VEC * VEC
-    outer = tl.program_id(0).to(tl.int64) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)[:, None]
-    inner = tl.program_id(1) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)[None, :]
+    outer = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)[:, None]
+    inner = tl.program_id(0) % blocks * BLOCK_INNER + tl.arange(0, BLOCK_INNER)[None, :]
     mask = (outer < rows) & (inner < length)
     if CHANNELS_LAST:
         return outer * length + inner, mask, inner, inner < channels
@@ -62,15 +64,15 @@ def place(CHANNELS_LAST: tl.constexpr, rows, length, channels, VEC: tl.constexpr
         return outer * length + inner, mask, (outer % channels).to(tl.int32), outer < rows
 
 
-@triton.jit(do_not_specialize=["rows", "length", "channels"])
+@triton.jit(do_not_specialize=["rows", "length", "channels", "blocks"])
 def frozen_batch_norm_kernel(
     x, residual, y, weight, bias, mean, variance, other_weight, other_bias, other_mean, other_variance, eps,
-    rows, length, channels,
+    rows, length, channels, blocks,
     HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, RELU: tl.constexpr, ROUNDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, VEC: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    offset, mask, c, inside = place(CHANNELS_LAST, rows, length, channels, VEC, BLOCK_OUTER, BLOCK_INNER)
+    offset, mask, c, inside = place(CHANNELS_LAST, rows, length, channels, blocks, VEC, BLOCK_OUTER, BLOCK_INNER)
     MAP: tl.constexpr = x.dtype.element_ty
     value = tl.load(x + offset, mask=mask).to(ACC)
     scale, shift = affine(weight, bias, mean, variance, eps, c, inside, True, ROUNDS, MAP, ACC, VECTOR)
@@ -89,15 +91,15 @@ def frozen_batch_norm_kernel(
     tl.store(y + offset, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "length", "channels"])
+@triton.jit(do_not_specialize=["rows", "length", "channels", "blocks"])
 def frozen_batch_norm_backward_kernel(
     grad, y, grad_x, grad_residual, weight, bias, mean, variance, other_weight, other_bias, other_mean, other_variance,
-    eps, rows, length, channels,
+    eps, rows, length, channels, blocks,
     HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, RELU: tl.constexpr, ROUNDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, VEC: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
-    offset, mask, c, inside = place(CHANNELS_LAST, rows, length, channels, VEC, BLOCK_OUTER, BLOCK_INNER)
+    offset, mask, c, inside = place(CHANNELS_LAST, rows, length, channels, blocks, VEC, BLOCK_OUTER, BLOCK_INNER)
     MAP: tl.constexpr = grad_x.dtype.element_ty
     value = tl.load(grad + offset, mask=mask).to(ACC)
     if RELU:
@@ -148,27 +150,31 @@ def _accumulator(dtype: torch.dtype) -> Any:
 
 def _launch(
     like: Tensor, norm: list[Tensor], residual_norm: list[Tensor], eps: float, rounds: bool
-) -> tuple[tuple[int, int], list[Any], dict[str, Any]]:
+) -> tuple[tuple[int], list[Any], dict[str, Any]]:
     """Return the grid, the arguments behind the maps, and the constants, for dense maps like `like`."""
     channels_last = is_channels_last(like)
     batch, channels, height, width = like.shape
     rows, length = (batch * height * width, channels) if channels_last else (batch * channels, height * width)
-    block_inner = min(triton.next_power_of_2(length), BLOCK_ELEMENTS)
+    if channels_last:
+        block_inner = min(triton.next_power_of_2(length), BLOCK_ELEMENTS)
+    else:
+        block_inner = BLOCK_PIXELS[length >= SMALL_PLANE]
     block_outer = BLOCK_ELEMENTS // block_inner
+    blocks = triton.cdiv(length, block_inner)
     # A norm that is not there is not read; any tensors fill the arguments.
-    arguments = [*norm, *(residual_norm or norm), encode_float(eps, norm[0].dtype), rows, length, channels]
+    arguments = [*norm, *(residual_norm or norm), encode_float(eps, norm[0].dtype), rows, length, channels, blocks]
     constants = {
         "HAS_NORM": bool(residual_norm),
         "ROUNDS": rounds,
         "CHANNELS_LAST": channels_last,
         "ACC": _accumulator(like.dtype),
         "VECTOR": _accumulator(norm[0].dtype),
-        "VEC": math.gcd(16, length),
+        "VEC": math.gcd(8, length),
         "BLOCK_OUTER": block_outer,
         "BLOCK_INNER": block_inner,
         **OPTIONS,
     }
-    return (triton.cdiv(rows, block_outer), triton.cdiv(length, block_inner)), arguments, constants
+    return (triton.cdiv(rows, block_outer) * blocks,), arguments, constants
 
 
 def frozen_batch_norm(

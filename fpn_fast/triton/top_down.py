@@ -2,8 +2,9 @@
 """The top-down merge in Triton: one launch per level, any strides.
 
 A program owns BLOCK_OUTER rows of BLOCK_INNER elements. Inner elements are adjacent in memory: channels of a pixel
-(channels_last) or columns of a row of one channel (channels_first). VEC tells Triton the power of two that divides
-every stride and inner size, so that it can widen accesses.
+(channels_last) or columns of a row of one channel (channels_first). UNIT says that the inner stride is 1, and VEC which
+power of two divides the other strides and the inner size: with them Triton widens accesses. Sizes and strides are no
+constants, because Triton would compile a variant for nearly every image size: Note [Encoded arguments].
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from fpn_fast.triton._resample import bilinear_source, nearest_source, target_ra
 
 # 8 elements per thread of 4 warps: one 16-byte access for bfloat16, two for float32.
 BLOCK_ELEMENTS = 1024
+# Columns of a channels_first program: a constant, so that Triton compiles nothing anew for another image size.
+BLOCK_COLUMNS = 32
 NUM_WARPS = 4
 
 
@@ -31,14 +34,16 @@ def multiple(value, VEC: tl.constexpr):
 
 
 @triton.jit
-def coordinates(CHANNELS_LAST: tl.constexpr, C, H, W, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr):
+def coordinates(
+    CHANNELS_LAST: tl.constexpr, C, H, W, blocks, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr
+):  # fmt: skip
     """Return (n, c, y, x, inside) of a program's elements, each broadcastable to [BLOCK_OUTER, BLOCK_INNER]."""
     if CHANNELS_LAST:
         inner_size, outer_per_image = C, H * W
     else:
         inner_size, outer_per_image = W, C * H
-    outer = tl.program_id(0).to(tl.int64) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)[:, None]
-    inner = tl.program_id(1) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)[None, :]
+    outer = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)[:, None]
+    inner = tl.program_id(0) % blocks * BLOCK_INNER + tl.arange(0, BLOCK_INNER)[None, :]
     n = outer // outer_per_image
     rest = (outer % outer_per_image).to(tl.int32)
     if CHANNELS_LAST:
@@ -54,13 +59,17 @@ def offsets(n, c, y, x, stride_n, stride_c, stride_h, stride_w):
     return n * stride_n + c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
-@triton.jit
+def stride_names(*maps: str) -> list[str]:
+    return [f"{name}_{dimension}" for name in maps for dimension in "nchw"]
+
+
+@triton.jit(do_not_specialize=[*stride_names("lateral", "top", "out"), "N", "C", "H", "W", "h", "w", "blocks"])
 def top_down_kernel(
     lateral, lateral_n, lateral_c, lateral_h, lateral_w,
     top, top_n, top_c, top_h, top_w,
     out, out_n, out_c, out_h, out_w,
-    N, C, H, W, h, w,
-    MODE: tl.constexpr, AVERAGE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    N, C, H, W, h, w, blocks,
+    MODE: tl.constexpr, AVERAGE: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
     VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Write out = lateral + resample(top), rounded once, then halved if AVERAGE."""
@@ -68,12 +77,16 @@ def top_down_kernel(
         C = multiple(C, VEC)
         lateral_w, top_w, out_w = multiple(lateral_w, VEC), multiple(top_w, VEC), multiple(out_w, VEC)
         top_n, top_h = multiple(top_n, VEC), multiple(top_h, VEC)
+        if UNIT:
+            lateral_c, top_c, out_c = 1, 1, 1
     else:
         W = multiple(W, VEC)
         lateral_c, out_c = multiple(lateral_c, VEC), multiple(out_c, VEC)
+        if UNIT:
+            lateral_w, out_w = 1, 1
     lateral_n, lateral_h = multiple(lateral_n, VEC), multiple(lateral_h, VEC)
     out_n, out_h = multiple(out_n, VEC), multiple(out_h, VEC)
-    n, c, y, x, inside = coordinates(CHANNELS_LAST, C, H, W, BLOCK_OUTER, BLOCK_INNER)
+    n, c, y, x, inside = coordinates(CHANNELS_LAST, C, H, W, blocks, BLOCK_OUTER, BLOCK_INNER)
     mask = inside & (n < N)
     if MODE == _resample.NEAREST:
         source_y, source_x = nearest_source(y, h, H), nearest_source(x, w, W)
@@ -95,14 +108,18 @@ def top_down_kernel(
     tl.store(out + offsets(n, c, y, x, out_n, out_c, out_h, out_w), merged, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *stride_names("fine", "grad", "out"), "N", "C", "H", "W", "h", "w", "rows_read", "cols_read", "blocks"
+    ]
+)  # fmt: skip
 def top_down_backward_kernel(
     fine, fine_n, fine_c, fine_h, fine_w,
     grad, grad_n, grad_c, grad_h, grad_w,
     out, out_n, out_c, out_h, out_w,
-    N, C, H, W, h, w, rows_read, cols_read,
-    MODE: tl.constexpr, AVERAGE: tl.constexpr, HAS_GRAD: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    N, C, H, W, h, w, rows_read, cols_read, blocks,
+    MODE: tl.constexpr, AVERAGE: tl.constexpr, HAS_GRAD: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Gather fine [N, C, H, W] into out [N, C, h, w], add grad, and halve the sum if AVERAGE. At most rows_read rows
     and cols_read columns read a source."""
@@ -110,12 +127,16 @@ def top_down_backward_kernel(
         C = multiple(C, VEC)
         fine_w, grad_w, out_w = multiple(fine_w, VEC), multiple(grad_w, VEC), multiple(out_w, VEC)
         fine_n, fine_h = multiple(fine_n, VEC), multiple(fine_h, VEC)
+        if UNIT:
+            fine_c, grad_c, out_c = 1, 1, 1
     else:
         w = multiple(w, VEC)
         grad_c, out_c = multiple(grad_c, VEC), multiple(out_c, VEC)
+        if UNIT:
+            grad_w, out_w = 1, 1
     grad_n, grad_h = multiple(grad_n, VEC), multiple(grad_h, VEC)
     out_n, out_h = multiple(out_n, VEC), multiple(out_h, VEC)
-    n, c, y, x, inside = coordinates(CHANNELS_LAST, C, h, w, BLOCK_OUTER, BLOCK_INNER)
+    n, c, y, x, inside = coordinates(CHANNELS_LAST, C, h, w, blocks, BLOCK_OUTER, BLOCK_INNER)
     mask = inside & (n < N)
     row_begin, row_end = target_range(y, h, H, MODE, ACC)
     col_begin, col_end = target_range(x, w, W, MODE, ACC)
@@ -137,32 +158,30 @@ def top_down_backward_kernel(
     tl.store(out + offsets(n, c, y, x, out_n, out_c, out_h, out_w), total.to(out.dtype.element_ty), mask=mask)
 
 
-def _vector_width(maps: list[Tensor], inner: int) -> int:
-    """Return the power of two, at most 16, that divides the size of dimension `inner` and all other strides."""
-    numbers = [maps[0].size(inner)]
-    for tensor in maps:
-        numbers += [tensor.stride(d) for d in range(4) if d != inner and tensor.size(d) > 1]
-    return math.gcd(16, *numbers)
-
-
-def _launch_config(out: Tensor, own: Tensor, other: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
-    """Return grid and constants for programs that cover `out` [N, C, H, W] and read `own`, of its size, and `other`."""
+def _launch_config(out: Tensor, own: Tensor, other: Tensor) -> tuple[int, int, dict[str, object]]:
+    """Return (programs, programs per row of elements, constants) to cover `out` [N, C, H, W] and read `own`, of its
+    size, and `other`."""
     channels_last = is_channels_last(out)
     batch, channels, height, width = out.shape
     inner = channels if channels_last else width
     outer = batch * (height * width if channels_last else channels * height)
-    block_inner = min(triton.next_power_of_2(inner), BLOCK_ELEMENTS)
+    block_inner = min(triton.next_power_of_2(inner), BLOCK_ELEMENTS) if channels_last else BLOCK_COLUMNS
     block_outer = BLOCK_ELEMENTS // block_inner
+    # Columns of `other` are gathered one by one, so that its strides do not count there.
+    dimension, maps = (1, [out, own, other]) if channels_last else (3, [out, own])
+    unit = all(each.size(dimension) == 1 or each.stride(dimension) == 1 for each in maps)
+    strides = [each.stride(d) for each in maps for d in range(4) if d != dimension and each.size(d) > 1]
     constants = {
         "CHANNELS_LAST": channels_last,
+        "UNIT": unit,
         "ACC": tl.float64 if out.dtype == torch.float64 else tl.float32,
-        # Columns of `other` are gathered one by one, so that its strides do not count there.
-        "VEC": _vector_width([out, own, other], 1) if channels_last else _vector_width([out, own], 3),
+        "VEC": math.gcd(16 // out.element_size(), inner, *strides) if unit else 1,
         "BLOCK_OUTER": block_outer,
         "BLOCK_INNER": block_inner,
         "num_warps": NUM_WARPS,
     }
-    return (triton.cdiv(outer, block_outer), triton.cdiv(inner, block_inner)), constants
+    blocks = triton.cdiv(inner, block_inner)
+    return triton.cdiv(outer, block_outer) * blocks, blocks, constants
 
 
 def most_targets(size_in: int, size_out: int, mode: int) -> int:
@@ -177,11 +196,11 @@ def top_down(laterals: list[Tensor], mode: int, average: bool) -> list[Tensor]:
         out = torch.empty_like(lateral, memory_format=memory_format(lateral))
         if out.numel() > 0:
             top = merged[-1]
-            grid, constants = _launch_config(out, lateral, top)
+            programs, blocks, constants = _launch_config(out, lateral, top)
             with torch.cuda.device_of(out):
-                top_down_kernel[grid](
+                top_down_kernel[programs,](
                     lateral, *lateral.stride(), top, *top.stride(), out, *out.stride(),
-                    *out.shape, *top.shape[2:], MODE=mode, AVERAGE=average, **constants,
+                    *out.shape, *top.shape[2:], blocks, MODE=mode, AVERAGE=average, **constants,
                 )  # fmt: skip
         merged.append(out)
     return merged[:0:-1]
@@ -202,13 +221,13 @@ def top_down_backward(
         if out.numel() > 0:
             # The kernel does not read `grad` of a level without its own gradient; any tensor fills the argument.
             own = out if grad is None else grad
-            grid, constants = _launch_config(out, own, fine)
+            programs, blocks, constants = _launch_config(out, own, fine)
             with torch.cuda.device_of(out):
-                top_down_backward_kernel[grid](
+                top_down_backward_kernel[programs,](
                     fine, *fine.stride(), own, *own.stride(), out, *out.stride(),
                     *fine.shape, *out.shape[2:],
                     most_targets(out.shape[2], fine.shape[2], mode), most_targets(out.shape[3], fine.shape[3], mode),
-                    MODE=mode, AVERAGE=average, HAS_GRAD=grad is not None, **constants,
+                    blocks, MODE=mode, AVERAGE=average, HAS_GRAD=grad is not None, **constants,
                 )  # fmt: skip
         sums.append(out)
         fine = out
