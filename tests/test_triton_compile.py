@@ -70,6 +70,10 @@ def test_what_decides_is_neither_contracted_nor_approximated(compiled, arch):
     assert len(rows) == 21
     assert {row["kernel"] for row in rows} == EXACT
     assert all(row["fused_multiply_adds"] == row["approximations"] == 0 for row in rows)
+    # RoIAlign adds with fused multiply-adds; its levels and samples are decided.
+    rows += [row for row in compiled if row["arch"] == arch and "roi_align" in row["kernel"]]
+    assert len(rows) == 33
+    assert all(row["flushes_subnormals"] == 0 for row in rows)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's proposals, detections and suppression: on ties and bad numbers, without host synchronisation."""
+"""Triton's proposals, detections and suppression: on ties and bad numbers, without host synchronisation. And its
+samples of a bin."""
 
 import math
 from contextlib import nullcontext
@@ -15,8 +16,12 @@ from fpn_fast import backends, ops
 from fpn_fast.ops.generate_proposals import DETECTRON2, MMDET, TORCHVISION
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 import fpn_fast.triton
 from fpn_fast.triton import _greedy_nms, _head_decoding
+from fpn_fast.triton._roi_align import adaptive_samples
 
 NAN, INF = math.nan, math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,3 +218,18 @@ def test_nothing_between_the_kernels_waits(launches, dtype):
             )
             assert [each.shape for each in found] == [(2, 90), (2,)]
     assert all(kernel.count > 0 for kernel in launches.values())
+
+
+@triton.jit
+def samples_kernel(bins, samples, ACC: tl.constexpr):
+    tl.store(samples + tl.program_id(0), adaptive_samples(tl.load(bins + tl.program_id(0)), ACC))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_of_a_bin_are_its_size_rounded_up(dtype):
+    most, least = 2.0**20, torch.finfo(dtype).smallest_normal
+    sizes = [least * torch.finfo(dtype).eps, least / 2, least, 0.5, 1.0, 1.0 + torch.finfo(dtype).eps, 2.0, 6.5, most]
+    bins = torch.tensor([*sizes, most + 1, INF, -INF, NAN, 0.0, -1.5], dtype=dtype, device=DEVICE)
+    samples = torch.full_like(bins, -1, dtype=torch.int32)
+    samples_kernel[bins.numel(),](bins, samples, tl.float64 if dtype == torch.float64 else tl.float32)
+    assert samples.tolist() == [1, 1, 1, 1, 1, 2, 2, 7, 2**20, 0, 0, 0, 0, 0, 0]

@@ -84,6 +84,15 @@ def roi_extent(lo, hi, scale, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def adaptive_samples(bin_size, ACC: tl.constexpr):
+    """Return the samples of a bin: its size, rounded up; 0 for a size that is not positive, or too large."""
+    bin_size = tl.where((bin_size > 0) & (bin_size <= MAX_ADAPTIVE_SAMPLES), bin_size, 0.0)
+    samples = bin_size.to(tl.int32)
+    # Not tl.ceil, which flushes a subnormal size to 0.
+    return samples + (samples.to(ACC) < bin_size).to(tl.int32)
+
+
+@triton.jit
 def make_roi_axis(
     lo, hi, scale, sampling_ratio, pooled: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr
 ):
@@ -93,9 +102,7 @@ def make_roi_axis(
     if SAMPLES > 0:
         samples = tl.full((), SAMPLES, tl.int32)
     else:
-        adaptive = (bin_size > 0) & (bin_size <= MAX_ADAPTIVE_SAMPLES)
-        samples = tl.ceil(tl.where(adaptive, bin_size, 0.0)).to(tl.int32)
-        samples = tl.where(sampling_ratio > 0, sampling_ratio, samples)
+        samples = tl.where(sampling_ratio > 0, sampling_ratio, adaptive_samples(bin_size, ACC))
     return start, bin_size, samples
 
 

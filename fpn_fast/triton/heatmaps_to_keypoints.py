@@ -48,7 +48,9 @@ def cubic_far(x):
 def cubic_taps(pixel, scale, size, ACC: tl.constexpr):
     """Return the first of four taps, and their weights."""
     source = scale * (pixel.to(ACC) + 0.5) - 0.5
-    second = tl.minimum(tl.floor(source), (size - 1).to(ACC))
+    # Not tl.floor, which flushes a subnormal number to 0.
+    whole = source.to(tl.int32).to(ACC)
+    second = tl.minimum(whole - (whole > source).to(ACC), (size - 1).to(ACC))
     t = tl.minimum(source - second, 1.0)
     rest = 1 - t
     return second.to(tl.int32) - 1, cubic_far(t + 1), cubic_near(t), cubic_near(rest), cubic_far(rest + 1)

@@ -259,6 +259,7 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         "atomic_maxima": len(re.findall(r"atom\.\S+\.max\.s(?:32|64)", ptx)),
         "fused_multiply_adds": ptx.count("fma.rn"),
         "approximations": len(re.findall(r"\.approx|div\.full", ptx)),
+        "flushes_subnormals": ptx.count(".ftz"),
         # Accesses and addresses: LLVM also declares what it does not use.
         "local": len(re.findall(r"(?:ld|st|cvta)\S*\.local", ptx)),
     }
