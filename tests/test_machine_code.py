@@ -167,6 +167,7 @@ class Code:
             "atomics": self.atomics(integers_allowed=kernel.integer_atomics) > 0,
             "no 16-byte loads": vectorised and not kernel.gathers and self.count("LDG.E.128") == 0,
             "no 16-byte stores": vectorised and self.count("STG.E.128") == 0,
+            "loads of single bytes": self.count("LDG.E.U8", "LDG.E.S8") > 0,
             "reads its own writes through the constant cache": kernel.reads_own_writes
             and any(opcode.startswith("LDG") and ".CONSTANT" in opcode for opcode in self.instructions),
         }
@@ -281,7 +282,7 @@ def test_every_kernel_is_in_the_table():
 
 
 FAULTY = """
-__global__ void faulty_kernel(const float* __restrict__ in, float* out, int* count) {
+__global__ void faulty_kernel(const float* __restrict__ in, float* out, int* count, const char* bytes) {
   __shared__ float part[64];
   float kept[64] = {};
   part[threadIdx.x] = in[threadIdx.x];
@@ -289,7 +290,7 @@ __global__ void faulty_kernel(const float* __restrict__ in, float* out, int* cou
   out[64] = part[63 - threadIdx.x];
   for (int i = 0; i < 1000; ++i) kept[count[i] & 63] += in[i];
   for (int i = 0; i < 64; ++i) out[i] = kept[i];
-  atomicAdd(count, 1);
+  atomicAdd(count, bytes[0]);
 }
 """
 
@@ -306,6 +307,7 @@ def test_the_gates_can_fail():
         "atomics",
         "no 16-byte loads",
         "no 16-byte stores",
+        "loads of single bytes",
         "reads its own writes through the constant cache",
     ]
 

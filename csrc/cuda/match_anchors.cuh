@@ -206,7 +206,9 @@ __global__ void __launch_bounds__(kMatchThreads)
     __syncthreads();
     T wanted = std::numeric_limits<T>::infinity();
     if (gts.load(matching, image, begin, count)) {
-      memcpy(&wanted, matching.highest + image * matching.gts_per_image + begin + threadIdx.x, sizeof wanted);
+      // As a word: a copy from global memory is a load for each byte.
+      const IouBits<T> bits = matching.highest[image * matching.gts_per_image + begin + threadIdx.x];
+      memcpy(&wanted, &bits, sizeof wanted);
     }
     highest[threadIdx.x] = wanted;
     __syncthreads();
