@@ -10,6 +10,7 @@ import collections
 import functools
 import itertools
 import re
+import shutil
 import subprocess
 import warnings
 from collections.abc import Iterable
@@ -52,6 +53,8 @@ class Kernel:
     by_element: bool = False
     # Reads single elements on purpose; its stores alone are wide.
     gathers: bool = False
+    # Its sums decide nothing, so they may be contracted to fused multiply-adds.
+    contracts: bool = False
     # Counts, or takes maxima or unions of integers: the same in any order.
     integer_atomics: bool = False
     # Most KiB of shared memory a block may take: two blocks on a Turing multiprocessor, eight on an H100.
@@ -89,26 +92,28 @@ class Instance:
 
 
 KERNELS = [
-    Kernel("top_down", "top_down", "Pathway", ("channels_last", "bilinear"), scalar=None),
+    Kernel("top_down", "top_down", "Pathway", ("channels_last", "bilinear"), scalar=None, contracts=True),
     # Along W every pixel gathers from a range of its own.
     Kernel("top_down_backward", "top_down_backward", "GradientPathway", ("channels_last", "bilinear"),
-           scalar=frozenset({"bilinear"}), reads_own_writes=True),
-    Kernel("multiscale_roi_align", "multiscale_roi_align", "RoiAlignPooling", ("channels_last",)),
-    Kernel("multiscale_roi_align_backward", "multiscale_roi_align_backward", "RoiAlignGathering", ("channels_last",)),
+           scalar=frozenset({"bilinear"}), reads_own_writes=True, contracts=True),
+    Kernel("multiscale_roi_align", "multiscale_roi_align", "RoiAlignPooling", ("channels_last",), contracts=True),
+    Kernel("multiscale_roi_align_backward", "multiscale_roi_align_backward", "RoiAlignGathering", ("channels_last",),
+           contracts=True),
     Kernel("multiscale_roi_align_max", "multiscale_roi_align_max", "RoiAlignMaxPooling"),
-    Kernel("multiscale_roi_align_max", "multiscale_roi_align_max_backward", "RoiAlignMaxGathering"),
-    Kernel("roi_lists", "roi_lists", "RoiListing", types=WIDE),
+    Kernel("multiscale_roi_align_max", "multiscale_roi_align_max_backward", "RoiAlignMaxGathering", contracts=True),
+    Kernel("roi_lists", "roi_lists", "RoiListing", types=WIDE, contracts=True),
     Kernel("match_anchors", "match_anchors", "AnchorMatching", types=WIDE, integer_atomics=True),
     Kernel("match_anchors", "match_anchors_low_quality", "AnchorMatching", types=WIDE, reads_own_writes=True),
     Kernel("paste_masks", "paste_masks", "MaskPasting", ("above",), scalar=None, gathers=True),
     # Without a gradient it stores one number for a block.
-    Kernel("sigmoid_focal_loss", "sigmoid_focal_loss", "FocalLoss", ("gradient",)),
+    Kernel("sigmoid_focal_loss", "sigmoid_focal_loss", "FocalLoss", ("gradient",), contracts=True),
     Kernel("frozen_batch_norm", "frozen_batch_norm", "NormForward",
            ("channels_last", "wide_residual", "wide_output"), scalar=None),
     Kernel("frozen_batch_norm", "frozen_batch_norm_backward", "NormBackward",
            ("channels_last", "wide_residual", "wide_grad"), scalar=None),
     # A warp reads single elements of 32 channels, or of a plane.
-    Kernel("frozen_batch_norm", "frozen_batch_norm_sums", "NormSums", ("wide_grad", "wide_x"), by_element=True),
+    Kernel("frozen_batch_norm", "frozen_batch_norm_sums", "NormSums", ("wide_grad", "wide_x"), by_element=True,
+           contracts=True),
     # A thread reads single elements of its columns, and one of a block writes a keypoint.
     Kernel("heatmaps_to_keypoints", "heatmaps_to_keypoints", "KeypointSearch", shared=10),
     Kernel("sorted_runs", "merge_runs", "RunMerge", types=("uint64_t", "unsigned __int128")),
@@ -146,6 +151,8 @@ class Code:
     stack: int
     spills: int
     shared: int
+    # Multiplications that a compiler has or may have contracted to fused multiply-adds.
+    contractible: int
     instructions: collections.Counter[str]
 
     def count(self, *prefixes: str) -> int:
@@ -167,6 +174,7 @@ class Code:
             "atomics": self.atomics(integers_allowed=kernel.integer_atomics) > 0,
             "no 16-byte loads": vectorised and not kernel.gathers and self.count("LDG.E.128") == 0,
             "no 16-byte stores": vectorised and self.count("STG.E.128") == 0,
+            "contraction to fused multiply-adds": self.contractible > 0 and not kernel.contracts,
             "loads of single bytes": self.count("LDG.E.U8", "LDG.E.S8") > 0,
             "reads its own writes through the constant cache": kernel.reads_own_writes
             and any(opcode.startswith("LDG") and ".CONSTANT" in opcode for opcode in self.instructions),
@@ -182,8 +190,13 @@ _RESOURCES = re.compile(
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
-def parse(ptxas: str, sass: str) -> dict[str, Code]:
+def parse(ptxas: str, sass: str, ptx: str) -> dict[str, Code]:
     """Code by mangled name."""
+    contractible = {}
+    for function in re.split(r"\.entry ", ptx)[1:]:
+        name, _, body = function.partition("(")
+        # PTX keeps a product apart from a sum only where it says .rn; a division is one instruction of it.
+        contractible[name.strip()] = len(re.findall(r"\b(?:fma\.rn|mul)\.f(?:32|64)", body))
     instructions = {}
     for function in re.split(r"Function : ", sass)[1:]:
         name, _, body = function.partition("\n")
@@ -193,6 +206,7 @@ def parse(ptxas: str, sass: str) -> dict[str, Code]:
             stack=int(match["stack"]),
             spills=int(match["stores"]) + int(match["loads"]),
             shared=int(match["shared"] or 0),
+            contractible=contractible[match["name"]],
             instructions=instructions[match["name"]],
         )
         for match in _RESOURCES.finditer(ptxas)
@@ -206,12 +220,25 @@ def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
     with build.locked(BUILD / f"{name}-{arch}.lock"):
         unit.write_text(text)
         key = build.content_hash(build.sources(unit), cuda_toolkit.nvcc_version(), *FLAGS)
-        log, sass = (BUILD / f"{name}-{arch}-{key}.{kind}" for kind in ("ptxas", "sass"))
+        log, sass, ptx = (BUILD / f"{name}-{arch}-{key}.{kind}" for kind in ("ptxas", "sass", "ptx"))
         if not sass.exists():
             for stale in BUILD.glob(f"{name}-{arch}-*"):
                 stale.unlink()
-            cubin = BUILD / f"{name}-{arch}.cubin"
-            command = [cuda_toolkit.nvcc(), "-cubin", f"-arch={arch}", *FLAGS, "-Xptxas", "-v", unit, "-o", cubin]
+            cubin, kept = BUILD / f"{name}-{arch}.cubin", BUILD / f"{name}-{arch}.kept"
+            kept.mkdir(exist_ok=True)
+            keep = ["-keep", "-keep-dir", kept]
+            command = [
+                cuda_toolkit.nvcc(),
+                "-cubin",
+                f"-arch={arch}",
+                *FLAGS,
+                "-Xptxas",
+                "-v",
+                *keep,
+                unit,
+                "-o",
+                cubin,
+            ]
             try:
                 compiled = subprocess.run(command, capture_output=True, text=True)
             except OSError as error:
@@ -224,8 +251,10 @@ def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
                 [cuda_toolkit.cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True
             )
             log.write_text(compiled.stdout + compiled.stderr)
+            (kept / f"{unit.stem}.ptx").rename(ptx)
+            shutil.rmtree(kept)
             sass.write_text(listing.stdout)
-    return parse(log.read_text(), sass.read_text())
+    return parse(log.read_text(), sass.read_text(), ptx.read_text())
 
 
 def unit_of_all() -> str:
@@ -288,7 +317,7 @@ __global__ void faulty_kernel(const float* __restrict__ in, float* out, int* cou
   part[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
   out[64] = part[63 - threadIdx.x];
-  for (int i = 0; i < 1000; ++i) kept[count[i] & 63] += in[i];
+  for (int i = 0; i < 1000; ++i) kept[count[i] & 63] += in[i] * in[i];
   for (int i = 0; i < 64; ++i) out[i] = kept[i];
   atomicAdd(count, bytes[0]);
 }
@@ -307,6 +336,7 @@ def test_the_gates_can_fail():
         "atomics",
         "no 16-byte loads",
         "no 16-byte stores",
+        "contraction to fused multiply-adds",
         "loads of single bytes",
         "reads its own writes through the constant cache",
     ]

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "exact.h"
 #include "host_device.h"
 
 namespace fpn_fast {
@@ -60,11 +61,12 @@ HOST_DEVICE int nearest_source(const Axis<acc_t>& axis, int dst) {
 
 template <class acc_t>
 HOST_DEVICE Taps<acc_t> bilinear_source(const Axis<acc_t>& axis, int dst) {
-  acc_t coordinate = axis.scale * (dst + axis.offset) - axis.offset;
+  const acc_t centre = add(static_cast<acc_t>(dst), axis.offset);
+  acc_t coordinate = subtract(multiply(axis.scale, centre), axis.offset);
   coordinate = coordinate > 0 ? coordinate : 0;
   const int floor = static_cast<int>(coordinate);
   const int lo = floor < axis.in - 1 ? floor : axis.in - 1;
-  acc_t weight_hi = coordinate - lo;
+  acc_t weight_hi = subtract(coordinate, static_cast<acc_t>(lo));
   weight_hi = weight_hi < 1 ? weight_hi : 1;
   return {lo, lo < axis.in - 1 ? lo + 1 : lo, 1 - weight_hi, weight_hi};
 }

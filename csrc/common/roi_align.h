@@ -80,12 +80,15 @@ HOST_DEVICE bool sample_taps(const RoiAxis<acc_t>& axis, int bin, int sample, Ta
 template <class acc_t>
 HOST_DEVICE Range samples_between(const RoiAxis<acc_t>& axis, int bin, int lo, int hi) {
   if (axis.samples <= 2 * kSampleMargin || !(axis.bin > 0)) return {0, axis.samples};
-  const acc_t base = axis.start + static_cast<acc_t>(bin) * axis.bin;
-  const acc_t per_pixel = axis.samples / axis.bin;
+  const acc_t base = add(axis.start, multiply(static_cast<acc_t>(bin), axis.bin));
+  const acc_t per_pixel = divide(static_cast<acc_t>(axis.samples), axis.bin);
+  const auto estimate = [&](int pixel, int margin) {
+    return add(multiply(subtract(static_cast<acc_t>(pixel), base), per_pixel), static_cast<acc_t>(margin));
+  };
   const auto clamped = [&](acc_t sample) {
     return sample > 0 ? (sample < axis.samples ? static_cast<int>(sample) : axis.samples) : 0;
   };
-  return {clamped((lo - base) * per_pixel - kSampleMargin), clamped((hi - base) * per_pixel + kSampleMargin)};
+  return {clamped(estimate(lo, -kSampleMargin)), clamped(estimate(hi, kSampleMargin))};
 }
 
 // A range with all samples of `bin` that lie on the map. An adaptive grid can be far larger.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../common/exact.h"
 #include "../common/feature_map.h"
 #include "../common/paste_masks.h"
 #include "../common/scalar.h"
@@ -57,13 +58,17 @@ __device__ __forceinline__ void paste_in_row(const MaskPasting<T>& pasting, int6
     const bool inside = row >= 0 && row < pasting.size && column >= 0 && column < pasting.size;
     return inside ? to_acc(mask[row * pasting.size + column]) : acc_t(0);
   };
+  // Rounded step by step, as on the CPU: a threshold may lie between.
+  const auto blend = [](const Taps<acc_t>& taps, acc_t lo, acc_t hi) {
+    return add(multiply(taps.weight_lo, lo), multiply(taps.weight_hi, hi));
+  };
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     if (i < begin || i >= end) continue;
     const Taps<acc_t> columns = across.taps(x + i);
-    const acc_t upper = columns.weight_lo * read(rows.lo, columns.lo) + columns.weight_hi * read(rows.lo, columns.hi);
-    const acc_t lower = columns.weight_lo * read(rows.hi, columns.lo) + columns.weight_hi * read(rows.hi, columns.hi);
-    const acc_t value = rows.weight_lo * upper + rows.weight_hi * lower;
+    const acc_t upper = blend(columns, read(rows.lo, columns.lo), read(rows.lo, columns.hi));
+    const acc_t lower = blend(columns, read(rows.hi, columns.lo), read(rows.hi, columns.hi));
+    const acc_t value = blend(rows, upper, lower);
     if constexpr (kAbove) {
       values[i] = value > pasting.threshold;
     } else {
