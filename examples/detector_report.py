@@ -22,6 +22,7 @@ from detector_evaluation import evaluate
 from detector_training import Batch, Settings, Track, losses_of, to_device
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
+from processes import Progress
 from torch import Tensor, nn
 from torchvision.ops import nms
 from torchvision.transforms.v2 import functional as F
@@ -234,10 +235,12 @@ def report(
     alone, output = processes.world == 1, settings.output
     figures: dict[str, Any] = {**facts, **_machine(settings)}
     figures |= {"steps": len(tracks[0].losses), "processes": processes.world}
-    timed = {*dict(tracks[0].model.named_modules())} if alone else set()
-    figures["stages"] = {
-        stage: stage_seconds(tracks, name, batch, settings) for stage, name in STAGES.items() if name in timed
-    }
+    modules = dict(tracks[0].model.named_modules()) if alone else {}
+    timed, figures["stages"] = {stage: name for stage, name in STAGES.items() if name in modules}, {}
+    with Progress("timing", "stage", len(timed), disable=not alone) as bar:
+        for stage, name in timed.items():
+            figures["stages"][stage] = stage_seconds(tracks, name, batch, settings)
+            bar.update()
     for track in tracks:
         step_seconds = statistics.median(track.seconds[WARMUP_STEPS_LEFT_OUT:] or track.seconds)
         figures[track.name] = {
@@ -309,7 +312,7 @@ def table(figures: dict[str, Any], names: list[str], output: Path) -> str:
         lines.append(f"largest loss difference of a step: {gap['largest']:.2g}; roundings grow over a run")
     lines += [
         f"{figures['steps']} steps, ended by {figures['ended_by']}; AP on {ours[0]['test']['images']} images; "
-        f"{figures['device']}, {figures['threads']} threads, {figures['processes']} process(es)",
+        f"{figures['device']}, threads: {figures['threads']}, processes: {figures['processes']}",
         f"fpn_fast's backend: {figures['backend']}",
         *(f"image: {path}" for path in figures["pictures"]),
         f"all figures: {output / 'figures.json'}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,11 @@ class Progress(tqdm):
         if file.isatty():
             return tqdm.status_printer(file)
         return lambda line: print(line.strip(), file=file, flush=True) if line.strip() else None
+
+
+def ignore_interrupts(_: int) -> None:
+    """For a process that loads images: Ctrl-C reaches it too, and the training process ends the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

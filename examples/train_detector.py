@@ -31,7 +31,7 @@ from detector_models import HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE
 from detector_report import report
 from detector_training import Settings, Track, TrainingError, be_deterministic, flipped, interrupts, new_tracks
 from digits_on_photographs import MIN_SIDE, DigitsOnPhotographs
-from processes import Processes, Progress, UsageError, joined
+from processes import Processes, Progress, UsageError, ignore_interrupts, joined
 from torch.utils.data import DataLoader
 
 BACKENDS = ("eager", "auto", "cpp", "triton", "reference")
@@ -194,7 +194,8 @@ def train(tracks: list[Track], data: DetectionData, test: DetectionData, args: S
     first, last, processes = len(tracks[0].losses), args.steps, tracks[0].processes
     share = (args.accumulate, processes.rank, processes.world)
     batches = StepBatches(len(data), args.batch_size, args.seed, range(first, last), *share)
-    arriving = iter(DataLoader(data, batch_sampler=batches, num_workers=args.workers, collate_fn=collate))
+    how: dict[str, Any] = {"num_workers": args.workers, "collate_fn": collate, "worker_init_fn": ignore_interrupts}
+    arriving = iter(DataLoader(data, batch_sampler=batches, **how))
     started, ended = time.monotonic(), "steps"
     bar = Progress("training", "step", last, args.time_budget, initial=first, disable=not processes.leads)
     with bar, interrupts() as interrupted:

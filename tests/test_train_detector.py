@@ -7,6 +7,8 @@ import argparse
 import copy
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -223,7 +225,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(output):
     parts = output.with_name("parts")
     assert train(output, *EAGER, 4) == 0
     assert train(parts, *EAGER, 2) == 0
-    assert train(parts, *EAGER, 4, "--resume") == 0
+    assert train(parts, *EAGER, 4, "--resume", "--workers", 1) == 0
     whole, resumed = figures_of(output)["eager"], figures_of(parts)["eager"]
     assert len(set(whole["losses"])) == 4
     assert resumed["losses"] == whole["losses"]
@@ -263,13 +265,23 @@ def test_compare_trains_both_models_alike_and_writes_every_artefact(output, caps
             assert min(image.size) > 300
             assert 256 - image.convert("L").histogram().count(0) > 20
         assert str(output / picture) in figures["pictures"]
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "timing: stage 3 of 3" in progress
     rows = ("training step, median", "inference, per image", "pyramid,", "RPN,", "RoI pooling,", "AP / AP50")
     for wanted in (*rows, "slower with fpn_fast:", "largest loss difference", "pyramid.png", "figures.json"):
         assert wanted in printed
     # The report of accelerate() comes first.
     table = printed[printed.index("training step") :]
     assert max(map(len, table.replace(str(output), "runs/train_detector").splitlines())) <= 100
+
+
+def test_the_demo_is_a_comparison_that_the_script_takes():
+    makefile = (Path(train_detector.__file__).parents[1] / "Makefile").read_text().replace("\\\n", " ")
+    (arguments,) = re.findall(r"examples/train_detector\.py (.+)", makefile)
+    settings = train_detector.parse_arguments(shlex.split(arguments))
+    assert settings.compare
+    # Each drop of the learning rate is within the run.
+    assert max(settings.lr_steps) < settings.steps
 
 
 def test_without_roundings_both_models_stay_the_same(output):
@@ -339,6 +351,18 @@ def test_an_interrupt_ends_the_step_and_leaves_a_checkpoint(output, monkeypatch,
     saved = saved_in(output)
     assert [len(track["losses"]) for track in saved] == [2, 2]
     assert "interrupted after 2 steps" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_the_processes_that_load_images_alone(output, unreported, monkeypatch):
+    scene = digits.DigitsOnPhotographs.scene
+
+    def interrupted(data, index):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return scene(data, index)
+
+    monkeypatch.setattr(digits.DigitsOnPhotographs, "scene", interrupted)
+    assert train(output, *EAGER, 1, "--workers", 1) == 0
 
 
 def test_an_interrupt_while_the_data_is_read_is_one_line(output, exported, images, monkeypatch, capsys):
