@@ -57,12 +57,22 @@ class Kernel:
     contracts: bool = False
     # Counts, or takes maxima or unions of integers: the same in any order.
     integer_atomics: bool = False
+    # How many of its maps are wide at once.
+    most_wide: int = 2
     # Most KiB of shared memory a block may take: two blocks on a Turing multiprocessor, eight on an H100.
     shared: int = 28
 
-    def instances(self) -> list[Instance]:
-        values = itertools.product(self.types, *[(False, True)] * len(self.switches))
-        return [Instance(self, type_, tuple(on)) for type_, *on in values]
+    def instances(self, arch: str) -> list[Instance]:
+        """Those of the library: what is wide beside half a type's maps is the type itself beside others. Half's are
+        of one architecture: BFloat16's differ in conversions alone, and take more instructions for these."""
+        found = []
+        for type_, *on in itertools.product(self.types, *[(False, True)] * len(self.switches)):
+            instance = Instance(self, type_, tuple(on))
+            wide = [name for name in instance.switched_on if name.startswith("wide_")]
+            is_there = not wide or (type_ not in WIDE and len(wide) <= self.most_wide)
+            if is_there and (type_ != "Half" or arch == "sm_90"):
+                found.append(instance)
+        return found
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ KERNELS = [
            ("channels_last", "wide_residual", "wide_grad"), scalar=None),
     # A warp reads single elements of 32 channels, or of a plane.
     Kernel("frozen_batch_norm", "frozen_batch_norm_sums", "NormSums", ("wide_grad", "wide_x"), by_element=True,
-           contracts=True),
+           contracts=True, most_wide=1),
     # A thread reads single elements of its columns, and one of a block writes a keypoint.
     Kernel("heatmaps_to_keypoints", "heatmaps_to_keypoints", "KeypointSearch", shared=10),
     Kernel("sorted_runs", "merge_runs", "RunMerge", types=("uint64_t", "unsigned __int128")),
@@ -257,10 +267,10 @@ def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
     return parse(log.read_text(), sass.read_text(), ptx.read_text())
 
 
-def unit_of_all() -> str:
+def unit_of_all(arch: str) -> str:
     """One for all headers: what they share is compiled once."""
     lines = [f'#include "{ROOT / "csrc" / "cuda" / header}.cuh"' for header in {kernel.header: 0 for kernel in KERNELS}]
-    lines += ["namespace fpn_fast {", *(i.declaration for kernel in KERNELS for i in kernel.instances()), "}", ""]
+    lines += ["namespace fpn_fast {", *(i.declaration for kernel in KERNELS for i in kernel.instances(arch)), "}", ""]
     return "\n".join(lines)
 
 
@@ -269,7 +279,7 @@ def _compilations() -> dict[str, Future]:
     """By architecture, two at a time, started when the first is asked for."""
     pool = ThreadPoolExecutor(max_workers=2)
     known = cuda_toolkit.architectures()
-    return {arch: pool.submit(compile_unit, "all", unit_of_all(), arch) for arch in ARCHITECTURES if arch in known}
+    return {arch: pool.submit(compile_unit, "all", unit_of_all(arch), arch) for arch in ARCHITECTURES if arch in known}
 
 
 def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
@@ -279,7 +289,7 @@ def compiled(kernel: Kernel, arch: str) -> dict[Instance, Code]:
         pytest.skip(f"this nvcc does not compile for {arch}")
     code = _compilations()[arch].result()
     by_instance = {}
-    for instance in kernel.instances():
+    for instance in kernel.instances(arch):
         (symbol,) = [name for name in code if name.startswith(instance.symbol)]
         by_instance[instance] = code[symbol]
     return by_instance
