@@ -49,10 +49,10 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
       "sigmoid_focal_loss(Tensor logits, Tensor labels, Tensor weights, float alpha, bool with_gradient) -> (Tensor, "
       "Tensor)");
   library.def(
-      "frozen_batch_norm(Tensor x, Tensor[] norm, float eps, Tensor? residual, Tensor[] residual_norm, bool relu, bool "
-      "rounds, bool widen) -> Tensor");
+      "frozen_batch_norm(Tensor x, Tensor[] norm, float eps, Tensor? residual, Tensor[] residual_norm, bool relu, int "
+      "rule, bool widen) -> Tensor");
   library.def(
-      "frozen_batch_norm_backward(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, bool "
-      "rounds, int x_type, int residual_type) -> (Tensor, Tensor)");
+      "frozen_batch_norm_backward(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, int "
+      "rule, int x_type, int residual_type) -> (Tensor, Tensor)");
   library.def("frozen_batch_norm_sums(Tensor grad, Tensor? y, Tensor x, Tensor mean) -> Tensor");
 }

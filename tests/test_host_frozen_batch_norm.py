@@ -12,7 +12,7 @@ from host_kernels.layouts import place, poisoned
 
 from fpn_fast import reference
 from fpn_fast.ops._checks import DTYPES
-from fpn_fast.ops._schemas import NORM_PART
+from fpn_fast.ops._schemas import NORM_PART, NORM_RULES
 from fpn_fast.testing import tolerances
 
 
@@ -28,7 +28,7 @@ class Case:
     residual: bool = True
     normed: bool = True
     relu: bool = True
-    rounds: bool = False
+    rule: str = "torchvision"
 
 
 CASES = {
@@ -37,7 +37,7 @@ CASES = {
     "uneven_planes": Case(3, 5, (13, 21)),
     "small_planes": Case(2, 3, (1, 3)),
     "norm_alone": Case(2, 16, (4, 6), residual=False, normed=False, relu=False),
-    "detectron2": Case(2, 16, (4, 6), rounds=True, vectors=torch.float32),
+    "detectron2": Case(2, 16, (4, 6), rule="detectron2", vectors=torch.float32),
     "wide_residual": Case(2, 16, (9, 8), (True, False), torch.float32),
     "wide_output": Case(2, 16, (9, 8), (False, True), torch.float32, normed=False),
     "wide": Case(2, 16, (9, 8), (True, True), torch.float32),
@@ -83,12 +83,12 @@ class TestFrozenBatchNorm(HostBattery):
         code = DTYPES.index(norm[0].dtype)
 
         def numbers(first, second):
-            flags = (case.normed, code, case.relu, case.rounds, layout.offset == 0)
+            flags = (case.normed, code, case.relu, NORM_RULES.index(case.rule), layout.offset == 0)
             return [run.DTYPES[dtype], int(layout.channels_last), int(first), int(second), *map(int, flags), bits]
 
         others = other if case.normed else []
         y = reference.frozen_batch_norm(
-            x, norm, EPS, residual if case.residual else None, others, case.relu, case.rounds, output_type
+            x, norm, EPS, residual if case.residual else None, others, case.relu, case.rule, output_type
         )
 
         def check_forward(found):
@@ -102,7 +102,7 @@ class TestFrozenBatchNorm(HostBattery):
 
         saved = place(y, layout)
         behind, grad_x, grad_residual = reference.frozen_batch_norm_backward(
-            grad, y if case.relu else None, norm, EPS, others, dtype if case.rounds else None
+            grad, y if case.relu else None, norm, EPS, others, case.rule, dtype
         )
 
         def check_backward(found):

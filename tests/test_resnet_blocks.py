@@ -71,17 +71,18 @@ def count_of(model, x):
         return operators(lambda: model(x))
 
 
-def check_same(fast, plain, x=None, exact=True):
+def check_same(fast, plain, x=None):
+    """Bit for bit; but the gradients of a norm's weight and bias are sums, in another order than torch's."""
     x = image() if x is None else x
     found, expected = gradients(fast, x), gradients(plain, x)
     # The images differ in every activation that counts.
     assert not torch.equal(*expected[0])
     for own, other in zip(found, expected, strict=True):
-        if exact:
+        if own is None or own.dim() > 1:
             assert (own is None and other is None) or torch.equal(own, other)
         else:
             assert own.dtype == other.dtype
-            assert (own - other).norm() <= 1e-4 * other.norm()
+            assert (own - other).norm() <= 1e-5 * other.norm()
 
 
 @FORMATS
@@ -102,13 +103,9 @@ def test_same_bits_with_frozen_norms(name, memory_format):
 @FORMATS
 @pytest.mark.parametrize("name", MODELS)
 def test_batch_norm_in_evaluation(name, memory_format):
-    """torch's kernel rounds scale and shift in another order."""
     plain, fast = pair(name, nn.BatchNorm2d)
     x = image(memory_format=memory_format)
-    check_same(fast, plain, x, exact=False)
-    wide = copy.deepcopy(plain).double()
-    own, theirs, right = fast(x), plain(x), wide(x.double())
-    assert (own - right).abs().max() <= 2 * (theirs - right).abs().max()
+    check_same(fast, plain, x)
     assert count_of(fast, x)[OP] > 0
     assert count_of(fast, x)["aten::native_batch_norm"] == 1  # the stem's
 
@@ -123,13 +120,13 @@ def test_live_batch_norm_runs_torchvisions_code_at_each_call():
             own.copy_(other)
         fast.eval(), plain.eval()
         assert count_of(fast, image())[OP] == 15
-        check_same(fast, plain, exact=False)
+        check_same(fast, plain)
     # Partly frozen: the first two stages, as in fine-tuning.
     fast.train(), plain.train()
     for model in (fast, plain):
         model.layer1.eval(), model.layer2.eval()
     assert count_of(fast, image())[OP] == 9
-    check_same(fast, plain, exact=False)
+    check_same(fast, plain)
     # Of a block whose first norm is live, none is fused.
     fast.layer1[0].bn1.train()
     assert count_of(fast, image())[OP] == 6
@@ -145,7 +142,7 @@ def test_frozen_and_live_norms_in_one_block():
     check_same(fast, plain)
     for model in (plain, fast):
         model.eval()
-    check_same(fast, plain, exact=False)
+    check_same(fast, plain)
 
 
 def changed_block(change, block):
@@ -291,7 +288,7 @@ def test_copies_checkpoints_and_undoing(norm):
     for each in other.parameters():
         each.data.mul_(1.5)
     fast.load_state_dict(other.state_dict())
-    check_same(fast, other, exact=norm is FrozenBatchNorm2d)
+    check_same(fast, other)
     plain.load_state_dict(fast.state_dict())
     assert torch.equal(plain(image()), other(image()))
     kinds = [type(module) for module in plain.modules()]

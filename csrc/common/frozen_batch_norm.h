@@ -4,6 +4,7 @@
 //   scale = weight / sqrt(variance + eps), shift = bias - mean * scale.
 // Scale and shift are computed in the vectors' precision, at least float32, and the rest in the accumulator. Every
 // product and sum is rounded, as in a sequence of PyTorch's operators. The result is rounded once to the output's type.
+// On a CPU two products and sums are rounded together where F.batch_norm's are: bias - mean * scale, x * scale + shift.
 // Maps are dense and of one memory format, so an element's index gives its channel.
 #pragma once
 
@@ -16,6 +17,10 @@ namespace fpn_fast {
 
 // In the order of fpn_fast/ops/_checks.py: DTYPES.
 enum class VectorType : int { kDouble, kFloat, kHalf, kBFloat16 };
+
+// Whose arithmetic is followed: fpn_fast/ops/frozen_batch_norm.py. A GPU's is that of torchvision but for detectron2's
+// roundings. kContracted is F.batch_norm's on a CPU with fused multiply-adds.
+enum class NormRule : int { kTorchvision, kDetectron2, kBatchNorm, kContracted };
 
 // The vectors [C] of a norm. Without `weight` the norm is the identity.
 struct Norm {
@@ -34,7 +39,7 @@ struct NormMaps {
   int64_t elements, channels, plane;  // plane: H * W
   Norm norm, residual_norm;
   double eps;
-  bool rounds;      // scale and shift are rounded to the type of x, as detectron2 does
+  NormRule rule;
   bool vectorised;  // all pointers allow 16-byte accesses, and so does the number of channels or of pixels
 };
 
@@ -82,33 +87,37 @@ HOST_DEVICE float vector_element(const void* vector, VectorType type, int64_t ch
 }
 
 template <class V>
-HOST_DEVICE Affine<V> affine_of(V weight, V bias, V mean, V variance, double eps) {
+HOST_DEVICE Affine<V> affine_of(V weight, V bias, V mean, V variance, double eps, NormRule rule) {
   const V scale = multiply(weight, reciprocal_root(add(variance, static_cast<V>(eps))));
+#ifndef __CUDA_ARCH__
+  if (rule == NormRule::kContracted) return {scale, std::fma(-mean, scale, bias)};
+#endif
   return {scale, subtract(bias, multiply(mean, scale))};
 }
 
 // detectron2 rounds both to the type of the map.
 template <class T>
-HOST_DEVICE Affine<float> rounded_affine(Affine<float> affine, bool rounds) {
+HOST_DEVICE Affine<float> rounded_affine(Affine<float> affine, NormRule rule) {
   if constexpr (sizeof(T) == 2) {
-    if (rounds) return {to_acc(Rounded<T>::from(affine.scale)), to_acc(Rounded<T>::from(affine.shift))};
+    if (rule == NormRule::kDetectron2)
+      return {to_acc(Rounded<T>::from(affine.scale)), to_acc(Rounded<T>::from(affine.shift))};
   }
   return affine;
 }
 
 // Scale and shift of `channel` for maps of type T.
 template <class T, class acc_t = acc_type<T>>
-HOST_DEVICE Affine<acc_t> affine_of(const Norm& norm, double eps, bool rounds, int64_t channel) {
+HOST_DEVICE Affine<acc_t> affine_of(const Norm& norm, double eps, NormRule rule, int64_t channel) {
   if (norm.weight == nullptr) return {acc_t(1), acc_t(0)};
   if constexpr (std::is_same_v<T, double>) {
     if (norm.type == VectorType::kDouble) {
       const auto at = [&](const void* vector) { return static_cast<const double*>(vector)[channel]; };
-      return affine_of(at(norm.weight), at(norm.bias), at(norm.mean), at(norm.variance), eps);
+      return affine_of(at(norm.weight), at(norm.bias), at(norm.mean), at(norm.variance), eps, rule);
     }
   }
   const auto at = [&](const void* vector) { return vector_element(vector, norm.type, channel); };
   const Affine<float> found =
-      rounded_affine<T>(affine_of(at(norm.weight), at(norm.bias), at(norm.mean), at(norm.variance), eps), rounds);
+      rounded_affine<T>(affine_of(at(norm.weight), at(norm.bias), at(norm.mean), at(norm.variance), eps, rule), rule);
   return {found.scale, found.shift};
 }
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
+#include "parallel_maps.h"
 
 namespace fpn_fast {
 namespace {
@@ -17,35 +17,61 @@ namespace {
 // Elements of a task: they are half of a core's first-level cache at most.
 constexpr int64_t kTaskElements = 4096;
 
-// Scale and shift of a run. One of a whole run is broadcast.
+// Two numbers for each element of a run. Those of a whole run are broadcast.
 template <class acc_t, bool kChannelsLast>
-struct RunAffine {
-  const acc_t *scale, *shift;
-  HOST_DEVICE Affine<acc_t> at(int64_t i) const { return {scale[kChannelsLast ? i : 0], shift[kChannelsLast ? i : 0]}; }
+struct RunPair {
+  const acc_t *firsts, *seconds;
+  HOST_DEVICE acc_t first(int64_t i) const { return firsts[kChannelsLast ? i : 0]; }
+  HOST_DEVICE acc_t second(int64_t i) const { return seconds[kChannelsLast ? i : 0]; }
 };
 
-// Scale and shift of all channels.
-template <class T>
-struct ChannelAffines {
-  std::vector<acc_type<T>> scale, shift;
+// Two numbers for each channel.
+template <class acc_t>
+struct ChannelPairs {
+  std::vector<acc_t> firsts, seconds;
 
-  ChannelAffines(const NormMaps& maps, const Norm& norm) : scale(maps.channels), shift(maps.channels) {
-    for (int64_t c = 0; c < maps.channels; ++c) {
-      const auto affine = affine_of<T>(norm, maps.eps, maps.rounds, c);
-      scale[c] = affine.scale, shift[c] = affine.shift;
-    }
-  }
+  explicit ChannelPairs(int64_t channels) : firsts(channels), seconds(channels) {}
   template <bool kChannelsLast>
-  RunAffine<acc_type<T>, kChannelsLast> from(int64_t channel) const {
-    return {scale.data() + channel, shift.data() + channel};
+  RunPair<acc_t, kChannelsLast> from(int64_t channel) const {
+    return {firsts.data() + channel, seconds.data() + channel};
   }
 };
+
+// Scale and shift.
+template <class T>
+ChannelPairs<acc_type<T>> affines_of(const NormMaps& maps, const Norm& norm) {
+  ChannelPairs<acc_type<T>> pairs(maps.channels);
+  for (int64_t c = 0; c < maps.channels; ++c) {
+    const auto affine = affine_of<T>(norm, maps.eps, maps.rule, c);
+    pairs.firsts[c] = affine.scale, pairs.seconds[c] = affine.shift;
+  }
+  return pairs;
+}
+
+// What a gradient is multiplied by: the scale, or as F.batch_norm's first by a reciprocal root of float64.
+template <class T, class acc_t = acc_type<T>>
+ChannelPairs<acc_t> slopes_of(const NormMaps& maps, const Norm& norm) {
+  ChannelPairs<acc_t> pairs = affines_of<T>(maps, norm);
+  std::fill(pairs.seconds.begin(), pairs.seconds.end(), acc_t(1));
+  if (maps.rule < NormRule::kBatchNorm || norm.weight == nullptr) return pairs;
+  const auto element = [&](const void* vector, int64_t c) -> acc_t {
+    if constexpr (std::is_same_v<acc_t, double>) {
+      if (norm.type == VectorType::kDouble) return static_cast<const double*>(vector)[c];
+    }
+    return vector_element(vector, norm.type, c);
+  };
+  for (int64_t c = 0; c < maps.channels; ++c) {
+    pairs.firsts[c] = static_cast<acc_t>(reciprocal_root(double{element(norm.variance, c)} + maps.eps));
+    pairs.seconds[c] = element(norm.weight, c);
+  }
+  return pairs;
+}
 
 // Calls `run(offset, count, channel)` for runs that cover all elements.
 template <bool kChannelsLast, class Run>
 void walk(const NormMaps& maps, const Run& run) {
   const int64_t tasks = (maps.elements + kTaskElements - 1) / kTaskElements;
-  parallel_rows(tasks, kTaskElements, [&](int64_t first, int64_t last) {
+  parallel_maps(tasks, kTaskElements, [&](int64_t first, int64_t last) {
     const int64_t length = kChannelsLast ? maps.channels : maps.plane;
     const int64_t end = std::min(last * kTaskElements, maps.elements);
     int64_t offset = first * kTaskElements;
@@ -60,14 +86,21 @@ void walk(const NormMaps& maps, const Run& run) {
   });
 }
 
-template <class T, class R, class O, bool kChannelsLast, bool kResidual, bool kNormed, class acc_t = acc_type<T>>
-HOST_DEVICE void forward_run(const T* x, const R* residual, O* y, int64_t count, RunAffine<acc_t, kChannelsLast> norm,
-                             RunAffine<acc_t, kChannelsLast> residual_norm, acc_t floor) {
+template <bool kContracted, class acc_t, bool kChannelsLast>
+HOST_DEVICE acc_t transformed(acc_t value, RunPair<acc_t, kChannelsLast> norm, int64_t i) {
+  if constexpr (kContracted) return std::fma(value, norm.first(i), norm.second(i));
+  return transformed(value, Affine<acc_t>{norm.first(i), norm.second(i)});
+}
+
+template <bool kContracted, bool kResidual, bool kNormed, class T, class R, class O, bool kChannelsLast,
+          class acc_t = acc_type<T>>
+HOST_DEVICE void forward_run(const T* x, const R* residual, O* y, int64_t count, RunPair<acc_t, kChannelsLast> norm,
+                             RunPair<acc_t, kChannelsLast> residual_norm, acc_t floor) {
   FPN_FAST_IVDEP
   for (int64_t i = 0; i < count; ++i) {
-    acc_t value = transformed(to_acc(x[i]), norm.at(i));
+    acc_t value = transformed<kContracted>(to_acc(x[i]), norm, i);
     if constexpr (kNormed) {
-      value += transformed(to_acc(residual[i]), residual_norm.at(i));
+      value += transformed<kContracted>(to_acc(residual[i]), residual_norm, i);
     } else if constexpr (kResidual) {
       value += to_acc(residual[i]);
     }
@@ -75,38 +108,46 @@ HOST_DEVICE void forward_run(const T* x, const R* residual, O* y, int64_t count,
   }
 }
 
-template <class T, class R, class O, bool kChannelsLast, bool kRelu, bool kResidual, class acc_t = acc_type<T>>
+template <bool kRelu, bool kResidual, class T, class R, class O, bool kChannelsLast, class acc_t = acc_type<T>>
 HOST_DEVICE void backward_run(const O* grad, const O* y, T* grad_x, R* grad_residual, int64_t count,
-                              RunAffine<acc_t, kChannelsLast> norm, RunAffine<acc_t, kChannelsLast> residual_norm) {
+                              RunPair<acc_t, kChannelsLast> norm, RunPair<acc_t, kChannelsLast> residual_norm) {
   FPN_FAST_IVDEP
   for (int64_t i = 0; i < count; ++i) {
     acc_t g = to_acc(grad[i]);
     if constexpr (kRelu) g = behind_relu(g, to_acc(y[i]));
-    grad_x[i] = Rounded<T>::from(g * norm.at(i).scale);
-    if constexpr (kResidual) grad_residual[i] = Rounded<R>::from(g * residual_norm.at(i).scale);
+    grad_x[i] = Rounded<T>::from(g * norm.first(i) * norm.second(i));
+    if constexpr (kResidual) {
+      grad_residual[i] = Rounded<R>::from(g * residual_norm.first(i) * residual_norm.second(i));
+    }
   }
 }
 
 template <class T, bool kWideResidual, bool kWideOutput, bool kChannelsLast, bool kResidual, bool kNormed>
 void forward_maps(const NormForward<T>& pass) {
-  const ChannelAffines<T> norm(pass.maps, pass.maps.norm), residual_norm(pass.maps, pass.maps.residual_norm);
+  const auto norm = affines_of<T>(pass.maps, pass.maps.norm);
+  const auto residual_norm = affines_of<T>(pass.maps, pass.maps.residual_norm);
   const auto* residual = static_cast<const MapType<kWideResidual, T>*>(pass.residual);
   auto* y = static_cast<MapType<kWideOutput, T>*>(pass.y);
+  const bool contracted = pass.maps.rule == NormRule::kContracted;
   walk<kChannelsLast>(pass.maps, [&](int64_t offset, int64_t count, int64_t channel) {
-    forward_run<T, MapType<kWideResidual, T>, MapType<kWideOutput, T>, kChannelsLast, kResidual, kNormed>(
-        pass.x + offset, residual + (kResidual ? offset : 0), y + offset, count,
-        norm.template from<kChannelsLast>(channel), residual_norm.template from<kChannelsLast>(channel), pass.floor);
+    const auto run = [&](auto rule) {
+      forward_run<rule(), kResidual, kNormed>(pass.x + offset, residual + (kResidual ? offset : 0), y + offset, count,
+                                              norm.template from<kChannelsLast>(channel),
+                                              residual_norm.template from<kChannelsLast>(channel), pass.floor);
+    };
+    contracted ? run(std::true_type()) : run(std::false_type());
   });
 }
 
 template <class T, bool kWideGrad, bool kWideResidual, bool kChannelsLast, bool kRelu, bool kResidual>
 void backward_maps(const NormBackward<T>& pass) {
-  const ChannelAffines<T> norm(pass.maps, pass.maps.norm), residual_norm(pass.maps, pass.maps.residual_norm);
+  const auto norm = slopes_of<T>(pass.maps, pass.maps.norm);
+  const auto residual_norm = slopes_of<T>(pass.maps, pass.maps.residual_norm);
   const auto *grad = static_cast<const MapType<kWideGrad, T>*>(pass.grad),
              *y = static_cast<const MapType<kWideGrad, T>*>(pass.y);
   auto* grad_residual = static_cast<MapType<kWideResidual, T>*>(pass.grad_residual);
   walk<kChannelsLast>(pass.maps, [&](int64_t offset, int64_t count, int64_t channel) {
-    backward_run<T, MapType<kWideResidual, T>, MapType<kWideGrad, T>, kChannelsLast, kRelu, kResidual>(
+    backward_run<kRelu, kResidual>(
         grad + offset, y + (kRelu ? offset : 0), pass.grad_x + offset, grad_residual + (kResidual ? offset : 0), count,
         norm.template from<kChannelsLast>(channel), residual_norm.template from<kChannelsLast>(channel));
   });
@@ -166,7 +207,7 @@ void sum_parts(const NormSums<T>& pass) {
   const auto* x = static_cast<const X*>(pass.x);
   const int64_t parts = norm_parts(pass.positions), channels = pass.channels;
   if (pass.channels_last) {
-    parallel_rows(parts, kNormPart * channels, [&](int64_t begin, int64_t end) {
+    parallel_maps(parts, kNormPart * channels, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t first = part * kNormPart, at = first * channels;
         acc_t* sums = pass.parts + part * 2 * channels;
@@ -176,7 +217,7 @@ void sum_parts(const NormSums<T>& pass) {
     });
     return;
   }
-  parallel_rows(parts * channels, kNormPart, [&](int64_t begin, int64_t end) {
+  parallel_maps(parts * channels, kNormPart, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / channels, channel = task % channels;
       const int64_t last = std::min<int64_t>((part + 1) * kNormPart, pass.positions);

@@ -170,8 +170,8 @@ __device__ __forceinline__ void norm_elements(const typename Vectors::Pass& pass
 #pragma unroll 1
   for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) {
     const int64_t channel = (kChannelsLast ? i : i / maps.plane) % maps.channels;
-    Vectors::element(pass, i, affine_of<T>(maps.norm, maps.eps, maps.rounds, channel),
-                     affine_of<T>(maps.residual_norm, maps.eps, maps.rounds, channel));
+    Vectors::element(pass, i, affine_of<T>(maps.norm, maps.eps, maps.rule, channel),
+                     affine_of<T>(maps.residual_norm, maps.eps, maps.rule, channel));
   }
 }
 
@@ -189,7 +189,7 @@ __device__ __forceinline__ void affines_of(const NormMaps& maps, const Norm& nor
         const float4 weight = four(norm.weight), bias = four(norm.bias), mean = four(norm.mean),
                      variance = four(norm.variance);
         const auto affine = [&](float w, float b, float m, float v) {
-          return rounded_affine<T>(affine_of(w, b, m, v, maps.eps), maps.rounds);
+          return rounded_affine<T>(affine_of(w, b, m, v, maps.eps, maps.rule), maps.rule);
         };
         affines[i] = affine(weight.x, bias.x, mean.x, variance.x);
         affines[i + 1] = affine(weight.y, bias.y, mean.y, variance.y);
@@ -200,7 +200,7 @@ __device__ __forceinline__ void affines_of(const NormMaps& maps, const Norm& nor
     }
   }
 #pragma unroll
-  for (int k = 0; k < kVec<T>; ++k) affines[k] = affine_of<T>(norm, maps.eps, maps.rounds, channel + k);
+  for (int k = 0; k < kVec<T>; ++k) affines[k] = affine_of<T>(norm, maps.eps, maps.rule, channel + k);
 }
 
 // The vectors of one group of channels at `kCount` pixels, which lie apart so that a warp's accesses are adjacent.
@@ -252,13 +252,13 @@ __device__ __forceinline__ void norm_planes(const typename Vectors::Pass& pass, 
     const unsigned place = first_place + at, planes = place / plane;
     const unsigned channel = (first_channel + planes) % channels, within = place - planes * plane;
     Affine<acc_type<T>> norm[kVec<T>], residual_norm[kVec<T>];
-    norm[0] = affine_of<T>(maps.norm, maps.eps, maps.rounds, channel);
-    residual_norm[0] = affine_of<T>(maps.residual_norm, maps.eps, maps.rounds, channel);
+    norm[0] = affine_of<T>(maps.norm, maps.eps, maps.rule, channel);
+    residual_norm[0] = affine_of<T>(maps.residual_norm, maps.eps, maps.rule, channel);
     Affine<acc_type<T>> next = norm[0], residual_next = residual_norm[0];
     if (within + kVec<T> > plane) {
       const unsigned after = channel + 1 == channels ? 0 : channel + 1;
-      next = affine_of<T>(maps.norm, maps.eps, maps.rounds, after);
-      residual_next = affine_of<T>(maps.residual_norm, maps.eps, maps.rounds, after);
+      next = affine_of<T>(maps.norm, maps.eps, maps.rule, after);
+      residual_next = affine_of<T>(maps.residual_norm, maps.eps, maps.rule, after);
     }
 #pragma unroll
     for (int k = 1; k < kVec<T>; ++k) {

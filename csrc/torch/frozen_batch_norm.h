@@ -66,13 +66,14 @@ inline ScalarType type_of_code(int64_t code, const char* op) {
 // Sizes, norms and whether the kernels may use 16-byte accesses.
 template <class T>
 NormMaps norm_maps(const Tensor& like, bool channels_last, const std::vector<Tensor>& norm,
-                   const std::vector<Tensor>& residual_norm, double eps, bool rounds,
+                   const std::vector<Tensor>& residual_norm, double eps, int64_t rule,
                    const std::vector<const void*>& pointers, const char* op) {
   const ScalarType type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
   NormMaps maps{};
   maps.elements = like.numel(), maps.channels = like.size(1), maps.plane = like.size(2) * like.size(3);
   maps.norm = to_norm(norm, like, type, op), maps.residual_norm = to_norm(residual_norm, like, type, op);
-  maps.eps = eps, maps.rounds = rounds;
+  STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(NormRule::kContracted), op, " does not know rule ", rule);
+  maps.eps = eps, maps.rule = static_cast<NormRule>(rule);
   maps.vectorised = channels_last ? maps.channels % kVec<T> == 0 : maps.plane >= kVec<T> && maps.plane < INT32_MAX / 2;
   for (const void* pointer : pointers) maps.vectorised &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   return maps;
@@ -88,7 +89,7 @@ inline Tensor empty_dense(const Tensor& like, bool channels_last, ScalarType typ
 // `Device::forward<T, kWideResidual, kWideOutput>` writes y: in float32 if `widen`, otherwise in the type of x.
 template <class Device>
 Tensor frozen_batch_norm(Tensor x, std::vector<Tensor> norm, double eps, std::optional<Tensor> residual,
-                         std::vector<Tensor> residual_norm, bool relu, bool rounds, bool widen) {
+                         std::vector<Tensor> residual_norm, bool relu, int64_t rule, bool widen) {
   constexpr const char* kOp = "frozen_batch_norm";
   std::vector<const Tensor*> given{&x};
   if (residual.has_value()) given.push_back(&*residual);
@@ -104,7 +105,7 @@ Tensor frozen_batch_norm(Tensor x, std::vector<Tensor> norm, double eps, std::op
     pass.x = data<const T>(x), pass.y = y.data_ptr();
     if (residual.has_value()) pass.residual = residual->data_ptr();
     pass.floor = relu ? acc_type<T>(0) : -std::numeric_limits<acc_type<T>>::infinity();
-    pass.maps = norm_maps<T>(x, last, norm, residual_norm, eps, rounds, {pass.x, pass.residual, pass.y}, kOp);
+    pass.maps = norm_maps<T>(x, last, norm, residual_norm, eps, rule, {pass.x, pass.residual, pass.y}, kOp);
     if constexpr (std::is_same_v<T, acc_type<T>>) {
       Device::template forward<T, false, false>(pass, last, x);
     } else if (wide_residual) {
@@ -122,7 +123,7 @@ Tensor frozen_batch_norm(Tensor x, std::vector<Tensor> norm, double eps, std::op
 // codes of VectorType), or [0] for code -1. y is the result of a forward pass with ReLU.
 template <class Device>
 std::tuple<Tensor, Tensor> frozen_batch_norm_backward(Tensor grad, std::optional<Tensor> y, std::vector<Tensor> norm,
-                                                      double eps, std::vector<Tensor> residual_norm, bool rounds,
+                                                      double eps, std::vector<Tensor> residual_norm, int64_t rule,
                                                       int64_t x_type, int64_t residual_code) {
   constexpr const char* kOp = "frozen_batch_norm_backward";
   std::vector<const Tensor*> given{&grad};
@@ -144,7 +145,7 @@ std::tuple<Tensor, Tensor> frozen_batch_norm_backward(Tensor grad, std::optional
     pass.grad = grad.data_ptr(), pass.grad_x = data<T>(grad_x);
     if (y.has_value()) pass.y = y->data_ptr();
     if (has_residual) pass.grad_residual = grad_residual.data_ptr();
-    pass.maps = norm_maps<T>(grad, last, norm, residual_norm, eps, rounds,
+    pass.maps = norm_maps<T>(grad, last, norm, residual_norm, eps, rule,
                              {pass.grad, pass.y, pass.grad_x, pass.grad_residual}, kOp);
     if constexpr (std::is_same_v<T, acc_type<T>>) {
       Device::template backward<T, false, false>(pass, last, grad);

@@ -31,7 +31,7 @@ from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
 from fpn_fast.nn.detectron2.fpn import FPNForward
 from fpn_fast.nn.detectron2.poolers import PoolerForward
 from fpn_fast.nn.frozen_batch_norm import fused_norm
-from fpn_fast.nn.resnet import NORMS, FusedBlock, Parts, change, know, know_norm, may_fuse, run_block
+from fpn_fast.nn.resnet import NORMS, FusedBlock, Parts, change, know, know_norm, may_fuse, rule_of, run_block
 
 _PROPOSALS = Steps(rpn.RPN, "predict_proposals", "_decode_proposals", replaced="forward")
 _ANCHORS = Part(DefaultAnchorGenerator, fused=OwnAnchorGenerator)
@@ -127,11 +127,11 @@ class RPN(rpn.RPN):
 
 
 class FrozenBatchNorm2d(layers.FrozenBatchNorm2d):
-    """detectron2's FrozenBatchNorm2d by :func:`fpn_fast.ops.frozen_batch_norm`, in float32 as ``F.batch_norm``."""
+    """detectron2's FrozenBatchNorm2d by :func:`fpn_fast.ops.frozen_batch_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W] in the dtype of x."""
-        y = fused_norm(self, x, _NORM, widens=False)
+        y = fused_norm(self, x, _NORM, rule_of(self, x))
         return super().forward(x) if y is None else y
 
 

@@ -20,10 +20,10 @@ __all__ = ["FrozenBatchNorm2d"]
 STEPS = Steps(_FrozenBatchNormBase, replaced="forward")
 
 
-def fused_norm(norm: Any, x: Tensor, steps: Steps, *, widens: bool) -> Tensor | None:
+def fused_norm(norm: Any, x: Tensor, steps: Steps, rule: str) -> Tensor | None:
     """The output of a norm with fixed statistics by the op; None where its library's code has to run.
 
-    steps: of the library's class; widens: the output has the wider of the dtypes of x and of the buffers.
+    steps: of the library's class; rule: see the op; but by torchvision's alone the output may be wider than x.
     """
     if torch.compiler.is_compiling() or recorded(x) or not steps.are_own(norm):
         return None
@@ -33,8 +33,8 @@ def fused_norm(norm: Any, x: Tensor, steps: Steps, *, widens: bool) -> Tensor | 
     if backends.falls_back(norm, x, "frozen_batch_norm", known=known):
         return None
     # The checks of the public op are made.
-    dtype = torch.promote_types(x.dtype, vectors[0].dtype) if widens else x.dtype
-    return normalise(x, vectors, norm.eps, None, [], False, False, dtype)
+    dtype = torch.promote_types(x.dtype, vectors[0].dtype) if rule == "torchvision" else x.dtype
+    return normalise(x, vectors, norm.eps, None, [], False, rule, dtype)
 
 
 class FrozenBatchNorm2d(_FrozenBatchNormBase):
@@ -57,5 +57,5 @@ class FrozenBatchNorm2d(_FrozenBatchNormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W] in the wider of the dtypes of x and of the buffers."""
-        y = fused_norm(self, x, STEPS, widens=True)
+        y = fused_norm(self, x, STEPS, "torchvision")
         return super().forward(x) if y is None else y

@@ -118,7 +118,7 @@ def run_block(
         down_norm is not None
         and is_fixed(down_norm)
         and down_norm.eps == last.eps
-        and _widens(down_norm) == _widens(last)
+        and rule_of(down_norm, residual) == rule_of(last, out)
     )
     if down_norm is not None and not alike:
         residual, down_norm = down_norm(residual), None
@@ -134,17 +134,21 @@ def _normalise(relu: Layer, norm: Any, x: Tensor, residual: Tensor | None = None
         known = known and residual.dtype in (x.dtype, torch.float32)
         known = known and (not other or (vectors_fit(x, other) and other[0].dtype == vectors[0].dtype))
     if known:
-        dtype = torch.promote_types(x.dtype, vectors[0].dtype) if _widens(norm) else x.dtype
-        return normalise(x, vectors, norm.eps, residual, other, True, False, dtype)
+        rule = rule_of(norm, x)
+        dtype = torch.promote_types(x.dtype, vectors[0].dtype) if rule == "torchvision" else x.dtype
+        return normalise(x, vectors, norm.eps, residual, other, True, rule, dtype)
     y: Tensor = norm(x)
     if residual is not None:
         y += residual if residual_norm is None else residual_norm(residual)
     return relu(y)
 
 
-def _widens(norm: Any) -> bool:
-    """Whether the output has the wider of the dtypes of the map and of the norm's vectors."""
-    return isinstance(norm, _FrozenBatchNormBase)
+def rule_of(norm: Any, x: Tensor) -> str:
+    """The op's rule for a norm of `x`."""
+    if isinstance(norm, _FrozenBatchNormBase):
+        return "torchvision"
+    # detectron2's module calls F.batch_norm where x records no gradient.
+    return "batch_norm" if isinstance(norm, nn.BatchNorm2d) or not x.requires_grad else "detectron2"
 
 
 def _vectors(norm: Any) -> list[Tensor]:

@@ -5,6 +5,8 @@
 FOCAL_TILE = 4096
 #: Positions per partial sum of frozen_batch_norm_sums; csrc/common/frozen_batch_norm.h.
 NORM_PART = 2048
+#: The rules of frozen_batch_norm, in the order of csrc/common/frozen_batch_norm.h: NormRule.
+NORM_RULES = ("torchvision", "detectron2", "batch_norm")
 
 SCHEMAS = {
     "top_down": "(Tensor[] laterals, int mode, bool average) -> Tensor[]",
@@ -61,11 +63,11 @@ SCHEMAS = {
         "(Tensor logits, Tensor labels, Tensor weights, float alpha, bool with_gradient) -> (Tensor, Tensor)"
     ),
     "frozen_batch_norm": (
-        "(Tensor x, Tensor[] norm, float eps, Tensor? residual, Tensor[] residual_norm, bool relu, bool rounds, "
+        "(Tensor x, Tensor[] norm, float eps, Tensor? residual, Tensor[] residual_norm, bool relu, int rule, "
         "bool widen) -> Tensor"
     ),
     "frozen_batch_norm_backward": (
-        "(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, bool rounds, int x_type, "
+        "(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, int rule, int x_type, "
         "int residual_type) -> (Tensor, Tensor)"
     ),
     "frozen_batch_norm_sums": "(Tensor grad, Tensor? y, Tensor x, Tensor mean) -> Tensor",

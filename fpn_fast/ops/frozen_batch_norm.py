@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_fast import backends, reference
 from fpn_fast._memory_format import memory_format
 from fpn_fast.ops._checks import DTYPES, check_device, check_shape, check_tensor
 from fpn_fast.ops._registration import call_kernel, records_gradient, register_op
-from fpn_fast.ops._schemas import NORM_PART
+from fpn_fast.ops._schemas import NORM_PART, NORM_RULES
 
-_RULES = ("torchvision", "detectron2", "batch_norm")
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -45,7 +45,7 @@ def frozen_batch_norm(
         activation: None (default) or ``"relu"``.
         rule: whose module is followed. ``"torchvision"`` (default) returns the wider of the dtypes of x and of the
             vectors: float32 for bfloat16 maps under autocast. ``"detectron2"`` rounds scale and shift to the dtype of x
-            and returns it. ``"batch_norm"``, like ``F.batch_norm`` in evaluation, only returns it.
+            and returns it. ``"batch_norm"`` returns it too, and rounds as ``F.batch_norm`` in evaluation.
         output_dtype: the dtype of the result, None for that of the rule. Keeping bfloat16 maps moves half the bytes,
             and every later addition of a residual then rounds to bfloat16.
 
@@ -53,7 +53,8 @@ def frozen_batch_norm(
         [N, C, H, W] in the memory format of x: ``relu(x * scale + shift + residual)``, where
         ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``. Every product and sum
         is rounded to float32 (float64 for float64), and the result once to its dtype. On a CPU, float32 and float64
-        equal torchvision's ``FrozenBatchNorm2d`` and the operators after it bit for bit.
+        equal torchvision's ``FrozenBatchNorm2d``, or by rule ``"batch_norm"`` ``F.batch_norm`` of a dense map, and the
+        operators after it bit for bit; so do the gradients of the maps.
 
     Raises:
         TypeError: an argument is not a tensor or has an unsupported dtype, or the vectors differ in dtype.
@@ -73,8 +74,8 @@ def frozen_batch_norm(
     Source: torchvision/ops/misc.py; detectron2/layers/batch_norm.py.
     """
     norm = _checked_vectors(x, (weight, bias, running_mean, running_var), "")
-    if rule not in _RULES:
-        raise ValueError(f"rule must be {', '.join(_RULES[:-1])} or {_RULES[-1]}, got {rule!r}")
+    if rule not in NORM_RULES:
+        raise ValueError(f"rule must be {', '.join(NORM_RULES[:-1])} or {NORM_RULES[-1]}, got {rule!r}")
     if activation is not None and activation != "relu":
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     other: list[Tensor] = []
@@ -94,7 +95,7 @@ def frozen_batch_norm(
         output_dtype = torch.promote_types(x.dtype, dtype) if rule == "torchvision" else x.dtype
     elif output_dtype not in DTYPES:
         raise TypeError(f"output_dtype must be float64, float32, float16 or bfloat16, got {output_dtype}")
-    return normalise(x, norm, float(eps), residual, other, activation == "relu", rule == "detectron2", output_dtype)
+    return normalise(x, norm, float(eps), residual, other, activation == "relu", rule, output_dtype)
 
 
 def normalise(
@@ -104,7 +105,7 @@ def normalise(
     residual: Tensor | None,
     other: list[Tensor],
     relu: bool,
-    rounds: bool,
+    rule: str,
     output_dtype: torch.dtype,
 ) -> Tensor:
     """Run the op on checked arguments. other: the norm of the residual, empty without; the rest: see the reference."""
@@ -112,9 +113,11 @@ def normalise(
     plain = torch.compiler.is_compiling() or backends.plain_only()
     backend = "reference" if plain else backends.choose_for(x, "frozen_batch_norm")
     if backend == "reference":
-        return reference.frozen_batch_norm(x, norm, eps, residual, other, relu, rounds, output_dtype)
+        return reference.frozen_batch_norm(x, norm, eps, residual, other, relu, rule, output_dtype)
     if dtype == torch.float64 != x.dtype:
         x = x.double()
+    if rule == "batch_norm" and x.dtype == torch.float64:
+        norm, other = [v.double() for v in norm], [v.double() for v in other]
     wide = torch.promote_types(x.dtype, torch.float32)
     widen = output_dtype != x.dtype
     form = memory_format(x)
@@ -125,9 +128,9 @@ def normalise(
     norm, other = [v.contiguous() for v in norm], [v.contiguous() for v in other]
     tensors = (x, *norm, *other) if residual is None else (x, residual, *norm, *other)
     if records_gradient(tensors):
-        y: Tensor = _FrozenBatchNorm.apply(backend, (eps, relu, rounds, widen), x, residual, *norm, *other)
+        y: Tensor = _FrozenBatchNorm.apply(backend, (eps, relu, rule, widen), x, residual, *norm, *other)
     else:
-        y = call_kernel(_FORWARD[backend], x, norm, eps, residual, other, relu, rounds, widen)
+        y = call_kernel(_FORWARD[backend], x, norm, eps, residual, other, relu, _code(rule), widen)
     return y if y.dtype == output_dtype else y.to(output_dtype)
 
 
@@ -170,33 +173,32 @@ class _FrozenBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         backend: str,
-        rule: tuple[float, bool, bool, bool],
+        options: tuple[float, bool, str, bool],
         x: Tensor,
         residual: Tensor | None,
         *vectors: Tensor,
     ) -> Tensor:
         norm, residual_norm = list(vectors[:4]), list(vectors[4:])
-        eps, relu, rounds, widen = rule
-        y: Tensor = call_kernel(_FORWARD[backend], x, norm, eps, residual, residual_norm, relu, rounds, widen)
+        eps, relu, rule, widen = options
+        y: Tensor = call_kernel(_FORWARD[backend], x, norm, eps, residual, residual_norm, relu, _code(rule), widen)
         needs = ctx.needs_input_grad
         # The next convolution keeps y anyway.
         kept = (y if relu else None, x if any(needs[4:6]) else None, residual if any(needs[8:10]) else None)
         ctx.save_for_backward(*kept, *vectors)
-        ctx.rule = backend, eps, rounds, x.dtype, None if residual is None else residual.dtype
+        ctx.options = backend, eps, rule, x.dtype, None if residual is None else residual.dtype
         ctx.form = memory_format(x)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, residual, *vectors = ctx.saved_tensors
-        backend, eps, rounds, dtype, residual_dtype = ctx.rule
+        backend, eps, rule, dtype, residual_dtype = ctx.options
         norm, residual_norm, needs = vectors[:4], vectors[4:], ctx.needs_input_grad
         grad_x = grad_residual = behind = None
         if torch.is_grad_enabled():
             # A second derivative is asked for: the same in operators that autograd knows.
-            rounded_to = dtype if rounds else None
             behind, grad_x, grad_residual = reference.frozen_batch_norm_backward(
-                grad, y, norm, eps, residual_norm, rounded_to
+                grad, y, norm, eps, residual_norm, rule, dtype
             )
             grad_x = grad_x.to(dtype)
             grad_residual = None if residual_dtype is None else grad_residual.to(residual_dtype)
@@ -206,7 +208,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
             copies = y is None and not residual_norm
             code = DTYPES.index(residual_dtype) if needs[3] and not copies else -1
             grad_x, grad_residual = call_kernel(
-                _BACKWARD[backend], grad, y, norm, eps, residual_norm, rounds, DTYPES.index(dtype), code
+                _BACKWARD[backend], grad, y, norm, eps, residual_norm, _code(rule), DTYPES.index(dtype), code
             )
             if copies and needs[3]:
                 grad_residual = grad.to(residual_dtype)
@@ -228,6 +230,25 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return None, None, *grads
 
 
+def _contracts() -> bool:
+    """Whether torch's batch norm on this CPU rounds a product and a sum together, as FMA instructions do."""
+    with torch.inference_mode():
+        zero, one, near = torch.tensor([0.0, 1.0, 1 + 2**-12], dtype=torch.float32, device="cpu").split(1)
+        # near * near - (1 + 2^-11) is 2^-24, which a product in float32 does not have.
+        y = F.batch_norm(near.view(1, 1, 1, 1), zero, one, near, -(one + 2**-11), False, 0.0, 0.0)
+    return bool(y)
+
+
+_CODES = {rule: code for code, rule in enumerate(NORM_RULES)}
+if _contracts():
+    _CODES["batch_norm"] = len(NORM_RULES)
+
+
+def _code(rule: str) -> int:
+    """The number of a rule for the kernels: NormRule."""
+    return _CODES[rule]
+
+
 def _sums(
     backend: str, grad: Tensor, y: Tensor | None, x: Tensor, mean: Tensor, form: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +268,7 @@ def _fake(
     residual: Tensor | None,
     residual_norm: list[Tensor],
     relu: bool,
-    rounds: bool,
+    rule: int,
     widen: bool,
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32) if widen else x.dtype
@@ -260,7 +281,7 @@ def _fake_backward(
     norm: list[Tensor],
     eps: float,
     residual_norm: list[Tensor],
-    rounds: bool,
+    rule: int,
     x_type: int,
     residual_type: int,
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fpn_fast._memory_format import is_channels_last, memory_format
 from fpn_fast.ops._checks import DTYPES
-from fpn_fast.ops._schemas import NORM_PART
+from fpn_fast.ops._schemas import NORM_PART, NORM_RULES
 from fpn_fast.triton import register
 from fpn_fast.triton._arguments import decode_float, encode_float
 
@@ -26,6 +26,7 @@ BLOCK_ELEMENTS = 1024
 # Pixels of a program along a plane, of a small one and of others: few values, so that Triton compiles few variants.
 SMALL_PLANE, BLOCK_PIXELS = 512, (64, 256)
 NUM_WARPS = 4
+DETECTRON2 = NORM_RULES.index("detectron2")
 # Products and sums are rounded one by one, as in a sequence of operators.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
@@ -149,7 +150,7 @@ def _accumulator(dtype: torch.dtype) -> Any:
 
 
 def _launch(
-    like: Tensor, norm: list[Tensor], residual_norm: list[Tensor], eps: float, rounds: bool
+    like: Tensor, norm: list[Tensor], residual_norm: list[Tensor], eps: float, rule: int
 ) -> tuple[tuple[int], list[Any], dict[str, Any]]:
     """Return the grid, the arguments behind the maps, and the constants, for dense maps like `like`."""
     channels_last = is_channels_last(like)
@@ -165,7 +166,7 @@ def _launch(
     arguments = [*norm, *(residual_norm or norm), encode_float(eps, norm[0].dtype), rows, length, channels, blocks]
     constants = {
         "HAS_NORM": bool(residual_norm),
-        "ROUNDS": rounds,
+        "ROUNDS": rule == DETECTRON2,
         "CHANNELS_LAST": channels_last,
         "ACC": _accumulator(like.dtype),
         "VECTOR": _accumulator(norm[0].dtype),
@@ -179,12 +180,12 @@ def _launch(
 
 def frozen_batch_norm(
     x: Tensor, norm: list[Tensor], eps: float, residual: Tensor | None, residual_norm: list[Tensor],
-    relu: bool, rounds: bool, widen: bool,
+    relu: bool, rule: int, widen: bool,
 ) -> Tensor:  # fmt: skip
     dtype = torch.promote_types(x.dtype, torch.float32) if widen else x.dtype
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
     if y.numel() > 0:
-        grid, arguments, constants = _launch(x, norm, residual_norm, eps, rounds)
+        grid, arguments, constants = _launch(x, norm, residual_norm, eps, rule)
         with torch.cuda.device_of(x):
             frozen_batch_norm_kernel[grid](
                 x, x if residual is None else residual, y, *arguments,
@@ -195,7 +196,7 @@ def frozen_batch_norm(
 
 def frozen_batch_norm_backward(
     grad: Tensor, y: Tensor | None, norm: list[Tensor], eps: float, residual_norm: list[Tensor],
-    rounds: bool, x_type: int, residual_type: int,
+    rule: int, x_type: int, residual_type: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form = memory_format(grad)
     grad_x = torch.empty_like(grad, dtype=DTYPES[x_type], memory_format=form)
@@ -205,7 +206,7 @@ def frozen_batch_norm_backward(
         torch.empty_like(grad, dtype=dtype, memory_format=form) if wanted else grad.new_empty(0, dtype=dtype)
     )
     if grad.numel() > 0:
-        grid, arguments, constants = _launch(grad, norm, residual_norm, eps, rounds)
+        grid, arguments, constants = _launch(grad, norm, residual_norm, eps, rule)
         with torch.cuda.device_of(grad):
             frozen_batch_norm_backward_kernel[grid](
                 grad, grad if y is None else y, grad_x, grad_residual, *arguments,

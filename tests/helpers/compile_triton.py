@@ -122,9 +122,9 @@ def launch_frozen_batch_norm(dtype, channels_last, vectors, size=(32, 48), chann
     """The end of a block, forward and backward, with the sums for weight and bias; under autocast a wide one."""
     x, residual = maps(dtype, channels_last, channels, size, size, batch=batch)
     norm = [torch.zeros(channels, dtype=vectors) for _ in range(4)]
-    y = frozen_batch_norm.frozen_batch_norm(x, norm, 1e-5, residual, norm, True, False, vectors != dtype)
+    y = frozen_batch_norm.frozen_batch_norm(x, norm, 1e-5, residual, norm, True, 0, vectors != dtype)
     code = DTYPES.index(dtype)
-    frozen_batch_norm.frozen_batch_norm_backward(y, y, norm, 1e-5, norm, False, code, code)
+    frozen_batch_norm.frozen_batch_norm_backward(y, y, norm, 1e-5, norm, 0, code, code)
     frozen_batch_norm.frozen_batch_norm_sums(y, y, x, torch.zeros(channels, dtype=wide(dtype)))
 
 

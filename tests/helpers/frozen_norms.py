@@ -66,5 +66,5 @@ def plain(
     norm, other = vectors_of(x, vectors), vectors_of(x, vectors, 0.5) if normed else []
     dtype = torch.promote_types(x.dtype, norm[0].dtype) if rule == "torchvision" else x.dtype
     residual, relu = maps[1] if len(maps) > 1 else None, activation == "relu"
-    arguments = (residual, other, relu, rule == "detectron2", output_dtype or dtype)
+    arguments = (residual, other, relu, rule, output_dtype or dtype)
     return [reference.frozen_batch_norm(x, norm, EPS, *arguments)]

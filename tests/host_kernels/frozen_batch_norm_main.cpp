@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the frozen batch norm: frozen_batch_norm_main forward|backward|sums CASE_FILE. Numbers: the narrow type, whether
-// maps are channels_last, which of the maps are wide, which vectors there are, their type, ReLU, rounding, 16-byte
+// maps are channels_last, which of the maps are wide, which vectors there are, their type, ReLU, the rule, 16-byte
 // accesses, and the bits of eps in float64. Tensors: the vectors of both norms, x or grad, the residual or y, the
 // outputs.
 #include <bit>
@@ -13,7 +13,8 @@ namespace fpn_fast {
 namespace {
 
 struct Numbers {
-  bool last, wide_first, wide_second, has_norm, relu, rounds, vectorised;
+  bool last, wide_first, wide_second, has_norm, relu, vectorised;
+  NormRule rule;
   VectorType type;
   double eps;
 };
@@ -34,7 +35,7 @@ NormMaps maps_of(const host_cuda::CaseFile& file, const Numbers& numbers) {
   NormMaps maps{};
   maps.elements = sizes[0] * sizes[1] * sizes[2] * sizes[3], maps.channels = sizes[1], maps.plane = sizes[2] * sizes[3];
   maps.norm = norm_of(file, 0, numbers), maps.residual_norm = norm_of(file, 4, numbers);
-  maps.eps = numbers.eps, maps.rounds = numbers.rounds;
+  maps.eps = numbers.eps, maps.rule = numbers.rule;
   maps.vectorised = numbers.vectorised && (numbers.last ? maps.channels % kVec<T> == 0 : maps.plane >= kVec<T>);
   return maps;
 }
@@ -59,8 +60,8 @@ void run(const std::string& kernel, const host_cuda::CaseFile& file) {
                         n.at(3) != 0,
                         n.at(4) != 0,
                         n.at(6) != 0,
-                        n.at(7) != 0,
                         n.at(8) != 0,
+                        static_cast<NormRule>(n.at(7)),
                         static_cast<VectorType>(n.at(5)),
                         std::bit_cast<double>(n.at(9))};
   // The map of another type than T may have an offset of its own.
