@@ -12,14 +12,15 @@ Sections, each in processes of its own with a time limit, so that one that hangs
     sanitizer    memcheck and racecheck over calls of each kernel, where compute-sanitizer is installed
     benchmarks   every case, the most valuable first; those that the time does not reach are listed
 
-The folder gets gpu_run.json (written after every section), gpu_run.log (all that the sections print) and
-<machine>/<family>.json (rows, written after every case). --dry-run tries all of it on the CPU with tiny maps; what
-needs a GPU is then recorded as skipped, and no figure is made up.
+The folder gets gpu_run.json (written after every section), gpu_run.log (all that the sections print), failures.txt
+(each test's failure, written as it happens) and <machine>/<family>.json (rows, written after every case). --dry-run
+tries all of it on the CPU with tiny maps; what needs a GPU is then recorded as skipped, and no figure is made up.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -43,6 +44,8 @@ from fpn_fast.bench.rows import write_text  # noqa: E402
 
 NO_GPU = "skipped: no GPU"
 LIBRARY_FILES = ("_C.abi3.so", "_C_cuda.abi3.so")
+#: At most so many seconds from an interrupt to the kill, within the limit.
+INTERRUPT_S = 10
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 #: The cases of a dry run: some of each family.
 DRY_CASES = (
@@ -99,11 +102,17 @@ class Run:
                 # A group of its own, so that its children end with it.
                 start_new_session=True,
             )  # fmt: skip
+            limit = max(0.1, share * self.section_left())
+            grace = min(INTERRUPT_S, limit / 4)
             try:
-                code = process.wait(max(0.1, share * self.section_left()))
+                code = process.wait(limit - grace)
                 problem = f"exit code {code}" if code else None
             except subprocess.TimeoutExpired:
                 problem = "stopped at its time limit"
+                # An interrupted pytest says what it has found; children that ignore this are killed.
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -173,10 +182,14 @@ def tests(run: Run) -> Outcome:
     if run.has_gpu and importlib.util.find_spec("xdist"):
         # Most of a test's time is Triton's compiler, on the CPU; and a crash of the device ends one worker only.
         arguments += ["-n", str(min(8, os.cpu_count() or 1))]
+    failures = run.output / "failures.txt"
+    failures.unlink(missing_ok=True)
+    run.variables["FPN_FAST_FAILURES"] = str(failures)
     problem, output = run.python("-m", "pytest", *arguments)
     words = _VERDICT.findall(output)
     results: dict[str, Any] = {word.lower(): words.count(word) for word in sorted(set(words))}
-    results["failures"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    said = failures.read_text() if failures.exists() else ""
+    results["failures"] = re.findall(r"^FAILED (.+)$", said, re.MULTILINE)
     # 5: none of the tests is marked gpu.
     return results, None if problem == "exit code 5" else problem
 

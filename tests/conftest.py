@@ -116,6 +116,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes a failure as it happens: a run that is killed at its time limit has no summary."""
+    path = os.environ.get("FPN_FAST_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a") as file:
+            file.write(f"FAILED {report.nodeid}\n{report.longreprtext}\n\n")
+
+
 @pytest.fixture(params=["cpp", "reference"])
 def backend(request):
     """The backends that are quick on the CPU."""

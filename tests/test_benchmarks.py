@@ -2,6 +2,7 @@
 """The benchmarks' own arithmetic and honesty: bytes, refusals, ratios, reports, and the GPU run without a GPU."""
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from helpers import detectron2_stand_in, plain_proposals
@@ -692,11 +694,31 @@ def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeyp
     sections = _sections(tmp_path)
     assert sections["tests"]["status"] == "failed"
     assert sections["tests"]["reason"] == "stopped at its time limit"
-    assert sections["tests"]["results"]["output"] == "begun\n"
+    output = sections["tests"]["results"]["output"]
+    assert output.startswith("begun\n")
+    assert output.endswith("KeyboardInterrupt\n")
     assert sections["sanitizer"]["reason"] == "KeyError: 'planted'"
     assert sections["ceilings"]["status"] == "ok"
     assert sections["benchmarks"]["status"] == "skipped"
     assert "needs 1000 s" in sections["benchmarks"]["reason"]
+
+
+def test_failures_are_kept_of_tests_that_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    # What writes failures, without what skips tests marked gpu here.
+    hook = inspect.getsource(conftest.pytest_runtest_logreport)
+    (tmp_path / "tests" / "conftest.py").write_text(f"import os\n\nimport pytest\n\n\n{hook}")
+    fails = "@pytest.mark.gpu\ndef test_fails():\n    assert 6 * 7 == 43\n"
+    dies = "def test_dies():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "tests" / "test_one.py").write_text(f"import os, pytest, signal\n\n{fails}\n@pytest.mark.gpu\n{dies}")
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    options = argparse.Namespace(output=tmp_path / "out", budget=100, dry_run=True)
+    run = gpu_run.Run(options)
+    run.section_end = time.monotonic() + 100
+    results, problem = gpu_run.tests(run)
+    assert problem == "exit code -9"
+    assert results["failures"] == ["tests/test_one.py::test_fails"]
+    assert "assert (6 * 7) == 43" in (tmp_path / "out" / "failures.txt").read_text()
 
 
 def test_without_a_gpu_nothing_is_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
