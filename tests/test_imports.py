@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which libraries are imported, in processes of their own."""
 
-import subprocess
-import sys
+from helpers import forked_python
 
 WITHOUT_TORCHVISION = """
 import sys; sys.modules['torchvision'] = None
@@ -37,7 +36,7 @@ print(hasattr(fpn_fast.integrations, 'mmyolo'))
 
 
 def printed_by(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked_python.run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked_python
 from test_machine_code import KERNELS
 
 import fpn_fast
@@ -22,10 +23,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARIES = [name for name in ("_C", "_C_cuda") if _library.path(name).exists()]
 
 
-def python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT
-    )
+def python(code, **environment):
+    return forked_python.run(code, {**os.environ, **environment})
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -119,21 +118,21 @@ def test_info_says_what_a_missing_library_needs(monkeypatch):
 
 def test_an_older_torch_is_refused_with_what_to_do():
     code = "import torch; torch.__version__ = '{}'; import fpn_fast; print('imported')"
-    done = python("-c", code.format("2.10.1+cu128"))
+    done = python(code.format("2.10.1+cu128"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ImportError: fpn_fast needs torch 2.11 or newer, and this is torch 2.10.1+cu128; "
         "run `pip install 'torch>=2.11'`"
     )
     for version in ("2.11.0a0+git1234", "3.0.0"):
-        assert python("-c", code.format(version)).stdout == "imported\n"
+        assert python(code.format(version)).stdout == "imported\n"
 
 
 @pytest.mark.skipif("_C_cuda" not in LIBRARIES, reason="built without CUDA kernels")
 def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
     code = "import torch, torchvision; torch.version.cuda = '9.2'; import fpn_fast; print(fpn_fast.backends.{})"
     # torchvision checks the same of its own library, and so comes first here.
-    done = python("-c", code.format("problem('cpp', 'cuda')"))
+    done = python(code.format("problem('cpp', 'cuda')"))
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(
         r"fpn_fast's CUDA kernels are built for CUDA \d+, and torch \S+ for CUDA 9\.2; install a torch for CUDA \d+, "
@@ -141,7 +140,7 @@ def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
         line,
     )
     assert done.stdout == line + "\n"
-    assert python("-c", code.format("choose('cpu')")).stdout == "cpp\n"
+    assert python(code.format("choose('cpu')")).stdout == "cpp\n"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_a_library_for_another_cuda_says_what_to_do_and_the_rest_works():
     ],
 )
 def test_an_import_that_fails_is_not_taken_for_torchvisions_absence(name, package):
-    done = python("-c", f"import sys; sys.modules['{name}'] = None; import fpn_fast.{package}")
+    done = python(f"import sys; sys.modules['{name}'] = None; import fpn_fast.{package}")
     assert done.returncode == 1
     assert f"import of {name} halted" in done.stderr.splitlines()[-1]
 
@@ -200,8 +199,8 @@ def test_other_devices_get_the_reference():
 
 def test_environment_chooses():
     code = "import fpn_fast; print(fpn_fast.backends.requested(), fpn_fast.backends.choose('cpu'))"
-    assert python("-c", code, FPN_FAST_BACKEND="reference").stdout.split() == ["reference", "reference"]
-    wrong = python("-c", code, FPN_FAST_BACKEND="gpu")
+    assert python(code, FPN_FAST_BACKEND="reference").stdout.split() == ["reference", "reference"]
+    wrong = python(code, FPN_FAST_BACKEND="gpu")
     assert "FPN_FAST_BACKEND must be auto, cpp, triton or reference, got 'gpu'" in wrong.stderr
 
 
@@ -211,7 +210,7 @@ def test_triton_on_cpu_tensors_needs_its_interpreter():
         "with fpn_fast.backends.use('triton'):\n"
         "    fpn_fast.ops.top_down([torch.zeros(1, 1, 2, 2)] * 2)\n"
     )
-    done = python("-c", code, TRITON_INTERPRET="0")
+    done = python(code, TRITON_INTERPRET="0")
     assert done.returncode == 1
     message = "BackendUnavailableError: backend 'triton' cannot serve cpu tensors: triton serves cpu tensors only"
     assert message in done.stderr

@@ -3,11 +3,10 @@
 
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import forked_python
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
@@ -127,6 +126,6 @@ def test_the_environment_turns_it_on(level, printed):
     code = "import torch, fpn_fast; fpn_fast.ops.top_down([torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2)])"
     environment = {name: value for name, value in os.environ.items() if name != "FPN_FAST_LOG"}
     environment |= {} if level is None else {"FPN_FAST_LOG": level}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = forked_python.run(code, environment)
     assert done.stderr.endswith(printed)
     assert (done.stderr == "") == (printed == "")
