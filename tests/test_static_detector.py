@@ -99,7 +99,8 @@ def test_the_default_device_does_not_matter(kind):
             check(StaticDetector(model, SIZE, 2).detect(batch), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Of mask_rcnn faster_rcnn is a part.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "faster_rcnn"])
 def test_one_graph_when_compiled_and_exported(kind):
     """Also of a model that never ran before."""
     detector, batch = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), SIZE, 2), images(*SIZE)
