@@ -74,23 +74,26 @@ def _module() -> Any:
         # -march=native means another thing on another machine.
         machine += next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256("\0".join([*flags, machine, version, sysconfig.get_config_var("SOABI")]).encode())
+    headers = [part for each in sorted(HERE.glob("*.h")) for part in (each.name, each.read_text())]
+    common = "\0".join([*flags, machine, version, str(sysconfig.get_config_var("SOABI")), *headers])
+
+    def named(stem: str, suffix: str, *texts: str) -> Path:
+        return BUILD / f"{stem}-{hashlib.sha256(chr(0).join([common, *texts]).encode()).hexdigest()[:16]}{suffix}"
+
     sources = sorted(HERE.glob("*.cpp"))
-    for source in [*sources, *sorted(HERE.glob("*.h"))]:
-        digest.update(source.name.encode() + source.read_bytes())
-    library = BUILD / f"_emulator-{digest.hexdigest()[:16]}.so"
+    objects = [named(each.stem, ".o", each.read_text()) for each in sources]
+    library = named("_emulator", ".so", *(each.name for each in objects))
     with _locked(BUILD / "_emulator.lock"):
         if not library.exists():
-            for stale in BUILD.glob("_emulator-*.so"):
+            for stale in {*BUILD.glob("*.o"), *BUILD.glob("*.so")} - {*objects}:
                 stale.unlink()
-            objects = BUILD / "objects"
-            objects.mkdir(exist_ok=True)
-            outputs = [objects / f"{source.stem}.o" for source in sources]
-            for source, output in zip(sources, outputs, strict=True):
-                _compile([path, *flags, "-c", str(source), "-o", str(output)])
             # Built under another name, so that an interrupted build leaves nothing that looks finished.
-            partial = BUILD / "_emulator.partial"
-            _compile([path, "-shared", *map(str, outputs), "-o", str(partial)])
+            partial = BUILD / "partial"
+            for source, output in zip(sources, objects, strict=True):
+                if not output.exists():
+                    _compile([path, *flags, "-c", str(source), "-o", str(partial)])
+                    partial.rename(output)
+            _compile([path, "-shared", *map(str, objects), "-o", str(partial)])
             partial.rename(library)
     spec: Any = importlib.util.spec_from_file_location("_emulator", library)
     module = importlib.util.module_from_spec(spec)
@@ -124,6 +127,11 @@ def cuobjdump() -> str:
     if found is None:
         raise FileNotFoundError("no cuobjdump to disassemble machine code with")
     return found
+
+
+def opcodes() -> list[str]:
+    """The instructions that the emulator knows."""
+    return _module().opcodes()
 
 
 @functools.lru_cache(maxsize=256)

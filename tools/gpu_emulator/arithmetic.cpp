@@ -599,8 +599,8 @@ void Executor::compute(const Instruction& ins) {
       uint32_t slow = 0;
       for (int lane = 0; lane < 32; ++lane) {
         const int p = static_cast<int>(a[lane] >> 23 & 255), q = static_cast<int>(b[lane] >> 23 & 255);
-        const bool far = p != 0 && std::abs(p - q) > 120;
-        const bool small = p < 24 && (a[lane] & 0x7fffffff) != 0;
+        // A dividend of zero too: the fast way would lose its sign.
+        const bool far = std::abs(p - q) > 120, small = p < 24;
         slow |= static_cast<uint32_t>(q == 0 || q >= 253 || p == 255 || far || small) << lane;
       }
       return write(ins.predicates[0], slow);

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "decoder.h"
 #include "emulator.h"
 
 namespace py = pybind11;
@@ -88,6 +89,11 @@ PYBIND11_MODULE(_emulator, module) {
       .def_readonly("static_shared", &Program::static_shared)
       .def_readonly("parameter_bytes", &Program::parameter_bytes)
       .def_readonly("text", &Program::text);
+  module.def("opcodes", [] {
+    std::vector<std::string> names;
+    for (int k = 0; k < static_cast<int>(Opcode::kCount); ++k) names.emplace_back(name_of(static_cast<Opcode>(k)));
+    return names;
+  });
   module.def("run", [](const Program& program, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
                        uint32_t dynamic_shared, const py::bytes& parameters, const std::vector<py::tuple>& allocations,
                        uint64_t seed, int order, bool adversarial, bool model, double share) {
