@@ -30,7 +30,7 @@ extern "C" __global__ void shared_race(int* out) {
   __shared__ int values[64];
   values[threadIdx.x] = 0;
   __syncthreads();
-  values[threadIdx.x] = out[threadIdx.x] + 1;  // here
+  values[threadIdx.x] = out[threadIdx.x] + 1;   // here
   out[threadIdx.x] = values[threadIdx.x ^ 32];  // here
 }
 
@@ -45,7 +45,7 @@ extern "C" __global__ void shared_race_of_reads(int* out) {
   values[threadIdx.x] = out[threadIdx.x];
   __syncthreads();
   const int other = values[threadIdx.x ^ 32];  // here
-  values[threadIdx.x] = other + 1;  // here
+  values[threadIdx.x] = other + 1;             // here
   __syncthreads();
   out[threadIdx.x] = values[threadIdx.x];
 }
