@@ -188,8 +188,8 @@ class RoundingScope {
 // An approximation and its largest error as documented: PTX ISA, "Floating Point Instructions", .approx forms. Those
 // of double precision are of the upper word alone, whose last bit is 2^-20 of the value.
 enum class Approximation : uint8_t { kRCP, kRSQ, kSQRT, kEX2, kLG2, kSIN, kCOS, kTANH, kRCP64H, kRSQ64H };
-inline constexpr double kRelativeError[] = {0x1p-23, 0x1p-22, 0x1p-22, 0x1p-22, 0x1p-22,
-                                            0,       0,       0x1p-11, 0x1p-20, 0x1p-20};
+inline constexpr double kRelativeError[] = {0x1p-23, 0x1.125p-23, 0x1p-23, 0x1p-22, 0x1p-22,
+                                            0,       0,           0x1p-11, 0x1p-20, 0x1p-20};
 inline constexpr double kAbsoluteError[] = {0, 0, 0, 0, 0x1p-22, 0x1p-20, 0x1p-20, 0, 0, 0};
 
 inline double exactly(Approximation approximation, double x) {
@@ -224,13 +224,17 @@ inline uint32_t approximate(Approximation approximation, uint32_t source, double
   if (wide && (source & 0x7ff00000) == 0) x = std::copysign(0.0, x);
   double y = exactly(approximation, x);
   const double error = std::fmax(kRelativeError[k] * std::fabs(y), kAbsoluteError[k]);
+  const double exact = y;
   if (std::isfinite(y) && y != 0) y += move * error;
   if (wide) {
     if (y != y) return 0xfff80000;
     const uint32_t upper = static_cast<uint32_t>((bits_of(y) + 0x80000000u) >> 32);
     return (upper & 0x7ff00000) == 0 ? upper & 0x80000000 : upper;
   }
-  return canonical(flushed(static_cast<float>(y)));
+  float result = static_cast<float>(y);
+  // Rounding takes no part of the error: what is too far is moved back to the neighbour.
+  if (move != 0 && std::fabs(result - exact) > error) result = std::nextafter(result, static_cast<float>(exact));
+  return canonical(flushed(result));
 }
 
 }  // namespace gpu_emulator
