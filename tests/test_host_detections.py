@@ -9,9 +9,9 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
+from helpers.layouts import Layout, place
 from host_kernels import run
 from host_kernels.battery import TYPES, Call, HostBattery, runs, selected
-from host_kernels.layouts import Layout, place
 
 from fpn_fast import reference
 

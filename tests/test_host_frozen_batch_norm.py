@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from helpers.frozen_norms import EPS, vectors_of
+from helpers.layouts import place, poisoned
 from host_kernels import run
 from host_kernels.battery import TYPES, Call, HostBattery, runs
-from host_kernels.layouts import place, poisoned
 
 from fpn_fast import reference
 from fpn_fast.ops._checks import DTYPES

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from helpers.layouts import place
 from host_kernels import run
 from host_kernels.battery import TYPES, Call, HostBattery, runs, selected
-from host_kernels.layouts import place
 
 from fpn_fast import reference
 from fpn_fast.ops.generate_proposals import CONVENTIONS

@@ -7,7 +7,7 @@ namespace fpn_fast {
 
 // One-dimensional: the x axis of a grid holds 2^31 - 1 blocks, enough for every level of every image.
 // Functions named ..._in_launch and ..._in_launches call `launch(kernel, config, argument)`, which csrc/torch/cuda.h
-// supplies on a GPU and tests/host_kernels on the CPU.
+// supplies.
 struct LaunchConfig {
   int64_t blocks;
   int threads;

@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
     const Roi<acc_t> roi = locate_roi(arguments, k);
     if (i == 0) block.level = roi.level, block.image = roi.image;
     if (roi.level < 0) {
-      table.counts[bin] = 0;
+      // Its pixels are none, but their place is read.
+      table.counts[bin] = 0, table.room = 0;
       continue;
     }
     const FeatureMap<const T>& map = pooling.feature[roi.level];

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.devices import DTYPES as TYPES
+from helpers.layouts import LAYOUTS, Layout
 
 from . import run
-from .layouts import LAYOUTS, Layout
 
 
 @dataclass

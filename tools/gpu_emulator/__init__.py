@@ -34,11 +34,12 @@ ORDERS = ("in_order", "shuffled", "interleaved")
 
 class Allocation(NamedTuple):
     """Memory that a kernel may touch: `bytes` from `address`, as the host has it. One that is not `initialised` may be
-    read only where the kernel wrote; one that is not `writable` may not be written."""
+    read only where the kernel wrote; one that is not `writable` may not be written. A bytearray says of each byte
+    whether it is initialised, and a launch marks those that it writes."""
 
     address: int
     bytes: int
-    initialised: bool = True
+    initialised: bool | bytearray = True
     writable: bool = False
     name: str = ""
 

@@ -101,8 +101,15 @@ PYBIND11_MODULE(_emulator, module) {
     const std::string bytes = parameters;
     for (const char each : bytes) launch.parameters.push_back(static_cast<std::byte>(each));
     for (const py::tuple& each : allocations) {
-      launch.allocations.push_back({each[0].cast<uint64_t>(), each[1].cast<uint64_t>(), each[2].cast<bool>(),
-                                    each[3].cast<bool>(), each[4].cast<std::string>()});
+      uint8_t* written = nullptr;
+      if (!py::isinstance<py::bool_>(each[2])) {
+        const py::buffer_info info = py::buffer(each[2]).request(true);
+        if (info.size != each[1].cast<py::ssize_t>()) throw Fault("launch", "initialised has a byte for each byte");
+        written = static_cast<uint8_t*>(info.ptr);
+      }
+      launch.allocations.push_back({each[0].cast<uint64_t>(), each[1].cast<uint64_t>(),
+                                    written == nullptr && each[2].cast<bool>(), each[3].cast<bool>(),
+                                    each[4].cast<std::string>(), written});
     }
     Options options{seed, static_cast<Options::Order>(order), adversarial ? Options::kAdversarial : Options::kExact,
                     model, share};

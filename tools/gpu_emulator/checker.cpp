@@ -62,7 +62,11 @@ GlobalShadow::GlobalShadow(const Allocation& allocation)
       address_(allocation.address),
       bytes_(allocation.bytes),
       initialised_(allocation.initialised),
-      flags_(zeros<uint8_t>(bytes_)) {
+      flags_(zeros<uint8_t>(bytes_)),
+      known_(allocation.written) {
+  if (known_ != nullptr) {
+    for (uint64_t k = 0; k < bytes_; ++k) flags_[k] = known_[k] != 0 ? kInitialised : 0;
+  }
   if (allocation.writable) {
     writer_ = zeros<uint32_t>(bytes_);
     reader_ = zeros<uint32_t>(bytes_);
@@ -122,6 +126,11 @@ void GlobalShadow::atomic(uint64_t offset, uint32_t bytes, uint32_t block) {
     writer = writer == 0 || writer == block ? block : kSeveral;
     flags |= kAtomic | kInitialised | kRead | kWritten;
   }
+}
+
+void GlobalShadow::hand_back() const {
+  if (known_ == nullptr) return;
+  for (uint64_t k = 0; k < bytes_; ++k) known_[k] |= flags_[k] & kInitialised;
 }
 
 uint64_t GlobalShadow::unwritten() const {

@@ -31,6 +31,8 @@ class GlobalShadow {
   void write(uint64_t offset, uint32_t bytes, uint32_t block, bool same_value);
   void atomic(uint64_t offset, uint32_t bytes, uint32_t block);
   uint64_t unwritten() const;
+  // Into the caller's own account of what is initialised.
+  void hand_back() const;
   uint64_t sectors_read() const { return sectors(kRead); }
   uint64_t sectors_written() const { return sectors(kWritten); }
 
@@ -52,6 +54,7 @@ class GlobalShadow {
   uint64_t address_ = 0, bytes_ = 0;
   bool initialised_ = true;
   Array<uint8_t> flags_;
+  uint8_t* known_ = nullptr;
   // The block that wrote or read a byte, or kSeveral; only of what may be written.
   Array<uint32_t> writer_, reader_;
 };

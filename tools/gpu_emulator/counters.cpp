@@ -116,6 +116,7 @@ void Counting::finish(Counters& counters, const Program& program, const Launch& 
   for (GlobalMemory::Region& region : memory.regions()) {
     counters.distinct_read_bytes += 32 * region.shadow.sectors_read();
     counters.distinct_written_bytes += 32 * region.shadow.sectors_written();
+    region.shadow.hand_back();
     if (!region.allocation.initialised) counters.unwritten_bytes[region.allocation.name] += region.shadow.unwritten();
   }
   const uint32_t warps = static_cast<uint32_t>(launch.block.count() + 31) / 32;

@@ -50,6 +50,8 @@ struct Allocation {
   bool initialised = true;
   bool writable = false;
   std::string name;
+  // Where given, which bytes are initialised: not 0. A launch marks those that it writes.
+  uint8_t* written = nullptr;
 };
 
 struct Launch {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of multi-level RoIAlign, mean and max, run on the CPU and compared with plain PyTorch."""
+"""The GPU kernels of multi-level RoIAlign, mean and max, executed by the emulator and compared with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from host_kernels import run
-from host_kernels.battery import TYPES, Call, HostBattery, layouts_of, runs
-from host_kernels.layouts import LAYOUTS, Layout, place, poisoned
+from helpers import emulated_gpu
+from helpers.emulated_battery import TYPES, Call, EmulatedBattery, layouts_of, runs
+from helpers.layouts import LAYOUTS, Layout, place
+from torch.utils._pytree import tree_leaves
 
 from fpn_fast import reference
 from fpn_fast.ops.levels import levels_by_area, thresholds_of
@@ -69,19 +70,27 @@ class Case:
             return torch.tensor(self.levels, dtype=torch.int64)
         return levels_by_area(self.roi_tensor(dtype), len(self.sizes), self.thresholds)
 
-    def call(self, kernel: str, dtype: torch.dtype, layouts: list[Layout], inputs: Maps, outputs: Maps, check) -> Call:
-        numbers = [run.DTYPES[dtype], self.sampling_ratio, int(self.aligned), int(self.levels is not None)]
-        scales, thresholds = (torch.tensor(table, dtype=torch.float64) for table in (self.scales, self.thresholds))
-        tables = [self.roi_tensor(dtype), scales, thresholds, torch.tensor(self.levels or [], dtype=torch.int64)]
-        return Call(kernel, [*numbers, int(layouts[0].channels_last)], [*tables, *inputs], outputs, check)
+    def given_levels(self) -> torch.Tensor | None:
+        return None if self.levels is None else torch.tensor(self.levels, dtype=torch.int64)
+
+    @property
+    def options(self) -> tuple:
+        return self.scales, self.thresholds, self.sampling_ratio, self.aligned
+
+    def pool(self, dtype: torch.dtype, layouts: list[Layout]) -> list:
+        """The arguments of a forward op."""
+        features, rois = self.placed_features(dtype, layouts), self.roi_tensor(dtype)
+        return [features, rois, self.given_levels(), *self.output_size, *self.options]
+
+    def gather(self, inputs: Maps, dtype: torch.dtype, layouts: list[Layout]) -> list:
+        """The arguments of a backward op."""
+        sizes = [number for size in self.sizes for number in size]
+        rest = [self.roi_tensor(dtype), self.given_levels(), self.batch, sizes, *self.options]
+        return [*inputs, *rest, layouts[0].channels_last]
 
     def placed_features(self, dtype: torch.dtype, layouts: list[Layout]) -> Maps:
         """Layouts take turns."""
         return [place(feature, layouts[i % len(layouts)]) for i, feature in enumerate(self.features(dtype))]
-
-    def unwritten_sums(self, dtype: torch.dtype, layouts: list[Layout]) -> Maps:
-        shapes = [(self.batch, self.channels, *size) for size in self.sizes]
-        return [poisoned(shape, layouts[(i + 1) % len(layouts)], dtype) for i, shape in enumerate(shapes)]
 
     def forward(self, dtype: torch.dtype, layouts: list[Layout]) -> Call:
         numbers = (self.level_tensor(dtype), self.output_size, self.scales, self.sampling_ratio, self.aligned)
@@ -92,8 +101,7 @@ class Case:
             exact = reference.multiscale_roi_align([feature.double() for feature in features], rois, *numbers)
             tolerances.assert_not_worse(found[0], plain, exact, size=max(map(max, self.sizes)))
 
-        pooled = poisoned((len(self.rois), self.channels, *self.output_size), layouts[0], dtype)
-        return self.call("forward", dtype, layouts, self.placed_features(dtype, layouts), [pooled], check)
+        return Call("multiscale_roi_align", self.pool(dtype, layouts), check)
 
     def backward(self, dtype: torch.dtype, layouts: list[Layout], grad: torch.Tensor | None = None) -> Call:
         numbers = (self.level_tensor(dtype), self.batch, self.sizes, self.scales, self.sampling_ratio, self.aligned)
@@ -105,7 +113,7 @@ class Case:
                 tolerances.assert_not_worse(actual, expected, truth, size=max(map(max, self.sizes)))
 
         inputs = [place(own, layouts[0]) if grad is None else grad]
-        return self.call("backward", dtype, layouts, inputs, self.unwritten_sums(dtype, layouts), check)
+        return Call("multiscale_roi_align_backward", self.gather(inputs, dtype, layouts), check)
 
 
 def random_rois(count: int, *, seed: int = 0, images: int = 2, smallest: float = 2, largest: float = 50) -> Boxes:
@@ -190,28 +198,28 @@ CASES |= {
 }
 
 
-class TestMultiScaleRoIAlign(HostBattery):
-    program, cases = "multiscale_roi_align_main", CASES
+class TestMultiScaleRoIAlign(EmulatedBattery):
+    cases = CASES
     # Every case in both memory formats; the rarer types on the two plainest; any strides, slower at most.
-    right = (
+    cpp = (
         *runs(CASES, ["channels_first"]),
         *runs(CASES, ["channels_last"], ["bfloat16"]),
-        *runs(("random", "seven"), ["channels_first"], ["float16"]),
         *runs(("random", "seven"), ["channels_last"], ["float32", "float64"]),
         *runs(["sixteen_channels"], [*LAYOUTS, "mixed"], ["float16"]),
     )
-    addresses = (
-        "random/channels_first-cropped/float16", "random/channels_last-misaligned/bfloat16",
-        "seven/channels_last/bfloat16", "bad/channels_last", "bad_one_level_adaptive/channels_first",
-        "many_bins/channels_first/float64", "no_rois/channels_last", "no_images/channels_first",
-    )  # fmt: skip
-    races = tuple(runs(["ten_rois"], FORMATS))
-    alone = tuple(runs(["few_blocks"], FORMATS))
-    far = tuple(runs(["sixteen_channels"], FORMATS))
+    triton = (
+        *runs(("random", "bad", "one_pixel", "one_line"), FORMATS),
+        *runs(("seven", "adaptive", "sixteen_channels"), ["channels_last"], ["bfloat16"]),
+    )
+    kernels = ("multiscale_roi_align_kernel", "multiscale_roi_align_backward_kernel", "roi_lists_kernel")
+    every_kernel = tuple(runs(["few_blocks"], FORMATS, TYPES))
 
     def calls(self, case, dtype, layouts):
         yield case.forward(dtype, layouts)
         yield case.backward(dtype, layouts)
+
+    def outputs(self, call):
+        return tree_leaves(emulated_gpu.call(call.op, call.arguments)[0])
 
     @pytest.mark.parametrize("size", [(2, 640), (640, 2)], ids=["columns", "rows"])
     @pytest.mark.parametrize("layout", FORMATS)
@@ -272,14 +280,14 @@ MAX_CASES = {
 }
 
 
-class TestMultiScaleRoIAlignMax(HostBattery):
+class TestMultiScaleRoIAlignMax(EmulatedBattery):
     """In max mode; pooled values and winners are the reference's bit for bit."""
 
-    program, cases = "multiscale_roi_align_main", MAX_CASES
-    right = (*runs(MAX_CASES, FORMATS), *runs(["three_rois"], ("mixed", "mixed3", "mixed6", "mixed9"), TYPES))
-    addresses = tuple(runs(("adaptive", "odd"), FORMATS))
-    races, far = ("ratio_2/channels_last",), ("many_samples/channels_last",)
-    alone = ("many_channels/channels_last",)
+    cases = MAX_CASES
+    cpp = (*runs(MAX_CASES, FORMATS), *runs(["three_rois"], ("mixed", "mixed3", "mixed6", "mixed9"), TYPES))
+    triton = (*runs(("ratio_2", "odd"), FORMATS), "adaptive/channels_last/bfloat16")
+    kernels = ("multiscale_roi_align_max_kernel", "multiscale_roi_align_max_backward_kernel")
+    every_kernel = tuple(runs(["three_rois"], FORMATS, TYPES))
 
     def calls(self, case, dtype, layouts):
         rois, levels = case.roi_tensor(dtype), case.level_tensor(dtype)
@@ -289,8 +297,7 @@ class TestMultiScaleRoIAlignMax(HostBattery):
         def check(found):
             assert all(map(torch.equal, found, expected))
 
-        outputs = [poisoned(tuple(expected[0].shape), layouts[0], kind) for kind in (dtype, torch.int32)]
-        yield case.call("forward_max", dtype, layouts, case.placed_features(dtype, layouts), outputs, check)
+        yield Call("multiscale_roi_align_max", case.pool(dtype, layouts), check)
         grad = case.grad(dtype)
 
         def check_sums(sums):
@@ -304,5 +311,4 @@ class TestMultiScaleRoIAlignMax(HostBattery):
                 tolerances.assert_not_worse(actual, right, truth, size=14)
 
         inputs = [place(grad, layouts[0]), place(expected[1], layouts[0])]
-        sums = case.unwritten_sums(dtype, layouts)
-        yield case.call("backward_max", dtype, layouts, inputs, sums, check_sums)
+        yield Call("multiscale_roi_align_max_backward", case.gather(inputs, dtype, layouts), check_sums)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the top-down merge, run on the CPU and compared with plain PyTorch."""
+"""The GPU kernels of the top-down merge, executed by the emulator and compared with plain PyTorch."""
 
 import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
-from host_kernels import run
-from host_kernels.battery import TYPES, Call, HostBattery, layouts_of
-from host_kernels.layouts import LAYOUTS, Layout, place, poisoned
+from helpers import emulated_gpu
+from helpers.emulated_battery import TYPES, Call, EmulatedBattery, layouts_of, runs
+from helpers.layouts import LAYOUTS, Layout, place
 
 from fpn_fast import reference
 from fpn_fast.testing import tolerances
@@ -41,12 +41,9 @@ Maps = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """along_channels: the axis that threads run along; by default that of the memory."""
-
     shape: str
     mode: str = "nearest"
     average: bool = False
-    along_channels: bool | None = None
 
 
 def arguments(mode: str, average: bool) -> dict:
@@ -61,25 +58,21 @@ def random_maps(shape: str, dtype: torch.dtype) -> Maps:
     return [torch.randn(batch, channels, h, w, generator=generator, dtype=torch.float64).to(dtype) for h, w in sizes]
 
 
+def placed(maps: Maps, layouts: list[Layout]) -> Maps:
+    """Layouts take turns."""
+    return [place(each, layouts[i % len(layouts)]) for i, each in enumerate(maps)]
+
+
 def merge(laterals: Maps, layouts: list[Layout], case: Case) -> Call:
-    inputs = [place(lateral, layouts[i % len(layouts)]) for i, lateral in enumerate(laterals)]
-    outputs = [poisoned(tuple(m.shape), layouts[i % len(layouts)], m.dtype) for i, m in enumerate(laterals[:-1])]
-    return call("forward", case, layouts, inputs, outputs, lambda merged: check_forward(laterals, merged, case))
+    arguments = [placed(laterals, layouts), MODES[case.mode], case.average]
+    return Call("top_down", arguments, lambda merged: check_forward(laterals, merged, case))
 
 
 def gather(grads: Maps, laterals: Maps, layouts: list[Layout], case: Case) -> Call:
     """Gradients of the laterals but the finest. The op takes the finest map's gradient halved, if averaging."""
     halved = [grads[0] / 2 if case.average else grads[0], *grads[1:]]
-    inputs = [place(grad, layouts[i % len(layouts)]) for i, grad in enumerate(halved)]
-    coarser = enumerate(laterals[1:], 1)
-    outputs = [poisoned(tuple(m.shape), layouts[i % len(layouts)], m.dtype) for i, m in coarser]
-    return call("backward", case, layouts, inputs, outputs, lambda sums: check_backward(grads, laterals, sums, case))
-
-
-def call(kernel: str, case: Case, layouts: list[Layout], inputs: Maps, outputs: Maps, check) -> Call:
-    along_channels = layouts[0].channels_last if case.along_channels is None else case.along_channels
-    numbers = [run.DTYPES[inputs[0].dtype], MODES[case.mode], int(case.average), int(along_channels)]
-    return Call(kernel, numbers, inputs, outputs, check)
+    arguments = [placed(halved, layouts), *laterals[-1].shape[2:], MODES[case.mode], case.average]
+    return Call("top_down_backward", arguments, lambda sums: check_backward(grads, laterals, sums, case))
 
 
 def lateral_gradients(grads: Maps, laterals: Maps, mode: str, average: bool) -> Maps:
@@ -126,60 +119,44 @@ CASES = {
     "-".join([shape, mode, "avg" if average else "sum"]): Case(shape, mode, average)
     for shape, mode, average in itertools.product(SHAPES, MODES, (False, True))
 }
-# Whichever axis the threads run along, and whatever the strides: slower at most.
-AXES = {"along_columns": False, "along_channels": True}
-CASES |= {f"{shape}-{mode}-{axis}": Case(shape, mode, False, on) for shape, mode, (axis, on) in itertools.product(
-    ("doubled", "odd"), ("nearest", "bilinear"), AXES.items())}  # fmt: skip
 
 
 def right() -> list[str]:
-    """Every shape in both memory formats and all modes; the rarer types and averaging on the two richest shapes."""
-    found = []
-    for (name, case), layout, dtype in itertools.product(CASES.items(), FORMATS, TYPES):
-        everywhere = dtype in ("float32", "bfloat16") and not case.average
-        # One block per plane: thousands of blocks that differ in nothing.
-        too_many_blocks = SHAPES[case.shape][1] > 500 and layout == "channels_first"
-        if case.along_channels is None and (everywhere or case.shape in ("doubled", "odd")) and not too_many_blocks:
-            found.append(f"{name}/{layout}/{dtype}")
-    shapes = ("doubled-nearest/float32", "doubled-nearest/bfloat16", "odd-nearest/float32", "odd-bilinear/float16")
-    for (name, dtype), axis, layout in itertools.product((s.split("/") for s in shapes), AXES, [*LAYOUTS, "mixed"]):
-        found.append(f"{name}-{axis}/{layout}/{dtype}")
-    return found
+    """Every shape in both memory formats and modes; the rarer types, averaging and layouts on the richest."""
+    shapes = [name for name, (_, channels, _) in SHAPES.items() if channels < 500]
+    found = runs([f"{shape}-nearest-sum" for shape in shapes], FORMATS, ["float32", "bfloat16"])
+    found += runs([f"{shape}-bilinear-sum" for shape in shapes], FORMATS)
+    found += runs(["odd-nearest-avg", "odd-bilinear-avg", "odd-align_corners-sum"], FORMATS, TYPES)
+    found += runs(["many_channels-nearest-sum", "column_tiles-nearest-sum"], ["channels_last"], ["float32", "float16"])
+    found += runs(["doubled-nearest-sum", "odd-nearest-sum"], [*LAYOUTS, "mixed", "mixed4"], ["float16"])
+    return list(dict.fromkeys(found))
 
 
-class TestTopDown(HostBattery):
-    program, cases, right = "top_down_main", CASES, right()
-    addresses = (
-        *(f"doubled-nearest-sum/{layout}/bfloat16" for layout in LAYOUTS),
-        *(f"odd-bilinear-sum/{layout}/float16" for layout in LAYOUTS),
-        *(f"{shape}-nearest-sum/channels_last" for shape in ("odd", "downsampling", "many_channels", "ten_levels")),
-    )
-    races = tuple(f"odd-{mode}-sum/{layout}" for mode in ("nearest", "bilinear") for layout in FORMATS)
-    alone = tuple(
-        f"{run}/{dtype}"
-        for run in ("odd-nearest-sum/channels_first", "odd-nearest-sum/channels_last",
-                    "large_planes-nearest-sum/channels_first", "column_tiles-nearest-sum/channels_last")
-        for dtype in ("float32", "float16")
+class TestTopDown(EmulatedBattery):
+    cases, cpp = CASES, right()
+    triton = (
+        *runs([f"{shape}-nearest-sum" for shape in ("doubled", "odd", "downsampling", "one_pixel", "from_one_pixel")],
+              FORMATS, ["bfloat16"]),
+        *runs(["odd-bilinear-avg", "from_one_pixel-align_corners-sum"], FORMATS),
     )  # fmt: skip
-    far = tuple(f"index_formula-nearest-sum/{layout}" for layout in FORMATS)
+    kernels = ("top_down_kernel", "top_down_backward_kernel")
+    every_kernel = tuple(runs(["index_formula-nearest-sum", "index_formula-bilinear-sum"], FORMATS, TYPES))
 
     def calls(self, case, dtype, layouts):
         laterals, grads = random_maps(case.shape, dtype), random_maps(case.shape, dtype)[:-1]
         yield merge(laterals, layouts, case)
         yield gather(grads, laterals, layouts, case)
 
-    @pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
-    def test_offsets_of_more_than_31_bits(self, text, axis):
-        for call in self.calls_of(text):
-            assert all(map(torch.equal, self.outputs(call), self.outputs(call, spread=axis)))
+    def outputs(self, call):
+        found, _ = emulated_gpu.call(call.op, call.arguments)
+        return found
 
-    @pytest.mark.parametrize("along_channels", AXES.values(), ids=AXES)
-    def test_an_expanded_gradient(self, along_channels):
+    def test_an_expanded_gradient(self):
         """sum().backward() hands on one element with strides of zero."""
-        case, laterals = Case("doubled", along_channels=along_channels), random_maps("doubled", torch.float32)
+        laterals = random_maps("doubled", torch.float32)
         grads = [torch.ones(()).expand(lateral.shape) for lateral in laterals[:-1]]
-        one = gather(grads, laterals, layouts_of("channels_first"), case)
-        one.inputs = grads
+        one = gather(grads, laterals, layouts_of("channels_first"), Case("doubled"))
+        one.arguments[0] = grads
         one.check(self.outputs(one))
 
     @pytest.mark.parametrize("average", [False, True], ids=["sum", "avg"])
