@@ -42,7 +42,7 @@ from test_mmdet_modules import (
 )
 
 import fpn_fast
-from fpn_fast.bench import cases, providers
+from fpn_fast.bench import cases, counting, providers
 from fpn_fast.bench.rois import random_rois
 from fpn_fast.integrations import mmdet as integration
 from fpn_fast.nn import mmdet
@@ -318,7 +318,7 @@ def test_a_whole_detector_has_the_same_losses_gradients_and_detections():
     fast = copy.deepcopy(plain)
     report = fpn_fast.accelerate(fast)
     kinds = ["mmdet.FPN", "mmdet.RPNHead", "mmdet.SingleRoIExtractor"]
-    assert sorted(e.module for e in report.swapped) == kinds
+    assert sorted(e.module for e in report.swapped) == ["mmdet.BasicBlock"] * 8 + kinds
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(2, 3, 96, 128, generator=generator, dtype=torch.float64)
     size = {"img_shape": (96, 128), "pad_shape": (96, 128), "ori_shape": (96, 128), "scale_factor": (1.0, 1.0)}
@@ -347,7 +347,72 @@ def test_a_whole_detector_has_the_same_losses_gradients_and_detections():
         assert len(a) == len(b) > 5
         assert a.labels.tolist() == b.labels.tolist()
         torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-7, atol=1e-6)
-    assert len(fpn_fast.restore(fast).swapped) == 3
+    assert len(fpn_fast.restore(fast).swapped) == 11
+
+
+BACKBONES = {
+    "ResNet-18": {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8},
+    "ResNet-50": {"type": "ResNet", "depth": 50, "base_channels": 8, "stem_channels": 8},
+    "caffe, checkpointed": {
+        "type": "ResNet", "depth": 50, "base_channels": 8, "style": "caffe", "with_cp": True,
+        "norm_cfg": {"type": "BN", "requires_grad": False},
+    },
+    "dilated ResNet-D": {
+        "type": "ResNetV1d", "depth": 50, "base_channels": 8, "dilations": (1, 1, 1, 2), "strides": (1, 2, 2, 1),
+        "norm_cfg": {"type": "SyncBN", "requires_grad": True},
+    },
+    "ResNeXt": {"type": "ResNeXt", "depth": 50, "groups": 4, "base_width": 8, "base_channels": 16, "stem_channels": 8},
+    "RegNet": {"type": "RegNet", "arch": "regnetx_400mf"},
+    "HRNet": {
+        "type": "HRNet",
+        "extra": {
+            f"stage{i}": {
+                "num_modules": 1, "num_branches": i, "block": "BASIC" if i > 1 else "BOTTLENECK",
+                "num_blocks": (1,) * i, "num_channels": (8, 16, 24, 32)[:i],
+            }
+            for i in range(1, 5)
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones(name):
+    """Their residual blocks, in training with norm_eval, where one call of the op is a norm and what follows it."""
+    torch.manual_seed(0)
+    plain = MODELS.build({"norm_eval": True, **copy.deepcopy(BACKBONES[name])}).double()
+    for norm in plain.modules():
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.5, 1.5)
+    fast = copy.deepcopy(plain)
+    blocks = fpn_fast.accelerate(fast).swapped
+    assert {e.module for e in blocks} <= {"mmdet.BasicBlock", "mmdet.Bottleneck"}
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    fast.train(), plain.train()
+    with torch.no_grad():
+        calls = counting.count(lambda: fast(images)).operators["fpn_fast::frozen_batch_norm"]
+    assert calls == sum(2 if e.module == "mmdet.BasicBlock" else 3 for e in blocks) > 0
+    found = []
+    for model in (fast, plain):
+        maps = model(images)
+        sum(each.square().mean() for each in maps).backward()
+        found.append([*maps, *(each.grad for each in model.parameters())])
+    for own, other in zip(*found, strict=True):
+        assert (own is None) == (other is None)
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert len(fpn_fast.restore(fast).swapped) == len(blocks)
+    assert all(torch.equal(a, b) for a, b in zip(fast(images), plain(images), strict=True))
+
+
+def test_blocks_with_plugins_and_of_other_backbones_are_left():
+    plugin = {"cfg": {"type": "ContextBlock", "ratio": 0.25}, "position": "after_conv2"}
+    backbone = {"depth": 50, "base_channels": 8, "stem_channels": 8}
+    left = fpn_fast.accelerate(MODELS.build({"type": "ResNet", "plugins": [plugin], **backbone})).left
+    assert {e.note for e in left} == {"it has plugins, which have no fused implementation"}
+    left = fpn_fast.accelerate(MODELS.build({"type": "Res2Net", "depth": 50, "scales": 4})).left
+    assert {e.note for e in left} == {"a subclass of mmdet.Bottleneck, which may compute something else"}
 
 
 def test_benchmarks_state_what_mmdetection_does():

@@ -31,7 +31,7 @@ from fpn_fast.nn.detectron2 import find_top_rpn_proposals, proposals_of_images
 from fpn_fast.nn.detectron2.fpn import FPNForward
 from fpn_fast.nn.detectron2.poolers import PoolerForward
 from fpn_fast.nn.frozen_batch_norm import fused_norm
-from fpn_fast.nn.resnet import NORMS, FusedBlock, Parts, change, know, know_norm, may_fuse, rule_of, run_block
+from fpn_fast.nn.resnet import NORMS, FusedBlock, Parts, change, know, know_norm, may_fuse, run_block
 
 _PROPOSALS = Steps(rpn.RPN, "predict_proposals", "_decode_proposals", replaced="forward")
 _ANCHORS = Part(DefaultAnchorGenerator, fused=OwnAnchorGenerator)
@@ -131,7 +131,7 @@ class FrozenBatchNorm2d(layers.FrozenBatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W] in the dtype of x."""
-        y = fused_norm(self, x, _NORM, rule_of(self, x))
+        y = fused_norm(self, x, _NORM)
         return super().forward(x) if y is None else y
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from mmcv.ops import RoIAlign
+from mmdet.models.backbones import resnet, resnext
 from mmdet.models.dense_heads import rpn_head
 from mmdet.models.necks import fpn, pafpn
 from mmdet.models.roi_heads.roi_extractors import generic_roi_extractor, single_level_roi_extractor
@@ -18,7 +19,9 @@ from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import AnchorGenerator
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fpn_fast import backends
 from fpn_fast._torch_private import has_forward_hooks
@@ -29,6 +32,7 @@ from fpn_fast.nn.mmdet import predict_proposals, proposals_of_images
 from fpn_fast.nn.mmdet.necks import FPNForward, PAFPNForward, merge_options
 from fpn_fast.nn.mmdet.proposals import check_config
 from fpn_fast.nn.mmdet.roi_extractors import LAYER_KEYS, GenericForward, SingleForward
+from fpn_fast.nn.resnet import ResidualBlock, know_norm, steps_of
 
 _PROPOSALS = Steps(rpn_head.RPNHead, "_predict_by_feat_single", "_bbox_post_process", replaced="predict_by_feat")
 _PRIORS = Part(AnchorGenerator, fused=mmdet.AnchorGenerator)
@@ -137,7 +141,55 @@ class RPNHead(rpn_head.RPNHead):
         return len(set(priors.num_base_priors)) == 1
 
 
-FUSED = replacing(FPN, PAFPN, SingleRoIExtractor, GenericRoIExtractor, RPNHead)
+know_norm(SyncBatchNorm)
+
+
+class _Block(ResidualBlock):
+    with_cp: bool
+
+    @staticmethod
+    def problem(module: Any) -> str | None:
+        """Why `module`, of the class that this one replaces, has to stay unchanged; None where it can be swapped."""
+        return "it has plugins, which have no fused implementation" if _has_plugins(module) else None
+
+    def _is_plain(self) -> bool:
+        return super()._is_plain() and not _has_plugins(self)
+
+    def _run(self, x: Tensor, norms: list[Any]) -> Tensor:
+        if not self.with_cp or not x.requires_grad:
+            return super()._run(x, norms)
+        y: Tensor = checkpoint(super()._run, x, norms, use_reentrant=False)
+        return y
+
+
+def _has_plugins(block: Any) -> bool:
+    # A BasicBlock has none.
+    return getattr(block, "with_plugins", False)
+
+
+class BasicBlock(_Block, resnet.BasicBlock):
+    """mmdetection's BasicBlock with its norms fused; with live batch norm it runs mmdetection's code."""
+
+    _convs, _norms = ("conv1", "conv2"), ("norm1", "norm2")
+    _steps = steps_of(resnet.BasicBlock, _norms)
+
+
+class Bottleneck(_Block, resnet.Bottleneck):
+    """mmdetection's Bottleneck with its norms fused; with live batch norm it runs mmdetection's code."""
+
+    _convs, _norms = ("conv1", "conv2", "conv3"), ("norm1", "norm2", "norm3")
+    _steps = steps_of(resnet.Bottleneck, _norms)
+
+
+class ResNeXtBottleneck(_Block, resnext.Bottleneck):
+    """The Bottleneck of mmdetection's ResNeXt and RegNet with its norms fused, as in :class:`Bottleneck`."""
+
+    _convs, _norms = Bottleneck._convs, Bottleneck._norms
+    _steps = Steps(resnext.Bottleneck, replaced="forward")
+
+
+_REGISTERED = replacing(FPN, PAFPN, SingleRoIExtractor, GenericRoIExtractor, RPNHead)
+FUSED = _REGISTERED | replacing(BasicBlock, Bottleneck) | {resnext.Bottleneck: ResNeXtBottleneck}
 
 
 def register() -> list[str]:
@@ -149,7 +201,7 @@ def register() -> list[str]:
         The registered names.
     """
     names = []
-    for fused in FUSED.values():
+    for fused in _REGISTERED.values():
         names.append(f"Fast{fused.__name__}")
         MODELS.register_module(name=names[-1], module=fused, force=True)
     return names

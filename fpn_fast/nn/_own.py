@@ -59,7 +59,7 @@ class Steps:
         self._has_hooks = "forward" in methods
         recorded: dict[tuple[Any, str], Any] = {}
         for name in (*methods, *([replaced] if replaced else [])):
-            if name in functions:
+            if hasattr(base, name):
                 _record(base, name, recorded)
         for function in calls:
             _record_calls(function, recorded)
@@ -120,7 +120,8 @@ def changed_steps(module: nn.Module, apart: set[type]) -> Iterator[str]:
 def _record(owner: Any, name: str, recorded: dict[tuple[Any, str], Any]) -> None:
     """Records the function or class that `owner`, a module or a class, has as `name`, and what it calls."""
     if (owner, name) not in recorded:
-        value = vars(owner)[name]
+        # A base class may define it.
+        value = inspect.getattr_static(owner, name)
         # Of other libraries the stand-ins in our tests have methods from elsewhere.
         known = _package(value) in _KNOWN_PACKAGES or (isinstance(owner, type) and _package(owner) != "torchvision")
         recorded[owner, name] = value if known else _REPLACED

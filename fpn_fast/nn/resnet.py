@@ -7,6 +7,7 @@ share :func:`may_fuse` and :func:`run_block`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Sequence
 from operator import attrgetter
 from typing import Any
@@ -20,9 +21,7 @@ from fpn_fast import _torch_private, backends
 from fpn_fast.nn._own import Steps
 from fpn_fast.nn._shared import Layer, recorded
 from fpn_fast.nn.frozen_batch_norm import STEPS as _NORM_STEPS
-from fpn_fast.nn.frozen_batch_norm import FrozenBatchNorm2d
-from fpn_fast.ops._checks import DTYPES
-from fpn_fast.ops.frozen_batch_norm import normalise, vectors_fit
+from fpn_fast.nn.frozen_batch_norm import FrozenBatchNorm2d, known_vectors, rule_of, run_norm
 
 #: Norms that have, or may have, fixed statistics, and the steps of those that are swapped by themselves.
 NORMS: dict[type, Steps | None] = {}
@@ -42,6 +41,7 @@ def know_norm(kind: type[nn.Module], steps: Steps | None = None) -> None:
 
 
 know_norm(nn.BatchNorm2d)
+know_norm(nn.SyncBatchNorm)
 know_norm(_FrozenBatchNormBase, _NORM_STEPS)
 know_norm(FrozenBatchNorm2d, _NORM_STEPS)
 
@@ -86,7 +86,8 @@ def is_fixed(norm: Any) -> bool:
     """Whether `norm` is of a kind in NORMS, called plainly, and has fixed statistics now."""
     if change(norm, NORMS) is not None:
         return False
-    return not isinstance(norm, nn.BatchNorm2d) or (not norm.training and norm.running_mean is not None)
+    live = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and (norm.training or norm.running_mean is None)
+    return not live
 
 
 def may_fuse(block: Any, x: Any, steps: Steps, norms: Sequence[Any]) -> bool:
@@ -127,62 +128,62 @@ def run_block(
 
 def _normalise(relu: Layer, norm: Any, x: Tensor, residual: Tensor | None = None, residual_norm: Any = None) -> Tensor:
     """``relu(norm(x) + residual_norm(residual))`` by the op, or by the modules where it does not know the inputs."""
-    vectors, other = _vectors(norm), [] if residual_norm is None else _vectors(residual_norm)
-    known = x.dim() == 4 and x.dtype in DTYPES and vectors_fit(x, vectors)
-    if known and residual is not None:
-        known = residual.shape == x.shape and residual.device == x.device
-        known = known and residual.dtype in (x.dtype, torch.float32)
-        known = known and (not other or (vectors_fit(x, other) and other[0].dtype == vectors[0].dtype))
-    if known:
-        rule = rule_of(norm, x)
-        dtype = torch.promote_types(x.dtype, vectors[0].dtype) if rule == "torchvision" else x.dtype
-        return normalise(x, vectors, norm.eps, residual, other, True, rule, dtype)
+    known = known_vectors(norm, x, residual, residual_norm)
+    if known is not None:
+        return run_norm(norm, x, known, residual, relu=True)
     y: Tensor = norm(x)
     if residual is not None:
         y += residual if residual_norm is None else residual_norm(residual)
     return relu(y)
 
 
-def rule_of(norm: Any, x: Tensor) -> str:
-    """The op's rule for a norm of `x`."""
-    if isinstance(norm, _FrozenBatchNormBase):
-        return "torchvision"
-    # detectron2's module calls F.batch_norm where x records no gradient.
-    return "batch_norm" if isinstance(norm, nn.BatchNorm2d) or not x.requires_grad else "detectron2"
+def _split(down: Any) -> tuple[Any, Any]:
+    """(layers, norm) of a downsampling that ends in a norm, or (what it is, None)."""
+    if change(down, (nn.Sequential,)) is not None or len(down) < 2:
+        return down, None
+    *layers, norm = down
+    return lambda x: functools.reduce(lambda y, layer: layer(y), layers, x), norm
 
 
-def _vectors(norm: Any) -> list[Tensor]:
-    return [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+class ResidualBlock(FusedBlock):
+    """The forward pass of blocks of the usual make: norms, one activation, and a downsampling or none."""
+
+    # Of the class of its library, and the names of its convolutions and norms.
+    _steps: Steps
+    _convs: Sequence[str]
+    _norms: Sequence[str]
+    relu: Any
+    downsample: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C_out, H / stride, W / stride]."""
+        norms = [getattr(self, name) for name in self._norms]
+        if not may_fuse(self, x, self._steps, norms) or not self._is_plain():
+            return super().forward(x)  # type: ignore[misc]
+        return self._run(x, norms)
+
+    def _is_plain(self) -> bool:
+        return change(self.relu, (nn.ReLU,)) is None
+
+    def _run(self, x: Tensor, norms: list[Any]) -> Tensor:
+        return run_block(self.relu, x, [getattr(self, name) for name in self._convs], norms, *_split(self.downsample))
 
 
-def split(down: Any) -> tuple[Any, Any]:
-    """(convolution, norm) of a downsampling of these two alone, or (what it is, None)."""
-    return tuple(down) if change(down, (nn.Sequential,)) is None and len(down) == 2 else (down, None)
+def steps_of(base: type, norms: Sequence[str]) -> Steps:
+    """The steps of a library's block, whose norms and activation are noted for the report of accelerate()."""
+    Parts(base, {**dict.fromkeys(norms, NORMS), "relu": (nn.ReLU,)})
+    return Steps(base, replaced="forward")
 
 
-_BASIC, _BOTTLENECK = (Steps(base, replaced="forward") for base in (resnet.BasicBlock, resnet.Bottleneck))
-Parts(resnet.BasicBlock, {"bn1": NORMS, "bn2": NORMS, "relu": (nn.ReLU,)})
-Parts(resnet.Bottleneck, {"bn1": NORMS, "bn2": NORMS, "bn3": NORMS, "relu": (nn.ReLU,)})
-
-
-class BasicBlock(FusedBlock, resnet.BasicBlock):
+class BasicBlock(ResidualBlock, resnet.BasicBlock):
     """The block of ResNet-18 and ResNet-34. With live batch norm it runs torchvision's code."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, planes, H / stride, W / stride]."""
-        norms = (self.bn1, self.bn2)
-        if not may_fuse(self, x, _BASIC, norms) or change(self.relu, (nn.ReLU,)):
-            return super().forward(x)
-        return run_block(self.relu, x, (self.conv1, self.conv2), norms, *split(self.downsample))
+    _convs, _norms = ("conv1", "conv2"), ("bn1", "bn2")
+    _steps = steps_of(resnet.BasicBlock, _norms)
 
 
-class Bottleneck(FusedBlock, resnet.Bottleneck):
+class Bottleneck(ResidualBlock, resnet.Bottleneck):
     """The block of deeper ResNets, ResNeXt and Wide ResNet. With live batch norm it runs torchvision's code."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, 4 * planes, H / stride, W / stride]."""
-        norms = (self.bn1, self.bn2, self.bn3)
-        if not may_fuse(self, x, _BOTTLENECK, norms) or change(self.relu, (nn.ReLU,)):
-            return super().forward(x)
-        convs = (self.conv1, self.conv2, self.conv3)
-        return run_block(self.relu, x, convs, norms, *split(self.downsample))
+    _convs, _norms = ("conv1", "conv2", "conv3"), ("bn1", "bn2", "bn3")
+    _steps = steps_of(resnet.Bottleneck, _norms)
