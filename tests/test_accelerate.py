@@ -137,7 +137,7 @@ def test_modules_by_themselves_and_models_without_one():
     before = {name: (type(module), dict(vars(module))) for name, module in other.named_modules()}
     report = fpn_fast.accelerate(other)
     assert str(report) == "fpn_fast: this model has no module with a fused implementation"
-    assert report.as_dict() == {"swapped": [], "left": [], "limits": []}
+    assert report.as_dict() == {"swapped": [], "left": [], "limits": [], "advice": []}
     assert {name: (type(module), dict(vars(module))) for name, module in other.named_modules()} == before
     generator = AnchorGenerator()
     assert fpn_fast.accelerate(generator).swapped[0].note == "now fpn_fast.AnchorGenerator"

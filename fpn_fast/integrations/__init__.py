@@ -11,6 +11,7 @@ import importlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fpn_fast.nn._own import changed_steps
@@ -31,9 +32,16 @@ _LIMIT = (
 )
 
 
+_ADVICE = (
+    "its convolutions are channels_first, and the GPU's tensor cores take channels_last: "
+    "model.to(memory_format=torch.channels_last) saves conversions"
+)
+
+
 @dataclass
 class Report:
-    """The modules that were swapped, those that were left unchanged, and what the model can no longer do (`limits`).
+    """The modules that were swapped, those that were left unchanged, what the model can no longer do (`limits`), and
+    what would make it faster (`advice`).
 
     ``print`` shows it as a table, with a line for all modules of a class; ``as_dict()`` gives plain data.
     """
@@ -41,13 +49,15 @@ class Report:
     swapped: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, list[Any]]:
-        """{"swapped": [{"name", "module", "note"}, ...], "left": [...], "limits": [text, ...]}"""
+        """{"swapped": [{"name", "module", "note"}, ...], "left": [...], "limits": [text, ...], "advice": [...]}"""
         return {
             "swapped": [vars(entry) for entry in self.swapped],
             "left": [vars(entry) for entry in self.left],
             "limits": self.limits,
+            "advice": self.advice,
         }
 
     def __str__(self) -> str:
@@ -63,7 +73,8 @@ class Report:
             rows.append((done, names[0] + more, module, note))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
-        return "\n".join([f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left", *lines, *self.limits])
+        head = f"fpn_fast: {len(self.swapped)} swapped, {len(self.left)} left"
+        return "\n".join([head, *lines, *self.limits, *self.advice])
 
 
 def replacing(*kinds: type) -> dict[type, type]:
@@ -114,6 +125,18 @@ def _note_changed(report: Report, model: nn.Module, apart: set[type]) -> None:
             report.swapped[i] = replace(entry, note=note)
 
 
+def _wants_channels_last(model: nn.Module) -> bool:
+    """Whether `model` has channels_first convolutions on a GPU with tensor cores."""
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d) or nn.parameter.is_lazy(module.weight):
+            continue
+        weight = module.weight
+        # The weights of a 1x1 convolution are of both formats.
+        if weight.is_cuda and not weight.is_contiguous(memory_format=torch.channels_last):
+            return torch.cuda.get_device_capability(weight.device) >= (7, 0)
+    return False
+
+
 def accelerate(model: nn.Module) -> Report:
     """Swaps every module of `model` that has a fused implementation, in place. The model computes the same.
 
@@ -152,6 +175,8 @@ def accelerate(model: nn.Module) -> Report:
     _note_changed(report, model, {*fused.values()})
     if any(type(module) in fused.values() for module in model.modules()):
         report.limits.append(_LIMIT)
+        if _wants_channels_last(model):
+            report.advice.append(_ADVICE)
     return report
 
 
