@@ -442,6 +442,19 @@ def test_gpu_metrics_take_turns_over_all_sets(captures: bool) -> None:
         assert turns == ([measurement.calls, 0, 0, 0, 0] if name == "gpu_warm" else [measurement.calls // 5] * 5)
 
 
+@pytest.mark.parametrize("synchronises", [True, False])
+def test_what_synchronises_is_not_captured(synchronises: bool) -> None:
+    numbers = torch.arange(3.0)
+
+    def step() -> object:
+        return numbers.nonzero() if synchronises else numbers + 1
+
+    clock = _CpuInPlaceOfGpu(True)
+    ready = harness.prepare(lambda: [step], lambda _: None, lambda _: None, clock, memory=False)
+    assert not isinstance(ready, str), ready
+    assert ready[0]["gpu_cold"].method == ("events" if synchronises else "graph")
+
+
 def test_results_of_a_set_live_until_its_next_turn() -> None:
     made: list[int] = []
     steps = [lambda i=i: made.append(i) or object() for i in range(3)]

@@ -79,7 +79,10 @@ def prepare(
             if memory:
                 facts["peak_bytes"] = clock.peak_bytes(steps[0])
             clock.synchronize()
-        return (metrics or clock.measurements)(steps, state), facts
+        if metrics is not None:
+            return metrics(steps, state), facts
+        # A capture that a synchronisation ends leaves PyTorch's generator refusing random numbers.
+        return clock.measurements(steps, state, captures=not facts.get("syncs")), facts
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"does not run: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

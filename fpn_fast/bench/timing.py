@@ -142,7 +142,7 @@ class Timer:
                 break
         return {"wall": Measurement("clock", calls, lambda: self.seconds(steps, calls, state))}
 
-    def measurements(self, steps: Sequence[Step], state: State) -> dict[str, Measurement]:
+    def measurements(self, steps: Sequence[Step], state: State, captures: bool = True) -> dict[str, Measurement]:
         """All metrics of this device; the first is the one of bandwidth."""
         return self.wall(steps, state)
 
@@ -200,7 +200,7 @@ class GpuTimer(Timer):
             run()
         return graph.replay
 
-    def gpu(self, steps: Sequence[Step], state: State) -> Measurement:
+    def gpu(self, steps: Sequence[Step], state: State, captures: bool) -> Measurement:
         def seconds(run: Step, calls: int) -> float:
             with state():
                 return self.elapsed(run) / calls
@@ -211,16 +211,17 @@ class GpuTimer(Timer):
         calls = min(_calls(steps, taken), MAX_NODES // len(steps) * len(steps))
         run, method = in_turn(steps, calls), "events"
         self.synchronize()
-        try:
-            with state():
-                run, method = self.capture(run), "graph"
-        except RuntimeError:
-            self.synchronize()
+        if captures:
+            try:
+                with state():
+                    run, method = self.capture(run), "graph"
+            except RuntimeError:
+                self.synchronize()
         seconds(run, calls)
         return Measurement(method, calls, lambda: seconds(run, calls))
 
-    def measurements(self, steps: Sequence[Step], state: State) -> dict[str, Measurement]:
-        metrics = {"gpu_cold": self.gpu(steps, state), "gpu_warm": self.gpu(steps[:1], state)}
+    def measurements(self, steps: Sequence[Step], state: State, captures: bool = True) -> dict[str, Measurement]:
+        metrics = {"gpu_cold": self.gpu(steps, state, captures), "gpu_warm": self.gpu(steps[:1], state, captures)}
         return metrics | self.wall(steps, state)
 
     def peak_bytes(self, step: Step) -> int:
