@@ -725,6 +725,8 @@ def test_failures_are_kept_of_tests_that_are_killed(tmp_path: Path, monkeypatch:
     dies = "def test_dies():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     (tmp_path / "tests" / "test_one.py").write_text(f"import os, pytest, signal\n\n{fails}\n@pytest.mark.gpu\n{dies}")
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    # The run's pytest would take itself for a worker of the pytest around it, whose failures another process writes.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     options = argparse.Namespace(output=tmp_path / "out", budget=100, dry_run=True)
     run = gpu_run.Run(options)
     run.section_end = time.monotonic() + 100
