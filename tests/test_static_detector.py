@@ -99,6 +99,12 @@ def test_the_default_device_does_not_matter(kind):
             check(StaticDetector(model, SIZE, 2).detect(batch), expected)
 
 
+def test_a_retinanet_is_not_packaged():
+    detector = StaticDetector(copy.deepcopy(accelerated("retinanet")).eval(), SIZE, 1)
+    with pytest.raises(NotImplementedError, match="empty list of tensors"):
+        detector.compile()
+
+
 # Of mask_rcnn faster_rcnn is a part.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "faster_rcnn"])
 def test_one_graph_when_compiled_and_exported(kind):
