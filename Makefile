@@ -27,10 +27,10 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 
 build: $(VENV)/.built  ## .venv with pinned dependencies, and the compiled library
 
-demo: build  ## train a small Faster R-CNN on digits in photographs, torchvision's and ours (about 4 and a half minutes on 2 cores)
+demo: build  ## train a small Faster R-CNN on digits in photographs, torchvision's and ours (about 4 minutes on 2 cores)
 	$(BIN)/python examples/train_detector.py --compare --backbone slim_resnet --heads tiny --channels 64 --image-size 128 \
 		--smallest-digit 24 --batch-size 4 --steps 600 --lr 3e-3 --lr-steps 390 540 --threads 1 --workers 1 \
-		--eval-images 200 --output output/demo
+		--eval-images 100 --output output/demo
 
 test: build  ## all tests that this machine can run
 	$(BIN)/python -m pytest tests -n auto --dist worksteal $(PYTEST_ARGS)
