@@ -65,7 +65,7 @@ struct Options {
   uint64_t seed = 0;
   // One block after another, in the order of their numbers or in a seeded one; or several at a time, warp by warp.
   enum Order { kInOrder, kShuffled, kInterleaved } order = kInOrder;
-  // The correctly rounded result of an approximation, or one moved by a seeded amount within its documented error.
+  // The correctly rounded result of an approximation, or one moved by a seeded amount within its largest error.
   enum Mufu { kExact, kAdversarial } mufu = kExact;
   // Also runs the cycle model, which then says which warp executes next.
   bool model = false;
