@@ -185,7 +185,7 @@ class RoundingScope {
   bool set_;
 };
 
-// An approximation and its largest error, not yet compared with PTX ISA, "Floating Point Instructions", .approx forms. Those
+// An approximation and its largest error, not yet compared with the .approx forms of the PTX ISA. Those
 // of double precision are of the upper word alone, whose last bit is 2^-20 of the value.
 enum class Approximation : uint8_t { kRCP, kRSQ, kSQRT, kEX2, kLG2, kSIN, kCOS, kTANH, kRCP64H, kRSQ64H };
 inline constexpr double kRelativeError[] = {0x1p-23, 0x1.125p-23, 0x1p-23, 0x1p-22, 0x1p-22,
