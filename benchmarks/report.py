@@ -40,26 +40,36 @@ _TABLE = re.compile(r"(<!-- table: (\w+)((?: \S+)*) -->\n).*?(<!-- /table -->)",
 
 _MERGE = "resnet50_fpn_800x1344-n1-float32-channels_last"
 _POOLER = "box_1000_7x7_adaptive_spread-n1-float32-channels_last"
+_BLOCK = "frozen_batch_norm-block_end_256x200x336-n1-float32-channels_last"
+
+
+def _whole(model: str) -> tuple[tuple[str, ...], ...]:
+    """A detector's inference and training step, in either memory format."""
+    return tuple(
+        (f"{what}{note}", "detectors", f"{model}-{case}", provider)
+        for what, case in (("inference", "inference-800x1344-n1"), ("training step", "training-320x544-n2"))
+        for note, provider in (("", "fpn_fast"), (" (channels_last)", "fpn_fast, channels_last"))
+    )
+
+
 #: The front page's rows: (stage of a detector, what is fused there, the cases that stand for it: what the ratio is of,
-#: results file, start of the case's name). The cases were chosen before they were measured: 800x1344, one image,
-#: float32, the first in its family.
+#: results file, start of the case's name, and the provider, if not "cpp"). The cases were chosen before they were
+#: measured: 800x1344, one image, float32, the first in its family.
 STAGES = (
-    ("Faster R-CNN R50, whole", "every stage below that it contains",
-     (("inference", "detectors", "faster_rcnn-inference-800x1344-n1"),
-      ("training step", "detectors", "faster_rcnn-training-320x544-n2"))),
-    ("RetinaNet R50, whole", "every stage below that it contains",
-     (("inference", "detectors", "retinanet-inference-800x1344-n1"),
-      ("training step", "detectors", "retinanet-training-320x544-n2"))),
+    ("Faster R-CNN R50, whole", "every stage below that it contains", _whole("faster_rcnn")),
+    ("RetinaNet R50, whole", "every stage below that it contains", _whole("retinanet")),
+    ("Ends of a ResNet's blocks", "frozen batch norm, residual and ReLU in one pass",
+     (("forward", "frozen_batch_norm", f"{_BLOCK}-forward"),
+      ("backward", "frozen_batch_norm", f"{_BLOCK}-backward"))),
     ("FPN top-down merge", "upsampling and addition of all levels in one kernel",
      (("forward", "top_down", f"top_down-{_MERGE}-forward"),
       ("backward", "top_down", f"top_down-{_MERGE}-backward"))),
-    ("RPN proposals", "anchors, top-k, decoding, clipping and NMS of all levels and images",
-     (("", "generate_proposals", "generate_proposals-top_1000_800x1344-n1-"),)),
+    ("Proposals and detections", "anchors, score threshold, top-k, decoding, clipping and NMS of all levels and images",
+     (("RPN", "generate_proposals", "generate_proposals-top_1000_800x1344-n1-"),
+      ("RetinaNet", "select_detections", "select_detections-retinanet_91_classes_800x1344-n1-"))),
     ("RoIAlign over the pyramid", "level assignment and pooling of all levels in one kernel",
      (("forward", "multiscale_roi_align", f"multiscale_roi_align-{_POOLER}-forward"),
       ("backward", "multiscale_roi_align", f"multiscale_roi_align-{_POOLER}-backward"))),
-    ("RetinaNet detections", "score threshold, top-k, decoding, clipping and NMS of all levels",
-     (("", "select_detections", "select_detections-retinanet_91_classes_800x1344-n1-"),)),
     ("Training targets and loss", "anchor matching without an IoU matrix; focal loss with its gradient",
      (("matching", "match_anchors", "match_anchors-20_gts"),
       ("focal loss", "sigmoid_focal_loss", "sigmoid_focal_loss-retinanet_91_classes_800x1344-n1-"))),
@@ -73,8 +83,8 @@ def ratios(folder: Path) -> Iterator[tuple[str, str, list[tuple[str, float]]]]:
     """Each stage, what is fused there, and how many times as fast as torchvision fpn_fast is in each of its cases."""
     for stage, fused, measured in STAGES:
         found = []
-        for what, family, start in measured:
-            results, name = load(folder / f"{family}.json"), "fpn_fast" if family == "detectors" else "cpp"
+        for what, family, start, *provider in measured:
+            results, name = load(folder / f"{family}.json"), provider[0] if provider else "cpp"
             cases: Any = detectors.by_case(results) if family == "detectors" else by_case(results)
             row = next(rows[name] for case, rows in cases.items() if str(case).startswith(start))
             found.append((what, float(row["speedup"]["eager"])))
@@ -109,7 +119,7 @@ def summary(folder: Path) -> str:
     lines = [["stage", "fused", "speed-up over torchvision"]]
     for stage, fused, found in ratios(folder):
         lines.append([stage, fused, ", ".join(f"{what} {ratio_text(ratio)}".strip() for what, ratio in found)])
-    families = {family for _, _, measured in STAGES for _, family, _ in measured}
+    families = {family for _, _, measured in STAGES for _, family, *_ in measured}
     dates = sorted({load(folder / f"{family}.json")["machine"]["date"] for family in families})
     date = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     note = f"{_place(folder)}, {date}, one 800x1344 image, float32 (training steps: two 320x544 images)."

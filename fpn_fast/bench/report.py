@@ -147,8 +147,6 @@ def caption(results: dict[str, Any]) -> str:
     copy = f" Copies in the same rounds reach {min(copies):.3g} to {max(copies):.3g} GB/s." if copies else ""
     refused = sorted(refusals([results]))
     note = f" Refused: {'; '.join(refused)}." if refused else ""
-    if any(row["provider"] in FUSED and not {"backend", "refused"} & set(row) for row in results["rows"]):
-        note += " An older run, to be repeated: its rows do not name the backend that ran."
     return (
         f"{tiny}{place(machine)}: median {what}; ratios are medians over rounds, above 1 where fpn_fast is faster."
         f"{copy}{note}"

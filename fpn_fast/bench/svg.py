@@ -28,7 +28,7 @@ def bars(title: str, note: str, rows: Sequence[tuple[str, str, float, str]]) -> 
 
     rows: label, kind (``whole``, ``stage`` or ``slower``: its colour), length, and the text at its end.
     """
-    left, width, step, top = 280, 400, 24, 64
+    left, width, step, top = 330, 360, 24, 64
     lengths = [0.0, *(length for _, _, length, _ in rows)]
     scale = width / (max(lengths) - min(lengths) or 1.0)
     one = left - min(lengths) * scale
