@@ -7,8 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from helpers.small_detectors import losses_and_gradients, training_batch
-from test_detectors import calibrate, check_detections
+from helpers.small_detectors import calibrate, check_detections, losses_and_gradients, training_batch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -34,7 +33,7 @@ def detector():
 
 def test_same_detections_losses_and_gradients():
     """In float64, where the pooler's other order of sums changes no decision: to rounding. test_detectors.py has every
-    detector in float32."""
+    kind in float32."""
     dtype = torch.float64
     plain = detector().to(dtype)
     fast = copy.deepcopy(plain)

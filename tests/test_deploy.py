@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_detectors import calibrate
+from helpers.small_detectors import calibrate
 
 import fpn_fast
 

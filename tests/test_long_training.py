@@ -9,9 +9,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.small_detectors import training_batch
+from helpers.small_detectors import check_detections, training_batch
 from test_accelerate import KINDS, detect, one_stage, two_stages
-from test_detectors import check_detections
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import box_iou

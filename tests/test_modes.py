@@ -6,14 +6,13 @@ import threading
 
 import pytest
 import torch
+from helpers.small_detectors import KINDS
 from test_detectors import images, targets
-from test_tracing import WHOLE, Flat, mask, retinanet
+from test_tracing import Flat, whole
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpn_fast
-
-KINDS = pytest.mark.parametrize("make", WHOLE, ids=["faster", "retinanet", "mask", "keypoint", "fcos", "ssd"])
 
 
 def kept_by(value, seen=None):
@@ -91,12 +90,12 @@ def under_vmap(model):
 MODES = [in_inference_mode, in_a_thread_in_inference_mode, with_fake_tensors, in_an_export, under_vmap]
 
 
-@KINDS
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
-def test_nothing_is_kept_that_another_mode_meets(make, mode):
-    if mode in (in_an_export, under_vmap) and make not in (mask, retinanet):
+def test_nothing_is_kept_that_another_mode_meets(kind, mode):
+    if mode in (in_an_export, under_vmap) and kind not in ("mask", "retinanet"):
         pytest.skip("one of each kind")
-    model = make()
+    model = whole(kind)
     fpn_fast.accelerate(model)
     fresh = copy.deepcopy(model)
     before = kept_by(model)

@@ -14,13 +14,10 @@ import time
 
 import pytest
 import torch
-import torchvision
 from helpers import small_detectors
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection import _utils, anchor_utils, fcos, retinanet, roi_heads, rpn, ssd, transform
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection import _utils, fcos, retinanet, roi_heads, rpn, transform
 from torchvision.ops import boxes, poolers
 
 import fpn_fast
@@ -28,61 +25,14 @@ from fpn_fast.nn import _own
 from fpn_fast.nn.static_sampling import use_static_sampling
 
 
-class TwoMaps(nn.Module):
-    """A backbone of two maps without a pyramid."""
-
-    out_channels = (8, 8)
-
-    def __init__(self):
-        super().__init__()
-        self.fine, self.coarse = nn.Conv2d(3, 8, 3, 8, 1), nn.Conv2d(8, 8, 3, 2, 1)
-
-    def forward(self, x):
-        fine = self.fine(x).relu()
-        return {"0": fine, "1": self.coarse(fine)}
-
-
-def anchors(ratios):
-    return AnchorGenerator(((8,), (16,), (24,), (32,), (48,)), (ratios,) * 5)
-
-
-DENSE = {"min_size": 64, "max_size": 96, "detections_per_img": 10, "topk_candidates": 40, "score_thresh": 0.0}
-
-
 def build(kind):
     """In float64, where rounding changes no decision."""
-    torch.manual_seed(0)
-    if kind == "mask":
-        return small_detectors.detector("mask", box_score_thresh=0.0)
-    if kind == "keypoint":
-        plain = small_detectors.detector("faster", box_score_thresh=0.0)
-        heads = plain.roi_heads
-        heads.keypoint_roi_pool = torchvision.ops.MultiScaleRoIAlign(small_detectors.NAMES, 7, 2)
-        heads.keypoint_head, heads.keypoint_predictor = KeypointRCNNHeads(16, (16,)), KeypointRCNNPredictor(16, 4)
-        return plain.double()
-    if kind == "retinanet":
-        return detection.RetinaNet(
-            small_detectors.backbone(), 3, anchor_generator=anchors((0.5, 1.0, 2.0)), **DENSE
-        ).double()
-    if kind == "fcos":
-        backbone = small_detectors.backbone()
-        head = fcos.FCOSHead(16, 1, 3, num_convs=0)
-        return detection.FCOS(backbone, 3, anchor_generator=anchors((1.0,)), head=head, **DENSE).double()
-    generator = anchor_utils.DefaultBoxGenerator([[2], [2]])
-    head = ssd.SSDHead(TwoMaps.out_channels, generator.num_anchors_per_location(), 3)
-    options = {"detections_per_img": 10, "topk_candidates": 40, "score_thresh": 0.0}
-    return ssd.SSD(TwoMaps(), generator, (96, 96), 3, head=head, **options).double()
-
-
-def batch_of(kind):
-    images, targets = small_detectors.training_batch()
-    points = torch.tensor([[[10.0, 10, 1], [20, 20, 1], [30, 30, 1], [15, 35, 0]]] * 2)
-    return images, [target | ({"keypoints": points} if kind == "keypoint" else {}) for target in targets]
+    return small_detectors.detector(kind, **({"box_score_thresh": 0.0} if kind in ("mask", "keypoint") else {}))
 
 
 def outcome(model, kind):
     """Losses and detections, as one flat list of (name, tensor)."""
-    images, targets = batch_of(kind)
+    images, targets = small_detectors.training_batch()
     torch.manual_seed(5)
     losses = model.train()(images, targets)
     with torch.no_grad():
@@ -378,7 +328,7 @@ def test_copies_and_restored_models_keep_what_is_replaced():
     model = build("retinanet")
     model.eager_outputs = both
     fpn_fast.accelerate(model)
-    images, _ = batch_of("retinanet")
+    images, _ = small_detectors.training_batch()
     copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     copies.append(copy.deepcopy(model))
     fpn_fast.restore(copies[-1])

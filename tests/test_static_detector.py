@@ -7,43 +7,23 @@ import functools
 import numpy as np
 import pytest
 import torch
-from test_detectors import calibrate, freeze
+from helpers import small_detectors
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import detection
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import fpn_fast
 from fpn_fast import StaticDetector
 
 SIZE = (60, 90)
-HEADS = {"box_detections_per_img": 12, "rpn_post_nms_top_n_test": 50, "box_score_thresh": 0.01}
-KINDS = {
-    "faster_rcnn": (detection.FasterRCNN, {"num_classes": 5, **HEADS}),
-    "mask_rcnn": (detection.MaskRCNN, {"num_classes": 5, **HEADS}),
-    "keypoint_rcnn": (detection.KeypointRCNN, {"num_classes": 2, "num_keypoints": 4, **HEADS}),
-    "retinanet": (detection.RetinaNet, {"num_classes": 5, "score_thresh": 0.009, "detections_per_img": 30}),
-    "fcos": (detection.FCOS, {"num_classes": 5, "score_thresh": 0.07, "detections_per_img": 30}),
-}
-
-# Of five maps.
-ANCHORS = {
-    "fcos": (tuple((8 * 2**i,) for i in range(5)), ((1.0,),) * 5),
-    "retinanet": (tuple((16 * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),
-}
+KINDS = [kind for kind in small_detectors.KINDS if kind != "ssd"]
 
 
 @functools.cache
 def accelerated(kind):
-    torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
-    make, options = KINDS[kind]
-    if kind in ANCHORS:
-        options = {**options, "anchor_generator": detection.fcos.AnchorGenerator(*ANCHORS[kind])}
-    model = make(backbone, min_size=64, max_size=100, **options)
-    calibrate(model)
-    # Their bits do not depend on who computes them: torch in a graph, and one pass in eager mode.
-    freeze(model.backbone.body)
+    """With frozen norms, whose bits do not depend on who computes them: torch in a graph, one pass in eager mode."""
+    model = small_detectors.detector(kind, small_detectors.residual_backbone, max_size=100).float()
+    small_detectors.calibrate(model)
     fpn_fast.accelerate(model)
     return model.eval()
 
@@ -105,8 +85,8 @@ def test_a_retinanet_is_not_packaged():
         detector.compile()
 
 
-# Of mask_rcnn faster_rcnn is a part.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "faster_rcnn"])
+# Of mask faster is a part.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "faster"])
 def test_one_graph_when_compiled_and_exported(kind):
     """Also of a model that never ran before."""
     detector, batch = StaticDetector(copy.deepcopy(accelerated(kind)).eval(), SIZE, 2), images(*SIZE)
@@ -131,12 +111,12 @@ def test_never_waits(kind):
         }
         found = torch.func.functional_call(detector, tensors, (torch.empty(2, 3, *SIZE, device="cuda"),))
     assert {each.device.type for each in found.values()} == {"cuda"}
-    assert tuple(found["boxes"].shape) == (2, 30 if kind in ("retinanet", "fcos") else 12, 4)
+    assert tuple(found["boxes"].shape) == (2, 10, 4)
 
 
 @pytest.mark.parametrize("most", [5, 40, 0])
 def test_max_detections(most):
-    for kind in ("faster_rcnn", "fcos"):
+    for kind in ("faster", "fcos"):
         batch = images(*SIZE)
         usual = StaticDetector(accelerated(kind), SIZE, 2)(batch)
         found = StaticDetector(accelerated(kind), SIZE, 2, max_detections=most)(batch)
@@ -149,7 +129,7 @@ def test_max_detections(most):
 
 def test_several_sizes_and_smaller_images():
     """The smallest that fits; an image of exactly a size as the model alone has it, a smaller one as one padded."""
-    model = accelerated("mask_rcnn")
+    model = accelerated("mask")
     detector = StaticDetector(model, [(96, 96), SIZE], 2)
     assert detector.image_sizes == [SIZE, (96, 96)]
     generator = torch.Generator().manual_seed(2)
@@ -266,11 +246,11 @@ def test_errors():
 
 
 def test_only_accelerated_detectors():
-    plain = copy.deepcopy(accelerated("faster_rcnn"))
+    plain = copy.deepcopy(accelerated("faster"))
     plain.roi_heads.__class__ = detection.roi_heads.RoIHeads
     with pytest.raises(TypeError, match=r"roi_heads must be RoIHeads after fpn_fast.accelerate"):
         StaticDetector(plain, SIZE, 1)
-    for other in (nn.Linear(2, 2), detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)):
+    for other in (nn.Linear(2, 2), small_detectors.detector("ssd")):
         with pytest.raises(TypeError, match="model must be a Faster"):
             StaticDetector(other, SIZE, 1)
 

@@ -8,14 +8,9 @@ import pickle
 
 import pytest
 import torch
-import torchvision
-from helpers.small_detectors import detector, training_batch
-from test_accelerate import anchors, one_stage, pyramid, two_stages
-from test_detectors import build, calibrate
+from helpers.small_detectors import KINDS, calibrate, detector, training_batch
+from test_accelerate import pyramid
 from torch import fx, nn
-from torchvision.models.detection import FCOS, KeypointRCNN
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import MultiScaleRoIAlign, RoIAlign
 
@@ -25,7 +20,6 @@ import fpn_fast
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning", "ignore:.*legacy:DeprecationWarning"
 )
-NAMES = ["0", "1", "2"]
 ONNX = {"dynamo": False, "opset_version": 17}
 
 
@@ -140,35 +134,10 @@ def test_poolers(pool, tracer):
     torch.testing.assert_close(recorded(*maps, boxes * 0.5), plain(*maps, boxes * 0.5))
 
 
-def mask():
-    return detector("mask").float()
-
-
-def keypoint():
-    torch.manual_seed(0)
-    return KeypointRCNN(
-        pyramid(), rpn_anchor_generator=anchors(), box_roi_pool=MultiScaleRoIAlign(NAMES, 7, 2),
-        box_head=TwoMLPHead(16 * 7**2, 1024), num_classes=2, min_size=64, max_size=96,
-        keypoint_roi_pool=MultiScaleRoIAlign(NAMES, 14, 2), keypoint_head=KeypointRCNNHeads(16, (16,)),
-        keypoint_predictor=KeypointRCNNPredictor(16, 4), box_detections_per_img=5,
-    )  # fmt: skip
-
-
-def retinanet():
-    torch.manual_seed(0)
-    model = one_stage(True)
+def whole(kind):
+    model = detector(kind).float()
     calibrate(model)
     return model
-
-
-def fcos():
-    torch.manual_seed(0)
-    generator = torchvision.models.detection.anchor_utils.AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
-    return FCOS(pyramid(32), 5, anchor_generator=generator, min_size=64, max_size=96, score_thresh=0.0)
-
-
-def ssd():
-    return build("ssdlite320_mobilenet_v3_large")
 
 
 class Flat(nn.Module):
@@ -182,13 +151,10 @@ class Flat(nn.Module):
         return tuple(self.model([image])[0].values())
 
 
-WHOLE = [lambda: two_stages(True), retinanet, mask, keypoint, fcos, ssd]
-
-
-@pytest.mark.parametrize("make", WHOLE, ids=["faster", "retinanet", "mask", "keypoint", "fcos", "ssd"])
-def test_trace_of_a_whole_detector(make):
+@pytest.mark.parametrize("kind", KINDS)
+def test_trace_of_a_whole_detector(kind):
     """torchvision's own code runs under the tracer, so that its graph comes out, and no operator of ours."""
-    plain, fast = pair(make())
+    plain, fast = pair(whole(kind))
     image = training_batch(torch.float32)[0][0]
     with torch.no_grad():
         ours, theirs = (torch.jit.trace(Flat(model), image, check_trace=False) for model in (fast, plain))
@@ -204,7 +170,7 @@ def test_trace_of_a_whole_detector(make):
 
 
 def test_onnx_of_a_whole_detector():
-    plain, fast = pair(mask())
+    plain, fast = pair(whole("mask"))
     pytest.importorskip("onnx")
     images = training_batch(torch.float32)[0][:1]
     file = io.BytesIO()
@@ -218,7 +184,7 @@ def test_onnx_of_a_whole_detector():
 
 
 def test_static_detector_says_that_it_is_not_traced():
-    _, fast = pair(two_stages(True))
+    _, fast = pair(whole("faster"))
     static = fpn_fast.StaticDetector(fast, (64, 96), 1)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record a StaticDetector"):
         torch.jit.trace(static, torch.rand(1, 3, 64, 96), strict=False)
