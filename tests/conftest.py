@@ -90,6 +90,8 @@ from helpers.devices import CPU_AND_GPU  # noqa: E402
 
 from fpn_fast import backends  # noqa: E402
 
+FOR_A_GPU = pytest.StashKey[int]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # A GPU's arithmetic with infinities and NaN warns nobody.
@@ -104,16 +106,32 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from helpers.battery import is_left_out
 
-    left_out = {item: None for item in items if is_left_out(item)}
+    # A test that is skipped costs its way from worker to report; of thousands that is a minute.
+    of_gpu = {} if torch.cuda.is_available() else {item: None for item in items if item.get_closest_marker("gpu")}
+    _count_for_a_gpu(config, len(of_gpu))
+    left_out = of_gpu | {item: None for item in items if is_left_out(item)}
     config.hook.pytest_deselected(items=list(left_out))
     # What compiles for minutes begins first, so that no worker waits for it in the end.
     first = [f"test_{name}.py" for name in ("machine_code", "mutations", "sanitized_library", "host_detections")]
     items[:] = sorted((item for item in items if item not in left_out), key=lambda item: item.path.name not in first)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _count_for_a_gpu(config: pytest.Config, count: int) -> None:
+    """Of a worker for the process that reports."""
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["for_a_gpu"] = count
+    else:
+        config.stash[FOR_A_GPU] = count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    _count_for_a_gpu(node.config, getattr(node, "workeroutput", {}).get("for_a_gpu", 0))
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if count := config.stash.get(FOR_A_GPU, 0):
+        terminalreporter.write_line(f"{count} tests need a CUDA device and were left out: there is none here.")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
