@@ -229,6 +229,18 @@ class TestMultiScaleRoIAlign(EmulatedBattery):
         call = case.forward(torch.float64, layouts_of(layout))
         call.check(self.outputs(call))
 
+    def test_an_unaligned_map_slows_itself_alone(self):
+        aligned, other = LAYOUTS["channels_last"], LAYOUTS["channels_last-misaligned"]
+        counted = []
+        for layouts in ([aligned, aligned], [other, aligned], [other, other]):
+            call = replace(SIXTEEN, levels=(0, 1, 0)).forward(torch.float16, layouts)
+            found, [(kernel, counters)] = emulated_gpu.call(call.op, call.arguments)
+            call.check(tree_leaves(found))
+            # The template's argument kChannelsLast.
+            assert "Lb1E" in kernel
+            counted.append(counters["warp_instructions"])
+        assert counted[0] < counted[1] < counted[2]
+
     def test_an_expanded_gradient(self):
         """sum().backward() hands on one element with strides of zero."""
         case = CASES["random"]

@@ -271,8 +271,15 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
     const int count = static_cast<int>(min(arguments.channels - c, int64_t{kVec<T>}));
     const T* source = whole(map.at(block.image, c, 0, 0));
     T* target = pooled.at(k, c, y, x);
-    walk_line(block, line, walk_bins, scale, source, target, step,
-              channel_access<T, kChannelsLast, kRoiAlignLoads>(map.stride_c, pooled.stride_c, count));
+    const auto walk = [&](const auto& access) {
+      walk_line(block, line, walk_bins, scale, source, target, step, access);
+    };
+    // Other levels are fast where one is not aligned.
+    if (kChannelsLast && map.vectorised && pooled.vectorised) {
+      walk(VectorChannels<T, kRoiAlignLoads>{});
+    } else {
+      walk(StridedChannels<T>{map.stride_c, pooled.stride_c, count});
+    }
   }
   bool lists_all = true;
 #pragma unroll 1
@@ -292,16 +299,18 @@ template <class T, class Launch>
 void pool_in_launch(const RoiAlignArguments<acc_type<T>>& arguments, std::vector<FeatureMap<const T>> features,
                     const FeatureMap<T>& pooled, const Launch& launch) {
   std::vector<FeatureMap<T>> targets{pooled};
-  const bool is_vectorised = mark_vectorised(features, targets);
+  mark_vectorised(features, targets);
+  const auto is_last = [](const auto& map) { return map.stride_c == 1; };
+  const bool channels_last = is_last(pooled) && std::all_of(features.begin(), features.end(), is_last);
   RoiAlignPooling<T> pooling{};
   pooling.arguments = arguments;
   std::copy(features.begin(), features.end(), pooling.feature);
-  pooling.pooled = pooled;
+  pooling.pooled = targets[0];
   const auto run = [&]<bool kChannelsLast>() {
     const LaunchConfig config = roi_align_launch<T, kChannelsLast>(pooling);
     launch(multiscale_roi_align_kernel<T, kChannelsLast>, config, pooling);
   };
-  is_vectorised ? run.template operator()<true>() : run.template operator()<false>();
+  channels_last ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 }  // namespace fpn_fast
