@@ -343,6 +343,25 @@ def bits_of_f64(x):
 
 COMPARISONS = ("EQ", "NE", "LT", "LE", "GT", "GE", "EQU", "NEU", "LTU", "LEU", "GTU", "GEU", "NAN", "NUM")
 ROUND = {"": np.rint, ".FLOOR": np.floor, ".CEIL": np.ceil, ".TRUNC": np.trunc}
+
+
+def last_place(y):
+    return np.exp2(np.floor(np.log2(np.abs(y))) - 23)
+
+
+#: MUFU's functions, and by how much each may be off, as the PTX ISA 9.1 has it of their .approx forms.
+APPROXIMATIONS = {
+    "RCP": (lambda v: 1 / v, lambda v, y: last_place(y)),
+    "RSQ": (lambda v: 1 / np.sqrt(v), lambda v, y: 2.0**-22.9 * np.abs(y)),
+    "SQRT": (np.sqrt, lambda v, y: 2.0**-23 * np.abs(y)),
+    "EX2": (np.exp2, lambda v, y: 2 * last_place(y)),
+    "LG2": (np.log2, lambda v, y: 2.0**-22 * np.where((v > 0.5) & (v < 2), 1, np.abs(y))),
+    "SIN": (lambda v: np.sin(2 * np.pi * v), lambda v, y: np.full_like(y, 2.0**-20.5)),
+    "COS": (lambda v: np.cos(2 * np.pi * v), lambda v, y: np.full_like(y, 2.0**-20.5)),
+    "TANH": (np.tanh, lambda v, y: 2.0**-11 * np.abs(y)),
+}
+
+
 FLOATING = [
     ("FADD R12, R4, -R6", lambda x: ffma(x, np.ones_like(x.fa), -x.fb)),
     ("FADD.FTZ R12, |R4|, R6", lambda x: canonical(flush(flush(np.abs(x.fa)) + flush(x.fb)))),
@@ -436,16 +455,7 @@ FLOATING = [
     ),
     *(
         (f"MUFU.{name} R12, R4", lambda x, f=f: canonical(flush(f(flush(x.fa).astype(F64)).astype(F32))))
-        for name, f in {
-            "RCP": lambda v: 1 / v,
-            "RSQ": lambda v: 1 / np.sqrt(v),
-            "SQRT": np.sqrt,
-            "EX2": np.exp2,
-            "LG2": np.log2,
-            "TANH": np.tanh,
-            "SIN": lambda v: np.sin(2 * np.pi * v),
-            "COS": lambda v: np.cos(2 * np.pi * v),
-        }.items()
+        for name, (f, _) in APPROXIMATIONS.items()
     ),
 ]
 
@@ -524,14 +534,18 @@ def test_opcode_equals_its_statement(instructions, statement, inputs):
         assert not len(wrong), [(words[k, :7].tolist(), hex(found[k]), hex(value[k])) for k in wrong]
 
 
-@pytest.mark.parametrize(("name", "error"), [("RCP", 2.0**-23), ("RSQ", 2.0**-22.9), ("EX2", 2.0**-22)])
+@pytest.mark.parametrize("name", APPROXIMATIONS)
 @np.errstate(all="ignore")
-def test_adversarial_approximation_is_off_by_its_error_at_most(name, error, inputs):
+def test_adversarial_approximation_is_off_by_its_error_at_most(name, inputs):
+    """And nearly by that somewhere."""
     words, x = inputs
-    exact = {"RCP": lambda v: 1 / v, "RSQ": lambda v: 1 / np.sqrt(v), "EX2": np.exp2}[name](flush(x.fa).astype(F64))
+    function, largest = APPROXIMATIONS[name]
+    v = flush(x.fa).astype(F64)
+    exact = function(v)
     moved = [execute(f"MUFU.{name} R12, R4", words, mufu="adversarial", seed=s)[:, 0].view(F32) for s in (1, 2)]
     normal = np.isfinite(exact) & (np.abs(exact) > 2.0**-126) & (np.abs(exact) < 2.0**127)
-    assert max(np.abs(each[normal] / exact[normal] - 1).max() for each in moved) <= error
+    shares = [(np.abs(each - exact) / largest(v, exact))[normal].max() for each in moved]
+    assert 0.75 < max(shares) <= 1
     assert (moved[0] != moved[1])[normal].any()
 
 
@@ -746,3 +760,50 @@ def test_counters_are_those_of_a_known_kernel():
     again = gpu_emulator.launch(usage + text_of(lines), "kernel", 1, 64, arguments(source, out), memory, model=True)
     assert {name: again[name] for name in expected} == expected
     assert again["model_cycles"] > 0
+
+
+def modelled(blocks, **options):
+    """Blocks of 256 threads, each of which copies 16 bytes."""
+    source, out = (np.zeros(blocks * 1024, dtype=I32) for _ in range(2))
+    lines = [
+        "S2R R0, SR_CTAID.X", "S2R R1, SR_TID.X", "IMAD R0, R0, 0x100, R1", "LDC.64 R2, c[0x0][0x210]",
+        "IMAD.WIDE R2, R0, 0x10, R2", "LDG.E.128 R4, desc[UR4][R2.64]", "LDC.64 R2, c[0x0][0x218]",
+        "IMAD.WIDE R2, R0, 0x10, R2", "STG.E.128 desc[UR4][R2.64], R4", "EXIT",
+    ]  # fmt: skip
+    memory = [Allocation(source.ctypes.data, source.nbytes), Allocation(out.ctypes.data, out.nbytes, False, True)]
+    return gpu_emulator.launch(
+        text_of(lines), "kernel", blocks, 256, arguments(source, out), memory, model=True, **options
+    )
+
+
+def test_a_share_of_the_blocks_is_modelled_on_that_share_of_the_gpu():
+    whole, part = modelled(1056), modelled(1056, share=33 / 132)
+    assert (part["model_sms"], part["blocks_run"]) == (33, 264)
+    assert part["model_us"] == pytest.approx(whole["model_us"], rel=0.02)
+
+
+def test_each_constant_of_the_model_can_be_another():
+    table = gpu_emulator.model_constants()
+    assert len({each.name for each in table}) == len(table)
+    assert all(each.least <= each.value <= each.largest and each.origin for each in table)
+    values = {each.name: each.value for each in table}
+    own = modelled(1056)["model_us"]
+    # Where memory lies decides which lines share a set of the cache.
+    assert modelled(1056, constants=values)["model_us"] == pytest.approx(own, rel=0.02)
+    slower = {"dram_bytes_per_cycle": values["dram_bytes_per_cycle"] / 2}
+    assert modelled(1056, constants=slower)["model_us"] > 1.2 * own
+    with pytest.raises(gpu_emulator.EmulatorFault, match="no constant frob"):
+        modelled(1, constants={"frob": 1})
+
+
+def test_the_model_is_no_faster_than_its_memory():
+    """What is stored last must arrive, too."""
+    run, values = modelled(1056), {each.name: each.value for each in gpu_emulator.model_constants()}
+    assert run["model_dram_bytes"] >= 2 * 1056 * 4096
+    assert run["model_cycles"] >= run["model_dram_bytes"] / values["dram_bytes_per_cycle"]
+
+
+def test_the_largest_block_is_counted():
+    lines = ["S2R R0, SR_CTAID.X", "ISETP.NE.AND P0, PT, R0, 0x2, PT", "@P0 EXIT", "NOP", "NOP", "EXIT"]
+    run = gpu_emulator.launch(text_of(lines), "kernel", 4, 32, b"")
+    assert (run["warp_instructions"], run["largest_block"]) == (3 * 3 + 6, 6)

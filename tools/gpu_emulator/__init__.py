@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +130,21 @@ def cuobjdump() -> str:
     return found
 
 
+class ModelConstant(NamedTuple):
+    """Of the cycle model: `least` and `largest` are what it may well be, `origin` says where it comes from."""
+
+    name: str
+    value: float
+    least: float
+    largest: float
+    origin: str
+
+
+def model_constants() -> list[ModelConstant]:
+    """All of them, for an H200: cycle_model.h."""
+    return [ModelConstant(*each) for each in _module().model_constants()]
+
+
 def opcodes() -> list[str]:
     """The instructions that the emulator knows."""
     return _module().opcodes()
@@ -163,12 +178,14 @@ def launch(
     mufu: str = "exact",
     model: bool = False,
     share: float = 1.0,
+    constants: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Runs a kernel on the host's memory and returns its counters (Counters in emulator.h).
 
     code: what `program` takes, or its result. parameters: the kernel's, laid out as C does, from the first one on.
     order: "in_order", "shuffled" or "interleaved" blocks. mufu: "exact", or "adversarial" within the documented errors.
-    share: of the blocks, evenly spread. Raises EmulatorFault (kind, kernel, block, thread, pc, instruction, source).
+    share: of the blocks, evenly spread; the model is then of that share of the GPU. constants: of the cycle model, by
+    name, in place of its own. Raises EmulatorFault (kind, kernel, block, thread, pc, instruction, source).
     """
     if mufu not in ("exact", "adversarial"):
         raise ValueError(f'mufu must be "exact" or "adversarial", got {mufu!r}')
@@ -185,4 +202,5 @@ def launch(
         mufu == "adversarial",
         model,
         share,
+        dict(constants or {}),
     )

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cycle_model.h"
 #include "decoder.h"
 #include "emulator.h"
 
@@ -28,6 +29,7 @@ py::dict dict_of(const Counters& counters) {
   COUNTER(threads_per_block);
   COUNTER(warp_instructions);
   COUNTER(lane_instructions);
+  COUNTER(largest_block);
   COUNTER(by_pipe);
   COUNTER(by_opcode);
   COUNTER(global_loads);
@@ -51,6 +53,7 @@ py::dict dict_of(const Counters& counters) {
   COUNTER(warps_per_sm);
   COUNTER(occupancy_limit);
   COUNTER(unwritten_bytes);
+  COUNTER(model_sms);
   COUNTER(model_cycles);
   COUNTER(model_us);
   COUNTER(loads_in_flight_bytes);
@@ -94,9 +97,17 @@ PYBIND11_MODULE(_emulator, module) {
     for (int k = 0; k < static_cast<int>(Opcode::kCount); ++k) names.emplace_back(name_of(static_cast<Opcode>(k)));
     return names;
   });
+  module.def("model_constants", [] {
+    py::list rows;
+    for (const ModelConstant& each : model_constants()) {
+      rows.append(py::make_tuple(each.name, each.value, each.least, each.largest, each.origin));
+    }
+    return rows;
+  });
   module.def("run", [](const Program& program, const std::vector<uint32_t>& grid, const std::vector<uint32_t>& block,
                        uint32_t dynamic_shared, const py::bytes& parameters, const std::vector<py::tuple>& allocations,
-                       uint64_t seed, int order, bool adversarial, bool model, double share) {
+                       uint64_t seed, int order, bool adversarial, bool model, double share,
+                       const std::map<std::string, double>& constants) {
     Launch launch{dim3(grid), dim3(block), dynamic_shared, {}, {}};
     const std::string bytes = parameters;
     for (const char each : bytes) launch.parameters.push_back(static_cast<std::byte>(each));
@@ -111,8 +122,12 @@ PYBIND11_MODULE(_emulator, module) {
                                     written == nullptr && each[2].cast<bool>(), each[3].cast<bool>(),
                                     each[4].cast<std::string>(), written});
     }
-    Options options{seed, static_cast<Options::Order>(order), adversarial ? Options::kAdversarial : Options::kExact,
-                    model, share};
+    Options options{seed,
+                    static_cast<Options::Order>(order),
+                    adversarial ? Options::kAdversarial : Options::kExact,
+                    model,
+                    share,
+                    constants};
     Counters counters;
     {
       const py::gil_scoped_release release;

@@ -107,9 +107,9 @@ void Counting::finish(Counters& counters, const Program& program, const Launch& 
   for (int k = 0; k < static_cast<int>(Opcode::kCount); ++k) {
     if (opcodes_[k] == 0) continue;
     counters.by_opcode[name_of(static_cast<Opcode>(k))] = opcodes_[k];
-    counters.warp_instructions += opcodes_[k];
   }
   for (int k = 0; k < static_cast<int>(Pipe::kCount); ++k) counters.by_pipe[kPipeNames[k]] = pipes_[k];
+  counters.warp_instructions = instructions_;
   counters.lane_instructions = lanes_;
   counters.blocks = launch.grid.count();
   counters.threads_per_block = launch.block.count();

@@ -43,18 +43,19 @@ class L1Cache {
 class Counting {
  public:
   void instruction(const Instruction& ins, uint32_t lanes) {
+    ++instructions_;
     ++opcodes_[static_cast<int>(ins.op)];
     ++pipes_[static_cast<int>(ins.pipe)];
     lanes_ += static_cast<uint64_t>(__builtin_popcount(lanes));
-    warp_loads_ += ins.op == Opcode::kLDG;
   }
+  uint64_t instructions() const { return instructions_; }
   void memory(const MemoryAccess& access, const Request& request, int l1_hits);
   void finish(Counters& counters, const Program& program, const Launch& launch, GlobalMemory& memory) const;
 
  private:
   std::array<uint64_t, static_cast<int>(Opcode::kCount)> opcodes_{};
   std::array<uint64_t, static_cast<int>(Pipe::kCount)> pipes_{};
-  uint64_t lanes_ = 0, warp_loads_ = 0;
+  uint64_t instructions_ = 0, lanes_ = 0;
   Counters sums_;
 };
 

@@ -2,50 +2,74 @@
 #include "cycle_model.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace gpu_emulator {
-namespace {
 
-int cycles_of(Pipe pipe) {
+const std::vector<ModelConstant>& model_constants() {
+  static const std::vector<ModelConstant> table = {
+#define ROW(name, value, least, largest, origin) {#name, value, least, largest, origin},
+      GPU_EMULATOR_CONSTANTS(ROW)
+#undef ROW
+  };
+  return table;
+}
+
+ModelConstants::ModelConstants(const std::map<std::string, double>& others) {
+  for (const auto& [key, other] : others) {
+    double* constant = nullptr;
+#define FIND(name, value, least, largest, origin) \
+  if (key == #name) constant = &name;
+    GPU_EMULATOR_CONSTANTS(FIND)
+#undef FIND
+    if (constant == nullptr) throw Fault("launch", "the cycle model has no constant " + key);
+    *constant = other;
+  }
+}
+
+CycleModel::CycleModel(const Options& options) : k_(options.constants) {
+  sms_ = std::clamp(static_cast<int>(std::lround(k_.sms * options.share)), 1, static_cast<int>(k_.sms));
+  const double share = sms_ / k_.sms;
+  l2_rate_ = k_.l2_bytes_per_cycle * share;
+  dram_rate_ = k_.dram_bytes_per_cycle * share;
+}
+
+double CycleModel::cycles_of(Pipe pipe) const {
   switch (pipe) {
     case Pipe::kAlu:
-      return kModel.alu_cycles;
+      return k_.alu_cycles;
     case Pipe::kFma:
     case Pipe::kFmaHeavy:
-      return kModel.fma_cycles;
+      return k_.fma_cycles;
     case Pipe::kFp64:
-      return kModel.fp64_cycles;
+      return k_.fp64_cycles;
     case Pipe::kXu:
-      return kModel.xu_cycles;
+      return k_.xu_cycles;
     case Pipe::kLsu:
-      return kModel.lsu_cycles;
+      return k_.lsu_cycles;
     case Pipe::kUniform:
-      return kModel.uniform_cycles;
+      return k_.uniform_cycles;
     default:
       return 1;
   }
 }
 
 // Of what a scoreboard awaits, beside memory.
-int latency_of(const Instruction& ins) {
+double CycleModel::latency_of(const Instruction& ins) const {
   switch (ins.op) {
     case Opcode::kSHFL:
-      return kModel.shuffle_latency;
+      return k_.shuffle_latency;
     case Opcode::kLDC:
-      return kModel.constant_latency;
+      return k_.constant_latency;
     case Opcode::kS2R:
     case Opcode::kS2UR:
     case Opcode::kREDUX:
     case Opcode::kB2R:
-      return kModel.special_latency;
+      return k_.special_latency;
     default:
-      return kModel.xu_latency;
+      return k_.xu_latency;
   }
 }
-
-}  // namespace
-
-CycleModel::CycleModel(const Program&, const Launch&, const Options&) {}
 
 double CycleModel::earliest(const Sm& sm, int scheduler, const WarpTime& warp, const Instruction& ins) const {
   double at = warp.ready;
@@ -55,15 +79,14 @@ double CycleModel::earliest(const Sm& sm, int scheduler, const WarpTime& warp, c
   const auto free = [&](Pipe pipe) { return sm.pipe_free[scheduler][static_cast<int>(pipe)]; };
   if (ins.pipe == Pipe::kFma) return std::max(at, std::min(free(Pipe::kFma), free(Pipe::kFmaHeavy)));
   at = std::max(at, free(ins.pipe));
-  // A queue of some accesses before the memory pipe.
   const bool queues =
       ins.op == Opcode::kLDG || ins.op == Opcode::kSTG || ins.op == Opcode::kLDS || ins.op == Opcode::kSTS;
-  return queues ? std::max(at, sm.lsu_free - 64) : at;
+  return queues ? std::max(at, sm.lsu_free - k_.lsu_queue) : at;
 }
 
 int CycleModel::load(Sm& sm, const Request& request, double start, double& done) {
   int hits = 0;
-  done = start + kModel.l1_latency;
+  done = start + k_.l1_latency;
   for (int k = 0; k < request.sector_count; ++k) {
     const uint64_t sector = request.sectors[k];
     double* filled_at;
@@ -73,15 +96,15 @@ int CycleModel::load(Sm& sm, const Request& request, double start, double& done)
       continue;
     }
     l2_bytes_ += 32;
-    l2_free_ = std::max(start, l2_free_) + 32 / kModel.l2_bytes_per_cycle;
-    sm.port_free = std::max(l2_free_, sm.port_free) + 32 / kModel.port_bytes_per_cycle;
-    double end = sm.port_free + kModel.l2_latency;
+    l2_free_ = std::max(start, l2_free_) + 32 / l2_rate_;
+    sm.port_free = std::max(l2_free_, sm.port_free) + 32 / k_.port_bytes_per_cycle;
+    double end = sm.port_free + k_.l2_latency;
     uint8_t& present = in_l2_[sector / 4];
     if (!(present >> sector % 4 & 1)) {
       present = static_cast<uint8_t>(present | 1 << sector % 4);
       dram_bytes_ += 32;
-      dram_free_ = std::max(start, dram_free_) + 32 / kModel.dram_bytes_per_cycle;
-      end = std::max(sm.port_free, dram_free_) + kModel.dram_latency;
+      dram_free_ = std::max(start, dram_free_) + 32 / dram_rate_;
+      end = std::max(sm.port_free, dram_free_) + k_.dram_latency;
     }
     *filled_at = end;
     done = std::max(done, end);
@@ -92,7 +115,7 @@ int CycleModel::load(Sm& sm, const Request& request, double start, double& done)
 
 int CycleModel::issue(Sm& sm, int scheduler, WarpTime& warp, const Instruction& ins, const MemoryAccess& access,
                       const Request& request, double now) {
-  double results = now + latency_of(ins), sources = now + 10;
+  double results = now + latency_of(ins), sources = now + k_.source_latency;
   int hits = 0;
   if (access.space == MemoryAccess::kGlobal) {
     const double start = std::max(now, sm.lsu_free);
@@ -104,24 +127,24 @@ int CycleModel::issue(Sm& sm, int scheduler, WarpTime& warp, const Instruction& 
         const uint64_t sector = request.sectors[k];
         const auto bit = static_cast<uint8_t>(1 << sector % 4);
         in_l2_[sector / 4] |= bit;
-        sm.port_free = std::max(sm.port_free, start) + 32 / kModel.port_bytes_per_cycle;
+        sm.port_free = std::max(sm.port_free, start) + 32 / k_.port_bytes_per_cycle;
         uint8_t& dirty = dirty_[sector / 4];
         if (dirty & bit) continue;
         dirty |= bit;
         dram_bytes_ += 32;
-        dram_free_ = std::max(dram_free_, start) + 32 / kModel.dram_bytes_per_cycle;
+        dram_free_ = std::max(dram_free_, start) + 32 / dram_rate_;
       }
-      if (dram_free_ - start > kModel.store_backlog) {
-        sm.lsu_free = std::max(sm.lsu_free, dram_free_ - kModel.store_backlog);
+      if (dram_free_ - start > k_.store_backlog) {
+        sm.lsu_free = std::max(sm.lsu_free, dram_free_ - k_.store_backlog);
       }
-      sources = start + 20;
-      results = start + kModel.atomic_latency;
+      sources = start + k_.store_source_latency;
+      results = start + k_.atomic_latency;
     }
   } else if (access.space != MemoryAccess::kNowhere) {
     const double start = std::max(now, sm.lsu_free);
     sm.lsu_free = start + std::max(request.wavefronts, 1u);
-    results = start + (access.space == MemoryAccess::kShared ? kModel.shared_latency : kModel.l1_latency);
-    sources = start + 10;
+    results = start + (access.space == MemoryAccess::kShared ? k_.shared_latency : k_.l1_latency);
+    sources = start + k_.source_latency;
   }
   Pipe pipe = ins.pipe;
   double (&free)[static_cast<int>(Pipe::kCount)] = sm.pipe_free[scheduler];
@@ -139,19 +162,21 @@ int CycleModel::issue(Sm& sm, int scheduler, WarpTime& warp, const Instruction& 
   }
   const bool jump =
       ins.op == Opcode::kBRA || ins.op == Opcode::kCALL || ins.op == Opcode::kRET || ins.op == Opcode::kBSYNC;
-  const int stall = std::max<int>(ins.stall, jump ? kModel.jump_cycles : 1);
-  warp.ready = std::max(warp.ready, now + stall);
+  warp.ready = std::max(warp.ready, now + std::max<double>(ins.stall, jump ? k_.jump_cycles : 1));
   return hits;
 }
 
 void CycleModel::finish(Counters& counters, double cycles) const {
+  // What was stored is to arrive.
+  cycles = std::max({cycles, l2_free_, dram_free_});
   counters.model_cycles = cycles;
-  counters.model_us = cycles / (kModel.clock_ghz * 1e3);
-  counters.loads_in_flight_bytes = cycles > 0 ? bytes_in_flight_ / cycles / kModel.sms : 0;
+  counters.model_us = cycles / (k_.clock_ghz * 1e3);
+  counters.model_sms = static_cast<uint64_t>(sms_);
+  counters.loads_in_flight_bytes = cycles > 0 ? bytes_in_flight_ / cycles / sms_ : 0;
   counters.model_l2_bytes = l2_bytes_;
   counters.model_dram_bytes = dram_bytes_;
   for (int k = 0; k < static_cast<int>(Pipe::kCount); ++k) {
-    counters.pipe_busy[kPipeNames[k]] = cycles > 0 ? busy_[k] / (cycles * kModel.schedulers * kModel.sms) : 0;
+    counters.pipe_busy[kPipeNames[k]] = cycles > 0 ? busy_[k] / (cycles * k_.schedulers * sms_) : 0;
   }
 }
 

@@ -69,13 +69,17 @@ struct Options {
   enum Mufu { kExact, kAdversarial } mufu = kExact;
   // Also runs the cycle model, which then says which warp executes next.
   bool model = false;
-  // Of the blocks, evenly spread; counters are of those that ran.
+  // Of the blocks, evenly spread; counters are of those that ran, and the model is of that share of the GPU.
   double share = 1;
+  // Of the cycle model, that differ from cycle_model.h.
+  std::map<std::string, double> constants;
 };
 
 struct Counters {
   uint64_t blocks = 0, blocks_run = 0, threads_per_block = 0;
   uint64_t warp_instructions = 0, lane_instructions = 0;
+  // Warp instructions of the block that has most, where blocks run one after another.
+  uint64_t largest_block = 0;
   std::map<std::string, uint64_t> by_pipe, by_opcode;
   // Global memory: requests of warps, sectors of 32 bytes that they ask for, bytes that lanes use.
   uint64_t global_loads = 0, global_stores = 0, global_atomics = 0;
@@ -92,6 +96,7 @@ struct Counters {
   // Bytes of each allocation that was not initialised and that no block wrote.
   std::map<std::string, uint64_t> unwritten_bytes;
   // Of the model alone.
+  uint64_t model_sms = 0;
   double model_cycles = 0, model_us = 0, loads_in_flight_bytes = 0, model_dram_bytes = 0, model_l2_bytes = 0;
   std::map<std::string, double> pipe_busy;
 };

@@ -2,6 +2,7 @@
 // What one lane computes, where C++ has no operator for it. NVIDIA's arithmetic differs from the host's in its one NaN.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cfenv>
 #include <cmath>
@@ -185,12 +186,25 @@ class RoundingScope {
   bool set_;
 };
 
-// An approximation and its largest error, not yet compared with the .approx forms of the PTX ISA. Those
-// of double precision are of the upper word alone, whose last bit is 2^-20 of the value.
+// An approximation, and by how much it may be off: what the PTX ISA 9.1, "Floating Point Instructions", says of its
+// .approx form, in units in the last place, of the result, or absolute. It says nothing of those of double precision,
+// which are of the upper word alone: one in the last place of that.
 enum class Approximation : uint8_t { kRCP, kRSQ, kSQRT, kEX2, kLG2, kSIN, kCOS, kTANH, kRCP64H, kRSQ64H };
-inline constexpr double kRelativeError[] = {0x1p-23, 0x1.125p-23, 0x1p-23, 0x1p-22, 0x1p-22,
-                                            0,       0,           0x1p-11, 0x1p-20, 0x1p-20};
-inline constexpr double kAbsoluteError[] = {0, 0, 0, 0, 0x1p-22, 0x1p-20, 0x1p-20, 0, 0, 0};
+struct LargestError {
+  double ulps, relative, absolute;
+};
+inline constexpr LargestError kLargestError[] = {
+    {1, 0, 0},              // rcp
+    {0, 0x1.125p-23, 0},    // rsqrt: 2^-22.9
+    {0, 0x1p-23, 0},        // sqrt
+    {2, 0, 0},              // ex2
+    {0, 0x1p-22, 0x1p-22},  // lg2: absolute where the argument is in (0.5, 2) and the result below 1, else relative
+    {0, 0, 0x1.6ap-21},     // sin: 2^-20.5 within a turn
+    {0, 0, 0x1.6ap-21},     // cos
+    {0, 0x1p-11, 0},        // tanh
+    {0, 0x1p-20, 0},        // rcp.ftz.f64
+    {0, 0x1p-20, 0},        // rsqrt.ftz.f64
+};
 
 inline double exactly(Approximation approximation, double x) {
   switch (approximation) {
@@ -216,16 +230,23 @@ inline double exactly(Approximation approximation, double x) {
   }
 }
 
+inline double largest_error(Approximation approximation, double exact) {
+  const LargestError of = kLargestError[static_cast<int>(approximation)];
+  const double last_place = std::ldexp(1.0, std::ilogb(exact) - 23);
+  return std::max({of.ulps * last_place, of.relative * std::fabs(exact), of.absolute});
+}
+
 // `move` in [-1, 1] says how far within the largest error the result is off. Subnormals count as zeros.
 inline uint32_t approximate(Approximation approximation, uint32_t source, double move) {
-  const int k = static_cast<int>(approximation);
   const bool wide = approximation >= Approximation::kRCP64H;
   double x = wide ? double_of(0, source) : flushed(float_of(source));
   if (wide && (source & 0x7ff00000) == 0) x = std::copysign(0.0, x);
-  double y = exactly(approximation, x);
-  const double error = std::fmax(kRelativeError[k] * std::fabs(y), kAbsoluteError[k]);
-  const double exact = y;
-  if (std::isfinite(y) && y != 0) y += move * error;
+  const double exact = exactly(approximation, x);
+  double y = exact, error = 0;
+  if (move != 0 && std::isfinite(exact) && exact != 0) {
+    error = largest_error(approximation, exact);
+    y += move * error;
+  }
   if (wide) {
     if (y != y) return 0xfff80000;
     const uint32_t upper = static_cast<uint32_t>((bits_of(y) + 0x80000000u) >> 32);

@@ -33,13 +33,21 @@ struct Run {
   const Program& program;
   const Launch& launch;
   const Options& options;
+  const ModelConstants constants;
   Executor executor;
   Counting counting;
   std::mt19937_64 random;
   std::vector<uint64_t> order;
+  uint64_t largest_block = 0;
 
   Run(const Program& p, const Launch& l, const Options& o)
-      : program(p), launch(l), options(o), executor(p, l, o), random(o.seed), order(chosen_blocks(l, o, random)) {}
+      : program(p),
+        launch(l),
+        options(o),
+        constants(o.constants),
+        executor(p, l, o),
+        random(o.seed),
+        order(chosen_blocks(l, o, random)) {}
 
   const Instruction& next(const Warp& warp) const { return program.code[static_cast<size_t>(warp.pc)]; }
 
@@ -64,9 +72,10 @@ struct Run {
   }
 
   void one_after_another() {
-    L1Cache l1(kModel.l1_bytes);
+    L1Cache l1(static_cast<uint32_t>(constants.l1_bytes));
     for (const uint64_t number : order) {
       const auto block = start(number);
+      const uint64_t before = counting.instructions();
       l1.clear();
       if (options.order == Options::kShuffled) std::shuffle(block->warps.begin(), block->warps.end(), random);
       while (!block->done()) {
@@ -79,13 +88,14 @@ struct Run {
         }
         if (!moved) executor.report_stuck(*block);
       }
+      largest_block = std::max(largest_block, counting.instructions() - before);
     }
   }
 
   // Some blocks at a time, of which a random warp executes some instructions.
   void interleaved() {
     constexpr size_t kTogether = 8;
-    L1Cache l1(kModel.l1_bytes);
+    L1Cache l1(static_cast<uint32_t>(constants.l1_bytes));
     std::vector<std::unique_ptr<Block>> blocks;
     size_t started = 0;
     while (started < order.size() || !blocks.empty()) {
@@ -113,21 +123,23 @@ void Run::by_the_model(Counters& counters) {
     CycleModel::WarpTime time;
   };
   struct Multiprocessor : CycleModel::Sm {
+    using CycleModel::Sm::Sm;
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<Resident> warps[4];
     size_t turn[4] = {};
   };
-  CycleModel model(program, launch, options);
+  CycleModel model(options);
   std::string limit;
   const size_t resident = occupancy(program, launch, limit);
-  std::vector<Multiprocessor> sms(static_cast<size_t>(kModel.sms));
+  std::vector<Multiprocessor> sms;
+  for (int k = 0; k < model.sms(); ++k) sms.emplace_back(static_cast<uint32_t>(constants.l1_bytes));
   size_t started = 0, scheduler = 0;
   const auto fill = [&](Multiprocessor& sm, size_t most, double now) {
     while (sm.blocks.size() < most && started < order.size()) {
       sm.blocks.push_back(start(order[started++]));
       for (const auto& warp : sm.blocks.back()->warps) {
         Resident added{warp.get(), {}};
-        added.time.ready = now == 0 ? 0 : now + kModel.block_start_cycles;
+        added.time.ready = now == 0 ? 0 : now + constants.block_start_cycles;
         sm.warps[scheduler++ % 4].push_back(added);
       }
     }
@@ -174,7 +186,7 @@ void Run::by_the_model(Counters& counters) {
           for (auto& others : sm.warps) {
             for (Resident& other : others) {
               if (other.warp->block == &block)
-                other.time.ready = std::max(other.time.ready, now + kModel.barrier_cycles);
+                other.time.ready = std::max(other.time.ready, now + constants.barrier_cycles);
             }
           }
         }
@@ -215,6 +227,8 @@ Counters run(const Program& program, const Launch& launch, const Options& option
   run.counting.finish(counters, program, launch, run.executor.memory());
   counters.blocks_run = run.order.size();
   counters.barriers = run.executor.barriers;
+  counters.largest_block = run.largest_block;
+  counters.model_sms = modelled.model_sms;
   counters.model_cycles = modelled.model_cycles;
   counters.model_us = modelled.model_us;
   counters.loads_in_flight_bytes = modelled.loads_in_flight_bytes;
