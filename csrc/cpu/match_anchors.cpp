@@ -20,7 +20,7 @@ namespace {
 
 // Anchors of a block: 85 columns of a P2 with three anchors per position. A block of this size reaches few ground
 // truths and fits into the L1 cache.
-constexpr int kBlock = 256;
+constexpr int kBlockAnchors = 256;
 
 // As wide as T, so that one comparison mask selects both.
 template <class T>
@@ -30,8 +30,8 @@ using Index = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
 // beyond its image's count, or beyond the last anchor) is an empty box with an IoU of 0.
 template <class T>
 struct Block {
-  T x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
-  bool valid[kBlock];
+  T x1[kBlockAnchors], y1[kBlockAnchors], x2[kBlockAnchors], y2[kBlockAnchors], area[kBlockAnchors];
+  bool valid[kBlockAnchors];
   int count;
   Box<T> around;
 
@@ -45,10 +45,10 @@ struct Block {
 };
 
 template <bool kMaximum, class T>
-HOST_DEVICE T extreme(const T (&values)[kBlock]) {
+HOST_DEVICE T extreme(const T (&values)[kBlockAnchors]) {
   Pack<T> found, next;
   load_pack(values, found);
-  for (int i = kPackLanes; i < kBlock; i += kPackLanes) {
+  for (int i = kPackLanes; i < kBlockAnchors; i += kPackLanes) {
     load_pack(values + i, next);
     found = (kMaximum ? next > found : next < found) ? next : found;
   }
@@ -86,13 +86,13 @@ struct Matching {
   int64_t* matches;
   T* ious;
 
-  int64_t blocks() const { return (anchors_per_image + kBlock - 1) / kBlock; }
+  int64_t blocks() const { return (anchors_per_image + kBlockAnchors - 1) / kBlockAnchors; }
 
   HOST_DEVICE void load(int64_t image, int64_t begin, Block<T>& block) const {
-    block.count = static_cast<int>(std::min<int64_t>(kBlock, anchors_per_image - begin));
+    block.count = static_cast<int>(std::min<int64_t>(kBlockAnchors, anchors_per_image - begin));
     const int64_t exist = (anchor_counts == nullptr ? anchors_per_image : anchor_counts[image]) - begin;
     anchors != nullptr ? load_boxes(image, begin, exist, block) : make_boxes(begin, exist, block);
-    for (int i = block.count; i < kBlock; ++i) block.put(i, {0, 0, 0, 0}, false);
+    for (int i = block.count; i < kBlockAnchors; ++i) block.put(i, {0, 0, 0, 0}, false);
     block.around = {extreme<false>(block.x1), extreme<false>(block.y1), extreme<true>(block.x2),
                     extreme<true>(block.y2)};
   }
@@ -130,15 +130,15 @@ struct Matching {
   // Finds the best ground truth of each anchor of `block`, and raises the maxima of this thread, `best_of_gts`.
   HOST_DEVICE void match(int64_t image, const Block<T>& block, int64_t begin, T* best_of_gts) const {
     const int64_t end = first[image + 1];
-    T best[kBlock] = {}, iou[kBlock];
-    Index<T> match[kBlock];
-    std::fill_n(match, kBlock, static_cast<Index<T>>(first[image] < end ? gts[first[image]].index : 0));
+    T best[kBlockAnchors] = {}, iou[kBlockAnchors];
+    Index<T> match[kBlockAnchors];
+    std::fill_n(match, kBlockAnchors, static_cast<Index<T>>(first[image] < end ? gts[first[image]].index : 0));
     for (int64_t g = first[image]; g < end; ++g) {
       const GroundTruth<T> gt = gts[g];
       if (!boxes_meet(gt.box, block.around)) continue;
       const Index<T> index = gt.index;
       FPN_FAST_IVDEP
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < kBlockAnchors; ++i) {
         iou[i] = box_iou(gt.box, gt.area, block.box(i), block.area[i]);
         // The first of equal IoUs stays, because the comparison is strict. It is false for NaN.
         match[i] = iou[i] > best[i] ? index : match[i];
@@ -146,7 +146,7 @@ struct Matching {
       }
       if (!rule.low_quality) continue;
       Pack<T> top = {}, next;
-      for (int i = 0; i < kBlock; i += kPackLanes) {
+      for (int i = 0; i < kBlockAnchors; i += kPackLanes) {
         load_pack(iou + i, next);
         top = next > top ? next : top;
       }
@@ -170,11 +170,11 @@ struct Matching {
 
   // Replaces the matches of one block by codes, except where an anchor reaches the highest IoU of a ground truth.
   HOST_DEVICE void restore(int64_t image, int64_t begin, Block<T>& block, int64_t& loaded) const {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, anchors_per_image - begin));
+    const int count = static_cast<int>(std::min<int64_t>(kBlockAnchors, anchors_per_image - begin));
     const T* best = ious + image * anchors_per_image + begin;
     int64_t* codes = matches + image * anchors_per_image + begin;
     const T top = *std::max_element(best, best + count);
-    Index<T> restored[kBlock] = {};
+    Index<T> restored[kBlockAnchors] = {};
     for (int64_t g = first[image]; g < first[image + 1]; ++g) {
       if (highest[g] > top) continue;
       const int64_t source = anchors_differ || anchor_counts != nullptr ? image : 0;
@@ -183,7 +183,7 @@ struct Matching {
       const GroundTruth<T> gt = gts[g];
       const T wanted = highest[g];
       FPN_FAST_IVDEP
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < kBlockAnchors; ++i) {
         const Index<T> equal = box_iou(gt.box, gt.area, block.box(i), block.area[i]) == wanted ? 1 : 0;
         restored[i] |= equal;
       }
@@ -196,14 +196,14 @@ struct Matching {
 
   void run() {
     std::mutex merging;
-    const int64_t work = kBlock * static_cast<int64_t>(gts.size() + images);
+    const int64_t work = kBlockAnchors * static_cast<int64_t>(gts.size() + images);
     parallel_tasks(blocks(), work, [&](const auto& next) {
       std::vector<T> best_of_gts(gts.size(), T(0));
       Block<T> block;
       for (int64_t b = next(); b < blocks(); b = next()) {
         for (int64_t image = 0; image < images; ++image) {
-          if (image == 0 || anchors_differ || anchor_counts != nullptr) load(image, b * kBlock, block);
-          match(image, block, b * kBlock, best_of_gts.data());
+          if (image == 0 || anchors_differ || anchor_counts != nullptr) load(image, b * kBlockAnchors, block);
+          match(image, block, b * kBlockAnchors, best_of_gts.data());
         }
       }
       // A maximum does not depend on the order of the threads.
@@ -223,7 +223,7 @@ struct Matching {
       for (int64_t b = next(); b < blocks(); b = next()) {
         int64_t loaded = -1;
         for (int64_t image = 0; image < images; ++image) {
-          if (!all[image]) restore(image, b * kBlock, block, loaded);
+          if (!all[image]) restore(image, b * kBlockAnchors, block, loaded);
         }
       }
     });

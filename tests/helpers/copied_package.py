@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from host_kernels.build import compiler, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 _OPTIMISE = '"-O3", "-g0"'
+_SOURCES = re.compile(r"^SOURCES = \[(.*?)\]", re.MULTILINE | re.DOTALL)
 
 
 def sources() -> dict[str, str]:
@@ -27,12 +29,17 @@ def build(name: str, texts: dict[str, str], flags: tuple[str, ...]) -> Path:
     """A folder with a package whose library is of `texts`; built once for each content of them.
 
     The folder can be PYTHONPATH's, or the current one of `python -m`. flags: the compiler's, in place of those by
-    which setup.py optimises.
+    which setup.py optimises. The sources are one translation unit: unoptimised, most of their time is the headers'.
     """
-    if texts["setup.py"].count(_OPTIMISE) != 1:
-        raise ValueError(f"setup.py has not {_OPTIMISE} once")
-    setup = texts["setup.py"].replace(_OPTIMISE, ", ".join(f'"{flag}"' for flag in flags))
-    texts = {**texts, "setup.py": setup}
+    setup, found = texts["setup.py"], _SOURCES.search(texts["setup.py"])
+    if setup.count(_OPTIMISE) != 1 or found is None:
+        raise ValueError(f"setup.py has not {_OPTIMISE} and a list of sources once")
+    # Each has a device of its own for what all share.
+    unit = [f'#define Cpu Cpu{i}\n#include "{path}"\n#undef Cpu\n'
+            for i, path in enumerate(re.findall(r'"csrc/(.+?)"', found[1]))]  # fmt: skip
+    setup = _SOURCES.sub('SOURCES = ["csrc/all.cpp"]', setup, count=1)
+    setup = setup.replace(_OPTIMISE, ", ".join(f'"{flag}"' for flag in flags))
+    texts = {**texts, "setup.py": setup, "csrc/all.cpp": "".join(unit)}
     key = hashlib.sha256("\0".join([torch.__version__, compiler()[1], *texts, *texts.values()]).encode()).hexdigest()
     copies = ROOT / "build" / name
     folder = copies / key[:16]
