@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -384,3 +385,16 @@ def test_module_reads_its_buffers_at_every_call():
     for module in (theirs, ours):
         module.running_var.mul_(3)
     tolerances.assert_exact(ours(x), theirs(x))
+
+
+def test_the_import_asks_torch_for_no_eps_of_zero(monkeypatch):
+    """Which torch 2.11 refuses."""
+    module = sys.modules["fpn_fast.ops.frozen_batch_norm"]
+    own, expected = F.batch_norm, module._contracts()
+
+    def batch_norm(*arguments):
+        assert arguments[-1] > 0
+        return own(*arguments)
+
+    monkeypatch.setattr(F, "batch_norm", batch_norm)
+    assert module._contracts() == expected == (module._CODES["batch_norm"] == len(module.NORM_RULES))
