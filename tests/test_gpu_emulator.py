@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import cuda_toolkit
+from helpers import cuda_toolkit, emulated_gpu
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import gpu_emulator
-from gpu_emulator import Allocation
+from tools import gpu_emulator
+from tools.gpu_emulator import Allocation
+from tools.gpu_emulator.host import code
 
 pytestmark = pytest.mark.skipif(gpu_emulator.compiler() is None, reason="no g++ to build the emulator with")
 
@@ -217,6 +217,7 @@ INTEGER = [
     ("IADD3 R12, P1, RZ, -R4, RZ", lambda x: (-x.a, x.a == 0)),
     ("IADD3.X R12, P1, R4, ~R6, RZ, P0, !PT", lambda x: carry(x, x.a, ~x.b, x.p)[:2]),
     ("VIADD R12, R4, -0x2", lambda x: x.a - U32(2)),
+    ("VIADD.16x2 R12, R4, R6", lambda x: (x.a.view(np.uint16) + x.b.view(np.uint16)).view(U32)),
     ("IABS R12, R4", lambda x: np.where(x.a >> 31, -x.a, x.a)),
     ("IMAD R12, R4, R6, R8", lambda x: x.a * x.b + x.c),
     ("IMAD.IADD R12, R4, 0x1, -R6", lambda x: x.a - x.b),
@@ -384,6 +385,8 @@ FLOATING = [
         for name in COMPARISONS
     ),
     ("FSETP.NEU.FTZ.AND P1, PT, R4, RZ, PT", lambda x: flush(x.fa) != 0),
+    ("FSET.BF.LTU.AND R12, R4, R6, P0", lambda x: (compare("LTU", x.fa, x.fb) & x.p).astype(F32).view(U32)),
+    ("FSET.GE.FTZ.OR R12, R4, R6, !P0", lambda x: -(compare("GE", flush(x.fa), flush(x.fb)) | ~x.p).astype(U32)),
     *(
         (f"DSETP.{name}.OR P1, PT, R4, R6, P0", lambda x, name=name: compare(name, x.da, x.db) | x.p)
         for name in COMPARISONS
@@ -459,12 +462,59 @@ FLOATING = [
     ),
 ]
 
-#: They move data or control, which kernels show and statements do not. No kernel here has ATOMG's CAS, LDSM, STSM, LDL,
-#: STL, BREAK or the barriers that reduce: those are decoded and executed untested.
+
+def fragments(x):
+    """The word `lane % 4` of row `lane / 4` of two matrices of which each lane stored a row."""
+    lane, rows = np.arange(32), x.words[:, :4].reshape(-1, 32, 4)
+    low, high = (rows[:, 8 * m + lane // 4, lane % 4].ravel().astype(U64) for m in range(2))
+    return high << U64(32) | low
+
+
+def gathered(x):
+    """The first two words of row `lane` of four matrices of which each lane held such words."""
+    lane, rows = np.arange(32), x.words[:, :4].reshape(-1, 32, 4)
+    low, high = (rows[:, lane % 8 * 4 + word, lane // 8].ravel().astype(U64) for word in range(2))
+    return high << U64(32) | low
+
+
+def of_block(values):
+    return np.repeat(values.reshape(-1, 256).sum(1), 256).astype(U32)
+
+
+#: A thread's own 16 bytes of shared memory.
+OWN = "S2R R1, SR_TID.X; IMAD.SHL.U32 R1, R1, 0x10, RZ"
+# {n} is the address of instruction n of a line.
+DATA_AND_CONTROL = [
+    ("MOV R1, 0x8; STL.64 [R1], R4; STL [R1+-0x8], R6; LDL.64 R12, [R1]", lambda x: x.la),
+    (f"{OWN}; STS.128 [R1+0x400], R4; NOP; LDSM.16.M88.2 R12, [R1+0x400]", fragments),
+    (f"{OWN}; STSM.16.M88.4 [R1+0x400], R4; NOP; LDS.64 R12, [R1+0x400]", gathered),
+    (
+        "STG.E desc[UR4][R2.64], R8; ATOMG.E.CAS.STRONG.GPU PT, R12, desc[UR4][R2.64], R4, R6; "
+        "LDG.E R13, desc[UR4][R2.64]",
+        lambda x: np.where(x.c == x.a, x.b, x.c).astype(U64) << U64(32) | x.c,
+    ),
+    # Lanes that break out meet the others at a barrier that these reach only if they do not wait for them.
+    (
+        "BSSY B0, {6}; MOV R12, 0x1; @!P0 BRA {5}; BREAK B0; BRA {7}; BSYNC B0; MOV R12, 0x2; WARPSYNC 0xffffffff",
+        lambda x: np.where(x.p, U32(1), U32(2)),
+    ),
+    (
+        "ISETP.GE.AND P1, PT, R4, RZ, PT; MOV R12, 0x1; @P0 EXIT P1",
+        lambda x: np.where(x.p & (x.ia >= 0), U32(0), U32(1)),
+    ),
+    ("BAR.RED.POPC.DEFER_BLOCKING 0x0, P0; B2R.RESULT R12", lambda x: of_block(x.p)),
+    ("BAR.RED.OR.DEFER_BLOCKING 0x0, P0; B2R.RESULT RZ, P1", lambda x: of_block(x.p) > 0),
+    ("BAR.RED.AND.DEFER_BLOCKING 0x0, P0; B2R.RESULT RZ, P1", lambda x: of_block(x.p) == 256),
+    ("BAR.RED.OR.DEFER_BLOCKING 0x0, !PT; B2R.RESULT RZ, P1", lambda x: x.p & False),
+    ("BAR.RED.AND.DEFER_BLOCKING 0x0, PT; B2R.RESULT RZ, P1", lambda x: x.p | True),
+]
+STATEMENTS = INTEGER + FLOATING + DATA_AND_CONTROL
+
+#: They move data or control, which kernels show and statements do not.
 ELSEWHERE = {
-    "ATOMG", "ATOMS", "B2R", "BAR", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "CCTL", "CGAERRBAR",
-    "ENDCOLLECTIVE", "ERRBAR", "EXIT", "FCHK", "LDC", "LDG", "LDL", "LDS", "LDSM", "MEMBAR", "NOP", "RED",
-    "REDG", "RET", "STG", "STL", "STS", "STSM", "WARPSYNC", "YIELD", "S2UR",
+    "ATOMS", "BRA", "CALL", "CCTL", "CGAERRBAR",
+    "ENDCOLLECTIVE", "ERRBAR", "EXIT", "FCHK", "LDC", "MEMBAR", "NOP", "RED",
+    "REDG", "RET", "YIELD", "S2UR",
 }  # fmt: skip
 
 
@@ -480,17 +530,19 @@ def execute(instructions, words, **options):
     """The registers R12 to R15 and the predicates P1 and P2 after `instructions` on R4 to R11 (P0: of R10)."""
     out = np.zeros((len(words), 8), dtype=U32)
     uniform = ["R2UR UR4, R4", "R2UR UR5, R5"]
-    lines = [
+    before = [
         "S2R R0, SR_CTAID.X", "S2R R1, SR_TID.X", "IMAD R0, R0, c[0x0][0x0], R1", "LDC.64 R2, c[0x0][0x210]",
         "IMAD.WIDE R2, R0, 0x20, R2", "LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x10]",
         "LDC.64 R2, c[0x0][0x218]", "IMAD.WIDE R2, R0, 0x20, R2", "CS2R R12, SRZ", "CS2R R14, SRZ",
         "LOP3.LUT P0, RZ, R10, 0x1, RZ, 0xc0, !PT", "LOP3.LUT P1, RZ, RZ, RZ, RZ, 0xc0, !PT",
-        "LOP3.LUT P2, RZ, RZ, RZ, RZ, 0xc0, !PT", *uniform, *instructions.split("; "), "SEL R14, RZ, 0x1, !P1",
-        "SEL R15, RZ, 0x1, !P2",
-        "STG.E.128 desc[UR4][R2.64], R12", "EXIT",
+        "LOP3.LUT P2, RZ, RZ, RZ, RZ, 0xc0, !PT", *uniform,
     ]  # fmt: skip
+    targets = (f"0x{16 * k:04x}" for k in range(len(before), len(before) + 16))
+    after = ["SEL R14, RZ, 0x1, !P1", "SEL R15, RZ, 0x1, !P2", "STG.E.128 desc[UR4][R2.64], R12", "EXIT"]
+    usage = " Function kernel:\n  REG:24 STACK:16 SHARED:4096 LOCAL:0 CONSTANT[0]:544\n"
+    text = usage + text_of([*before, *instructions.format(*targets).split("; "), *after])
     memory = [Allocation(words.ctypes.data, words.nbytes), Allocation(out.ctypes.data, out.nbytes, True, True)]
-    gpu_emulator.launch(text_of(lines), "kernel", len(words) // 256, 256, arguments(words, out), memory, **options)
+    gpu_emulator.launch(text, "kernel", len(words) // 256, 256, arguments(words, out), memory, **options)
     return out
 
 
@@ -500,7 +552,7 @@ def inputs():
     words = random.integers(0, 2**32, (512, 8), dtype=U32)
     chosen = random.random(words.shape) < 0.75
     words[chosen] = random.choice(np.array(EDGES, dtype=U32), chosen.sum())
-    x = SimpleNamespace(p=words[:, 6] & 1 == 1)
+    x = SimpleNamespace(words=words, p=words[:, 6] & 1 == 1)
     for k, name in enumerate("abc"):
         narrow, wide = words[:, 2 * k].copy(), np.ascontiguousarray(words[:, 2 * k : 2 * k + 2]).view(U64)[:, 0].copy()
         for prefix, value, kind in (
@@ -515,9 +567,7 @@ def inputs():
     return words, x
 
 
-@pytest.mark.parametrize(
-    ("instructions", "statement"), INTEGER + FLOATING, ids=[i.split("; ")[0] for i, _ in INTEGER + FLOATING]
-)
+@pytest.mark.parametrize(("instructions", "statement"), STATEMENTS, ids=[each for each, _ in STATEMENTS])
 @np.errstate(all="ignore")
 def test_opcode_equals_its_statement(instructions, statement, inputs):
     words, x = inputs
@@ -550,9 +600,14 @@ def test_adversarial_approximation_is_off_by_its_error_at_most(name, inputs):
 
 
 def test_every_opcode_has_a_statement():
-    text = "; ".join(instructions for instructions, _ in INTEGER + FLOATING)
+    text = "; ".join(instructions for instructions, _ in STATEMENTS)
     named = {word.split()[0].split(".")[0] for word in text.split("; ")}
     assert set(gpu_emulator.opcodes()) - ELSEWHERE - named == set()
+
+
+def test_every_kernel_of_the_library_is_known():
+    for kernel in emulated_gpu.kernels():
+        code.program(code.LIBRARY, kernel)
 
 
 FAULTS = Path(__file__).parent / "helpers" / "planted_device_faults.cu"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import gpu_emulator
+
 pytest.importorskip("triton")
 #: Every variant is compiled for the first, one of each kernel for the others.
 ARCHS = [90, 80, 100]
@@ -51,6 +53,12 @@ def test_images_of_every_size_share_few_variants(everything):
     found = everything["variants"]
     assert len({kernel for kernel, *_ in found}) == 17
     assert [row for row in found if row[3] > 8 or row[4]] == []
+
+
+@pytest.mark.skipif(gpu_emulator.compiler() is None, reason="no g++ to build the emulator with")
+def test_the_emulator_knows_all_code(everything):
+    found = [row["undecoded"] for row in everything["kernels"] if row["arch"] == 90]
+    assert found == [""] * len(found)
 
 
 def test_sides_of_1_compile(everything):

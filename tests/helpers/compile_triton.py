@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from fpn_fast.triton import (
     sigmoid_focal_loss,
     top_down,
 )
+from tools import gpu_emulator
 
 
 class Driver:
@@ -248,6 +250,20 @@ LAUNCHES = [
 ]  # fmt: skip
 
 
+def undecoded(compiled):
+    """What of its code the emulator does not know, or nothing."""
+    if gpu_emulator.compiler() is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        try:
+            gpu_emulator.program(file.name, compiled.metadata.name)
+        except gpu_emulator.EmulatorFault as fault:
+            return str(fault)
+    return ""
+
+
 def row(kernel, compiled, arch, dtype, channels_last, mode):
     ptx = compiled.asm["ptx"]
     return {
@@ -269,6 +285,7 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         "flushes_subnormals": ptx.count(".ftz"),
         # Accesses and addresses: LLVM also declares what it does not use.
         "local": len(re.findall(r"(?:ld|st|cvta)\S*\.local", ptx)),
+        "undecoded": undecoded(compiled) if arch == 90 else None,
     }
 
 

@@ -62,6 +62,11 @@ uint32_t compare_all(Comparison comparison, const T* a, const T* b) {
   return compare_all(comparison, a, b, std::make_index_sequence<std::is_integral_v<T> ? 6 : 14>());
 }
 
+// A comparison's truth with a predicate.
+uint32_t combined(const Instruction& ins, uint32_t truth, uint32_t with) {
+  return ins.has(M::kOR) ? truth | with : ins.has(M::kXOR) ? truth ^ with : truth & with;
+}
+
 // A number in [-1, 1] that a seed and the source decide.
 double movement(uint64_t seed, uint32_t source) {
   uint64_t z = seed * 0x9e3779b97f4a7c15u + source;
@@ -123,11 +128,8 @@ void Executor::map_halves(const Instruction& ins, F f) {
 
 // The two results of a comparison: it and its opposite, each combined with a predicate.
 void Executor::set_predicates(const Instruction& ins, uint32_t truth, uint32_t with) {
-  const auto combined = [&](uint32_t mask) {
-    return ins.has(M::kOR) ? mask | with : ins.has(M::kXOR) ? mask ^ with : mask & with;
-  };
-  write(ins.predicates[0], combined(truth));
-  write(ins.predicates[1], combined(~truth));
+  write(ins.predicates[0], combined(ins, truth, with));
+  write(ins.predicates[1], combined(ins, ~truth, with));
 }
 
 void Executor::integer_add(const Instruction& ins) {
@@ -279,7 +281,7 @@ void Executor::half_compare(const Instruction& ins) {
       y[lane] = ins.has(M::kBF16_V2) ? from_bfloat16(q) : from_half(q);
     }
     const uint32_t truth = compare_all(comparison_of(ins), x, y);
-    write(ins.predicates[half], ins.has(M::kOR) ? truth | with : ins.has(M::kXOR) ? truth ^ with : truth & with);
+    write(ins.predicates[half], combined(ins, truth, with));
   }
 }
 
@@ -496,6 +498,11 @@ void Executor::compute(const Instruction& ins) {
     case Opcode::kR2UR:
       return map<1>(ins, [](uint32_t a) { return a; });
     case Opcode::kVIADD:
+      if (ins.has(M::k16x2)) {
+        if (ins.sources[0].plus + ins.sources[1].plus > 0) fail("unknown_instruction", "a negative pair", mask_);
+        return map<2>(ins,
+                      [](uint32_t a, uint32_t b) { return ((a & ~0xffffu) + (b & ~0xffffu)) | ((a + b) & 0xffff); });
+      }
       return map<2>(ins, [](uint32_t a, uint32_t b) { return a + b; });
     case Opcode::kIADD3:
       return integer_add(ins);
@@ -582,6 +589,7 @@ void Executor::compute(const Instruction& ins) {
       return double_compare(ins);
     case Opcode::kHSETP2:
       return half_compare(ins);
+    case Opcode::kFSET:
     case Opcode::kFSETP: {
       Row a_buffer, b_buffer;
       float a[32], b[32];
@@ -590,7 +598,12 @@ void Executor::compute(const Instruction& ins) {
       if (ins.has(M::kFTZ)) {
         for (int lane = 0; lane < 32; ++lane) a[lane] = flushed(a[lane]), b[lane] = flushed(b[lane]);
       }
-      return set_predicates(ins, compare_all(comparison_of(ins), a, b), predicate(ins.sources[2]));
+      const uint32_t truth = compare_all(comparison_of(ins), a, b), with = predicate(ins.sources[2]);
+      if (ins.op == Opcode::kFSETP) return set_predicates(ins, truth, with);
+      const uint32_t mask = combined(ins, truth, with), one = ins.has(M::kBF) ? bits_of(1.0f) : ~0u;
+      Row out;
+      for (int lane = 0; lane < 32; ++lane) out[lane] = mask >> lane & 1 ? one : 0;
+      return write(ins.result, out);
     }
     case Opcode::kFCHK: {
       // Whether a quotient needs the slow way: exponents at an end or too far apart.
@@ -697,7 +710,7 @@ void Executor::compute(const Instruction& ins) {
       Row out;
       for (uint32_t& each : out) each = warp_->block->reduced;
       write(ins.result, out);
-      return write(ins.predicates[0], warp_->block->reduced ? ~0u : 0);
+      return write(ins.predicates[0], warp_->block->reduced != 0 ? ~0u : 0);
     }
     case Opcode::kSHFL:
       return shuffle(ins);

@@ -75,6 +75,7 @@ const Entry kTable[] = {
     OP(FMUL, kFma, kValue, kFloat, "FTZ RM RP RZ"),
     OP(FRND, kXu, kValue, kFloat, "F64 FTZ FLOOR CEIL TRUNC"),
     OP(FSEL, kAlu, kValue, kFloat, ""),
+    OP(FSET, kAlu, kValue, kFloat, "BF EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU NAN NUM AND OR XOR FTZ"),
     OP(FSETP, kAlu, kTwoPredicates, kFloat, "EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU NAN NUM AND OR XOR FTZ"),
     OP(HADD2, kFma, kValue, kHalf, "F32 BF16_V2"),
     OP(HFMA2, kFma, kValue, kHalf, "MMA BF16_V2"),
@@ -117,7 +118,7 @@ const Entry kTable[] = {
     OP(STL, kLsu, kNothing, kInteger, kMemory),
     OP(STS, kLsu, kNothing, kInteger, kMemory),
     OP(STSM, kLsu, kNothing, kInteger, "16 M88 2 4"),
-    OP(VIADD, kAlu, kValue, kInteger, ""),
+    OP(VIADD, kAlu, kValue, kInteger, "16x2"),
     OP(VIADDMNMX, kAlu, kValue, kInteger, "U32"),
     OP(VIMNMX, kAlu, kValue, kInteger, "U32"),
     OP(VIMNMX3, kAlu, kValue, kInteger, "U32"),
@@ -460,6 +461,8 @@ struct Decoder {
     // "RET.REL.NODEC R6 0x0" has no comma.
     if (out.op == Opcode::kRET) operands = {split(operands[0], ' ')[0]};
     place(operands);
+    const int barriers = out.op == Opcode::kBSSY ? 2 : out.op == Opcode::kBREAK || out.op == Opcode::kBSYNC ? 1 : 0;
+    if (barriers > 0 && out.source_count != barriers) fail("unknown operands");
     set_counts();
     if (out.op == Opcode::kF2F) {
       const bool to_double = word.rfind("F2F.F64", 0) == 0;

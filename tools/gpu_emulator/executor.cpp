@@ -56,8 +56,11 @@ void Executor::release_barrier(Block& block) {
       throw fault;
     }
   }
+  const Instruction& ins = program_.code[static_cast<size_t>(std::max(index, 0))];
+  block.reduced = ins.has(Modifier::kPOPC)  ? block.votes
+                  : ins.has(Modifier::kAND) ? block.votes == block.arrived
+                                            : block.votes != 0;
   block.arrived = 0;
-  block.reduced = block.votes;
   block.votes = 0;
   block.block_sync = ++block.clock;
   ++barriers;
@@ -353,6 +356,11 @@ bool Executor::control(const Instruction& ins) {
       warp.pc = next;
       return true;
     case Opcode::kEXIT:
+      // "@!P1 EXIT P0" has two conditions.
+      if (mask_ != 0 && ins.source_count > 0) {
+        check_defined(ins.sources[0], mask_, "an exit");
+        mask_ &= predicate(ins.sources[0]);
+      }
       if (mask_ == 0)
         warp.pc = next;
       else
@@ -408,9 +416,7 @@ bool Executor::control(const Instruction& ins) {
       }
       if (ins.has(M::kRED)) {
         check_defined(ins.sources[1], mask_, "a vote");
-        const uint32_t truth = predicate(ins.sources[1]) & mask_;
-        if (!ins.has(M::kOR)) fail("unknown_instruction", "a barrier's reduction", mask_);
-        warp.block->votes |= truth != 0;
+        warp.block->votes += static_cast<uint32_t>(std::popcount(predicate(ins.sources[1]) & mask_));
       }
       warp.block->arrived += static_cast<uint32_t>(std::popcount(mask_));
       warp.wait_for_block(next);
