@@ -112,7 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = of_gpu | {item: None for item in items if is_left_out(item)}
     config.hook.pytest_deselected(items=list(left_out))
     # What compiles for minutes begins first, so that no worker waits for it in the end.
-    first = [f"test_{name}.py" for name in ("machine_code", "mutations", "sanitized_library", "host_detections")]
+    first = [f"test_{name}.py" for name in ("machine_code", "mutations", "sanitized_library")]
     items[:] = sorted((item for item in items if item not in left_out), key=lambda item: item.path.name not in first)
 
 

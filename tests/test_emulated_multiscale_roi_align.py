@@ -211,6 +211,7 @@ class TestMultiScaleRoIAlign(EmulatedBattery):
         *runs(("random", "bad", "one_pixel", "one_line"), FORMATS),
         *runs(("seven", "adaptive", "sixteen_channels"), ["channels_last"], ["bfloat16"]),
     )
+    far = tuple(runs(["sixteen_channels"], FORMATS))
     kernels = ("multiscale_roi_align_kernel", "multiscale_roi_align_backward_kernel", "roi_lists_kernel")
     every_kernel = tuple(runs(["few_blocks"], FORMATS, TYPES))
 
@@ -298,6 +299,7 @@ class TestMultiScaleRoIAlignMax(EmulatedBattery):
     cases = MAX_CASES
     cpp = (*runs(MAX_CASES, FORMATS), *runs(["three_rois"], ("mixed", "mixed3", "mixed6", "mixed9"), TYPES))
     triton = (*runs(("ratio_2", "odd"), FORMATS), "adaptive/channels_last/bfloat16")
+    far = ("three_rois/channels_last",)
     kernels = ("multiscale_roi_align_max_kernel", "multiscale_roi_align_max_backward_kernel")
     every_kernel = tuple(runs(["three_rois"], FORMATS, TYPES))
 

@@ -139,6 +139,7 @@ class TestTopDown(EmulatedBattery):
               FORMATS, ["bfloat16"]),
         *runs(["odd-bilinear-avg", "from_one_pixel-align_corners-sum"], FORMATS),
     )  # fmt: skip
+    far = tuple(runs(["index_formula-nearest-sum"], FORMATS))
     kernels = ("top_down_kernel", "top_down_backward_kernel")
     every_kernel = tuple(runs(["index_formula-nearest-sum", "index_formula-bilinear-sum"], FORMATS, TYPES))
 

@@ -405,11 +405,15 @@ __global__ void __launch_bounds__(kNmsThreads, 2) nms_region_kernel(const __grid
   int found = candidates.kept_counts[first + segment.begin];
   const NmsWord* words = candidates.overlapping + list * kRegionChunks * candidates.room + region;
   const auto load = [&](int chunk, NmsWord(&own)[kOwn][2]) {
+    // Rows that are not of the segment have no words.
+    const int row = region + chunk * kNmsChunk + lane;
+    const bool low = row >= segment.begin && row < segment.end;
+    const bool high = row + 32 >= segment.begin && row + 32 < segment.end;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int column = chunk + warp + i * kNmsWarps;
       const NmsWord* source = words + int64_t{column} * candidates.room + chunk * kNmsChunk + lane;
-      own[i][0] = column < chunks ? source[0] : 0, own[i][1] = column < chunks ? source[32] : 0;
+      own[i][0] = low && column < chunks ? source[0] : 0, own[i][1] = high && column < chunks ? source[32] : 0;
     }
   };
   NmsWord next[kOwn][2];

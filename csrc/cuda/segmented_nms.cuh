@@ -42,11 +42,17 @@ struct NmsSorting {
   SortedRuns<GroupKey> by_group;
 };
 
-// Stores the sorted keys of a block that are not zero, and their number. Call it between barriers.
+// Sorts the keys of a block, and stores those that are not zero and their number. All threads of the block call it.
 template <class Key>
-__device__ __forceinline__ void store_run(const SortedRuns<Key>& runs, int64_t run, const Key (&keys)[kSortItems],
-                                          int length) {
-  if (threadIdx.x == 0 && (length == 0 || keys[0] == 0)) runs.counts[run] = 0;
+__device__ __forceinline__ void sort_run(const SortedRuns<Key>& runs, int64_t run, Key (&keys)[kSortItems],
+                                         int length) {
+  // Apart from the rest, or the compiler reads keys[0] where there is none.
+  if (length == 0) {
+    if (threadIdx.x == 0) runs.counts[run] = 0;
+    return;
+  }
+  sort_block(keys, length);
+  if (threadIdx.x == 0 && keys[0] == 0) runs.counts[run] = 0;
   for (int i = threadIdx.x; i < length && i < runs.capacity && keys[i] != 0; i += kSortThreads) {
     runs.keys[run * runs.capacity + i] = keys[i];
     if (i + 1 == length || keys[i + 1] == 0) runs.counts[run] = i + 1;
@@ -91,8 +97,7 @@ __global__ void __launch_bounds__(kSortThreads, 3)
     largest = largest_of_block(largest);
     if (threadIdx.x == 0) sorting.largest[blockIdx.x] = largest;
   }
-  sort_block(keys, length);
-  store_run(sorting.by_score, blockIdx.x, keys, length);
+  sort_run(sorting.by_score, blockIdx.x, keys, length);
 }
 
 // torchvision's trick of moving groups apart, with its arithmetic, because rounding decides which boxes still overlap.
@@ -147,8 +152,7 @@ __global__ void __launch_bounds__(kSortThreads, 3)
   for (int i = threadIdx.x; i < length; i += kSortThreads) {
     keys[i] = group_key(sorting.input.groups[image * sorting.input.room + order[i]], static_cast<uint32_t>(first + i));
   }
-  sort_block(keys, length);
-  store_run(sorting.by_group, blockIdx.x, keys, length);
+  sort_run(sorting.by_group, blockIdx.x, keys, length);
 }
 
 // Merges the runs of an image into the order of the candidates.

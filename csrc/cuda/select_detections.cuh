@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   const int64_t threads = (element.end - element.begin) * blocks_of_run(runs) * kMergeThreads;
   const int64_t thread = (element.run - element.begin) * blocks_of_run(runs) * kMergeThreads + element.i;
   for (int64_t place = merged_count(runs, element) + thread; place < room; place += threads) {
+    decoding.boxes[first + place] = {0, 0, 0, 0};
     decoding.scores[first + place] = std::numeric_limits<acc_t>::quiet_NaN();
   }
   place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {

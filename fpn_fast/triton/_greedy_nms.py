@@ -85,7 +85,8 @@ def greedy_nms_kernel(
         place = first + within
         alive = tl.load(kept + place, mask=place < end, other=0) > 0
         if tl.max(alive.to(tl.int32), axis=0) > 0:
-            x1, y1, x2, y2 = box_at(boxes, place, place < end)
+            # A candidate that is missing has no box.
+            x1, y1, x2, y2 = box_at(boxes, place, alive)
             alive = left_by(boxes, kept, begin, first, x1, y1, x2, y2, alive, threshold, PRODUCT, ACC, CHUNK)
             removes = pairs_overlap(x1, y1, x2, y2, x1, y1, x2, y2, threshold, PRODUCT, ACC)
             removes = removes & (within[:, None] < within[None])
@@ -117,7 +118,7 @@ def nms_removal_kernel(
     later = (place >= begin + REGION) & (place < tl.load(bounds + 1))
     alive = tl.load(kept + place, mask=later, other=0) > 0
     if tl.max(alive.to(tl.int32), axis=0) > 0:
-        x1, y1, x2, y2 = box_at(boxes, place, later)
+        x1, y1, x2, y2 = box_at(boxes, place, alive)
         alive = left_by(boxes, kept, begin, begin + REGION, x1, y1, x2, y2, alive, threshold, PRODUCT, ACC, CHUNK)
         tl.store(kept + place, alive.to(tl.int8), mask=later)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -56,19 +57,21 @@ def layouts_of(name: str) -> list[Layout]:
 class EmulatedBattery:
     """Subclasses give cases, the runs on the compiled library and on Triton's kernels, and `calls` of a run.
 
+    far: runs on maps whose last element is 2^31 elements from the first, along each axis in turn.
     every_kernel: runs that execute each instance of the library's kernels whose names begin with one of `kernels`.
     """
 
     cases: dict[str, Any]
     cpp: Sequence[str] = ()
     triton: Sequence[str] = ()
+    far: Sequence[str] = ()
     kernels: tuple[str, ...] = ()
     every_kernel: Sequence[str] = ()
 
     def __init_subclass__(cls) -> None:
-        for backend in ("cpp", "triton"):
-            if not getattr(cls, backend):
-                setattr(cls, f"test_{backend}_equals_the_reference", None)
+        for part in ("cpp", "triton", "far"):
+            if not getattr(cls, part):
+                setattr(cls, f"test_{part}_equals_the_reference", None)
 
     def calls(self, case: Any, dtype: torch.dtype, layouts: list[Layout]) -> Iterator[Call]:
         raise NotImplementedError
@@ -89,14 +92,18 @@ class EmulatedBattery:
 
     def pytest_generate_tests(self, metafunc):
         if "text" in metafunc.fixturenames:
-            backend = metafunc.function.__name__.removeprefix("test_").partition("_")[0]
-            metafunc.parametrize("text", getattr(self, backend))
+            part = metafunc.function.__name__.removeprefix("test_").partition("_")[0]
+            metafunc.parametrize("text", getattr(self, part))
 
     def test_cpp_equals_the_reference(self, text):
         self.check(text, "cpp")
 
     def test_triton_equals_the_reference(self, text):
         self.check(text, "triton")
+
+    @pytest.mark.parametrize("axis", range(4), ids=list("nchw"))
+    def test_far_equals_the_reference(self, text, axis):
+        self.check(text, "cpp", orders=("in_order",), far=axis)
 
     def test_every_instance_of_the_librarys_kernels(self):
         """Each runs, in the fewest cases, and is right."""

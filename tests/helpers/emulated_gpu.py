@@ -69,15 +69,18 @@ _worker = functools.cache(_Worker)
 
 
 def call(
-    op: str, arguments: Sequence[Any], backend: str = "cpp", orders: Sequence[str] = ORDERS, **options: Any
-) -> tuple[Any, list[tuple[str, dict[str, Any]]]]:
+    op: str, arguments: Sequence[Any], backend: str = "cpp", orders: Sequence[str] = ORDERS,
+    far: int | None = None, **options: Any,
+) -> tuple[Any, list[tuple[str, dict[str, Any]]]]:  # fmt: skip
     """What `op` of `backend` returns, and its launches: kernel and counters.
+
+    far: the axis along which the elements of maps lie so far apart that offsets need more than 31 bits.
 
     Raises:
         Fault: also where a result is not written whole, or differs between `orders` of the blocks.
     """
     _need(backend)
-    found, launches = _worker().ask((NAMESPACES[backend], op, list(arguments), tuple(orders), options))
+    found, launches = _worker().ask((NAMESPACES[backend], op, list(arguments), tuple(orders), far, options))
     if isinstance(found, Exception):
         raise Fault(str(found)) from None
     return found, launches

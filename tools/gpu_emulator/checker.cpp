@@ -63,6 +63,7 @@ GlobalShadow::GlobalShadow(const Allocation& allocation)
       bytes_(allocation.bytes),
       initialised_(allocation.initialised),
       flags_(zeros<uint8_t>(bytes_)),
+      touched_((address_ % kPage + bytes_) / kPage + 1),
       known_(allocation.written) {
   if (known_ != nullptr) {
     for (uint64_t k = 0; k < bytes_; ++k) flags_[k] = known_[k] != 0 ? kInitialised : 0;
@@ -89,6 +90,7 @@ void GlobalShadow::read(uint64_t offset, uint32_t bytes, uint32_t block) {
     }
   }
   for (uint32_t k = 0; k < bytes; ++k) flags[k] |= kRead;
+  touch(offset);
   if (!writer_) return;
   const uint32_t* writer = &writer_[offset];
   uint32_t* reader = &reader_[offset];
@@ -100,6 +102,7 @@ void GlobalShadow::read(uint64_t offset, uint32_t bytes, uint32_t block) {
 
 void GlobalShadow::write(uint64_t offset, uint32_t bytes, uint32_t block, bool same_value) {
   if (!writer_) throw Fault("read_only", "byte " + std::to_string(offset) + " of " + name_ + " is written");
+  touch(offset);
   for (uint32_t k = 0; k < bytes; ++k) {
     uint8_t& flags = flags_[offset + k];
     uint32_t& writer = writer_[offset + k];
@@ -113,6 +116,7 @@ void GlobalShadow::write(uint64_t offset, uint32_t bytes, uint32_t block, bool s
 
 void GlobalShadow::atomic(uint64_t offset, uint32_t bytes, uint32_t block) {
   if (!writer_) throw Fault("read_only", "byte " + std::to_string(offset) + " of " + name_ + " is written");
+  touch(offset);
   for (uint32_t k = 0; k < bytes; ++k) {
     uint8_t& flags = flags_[offset + k];
     uint32_t& writer = writer_[offset + k];
@@ -142,11 +146,15 @@ uint64_t GlobalShadow::unwritten() const {
 
 uint64_t GlobalShadow::sectors(uint8_t flag) const {
   uint64_t count = 0;
-  for (uint64_t k = 0; k < bytes_;) {
-    const uint64_t end = std::min(bytes_, k + 32 - (address_ + k) % 32);
-    uint8_t any = 0;
-    for (; k < end; ++k) any |= flags_[k];
-    count += (any & flag) != 0;
+  for (uint64_t page = 0; page < touched_.size(); ++page) {
+    if (!touched_[page]) continue;
+    const uint64_t before = address_ % kPage, last = std::min(bytes_, (page + 1) * kPage - before);
+    for (uint64_t k = page == 0 ? 0 : page * kPage - before; k < last;) {
+      const uint64_t end = std::min(last, k + 32 - (address_ + k) % 32);
+      uint8_t any = 0;
+      for (; k < end; ++k) any |= flags_[k];
+      count += (any & flag) != 0;
+    }
   }
   return count;
 }

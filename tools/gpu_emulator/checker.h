@@ -39,6 +39,7 @@ class GlobalShadow {
  private:
   enum : uint8_t { kInitialised = 1, kRead = 2, kWritten = 4, kAtomic = 8 };
   static constexpr uint32_t kSeveral = ~0u;
+  static constexpr uint64_t kPage = 4096;
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -47,6 +48,8 @@ class GlobalShadow {
   using Array = std::unique_ptr<T[], Free>;
   template <class T>
   static Array<T> zeros(uint64_t count);
+  // An aligned access lies in one page.
+  void touch(uint64_t offset) { touched_[(address_ % kPage + offset) / kPage] = 1; }
   uint64_t sectors(uint8_t flag) const;
   [[noreturn]] void conflict(const char* what, uint64_t offset, uint32_t block, uint32_t other) const;
 
@@ -54,6 +57,8 @@ class GlobalShadow {
   uint64_t address_ = 0, bytes_ = 0;
   bool initialised_ = true;
   Array<uint8_t> flags_;
+  // By page, so that nobody looks through what is not touched.
+  std::vector<uint8_t> touched_;
   uint8_t* known_ = nullptr;
   // The block that wrote or read a byte, or kSeveral; only of what may be written.
   Array<uint32_t> writer_, reader_;

@@ -94,7 +94,7 @@ class Gpu:
 
     def launch(self, program: Any, grid: tuple, block: tuple, shared: int, parameters: bytes) -> bool:
         """Whether the kernel ran well."""
-        own = [region for region in self.regions.values() if region.writable]
+        own = [region for region in self.regions.values() if region.writable and len(self.orders) > 1]
         before = [(region.content, region.written and bytes(region.written)) for region in own]
         results = []
         try:
@@ -243,6 +243,7 @@ class _Launcher:
                 storage = value.untyped_storage()
                 address, size = storage.data_ptr(), storage.nbytes()
                 gpu.watch(address, size, writable=address not in gpu.inputs)
+                gpu.kept.append(value)
                 if address in gpu.regions:
                     gpu.regions[address].note_what_torch_wrote()
                 kind, value = "u64", value.data_ptr()

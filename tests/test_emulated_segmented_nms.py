@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of segmented NMS, run on the CPU and compared with plain PyTorch."""
+"""The GPU kernels of segmented NMS, executed by the emulator and compared with plain PyTorch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-import pytest
 import torch
-from host_kernels import run
-from host_kernels.battery import Call, HostBattery, runs
+from helpers.emulated_battery import Call, EmulatedBattery, runs
 
 from fpn_fast import reference
 from fpn_fast.ops.nms import CONVENTIONS
@@ -19,7 +18,8 @@ NAN, INF = math.nan, math.inf
 
 @dataclass(frozen=True)
 class Case:
-    """Boxes of 8 to 108 pixels. Few different scores tie; groups are from `groups`, counts of each image its boxes."""
+    """Boxes of 8 to 108 pixels. Few different scores tie; groups are from `groups`, counts of each image its boxes;
+    every eleventh is bad where `bad`; with `sparse` all scores but every one of that number are no numbers."""
 
     boxes: int
     batch: int = 1
@@ -31,6 +31,7 @@ class Case:
     max_output: int | None = None
     convention: str = "torchvision"
     bad: bool = False
+    sparse: int = 1
 
     def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(self.boxes + len(self.groups))
@@ -43,28 +44,11 @@ class Case:
             for i, value in enumerate((NAN, INF, -INF, NAN)):
                 boxes[:, i::11, i] = value
             scores[:, 5::13], scores[:, 6::13] = NAN, INF
+        scores[:, torch.arange(self.boxes) % self.sparse != 0] = NAN
         groups = torch.tensor(self.groups or (0,))[
             torch.randint(0, max(len(self.groups), 1), shape, generator=generator)
         ]
         return boxes, scores.to(dtype), groups, torch.tensor(self.counts or (0,) * self.batch)
-
-
-def call_of(case: Case, dtype: torch.dtype, kernel: str = "nms") -> Call:
-    boxes, scores, groups, counts = case.inputs(dtype)
-    limit = case.boxes if case.max_output is None else case.max_output
-    outputs = [torch.full((case.batch, limit), -7), torch.full((case.batch,), -7)]
-    numbers = [run.DTYPES[dtype], int(bool(case.groups)), int(bool(case.counts)), CONVENTIONS.index(case.convention)]
-
-    def check(found: list[torch.Tensor]) -> None:
-        keep, kept = reference.segmented_nms(
-            boxes, scores, groups if case.groups else None, counts if case.counts else None, case.threshold, limit,
-            case.convention,
-        )  # fmt: skip
-        assert torch.equal(found[1], kept)
-        assert torch.equal(found[0], keep)
-
-    threshold = torch.tensor([case.threshold], dtype=torch.float64)
-    return Call(kernel, numbers, [threshold, boxes, scores, groups, counts], outputs, check)
 
 
 FAR = (-(2**62), -1, 0, 7, 2**62)
@@ -90,31 +74,34 @@ CASES = {
 # A region of 2048 boxes and what follows it; a large group that begins within a chunk, among small ones.
 CASES |= {
     "a_region": Case(1200, threshold=0.3),
-    "two_regions": Case(2300, side=900.0, threshold=0.3),
+    "two_regions": Case(2100, side=900.0, threshold=0.3),
     "many_groups": Case(1700, groups=(*[1] * 8, 2, 0), side=500.0, threshold=0.3),
 }
+# More runs of 2048 than one merge takes.
+MANY_RUNS = Case(32 * 2048 + 70, side=2000.0, scores=900, sparse=60)
 
 
-class TestSegmentedNms(HostBattery):
-    program, cases = "segmented_nms_main", CASES
-    right = runs(CASES) + runs(("ties", "groups", "offset", "many_groups"), types=("float64",))
-    addresses = ("groups_and_counts", "offset", "bad_numbers", "many_groups")
-    races = ("groups_and_counts", "a_region")
+class TestSegmentedNms(EmulatedBattery):
+    cases: ClassVar = {**CASES, "many_runs": MANY_RUNS}
+    cpp = runs(CASES) + runs(("ties", "groups", "offset"), types=("float64",))
+    triton = (
+        *runs(("one", "a_chunk_and_one", "everything_overlaps", "groups_and_counts", "mmcv", "offset", "a_region")),
+        "groups/channels_first/float64",
+    )
+    kernels = (
+        "nms_scores_kernel", "nms_order_kernel", "nms_groups_kernel", "nms_candidates_kernel", "greedy_nms_kernel",
+        "nms_pairs_kernel", "nms_region_kernel", "nms_output_kernel",
+    )  # fmt: skip
+    every_kernel = (*runs(["many_groups"], types=("float64", "float32")), "many_runs")
 
     def calls(self, case, dtype, layouts):
-        yield call_of(case, dtype)
+        boxes, scores, groups, counts = case.inputs(dtype)
+        limit = case.boxes if case.max_output is None else case.max_output
+        given = (groups if case.groups else None, counts if case.counts else None, case.threshold, limit)
+        keep, kept = reference.segmented_nms(boxes, scores, *given, case.convention)
 
-    @pytest.mark.parametrize("groups", [(), FAR], ids=["no_groups", "groups"])
-    def test_sorts_more_than_one_merge_holds(self, groups):
-        """33 runs: by group, each by score, descending, then by index."""
-        case = Case(32 * 2048 + 70, groups=groups, scores=30000, bad=True)
-        boxes, scores, labels, _ = case.inputs(torch.float32)
-        order, counts = self.outputs(call_of(case, torch.float32, "sort"))
-        valid = (boxes.isfinite().all(-1) & scores.isfinite())[0].nonzero().flatten()
-        expected = valid[scores[0, valid].sort(descending=True, stable=True).indices]
-        if groups:
-            # As unsigned numbers, negative ones are the highest.
-            unsigned = labels.bitwise_xor(torch.iinfo(torch.int64).min)[0, expected]
-            expected = expected[unsigned.sort(descending=True, stable=True).indices]
-        assert counts.tolist() == [len(valid)]
-        assert torch.equal(order[0, : len(valid)], expected)
+        def check(found):
+            assert torch.equal(found[1], kept)
+            assert torch.equal(found[0], keep)
+
+        yield Call("segmented_nms", [boxes, scores, *given, CONVENTIONS.index(case.convention)], check)

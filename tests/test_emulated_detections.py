@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of detections, of dense heads and of given boxes, run on the CPU and compared with plain PyTorch."""
+"""The GPU kernels of detections, of dense heads and given boxes, executed by the emulator and compared with PyTorch."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from helpers.emulated_battery import TYPES, Call, EmulatedBattery, check_selected, runs
 from helpers.layouts import Layout, place
-from host_kernels import run
-from host_kernels.battery import TYPES, Call, HostBattery, runs, selected
 
 from fpn_fast import reference
 
@@ -36,7 +35,7 @@ class Maps:
     pre_nms_top_n: int = 60
     nms_thresh: float = 0.5
     max_detections: int = 50
-    weights: tuple[float, ...] = field(default=(1.0, 1.0, 2.0, 4.0))
+    weights: tuple[float, ...] = (1.0, 1.0, 2.0, 4.0)
 
     @property
     def cells(self) -> torch.Tensor:
@@ -76,11 +75,11 @@ class Maps:
             *maps, list(self.cells.to(wide)), self.strides.tolist(), sizes, *limits, self.weights, SCALE_CLAMP,
             self.distances,
         )  # fmt: skip
-        scalars = torch.tensor([self.score_thresh, self.nms_thresh, SCALE_CLAMP, *self.weights], dtype=torch.float64)
-        inputs = [scalars, self.cells, self.strides, sizes]
-        inputs += [place(each, layouts[i % len(layouts)]) for i, each in enumerate(chain.from_iterable(maps))]
-        numbers = [run.DTYPES[dtype], self.pre_nms_top_n, int(self.centered), int(self.distances)]
-        return Call("maps", numbers, inputs, *selected(expected, dtype))
+        turns = itertools.cycle(layouts)
+        placed = [[place(each, next(turns)) for each in part] for part in maps]
+        numbers = self.cells.flatten().tolist(), self.strides.flatten().tolist()
+        rule = self.weights, SCALE_CLAMP, self.distances
+        return Call("select_detections", [*placed, *numbers, sizes, *limits, *rule], check_selected(expected, dtype))
 
 
 MAPS = {
@@ -142,16 +141,12 @@ class Boxes:
     def call(self, dtype: torch.dtype, layouts: list[Layout]) -> Call:
         tables, sizes = self.tables(dtype), torch.tensor(IMAGE_SIZES[: self.batch], dtype=dtype).view(-1, 2)
         counts = torch.tensor(self.counts or (0,) * self.batch)
-        weights = (10.0, 10.0, 5.0, 5.0)
-        expected = reference.select_box_detections(
-            *tables, counts if self.counts else None, sizes, self.score_thresh, self.min_size, self.class_top_n,
-            self.nms_thresh, self.max_detections, weights, SCALE_CLAMP,
+        rule = (
+            counts if self.counts else None, sizes, self.score_thresh, self.min_size, self.class_top_n, self.nms_thresh,
+            self.max_detections, (10.0, 10.0, 5.0, 5.0), SCALE_CLAMP,
         )  # fmt: skip
-        scalars = [self.score_thresh, self.nms_thresh, SCALE_CLAMP, *weights, self.min_size]
-        limit = -1 if self.class_top_n is None else self.class_top_n
-        numbers = [run.DTYPES[dtype], int(bool(self.counts)), limit]
-        inputs = [torch.tensor(scalars, dtype=torch.float64), *tables, counts, sizes]
-        return Call("boxes", numbers, inputs, *selected(expected, dtype))
+        expected = reference.select_box_detections(*tables, *rule)
+        return Call("select_box_detections", [*tables, *rule], check_selected(expected, dtype))
 
 
 BOXES = {
@@ -177,28 +172,32 @@ BOXES = {
 }
 
 
-class TestDetections(HostBattery):
+class TestDetections(EmulatedBattery):
     """Of dense heads, and "boxes-" of given boxes."""
 
-    program = "detections_main"
     cases: ClassVar = {
         **MAPS, **{f"boxes-{name}": case for name, case in BOXES.items()},
-        # Four maps of each kind, in every layout over the types; test_host_generate_proposals.py has all of each.
+        # Four maps of each kind, in every layout over the types; test_emulated_generate_proposals.py has all of each.
         "three_maps": Maps(((9, 14), (4, 4), (3, 5)), centered=True),
         "boxes-some": Boxes(counts=(70, 33)),
         "boxes-few": Boxes(classes=3, class_top_n=9),
     }  # fmt: skip
-    right = (
+    cpp = (
         *runs([*MAPS, *(f"boxes-{name}" for name in BOXES)]),
         *(f"three_maps/mixed{3 * i}/{dtype}" for i, dtype in enumerate(TYPES)),
         *runs(("boxes-some", "boxes-few"), types=("float64",)),
     )
-    addresses = tuple(
-        f"{name}/channels_last-cropped"
-        for name in ("bad_numbers", "centered_bad", "boxes-bad_numbers", "boxes-class_top")
+    triton = (
+        *runs(("plain", "ties", "bad_numbers", "centered_bad"), ("channels_last",)),
+        *runs(("boxes-shared", "boxes-class_top", "boxes-bad_numbers")),
+        "three_maps/channels_first/bfloat16",
     )
-    races = tuple(f"{name}/channels_last-cropped" for name in ("few_wanted", "centered", "boxes-shared"))
     far = ("centered/channels_last-cropped",)
+    kernels = (
+        "count_scores_kernel", "select_scores_kernel", "decode_candidates_kernel", "gather_detections_kernel",
+        "box_probabilities_kernel", "decode_boxes_kernel", "keep_boxes_kernel", "box_detections_kernel",
+    )  # fmt: skip
+    every_kernel = (*runs(["three_maps"], types=TYPES), *runs(["boxes-some"], types=("float32", "float64")))
 
     def calls(self, case, dtype, layouts):
         yield case.call(dtype, layouts)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of proposal generation, run on the CPU and compared with plain PyTorch."""
+"""The GPU kernels of proposal generation, executed by the emulator and compared with plain PyTorch."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from helpers.emulated_battery import TYPES, Call, EmulatedBattery, check_selected, runs
 from helpers.layouts import place
-from host_kernels import run
-from host_kernels.battery import TYPES, Call, HostBattery, runs, selected
 
 from fpn_fast import reference
 from fpn_fast.ops.generate_proposals import CONVENTIONS
@@ -18,7 +18,7 @@ from fpn_fast.ops.generate_proposals import CONVENTIONS
 NAN, INF = math.nan, math.inf
 
 Maps = list[torch.Tensor]
-# As fpn_fast.reference.generate_proposals has them.
+# As fpn_fast.reference.generate_proposals has them, in the order of the op.
 DEFAULTS: dict[str, Any] = {
     "nms_thresh": 0.7,
     "score_thresh": 0.0,
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def strides(self) -> torch.Tensor:
-        return torch.tensor([[72 // height, 112 // width] for height, width in self.sizes])
+        return torch.tensor([[max(72 // height, 1), max(112 // width, 1)] for height, width in self.sizes])
 
     def maps(self, dtype: torch.dtype) -> tuple[Maps, Maps]:
         generator = torch.Generator().manual_seed(0)
@@ -114,24 +114,32 @@ CASES |= {
 }
 
 
-class TestGenerateProposals(HostBattery):
-    program, cases = "generate_proposals_main", CASES
-    right = runs(CASES) + runs(["two_maps"], ("mixed", "mixed4", "mixed8"), TYPES)
-    addresses = tuple(f"{name}/channels_last-cropped" for name in ("bad_numbers", "mmdet", "many_ties"))
-    races, far = ("plain", "many_ties"), ("plain",)
+# A level of more runs than one merge takes.
+MANY_RUNS = Case(((300, 304),), batch=1, pre_nms_top_n=70)
+
+
+class TestGenerateProposals(EmulatedBattery):
+    cases: ClassVar = {**CASES, "many_runs": MANY_RUNS}
+    cpp = runs(CASES) + runs(["two_maps"], ("mixed", "mixed4", "mixed8"), TYPES)
+    triton = (
+        *runs(("plain", "few_wanted", "ties", "bad_numbers", "mmdet"), ("channels_last",)),
+        "detectron2/channels_first/bfloat16",
+    )
+    far = ("plain",)
+    kernels = (
+        "count_logits_kernel", "select_logits_kernel", "decode_proposals_kernel", "head_setup_kernel",
+        "merge_proposals_kernel", "merge_runs_kernel",
+    )  # fmt: skip
+    every_kernel = (*runs(["two_maps"], types=TYPES), *runs(["many_runs"], types=("float32", "float64")))
 
     def calls(self, case, dtype, layouts):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         settings = {**DEFAULTS, **case.options}
-        objectness, deltas = case.maps(dtype)
-        sizes, limits = case.image_sizes.to(wide), (case.pre_nms_top_n, case.post_nms_top_n)
-        tables, strides = list(case.cells.to(wide)), case.strides.tolist()
-        expected = reference.generate_proposals(objectness, deltas, tables, strides, sizes, *limits, **settings)
-        scalars = [settings[name] for name in ("nms_thresh", "score_thresh", "min_size", "scale_clamp", "center_offset",
-                                               "center_clamp")]  # fmt: skip
-        scalars += [value for name in ("weights", "means", "stds") for value in settings[name]]
-        flags = [int(settings[name]) for name in ("strict_size", "logits_out", "symmetric_clamp", "mean_center")]
-        numbers = [run.DTYPES[dtype], case.pre_nms_top_n, *flags, CONVENTIONS.index(settings["convention"])]
-        inputs = [torch.tensor(scalars, dtype=torch.float64), case.cells, case.strides, sizes]
-        inputs += [place(each, layouts[i % len(layouts)]) for i, each in enumerate([*objectness, *deltas])]
-        yield Call("generate_proposals", numbers, inputs, *selected(expected, dtype))
+        maps, sizes = case.maps(dtype), case.image_sizes.to(wide)
+        limits, tables, strides = (case.pre_nms_top_n, case.post_nms_top_n), case.cells.to(wide), case.strides
+        expected = reference.generate_proposals(*maps, list(tables), strides.tolist(), sizes, *limits, **settings)
+        rule = list({**settings, "convention": CONVENTIONS.index(settings["convention"])}.values())
+        turns = itertools.cycle(layouts)
+        placed = [[place(each, next(turns)) for each in part] for part in maps]
+        numbers = case.cells.flatten().tolist(), strides.flatten().tolist()
+        yield Call("generate_proposals", [*placed, *numbers, sizes, *limits, *rule], check_selected(expected, dtype))
