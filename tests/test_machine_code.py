@@ -8,6 +8,7 @@ translation unit without torch.
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
 import re
 import shutil
@@ -15,14 +16,15 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from helpers import cuda_toolkit, emulated_gpu
-from host_kernels import build
 
+from tools.gpu_emulator import locked
 from tools.gpu_emulator.host import code as emulator_code
 
-ROOT = build.ROOT
+ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "machine_code"
 ARCHITECTURES = ["sm_75", "sm_80", "sm_100"]
 # setup.py's, as far as they change the code.
@@ -228,13 +230,35 @@ def parse(ptxas: str, sass: str, ptx: str) -> dict[str, Code]:
     }
 
 
+_INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
+
+
+def sources(file: Path) -> list[Path]:
+    """`file` and all that it includes by a quoted path."""
+    found: dict[Path, None] = {}
+    pending = [file.resolve()]
+    while pending:
+        file = pending.pop()
+        if file not in found:
+            found[file] = None
+            pending += [(file.parent / name).resolve() for name in _INCLUDE.findall(file.read_text())]
+    return sorted(found)
+
+
+def content_hash(files: list[Path], *more: str) -> str:
+    digest = hashlib.sha256("\0".join(more).encode())
+    for file in files:
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def compile_unit(name: str, text: str, arch: str) -> dict[str, Code]:
     """The kernels in the translation unit `text`, compiled once for each content of it and of what it includes."""
     BUILD.mkdir(parents=True, exist_ok=True)
     unit = BUILD / f"{name}-{arch}.cu"
-    with build.locked(BUILD / f"{name}-{arch}.lock"):
+    with locked(BUILD / f"{name}-{arch}.lock"):
         unit.write_text(text)
-        key = build.content_hash(build.sources(unit), cuda_toolkit.nvcc_version(), *FLAGS)
+        key = content_hash(sources(unit), cuda_toolkit.nvcc_version(), *FLAGS)
         log, sass, ptx = (BUILD / f"{name}-{arch}-{key}.{kind}" for kind in ("ptxas", "sass", "ptx"))
         if not sass.exists():
             for stale in BUILD.glob(f"{name}-{arch}-*"):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Marks functions that the CPU library, the CUDA kernels and the host-run kernels of the tests share.
+// Marks functions that the CPU library and the CUDA kernels share.
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #else

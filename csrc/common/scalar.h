@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Storage types and their accumulation types. Half and BFloat16 are plain bit patterns, so that the CUDA kernels, the
-// CPU library and the host-run kernels share one source without torch or CUDA headers.
+// Storage types and their accumulation types. Half and BFloat16 are plain bit patterns, so that the CUDA kernels and
+// the CPU library share one source without torch or CUDA headers.
 #pragma once
 
 #include <cstdint>

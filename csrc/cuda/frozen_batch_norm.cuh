@@ -52,7 +52,6 @@ struct RawVector {
 // Rounds two values at once: alone each takes a conversion on a pipe of an eighth of the rate.
 template <class M>
 __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
-#ifdef __CUDA_ARCH__
   uint32_t pair;
   if constexpr (std::is_same_v<M, BFloat16>) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
@@ -62,9 +61,6 @@ __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
     memcpy(&pair, &both, sizeof pair);
   }
   return pair;
-#else
-  return Rounded<M>::from(low).bits | uint32_t{Rounded<M>::from(high).bits} << 16;
-#endif
 }
 
 template <class T, class M>

@@ -107,13 +107,9 @@ struct GatherBlock {
 // threadIdx.x, opaque to the compiler, which otherwise keeps values derived from it in registers across the loops over
 // RoIs.
 __device__ __forceinline__ unsigned thread_in_block() {
-#ifdef __CUDA_ARCH__
   unsigned index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
-#else
-  return threadIdx.x;
-#endif
 }
 
 // Lists those of RoIs [first, first + kRoiHits) that touch the tile. Returns their number.

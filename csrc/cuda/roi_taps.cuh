@@ -24,11 +24,9 @@ __device__ __forceinline__ void add_weighted(acc_t weight, const acc_t (&values)
 // A global address as one integer. Otherwise the compiler splits and rebuilds it for each access.
 template <class T>
 __device__ __forceinline__ const T* whole(const T* address) {
-#ifdef __CUDA_ARCH__
   size_t number = __cvta_generic_to_global(address);
   asm volatile("" : "+l"(number));
   address = static_cast<const T*>(__cvta_global_to_generic(number));
-#endif
   return address;
 }
 

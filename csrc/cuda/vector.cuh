@@ -50,14 +50,10 @@ __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool
     for (int i = 0; i < kVec<T>; ++i) elements[i] = Rounded<T>::from(values[i]);
     uint4 raw;
     memcpy(&raw, elements, sizeof raw);
-#ifdef __CUDA_ARCH__
     // The compiler would merge a plain assignment with the scalar branch below, into scalar stores.
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(raw.x), "r"(raw.y), "r"(raw.z),
                  "r"(raw.w)
                  : "memory");
-#else
-    *reinterpret_cast<uint4*>(target) = raw;
-#endif
   } else {
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {

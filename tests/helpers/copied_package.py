@@ -11,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from host_kernels.build import compiler, locked
+
+from tools.gpu_emulator import compiler, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 _OPTIMISE = '"-O3", "-g0"'
@@ -40,7 +42,8 @@ def build(name: str, texts: dict[str, str], flags: tuple[str, ...]) -> Path:
     setup = _SOURCES.sub('SOURCES = ["csrc/all.cpp"]', setup, count=1)
     setup = setup.replace(_OPTIMISE, ", ".join(f'"{flag}"' for flag in flags))
     texts = {**texts, "setup.py": setup, "csrc/all.cpp": "".join(unit)}
-    key = hashlib.sha256("\0".join([torch.__version__, compiler()[1], *texts, *texts.values()]).encode()).hexdigest()
+    parts = [torch.__version__, _compiler_version(), *texts, *texts.values()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     copies = ROOT / "build" / name
     folder = copies / key[:16]
     with locked(copies / "lock"):
@@ -62,6 +65,13 @@ def build(name: str, texts: dict[str, str], flags: tuple[str, ...]) -> Path:
         # Of the checkout as it is now: the key is of what is compiled.
         _copy_package(folder)
     return folder
+
+
+def _compiler_version() -> str:
+    path = compiler()
+    if path is None:
+        pytest.skip("no g++ to compile the library with")
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def _copy_package(folder: Path) -> None:

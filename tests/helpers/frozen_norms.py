@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of the frozen batch norm, for its ops and for its CUDA kernels on the CPU."""
+"""Cases of the frozen batch norm, for its ops."""
 
 from __future__ import annotations
 

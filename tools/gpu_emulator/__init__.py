@@ -45,7 +45,8 @@ class Allocation(NamedTuple):
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Holds `path` as a lock between processes: the workers of a parallel test run build a thing once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -84,7 +85,7 @@ def _module() -> Any:
     sources = sorted(HERE.glob("*.cpp"))
     objects = [named(each.stem, ".o", each.read_text()) for each in sources]
     library = named("_emulator", ".so", *(each.name for each in objects))
-    with _locked(BUILD / "_emulator.lock"):
+    with locked(BUILD / "_emulator.lock"):
         if not library.exists():
             for stale in {*BUILD.glob("*.o"), *BUILD.glob("*.so")} - {*objects}:
                 stale.unlink()

@@ -22,7 +22,7 @@ CACHE = gpu_emulator.BUILD
 def texts(binary: Path) -> dict[str, Path]:
     """What cuobjdump prints of each kernel's resources and instructions, by the kernel's mangled name."""
     folder = CACHE / "code" / hashlib.sha256(binary.read_bytes()).hexdigest()[:24]
-    with gpu_emulator._locked(folder.with_suffix(".lock")):
+    with gpu_emulator.locked(folder.with_suffix(".lock")):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             usage, listing = (
@@ -49,7 +49,7 @@ def runtime() -> Path:
     """The compiled cuda_runtime.cpp."""
     source = HERE / "cuda_runtime.cpp"
     library = CACHE / f"cuda_runtime-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
-    with gpu_emulator._locked(CACHE / "cuda_runtime.lock"):
+    with gpu_emulator.locked(CACHE / "cuda_runtime.lock"):
         if not library.exists():
             partial = library.with_suffix(".partial")
             command = [str(gpu_emulator.compiler()), "-std=c++20", "-O1", "-fPIC", "-shared", str(source)]
