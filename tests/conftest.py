@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ from helpers.devices import CPU_AND_GPU  # noqa: E402
 
 from fpn_fast import backends  # noqa: E402
 
-FOR_A_GPU = pytest.StashKey[int]()
+FOR_A_GPU, NO_TESTS = pytest.StashKey[int](), pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -103,13 +105,28 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+def _mark_gpu_first(config: pytest.Config, of_gpu: list[pytest.Item]) -> None:
+    """Marks what gpu_first.txt has, where * stands for anything, and keeps its lines that are no test's of a file."""
+    lines = Path(__file__).with_name("gpu_first.txt").read_text().splitlines()
+    patterns = {line: re.compile(re.escape(line).replace(r"\*", ".*")) for line in lines if "::" in line}
+    used = set()
+    for item in of_gpu:
+        if found := [line for line, pattern in patterns.items() if pattern.fullmatch(item.nodeid)]:
+            item.add_marker("gpu_first")
+            used.update(found)
+    files = {item.nodeid.partition("::")[0] for item in of_gpu}
+    config.stash[NO_TESTS] = [line for line in patterns if line not in used and line.partition("::")[0] in files]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from helpers.battery import is_left_out
 
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    _mark_gpu_first(config, of_gpu)
     # A test that is skipped costs its way from worker to report; of thousands that is a minute.
-    of_gpu = {} if torch.cuda.is_available() else {item: None for item in items if item.get_closest_marker("gpu")}
-    _count_for_a_gpu(config, len(of_gpu))
-    left_out = of_gpu | {item: None for item in items if is_left_out(item)}
+    without = [] if torch.cuda.is_available() else of_gpu
+    _count_for_a_gpu(config, len(without))
+    left_out = dict.fromkeys([*without, *(item for item in items if is_left_out(item))])
     config.hook.pytest_deselected(items=list(left_out))
     # What compiles for minutes begins first, so that no worker waits for it in the end.
     first = [f"test_{name}.py" for name in ("machine_code", "mutations", "sanitized_library")]
@@ -134,12 +151,29 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line(f"{count} tests need a CUDA device and were left out: there is none here.")
 
 
+def _gpu_is_lost() -> bool:
+    """After an illegal address, say, every call to the GPU fails for as long as the process lives."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+# Last: a worker has then told its failure.
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Writes a failure as it happens: a run that is killed at its time limit has no summary."""
-    path = os.environ.get("FPN_FAST_FAILURES")
-    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+    """Writes a failure as it happens: a run that is killed at its time limit has no summary.
+
+    A worker that lost the GPU ends, so that another one takes over.
+    """
+    path, in_worker = os.environ.get("FPN_FAST_FAILURES"), "PYTEST_XDIST_WORKER" in os.environ
+    if path and report.failed and not in_worker:
         with open(path, "a") as file:
             file.write(f"FAILED {report.nodeid}\n{report.longreprtext}\n\n")
+    if report.failed and in_worker and _gpu_is_lost():
+        os._exit(1)
 
 
 @pytest.fixture(params=["cpp", "reference"])

@@ -2,6 +2,7 @@
 """The benchmarks' own arithmetic and honesty: bytes, refusals, ratios, reports, and the GPU run without a GPU."""
 
 import argparse
+import ctypes
 import inspect
 import json
 import os
@@ -9,11 +10,13 @@ import platform
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -45,7 +48,7 @@ from fpn_fast.verify.run import read_shapes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_run  # noqa: E402
+from benchmarks import ceilings, gpu_run, kernels  # noqa: E402
 from benchmarks import report as checkout_report  # noqa: E402
 
 CASE = next(case for case in cases.FAMILIES["top_down"]("cpu") if case.direction == "backward")
@@ -509,13 +512,55 @@ def test_nvidia_mapping_pools_what_the_reference_pools(
 
 def test_l2_kernel_reads_everything_every_turn() -> None:
     pytest.importorskip("triton")
-    from benchmarks.l2_read import l2_read_kernel
+    from benchmarks.ceiling_kernels import l2_read_kernel
 
     device = _triton_device()
     source = torch.randn(6 * 64, device=device)
     sums = torch.empty(4, device=device)
     l2_read_kernel[(4,)](source, sums, 6, 5, BLOCK=64)
     torch.testing.assert_close(sums.sum(), 5 * source.sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_conversions_are_done_one_after_another() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.ceiling_kernels import convert_kernel
+
+    device = _triton_device()
+    values = torch.randn(64, device=device)
+    expected = values.clone()
+    convert_kernel[(2,)](values, 3, BLOCK=32, CONVERSIONS=2, STEP=1.5)
+    for _ in range(6):
+        expected = expected.bfloat16().float() + 1.5
+    assert torch.equal(values, expected)
+
+
+def _follow(place: torch.Tensor, turns: int, CHASE: str, num_warps: int) -> None:
+    address = place.item()
+    for _ in range(turns * CHASE.count("ld.global")):
+        address = ctypes.c_int64.from_address(address).value
+    place.fill_(address)
+
+
+def test_every_limit_is_measured_and_settles_constants_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    ceiling_kernels = pytest.importorskip("benchmarks.ceiling_kernels", exc_type=ImportError)
+    clock = timing.timer("cuda") if _triton_device().type == "cuda" else _CpuInPlaceOfGpu(True)
+    if not isinstance(clock, _CpuInPlaceOfGpu):
+        found = {part.__name__: part(clock) for part in ceilings.PARTS}
+    else:
+        small = {"DEVICE": "cpu", "COPY_BYTES": 1 << 20, "L2_READ_BYTES": 1 << 17, "L2_READ_TURNS": 2, "CHASE_TURNS": 5,
+                 "CHASES": {"l1": (8, ""), "l2": (9, ".cg"), "dram": (11, ".cg")}, "CONVERSION_TURNS": 1,
+                 "GRAPH_NODES": 3, "LAUNCHES": 2, "SAMPLES": 3}  # fmt: skip
+        for name, value in small.items():
+            monkeypatch.setattr(ceilings, name, value)
+        # Triton's interpreter knows no PTX.
+        monkeypatch.setattr(ceiling_kernels, "chase_kernel", {(1,): _follow})
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(cycles / 2e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(multi_processor_count=1))
+        found = {part.__name__: part(clock) for part in ceilings.PARTS}
+    constants = ceilings.constants(found)
+    assert set(constants) == {"clock_ghz", "dram_bytes_per_cycle", "l2_bytes_per_cycle", "port_bytes_per_cycle",
+                              "l1_latency", "l2_latency", "dram_latency", "xu_cycles"}  # fmt: skip
+    assert all(each["measured"] > 0 and each["assumed"] > 0 for each in constants.values())
 
 
 @pytest.fixture
@@ -638,67 +683,79 @@ def test_memory_is_shown_where_it_counts(tmp_path: Path, results: Path) -> None:
     assert "| 1000 MB | 3.2 MB |\n" in text
 
 
-EVERY_SECTION = ("library", "environment", "ceilings", "tests", "sanitizer", "benchmarks")
+def _unpacked(folder: Path, call: str = "A") -> tuple[dict, dict[str, str]]:
+    """The sections of a call, and the text of its files."""
+    with tarfile.open(folder / f"gpu_run_{call}.tar.gz") as archive:
+        files = {m.name.partition("/")[2]: archive.extractfile(m).read().decode() for m in archive if m.isfile()}
+    return json.loads(files["gpu_run.json"])["sections"], files
 
 
-def _sections(folder: Path) -> dict:
-    return json.loads((folder / "gpu_run.json").read_text())["sections"]
-
-
-def test_a_dry_gpu_run_walks_every_section(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _dry_run(folder: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict, dict[str, str]]:
+    """The results of every section, and the text of the files."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     # Collecting all tests, to run none without a GPU, would take most of the time.
-    environment["PYTEST_ADDOPTS"] = "--ignore-glob=*/test_[!t]*.py"
-    budget = 300
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu_run.py", "--output", str(tmp_path), "--dry-run", "--budget", str(budget)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=budget + 10,
+    _small_tests(
+        folder, "", "@pytest.mark.gpu\n@pytest.mark.skipif(True, reason='')\ndef test_skips(): pass\n", monkeypatch
     )
-    log = (tmp_path / "gpu_run.log").read_text()
-    assert done.returncode == 0, done.stdout + done.stderr + log[-4000:]
-    assert time.monotonic() - start < budget
-    sections = _sections(tmp_path)
-    assert {name: each["status"] for name, each in sections.items()} == dict.fromkeys(EVERY_SECTION, "ok")
-    results = {name: entry["results"] for name, entry in sections.items()}
-    no_gpu = "skipped: no GPU"
-    assert results["environment"]["device_type"] == "cpu"
-    assert results["environment"]["info"]["kernels"] is None
-    assert {results["ceilings"][name] for name in ("l2_read", "graph", "launch")} == {no_gpu}
-    assert results["ceilings"]["copy"]["device_type"] == "cpu"
-    assert "passed" not in results["tests"]
-    assert {results["sanitizer"][tool] for tool in ("memcheck", "racecheck")} == {no_gpu}
-    assert len(results["benchmarks"]["files"]) == len(cases.FAMILIES)
-    for rows_file in results["benchmarks"]["files"]:
-        family = Path(rows_file).stem
-        measured = report.load(tmp_path / rows_file)
-        count = len(report.by_case(measured))
-        assert count > 0
-        assert results["benchmarks"][family] == {"cases": count, "not_reached": [], "refused": []}
-        assert measured["machine"]["tiny"]
-        # torch.compile has no use for what goes from box to box, and a series is measured without it.
-        uncompiled = ("paste_masks", "heatmaps_to_keypoints", "growth")
-        compiled = set() if family in uncompiled else {"compile"}
-        assert {row["provider"] for row in measured["rows"]} >= {"eager", "copy", *compiled}
-        assert {row["metric"] for row in measured["rows"]} == {"wall"}
+    (folder / "tests" / "gpu_first.txt").write_text("tests/test_one.py::test_skips\n")
+    code = gpu_run.main([call, "--output", str(folder / "out"), "--dry-run"])
+    sections, files = _unpacked(folder / "out", call)
+    wanted = {section.name: "ok" for section in gpu_run.SECTIONS if call in section.calls}
+    assert {name: each["status"] for name, each in sections.items()} == wanted, files
+    assert code == 0
+    assert sections["environment"]["results"]["device_type"] == "cpu"
+    assert sections["environment"]["results"]["info"]["kernels"] is None
+    assert {path.name for path in (folder / "out").iterdir()} == {f"gpu_run_{call}.tar.gz"}
+    return {name: entry["results"] for name, entry in sections.items()}, files
+
+
+def test_a_dry_first_call_walks_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, _ = _dry_run(tmp_path, "A", monkeypatch)
+    limits = results["ceilings"]
+    assert limits.pop("constants") == {}
+    assert set(limits) == {part.__name__ for part in ceilings.PARTS}
+    assert {*limits.values(), *results["tools"].values()} == {"skipped: no GPU"}
+    # None of them is marked gpu_first by the conftest that they have.
+    assert results["first_tests"] == {"failures": []}
+    assert results["kernels"]["device_type"] == "cpu"
+    found = results["kernels"]["rows"]
+    assert {row["family"] for row in found} == set(cases.FAMILIES) - {"detectron2", "mmdet", "growth"}
+    assert {row["backend"] for row in found} == {"cpp"}
+    assert all(row["kernels"] and all(each["us"] >= 0 for each in row["kernels"]) for row in found)
+
+
+def test_a_dry_second_call_walks_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, files = _dry_run(tmp_path, "B", monkeypatch)
+    assert results["tests"] == {"skipped": 1, "failures": []}
+    assert set(results["first_cases"]) == {"top_down", "match_anchors"}
+    assert set(results["benchmarks"]) == {"top_down"}
+    for section in ("first_cases", "benchmarks"):
+        for found in results[section].values():
+            measured = json.loads(files[found.pop("file")])
+            count = len(report.by_case(measured))
+            assert found == {"cases": count, "not_reached": [], "refused": []}
+            assert count > 0
+            assert measured["machine"]["tiny"]
+            compiled = {"compile"} if section == "benchmarks" else set()
+            assert {row["provider"] for row in measured["rows"]} == {"eager", "cpp", "copy", *compiled}
+            assert {row["metric"] for row in measured["rows"]} == {"wall"}
 
 
 def test_too_small_a_budget_skips_sections_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_run.main(["--output", str(tmp_path), "--dry-run", "--budget", "4"]) == 0
-    sections = _sections(tmp_path)
-    assert {name: each["status"] for name, each in sections.items()} == dict.fromkeys(EVERY_SECTION, "skipped")
+    assert gpu_run.main(["B", "--output", str(tmp_path), "--dry-run", "--budget", "4"]) == 0
+    sections, _ = _unpacked(tmp_path, "B")
+    wanted = [section.name for section in gpu_run.SECTIONS if "B" in section.calls]
+    assert {name: each["status"] for name, each in sections.items()} == dict.fromkeys(wanted, "skipped")
     assert sections["tests"]["reason"] == "3 s of 4 s left, needs 20 s"
     assert "benchmarks   skipped" in capsys.readouterr().out
 
 
 def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hangs(run: gpu_run.Run) -> tuple[dict, str | None]:
-        problem, output = run.python("-c", "print('begun', flush=True); import time; time.sleep(60)")
-        return {"output": output}, problem
+        sleeps = "print('begun', flush=True); import time; time.sleep(60)"
+        # Two at the same time, of which one ends by itself.
+        found = run.commands({"long": (sys.executable, "-c", sleeps), "short": (sys.executable, "-c", "exit(3)")})
+        return {"output": found["long"][1], "short": found["short"][0]}, found["long"][0]
 
     def breaks(run: gpu_run.Run) -> tuple[dict, str | None]:
         raise KeyError("planted")
@@ -707,59 +764,177 @@ def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeyp
         return {"left": run.section_left()}, None
 
     chosen = (
-        gpu_run.Section("tests", hangs, 0, 0.15),
-        gpu_run.Section("sanitizer", breaks, 0, 1),
-        gpu_run.Section("ceilings", works, 0, 1),
-        gpu_run.Section("benchmarks", works, 1000, 1),
+        gpu_run.Section("tests", "A", hangs, 0, 0.15),
+        gpu_run.Section("tools", "A", breaks, 0, 1),
+        gpu_run.Section("ceilings", "A", works, 0, 1),
+        gpu_run.Section("benchmarks", "A", works, 1000, 1),
+        gpu_run.Section("first_cases", "B", works, 0, 1),
     )
     monkeypatch.setattr(gpu_run, "SECTIONS", chosen)
+    # Of a section that does not end, the file has the others.
+    monkeypatch.setattr(gpu_run, "PACK_S", 0)
     start = time.monotonic()
-    assert gpu_run.main(["--output", str(tmp_path), "--dry-run", "--budget", "20"]) == 1
+    assert gpu_run.main(["A", "--output", str(tmp_path), "--dry-run", "--budget", "20"]) == 1
     assert time.monotonic() - start < 20
-    sections = _sections(tmp_path)
+    sections, files = _unpacked(tmp_path)
     assert sections["tests"]["status"] == "failed"
     assert sections["tests"]["reason"] == "stopped at its time limit"
+    assert sections["tests"]["results"]["short"] == "exit code 3"
     output = sections["tests"]["results"]["output"]
-    assert output.startswith("begun\n")
+    assert output.splitlines()[1] == "begun"
     assert output.endswith("KeyboardInterrupt\n")
-    assert sections["sanitizer"]["reason"] == "KeyError: 'planted'"
+    assert files["long.log"] == output
+    assert sections["tools"]["reason"] == "KeyError: 'planted'"
     assert sections["ceilings"]["status"] == "ok"
     assert sections["benchmarks"]["status"] == "skipped"
     assert "needs 1000 s" in sections["benchmarks"]["reason"]
+    assert "first_cases" not in sections
+
+
+def test_every_line_of_gpu_first_is_a_test(request: pytest.FixtureRequest) -> None:
+    if any("::" in each for each in request.config.args):
+        pytest.skip("the files of those tests were not collected whole")
+    assert request.config.stash[conftest.NO_TESTS] == []
+
+
+def _run(folder: Path, **options: object) -> gpu_run.Run:
+    (folder / "files").mkdir()
+    given = {"call": "A", "output": folder / "out", "budget": 100, "dry_run": True, **options}
+    run = gpu_run.Run(argparse.Namespace(**given), folder / "files")
+    run.section_end = time.monotonic() + 100
+    return run
+
+
+def _small_tests(folder: Path, conftest_text: str, tests: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests in a folder that stands for the checkout."""
+    (folder / "tests").mkdir()
+    # What writes failures, without what skips tests marked gpu here.
+    hooks = (conftest._gpu_is_lost, conftest.pytest_runtest_logreport)
+    hook = "\n\n".join(map(inspect.getsource, hooks))
+    (folder / "tests" / "conftest.py").write_text(f"import os\n\nimport pytest\n{conftest_text}\n{hook}")
+    (folder / "tests" / "test_one.py").write_text(f"import os, pytest, signal\n\n{tests}")
+    monkeypatch.setattr(gpu_run, "TESTS", folder / "tests")
+    # The run's pytest would take itself for a worker of the pytest around it, whose failures another process writes.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+FAILS = "@pytest.mark.gpu\ndef test_fails():\n    assert 6 * 7 == 43\n"
 
 
 def test_failures_are_kept_of_tests_that_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tests").mkdir()
-    # What writes failures, without what skips tests marked gpu here.
-    hook = inspect.getsource(conftest.pytest_runtest_logreport)
-    (tmp_path / "tests" / "conftest.py").write_text(f"import os\n\nimport pytest\n\n\n{hook}")
-    fails = "@pytest.mark.gpu\ndef test_fails():\n    assert 6 * 7 == 43\n"
-    dies = "def test_dies():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    (tmp_path / "tests" / "test_one.py").write_text(f"import os, pytest, signal\n\n{fails}\n@pytest.mark.gpu\n{dies}")
-    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
-    # The run's pytest would take itself for a worker of the pytest around it, whose failures another process writes.
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    options = argparse.Namespace(output=tmp_path / "out", budget=100, dry_run=True)
-    run = gpu_run.Run(options)
-    run.section_end = time.monotonic() + 100
-    results, problem = gpu_run.tests(run)
+    dies = "@pytest.mark.gpu\ndef test_dies():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    _small_tests(tmp_path, "", f"{FAILS}\n{dies}", monkeypatch)
+    run = _run(tmp_path)
+    results, problem = gpu_run.run_tests(run, "tests", "gpu", [str(gpu_run.TESTS)])
     assert problem == "exit code -9"
-    assert results["failures"] == ["tests/test_one.py::test_fails"]
-    assert "assert (6 * 7) == 43" in (tmp_path / "out" / "failures.txt").read_text()
+    assert results["failures"] == ["test_one.py::test_fails"]
+    assert "assert (6 * 7) == 43" in (run.folder / "tests_failures.txt").read_text()
+
+
+def test_a_worker_that_lost_the_gpu_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In place of torch, whose import takes seconds, and of a GPU: what every call says after an illegal address.
+    gpu = "from types import SimpleNamespace\n\nlost = []\n\n\ndef call():\n    if lost:\n"
+    gpu += "        raise RuntimeError('an illegal memory access')\n\n\n"
+    gpu += "torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=call))\n"
+    poisons = "def test_poisons():\n    conftest.lost.append(1)\n    conftest.call()\n"
+    lives = "@pytest.mark.parametrize('i', range(4))\ndef test_lives(i):\n    conftest.call()\n"
+    marked = "import conftest\n\npytestmark = pytest.mark.gpu\n"
+    _small_tests(tmp_path, gpu, f"{marked}\n{FAILS}\n{poisons}\n{lives}", monkeypatch)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    run = _run(tmp_path)
+    run.has_gpu = True
+    results, problem = gpu_run.run_tests(run, "tests", "gpu", [str(gpu_run.TESTS)])
+    assert problem == "exit code 1"
+    # Of the one that poisons also that its worker ended.
+    assert results["failures"] == ["test_one.py::test_fails"] + ["test_one.py::test_poisons"] * 2
+    assert results["passed"] == 4
+    assert "an illegal memory access" in (run.folder / "tests_failures.txt").read_text()
 
 
 def test_without_a_gpu_nothing_is_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_run, "SECTIONS", (gpu_run.Section("tests", lambda run: ({}, None), 0, 1),))
-    assert gpu_run.main(["--output", str(tmp_path), "--only", "tests"]) == 1
-    sections = _sections(tmp_path)
-    assert sections == {"tests": {"status": "skipped", "reason": "no GPU; --dry-run tries the run without one"}}
+    monkeypatch.setattr(gpu_run, "SECTIONS", (gpu_run.Section("tests", "B", lambda run: ({}, None), 0, 1),))
+    assert gpu_run.main(["B", "--output", str(tmp_path), "--only", "tests"]) == 1
+    sections, _ = _unpacked(tmp_path, "B")
+    assert sections == {"tests": {"status": "skipped", "reason": "no GPU; --dry-run tries the call without one"}}
 
 
-def test_a_prebuilt_library_is_named_with_what_it_lacks(tmp_path: Path) -> None:
-    (tmp_path / "library").mkdir()
-    options = argparse.Namespace(
-        output=tmp_path / "out", budget=10, dry_run=False, library=str(tmp_path / "library"), only=[]
+def test_a_gpu_without_a_known_commit_or_a_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path)
+    info = {"backends": {"cuda": {"cpp": "no library", "triton": None}}}
+    said = {"device_type": "cuda", "commit": None, "info": info}
+    monkeypatch.setattr(run, "json_of", lambda *_: (said, None))
+    _, problem = gpu_run.environment(run)
+    assert problem == "the commit is unknown; FPN_FAST_COMMIT in the environment says it; no library"
+    assert run.has_gpu
+
+
+#: As ncu prints it.
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","void fpn_fast::<unnamed>::top_down_kernel<float, true>(Maps)","smsp__inst_executed.sum","inst","1,065"
+"1","7","void cub::Sort<int>::DeviceRadixSortKernel<int>(int)","smsp__inst_executed.sum","inst","9"
+"2","7","nms_kernel","smsp__inst_executed.sum","inst","30"
+"""
+
+
+def test_what_was_modelled_and_counted_stands_beside_times() -> None:
+    names = (
+        "void fpn_fast::(anonymous namespace)::top_down_kernel<float, true>(Maps)",
+        "Memset (Device)",
+        "nms_kernel",
     )
-    results, problem = gpu_run.library(gpu_run.Run(options))
-    assert results["files"] == []
-    assert problem == f"{tmp_path / 'library'} lacks _C.abi3.so, _C_cuda.abi3.so"
+    launches = kernels.of_one_call([(name, us) for us in (3.0, 1.0, 2.0) for name in names], 3)
+    assert [(each["kernel"], each["us"]) for each in launches] == [
+        (n, 2.0) for n in ("top_down_kernel", "Memset", "nms_kernel")
+    ]
+    with pytest.raises(ValueError, match="2 calls launched 3 kernels, not the same in each"):
+        kernels.of_one_call([(name, 1.0) for name in names], 2)
+    modelled = [{"kernel": "top_down_kernel", "model_us": 24.1, "warp_instructions": 1065}]
+    kernels.with_model(launches, [*modelled, {"kernel": "nms_kernel", "floor_us": 1.5}])
+    found = {"rows": [{"case": "merge", "backend": "cpp", "kernels": launches}]}
+    assert (
+        kernels.with_counts(found, NCU.replace("nms_kernel", "other_kernel"))
+        == "launch 1 is nms_kernel, and other_kernel to ncu"
+    )
+    assert kernels.with_counts(found, NCU.rpartition('"2"')[0]) == "ncu counted 1 of 2 launches"
+    assert kernels.with_counts(found, NCU) is None
+    assert kernels.lines(found) == [
+        "merge cpp top_down_kernel: 2.0 us, model 24.1, instructions of the emulator 1065, of ncu 1065",
+        "merge cpp Memset: 2.0 us",
+        "merge cpp nms_kernel: 2.0 us, floor of the model 1.5, of ncu 30",
+    ]
+
+
+def test_sanitizers_and_counters_run_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In place of the tools: each ends once all four have begun.
+    stand_in = f"""#!{sys.executable}
+import pathlib, sys, time
+name = sys.argv[2] if sys.argv[1] == "--tool" else "ncu"
+folder = pathlib.Path(__file__).parent
+(folder / f"{{name}}.begun").touch()
+while len(list(folder.glob("*.begun"))) < 4:
+    time.sleep(0.01)
+if name == "ncu":
+    pathlib.Path(sys.argv[sys.argv.index("--log-file") + 1]).write_text({NCU!r})
+else:
+    print("========= ERROR SUMMARY: 1 error" if name == "racecheck" else "========= ERROR SUMMARY: 0 errors")
+    sys.exit(9 if name == "racecheck" else 0)
+"""
+    (tmp_path / "bin").mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        (tmp_path / "bin" / name).write_text(stand_in)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    run = _run(tmp_path)
+    run.has_gpu = True
+    launches = [{"kernel": name} for name in ("top_down_kernel", "nms_kernel")]
+    run.found["sections"]["kernels"] = {"results": {"rows": [{"kernels": launches}]}}
+    results, problem = gpu_run.tools(run)
+    assert results == {
+        "memcheck": "ERROR SUMMARY: 0 errors; exit code 0",
+        "racecheck": "ERROR SUMMARY: 1 error; exit code 9",
+        "initcheck": "ERROR SUMMARY: 0 errors; exit code 0",
+        "ncu": "exit code 0",
+    }
+    assert problem == f"racecheck: {results['racecheck']}"
+    assert [each["instructions"] for each in launches] == [1065, 30]

@@ -326,6 +326,18 @@ def test_can_be_captured_in_a_graph(name, recipe):
         assert same(tree_leaves(captured), tree_leaves(op(**call)))
 
 
+@pytest.mark.gpu
+@of(PADDED)
+def test_autocast_on_a_gpu_gives_the_types_of_the_cpu(recipe):
+    call = call_of(recipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tree_leaves(call.op(**call.arguments))
+    there = tree_map_only(Tensor, lambda t: t.detach().cuda(), call.arguments)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = tree_leaves(call.op(**there))
+    assert [(each.dtype, each.device.type) for each in found] == [(each.dtype, "cuda") for each in expected]
+
+
 def test_the_reference_makes_numbers_of_the_host_there():
     """Whatever the default device is. What an op runs does not see that device."""
     maps = [torch.rand(1, 2, *size, dtype=torch.float64) for size in ((26, 44), (14, 30))]

@@ -10,6 +10,8 @@ import pytest
 from tools import gpu_emulator
 
 pytest.importorskip("triton")
+from benchmarks.ceiling_kernels import CONVERSIONS, READ_FLOATS
+
 #: Every variant is compiled for the first, one of each kernel for the others.
 ARCHS = [90, 80, 100]
 #: Kernels of decisions and of masks, whose numbers are the reference's bit for bit.
@@ -26,14 +28,15 @@ EXACT = {
 }
 
 
-#: A rival of benchmarks, none of ours.
+#: A rival of benchmarks, and what measures limits: none of ours.
 RIVALS = {"nvidia_mapping_kernel"}
+LIMITS = {"l2_read_kernel", "chase_kernel", "convert_kernel"}
 
 
 @pytest.fixture(scope="module")
 def compiled(everything):
     """Architecture -> a row for each of our kernels and variants."""
-    rows = [row for row in everything["kernels"] if row["kernel"] not in RIVALS]
+    rows = [row for row in everything["kernels"] if row["kernel"] not in RIVALS | LIMITS]
     return {arch: [row for row in rows if row["arch"] == arch] for arch in ARCHS}
 
 
@@ -118,3 +121,13 @@ def test_nvidia_mapping_is_a_thread_for_four_channels(everything):
         # The four channels of a thread in one load: 16 bytes of float32, 8 of bfloat16.
         assert row["loads_of_four"] > 0, row
         assert row["local"] == 0, row
+
+
+def test_limits_are_those_of_the_instructions_that_they_are_named_after(everything):
+    rows = [row for row in everything["kernels"] if row["kernel"] in LIMITS and row["arch"] == 90]
+    assert sorted(row["kernel"] for row in rows) == ["chase_kernel", "chase_kernel", "convert_kernel", "l2_read_kernel"]
+    found = {row["kernel"]: row for row in rows}
+    # One by one, as many as the rate is computed of: a packed conversion of two would be another instruction.
+    assert found["convert_kernel"]["conversions"] == CONVERSIONS
+    assert found["l2_read_kernel"]["loads_of_four"] == READ_FLOATS // 4
+    assert found["convert_kernel"]["threads"] == found["l2_read_kernel"]["threads"] == 256

@@ -210,6 +210,12 @@ def _of_family(family: str) -> Callable[[str], list[Case]]:
 FAMILIES: dict[str, Callable[[str], list[Case]]] = {family: _of_family(family) for family in _CASES}
 
 
+def in_turn(families: dict[str, list[Case]]) -> list[tuple[str, Case]]:
+    """(family, case): the first case of every family, then the second of every family, and so on."""
+    turns = itertools.zip_longest(*([(family, case) for case in cases] for family, cases in families.items()))
+    return [each for turn in turns for each in turn if each is not None]
+
+
 def tiny(case: Case) -> Case:
     """`case` with eight channels, maps of a few pixels and few boxes: for tests, not for measurements."""
     levels = tuple(((height + 15) // 16, (width + 15) // 16) for height, width in case.levels)

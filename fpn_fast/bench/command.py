@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fpn_fast.bench import report
-from fpn_fast.bench.cases import FAMILIES, Case, tiny
+from fpn_fast.bench.cases import FAMILIES, Case, in_turn, tiny
 
 #: Seconds per case after warming up, and with --quick. torch.compile takes most of a case's time.
 SECONDS, QUICK_SECONDS = 4.0, 0.5
@@ -109,10 +109,11 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_type: str) -> dict[str, Path]:
-    """Family -> its results file, for the families that were reached. A file is written after every case."""
+    """Family -> its results file, for the families that were reached: every family's first case before a second of any.
+    A file is written after every case."""
     # These need torchvision.
     from fpn_fast.bench import harness, machine, providers
-    from fpn_fast.bench.rows import Results, as_dict
+    from fpn_fast.bench.rows import Results, Row, as_dict
     from fpn_fast.verify.report import Progress
 
     begin = time.monotonic()
@@ -121,27 +122,33 @@ def _measure(options: argparse.Namespace, chosen: dict[str, list[Case]], device_
     seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else SECONDS
     # A trial makes and runs the graphs; generating code for them would take most of its time.
     compiler, rounds = ("aot_eager", 3) if options.tiny else ("inductor", harness.MAX_ROUNDS)
-    progress, done, total = Progress(sys.stderr), 0, sum(map(len, chosen.values()))
-    found = {}
-    for family, cases in chosen.items():
-        results = Results(options.output, family, facts | {"not_reached": list(map(str, cases))})
-        left = results.machine["not_reached"]
-        for case in cases:
-            if time.monotonic() - begin > options.limit:
-                print(f"the limit of {options.limit:.0f} s is reached: {len(left)} cases of {family} left out")
-                break
-            progress(done, total, str(case))
+    order, progress, found = in_turn(chosen), Progress(sys.stderr), {}
+    results = {
+        family: Results(options.output, family, facts | {"not_reached": list(map(str, cases))})
+        for family, cases in chosen.items()
+    }
+    for done, (family, case) in enumerate(order):
+        if time.monotonic() - begin > options.limit:
+            break
+        progress(done, len(order), str(case))
+        try:
             candidates = providers.providers(case, device_type, names, compiler=compiler)
             rows = harness.measure(case, device_type, seconds, candidates, max_rounds=rounds)
-            del left[0]
-            results.add(rows)
-            found[family] = results.path
-            done += 1
-            progress.clear()
-            print("\n".join([str(case), *(report.row_text(as_dict(row)) for row in rows)]), flush=True)
+        except Exception as error:
+            # Of the inputs, or of the reference; other cases may run.
+            rows = [Row(case, "reference", "none", "none", refused=harness.does_not_run(error))]
+        results[family].machine["not_reached"].remove(str(case))
+        results[family].add(rows)
+        found[family] = results[family].path
+        progress.clear()
+        print("\n".join([str(case), *(report.row_text(as_dict(row)) for row in rows)]), flush=True)
+    for family in found:
         if device_type == "cuda":
-            results.machine["clocks_after"] = machine.clocks()
-        results.save()
+            results[family].machine["clocks_after"] = machine.clocks()
+        results[family].save()
+    for family, each in results.items():
+        if left := each.machine["not_reached"]:
+            print(f"the limit of {options.limit:.0f} s is reached: {len(left)} cases of {family} left out")
     return found
 
 

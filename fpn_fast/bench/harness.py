@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fpn_fast.bench.cases import Case, bytes_moved
 from fpn_fast.bench.counting import count
@@ -84,8 +85,20 @@ def prepare(
         # A capture that a synchronisation ends leaves PyTorch's generator refusing random numbers.
         return clock.measurements(steps, state, captures=not facts.get("syncs")), facts
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return f"does not run: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+        return does_not_run(error)
+
+
+def does_not_run(error: Exception) -> str:
+    """Why a provider, or a case, is refused."""
+    lines = str(error).strip().splitlines()
+    return f"does not run: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+def drawn(case: Case, device_type: str, clock: Timer) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The sets of inputs and of gradients of outputs that calls of `case` take turns over."""
+    torch.manual_seed(0)
+    inputs = [op_of(case).inputs(torch.device(device_type)) for _ in range(clock.sets(bytes_moved(case)))]
+    return [(each, output_grads(case, each)) for each in inputs]
 
 
 def measure(
@@ -102,15 +115,13 @@ def measure(
     clock, least_bytes = timer(device_type), bytes_moved(case)
     # Shapes of the case before would make torch.compile generalise, and a cache full of graphs give up.
     torch.compiler.reset()
-    torch.manual_seed(0)
-    inputs = [op_of(case).inputs(torch.device(device_type)) for _ in range(clock.sets(least_bytes))]
-    grads = [output_grads(case, each) for each in inputs]
-    problem = expectation(case, inputs[0], grads[0])
+    sets = drawn(case, device_type, clock)
+    problem = expectation(case, *sets[0])
     clock.synchronize()
 
     def ready(provider: Provider) -> Ready | str:
         return prepare(
-            lambda: [bind(case, provider.function, *each) for each in zip(inputs, grads, strict=True)],
+            lambda: [bind(case, provider.function, *each) for each in sets],
             problem,
             lambda operators: backend_problem(case, provider, operators),
             clock,
@@ -122,11 +133,11 @@ def measure(
     chosen = providers(case, device_type) if candidates is None else candidates
     found = {provider.name: ready(provider) for provider in chosen}
     if not case.overhead and not all(isinstance(each, str) for each in found.values()):
-        found[COPY] = _copy(device_type, least_bytes, clock), {}
+        found[COPY] = _copy(device_type, least_bytes, clock)
     return sampled(case, found, seconds, max_rounds, least_bytes)
 
 
-def _copy(device_type: str, least_bytes: int, clock: Timer) -> dict[str, Measurement]:
+def _copy(device_type: str, least_bytes: int, clock: Timer) -> Ready | str:
     """A copy into existing buffers, by the metric of bandwidth."""
 
     def step() -> Step:
@@ -134,8 +145,14 @@ def _copy(device_type: str, least_bytes: int, clock: Timer) -> dict[str, Measure
         target = torch.zeros_like(source)
         return lambda: target.copy_(source)
 
-    steps = [step() for _ in range(clock.sets(least_bytes))]
-    return dict([next(iter(clock.measurements(steps, torch.no_grad).items()))])
+    def metric(steps: list[Step], state: State) -> dict[str, Measurement]:
+        return dict([next(iter(clock.measurements(steps, state).items()))])
+
+    steps, right = range(clock.sets(least_bytes)), lambda _: None
+    return prepare(
+        lambda: [step() for _ in steps], right, right, clock, state=torch.no_grad, seen=False, memory=False,
+        metrics=metric,
+    )  # fmt: skip
 
 
 def sampled(

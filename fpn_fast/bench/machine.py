@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that figures belong to, and its allocator. ``python -m fpn_fast.bench.machine`` prints the facts."""
+"""The machine that figures belong to, and its allocator."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -122,7 +121,3 @@ def slug(machine: dict[str, Any]) -> str:
     if machine["allocator"] != KEEP_FREED_MEMORY:
         words += [f"{name} {value}" for name, value in machine["allocator"].items()]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
-
-
-if __name__ == "__main__":
-    print(json.dumps(facts("cuda" if torch.cuda.is_available() else "cpu"), indent=1))

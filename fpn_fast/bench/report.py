@@ -143,7 +143,7 @@ def caption(results: dict[str, Any]) -> str:
     machine = results["machine"]
     what = "GPU time from memory (call overhead: wall time)" if machine["device_type"] == "cuda" else "wall time"
     tiny = "A walk through the code with tiny maps, no measurement: " if machine.get("tiny") else ""
-    copies = [row["copy_gb_per_s"] for row in results["rows"] if row["provider"] == "copy"]
+    copies = [row["copy_gb_per_s"] for row in results["rows"] if row["provider"] == "copy" and "p50" in row]
     copy = f" Copies in the same rounds reach {min(copies):.3g} to {max(copies):.3g} GB/s." if copies else ""
     refused = sorted(refusals([results]))
     note = f" Refused: {'; '.join(refused)}." if refused else ""

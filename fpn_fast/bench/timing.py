@@ -196,8 +196,14 @@ class GpuTimer(Timer):
     def capture(self, run: Step) -> Step:
         """`run` as the replay of a CUDA graph; raises RuntimeError where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            run()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                run()
+        except RuntimeError:
+            # The default generator would refuse random numbers for good: its state is still that of a capture.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(torch.Generator("cuda"))
+            raise
         return graph.replay
 
     def gpu(self, steps: Sequence[Step], state: State, captures: bool) -> Measurement:

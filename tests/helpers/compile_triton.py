@@ -19,7 +19,7 @@ from triton.runtime import JITFunction, driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import nvidia_mapping
+from benchmarks import ceiling_kernels, ceilings, nvidia_mapping
 from fpn_fast.ops._checks import DTYPES
 from fpn_fast.triton import (
     _resample,
@@ -197,6 +197,16 @@ def launch_nvidia_mapping(dtype, sampling_ratio):
     torch.autograd.grad(pooled, leaves, torch.zeros_like(pooled))
 
 
+def launch_limits(dtype):
+    """The kernels that measure a GPU's limits."""
+    values, numbers = torch.zeros(4096), {"CONVERSIONS": ceiling_kernels.CONVERSIONS, "STEP": ceiling_kernels.STEP}
+    ceiling_kernels.l2_read_kernel[(1,)](values, values, 7, 5, BLOCK=4096, num_warps=8)
+    for _, cache in ceilings.CHASES.values():
+        place, text = torch.zeros(1, dtype=torch.int64), ceiling_kernels.chase(cache)
+        ceiling_kernels.chase_kernel[(1,)](place, 7, CHASE=text, num_warps=1)
+    ceiling_kernels.convert_kernel[(1,)](values, 7, BLOCK=256, **numbers, num_warps=8)
+
+
 def pyramid_of(image, *strides):
     return [tuple(-(-side // stride) for side in image) for stride in strides]
 
@@ -247,6 +257,7 @@ LAUNCHES = [
       for dtype, last, ratio in ((B16, True, 2), (F32, False, -1), (F64, True, 3))),
     *((dtype, True, f"sampling_ratio {ratio}", partial(launch_nvidia_mapping, dtype, ratio))
       for dtype, ratio in ((F32, 2), (B16, 0))),
+    (F32, True, "limits", partial(launch_limits, F32)),
 ]  # fmt: skip
 
 
@@ -283,6 +294,8 @@ def row(kernel, compiled, arch, dtype, channels_last, mode):
         "fused_multiply_adds": ptx.count("fma.rn"),
         "approximations": len(re.findall(r"\.approx|div\.full", ptx)),
         "flushes_subnormals": ptx.count(".ftz"),
+        # Others are not disassembled.
+        "conversions": compiled.asm["sass"].count("F2F.BF16.F32") if kernel is ceiling_kernels.convert_kernel else 0,
         # Accesses and addresses: LLVM also declares what it does not use.
         "local": len(re.findall(r"(?:ld|st|cvta)\S*\.local", ptx)),
         "undecoded": undecoded(compiled) if arch == 90 else None,
