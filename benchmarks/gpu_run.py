@@ -25,6 +25,7 @@ with tiny maps; what needs a GPU is then recorded as skipped, and no figure is m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -129,7 +130,9 @@ class Run:
         while (left := [process for process in processes if process.poll() is None]) and time.monotonic() < end:
             time.sleep(0.02)
             if time.monotonic() > self.packed + PACK_S:
-                self.pack()
+                # A file may be replaced while it is read.
+                with contextlib.suppress(OSError):
+                    self.pack()
         return left
 
     def python(self, name: str, *arguments: str) -> tuple[str | None, str]:

@@ -771,8 +771,17 @@ def test_a_section_that_hangs_or_fails_loses_only_itself(tmp_path: Path, monkeyp
         gpu_run.Section("first_cases", "B", works, 0, 1),
     )
     monkeypatch.setattr(gpu_run, "SECTIONS", chosen)
-    # Of a section that does not end, the file has the others.
+    # Of a section that does not end, the file has the others; a file that is replaced meanwhile stops nothing.
     monkeypatch.setattr(gpu_run, "PACK_S", 0)
+    pack, calls = gpu_run.Run.pack, []
+
+    def fails_once(run: gpu_run.Run) -> None:
+        calls.append(run)
+        if len(calls) == 1:
+            raise FileNotFoundError("replaced")
+        pack(run)
+
+    monkeypatch.setattr(gpu_run.Run, "pack", fails_once)
     start = time.monotonic()
     assert gpu_run.main(["A", "--output", str(tmp_path), "--dry-run", "--budget", "20"]) == 1
     assert time.monotonic() - start < 20
