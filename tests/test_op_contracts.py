@@ -134,7 +134,8 @@ def test_opcheck(backend, recipe, device):
             for recipe in OTHERS
             for name, on in (("cpp", False), ("cpp", True), ("reference", False))
         ),
-        *(("cpp", recipe, True) for recipe in RECORDED),
+        # Of dense heads, with their many shapes, one dynamic graph takes torch five times as long as two static ones.
+        *(("cpp", recipe, not recipe.__name__.startswith("select_detections")) for recipe in RECORDED),
         *(("triton", recipe, False) for recipe in SELECTIONS),
     ],
     ids=lambda value: {False: "static", True: "dynamic"}.get(value, getattr(value, "__name__", value)),
