@@ -138,6 +138,8 @@ class TestTopDown(EmulatedBattery):
         *runs([f"{shape}-nearest-sum" for shape in ("doubled", "odd", "downsampling", "one_pixel", "from_one_pixel")],
               FORMATS, ["bfloat16"]),
         *runs(["odd-bilinear-avg", "from_one_pixel-align_corners-sum"], FORMATS),
+        *runs(["empty_batch-nearest-sum", "equal_sizes-nearest-avg", "five_levels-nearest-sum",
+               "index_formula-bilinear-sum", "ten_levels-nearest-sum"]),
     )  # fmt: skip
     far = tuple(runs(["index_formula-nearest-sum"], FORMATS))
     kernels = ("top_down_kernel", "top_down_backward_kernel")

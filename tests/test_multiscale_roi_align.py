@@ -150,7 +150,7 @@ def raw(backend, maps, case):
 
 class TestMultiScaleRoIAlign(Battery):
     op = Op(pool, plain, raw, check_forward, check_backward, twice=False)
-    cases = CASES
+    cases, emulated = CASES, True
     tiny = Case(
         "tiny", ((5, 7), (3, 4)), options(rois=ROIS[:2] + ROIS[6:7], output_size=2, sampling_ratio=2), channels=2
     )

@@ -136,7 +136,7 @@ CASES = [
 
 class TestMultiScaleRoIAlignMax(Battery):
     op = Op(pool, None, raw, check_forward, check_backward, twice=False)
-    cases = CASES
+    cases, emulated = CASES, True
     tiny = Case("tiny", ((4, 6), (3, 4)), options(rois=SOME_ROIS[:2], output_size=(1, 2), sampling_ratio=2), channels=2)
     derivatives = (tiny.options,)
 

@@ -79,7 +79,7 @@ def raw(backend, laterals, case):
 
 class TestTopDown(Battery):
     op = Op(ops.top_down, plain, raw, check_forward, check_backward, registered=("cpp", "triton"))
-    cases = CASES
+    cases, emulated = CASES, True
     tiny = Case("tiny", ((4, 6), (2, 3), (1, 2)), batch=2, channels=2)
 
     def test_deep_pathway(self, target):

@@ -72,19 +72,22 @@ def poison(like: list[Tensor]) -> None:
 
 
 def is_left_out(item: pytest.Item) -> bool:
-    """On the CPU not every case is of every type and memory format. The compiled library runs each case in every type,
-    formats taking turns. Plain PyTorch, and Triton's interpreter, which takes seconds for each, run where there are
-    many cases one type and format of each, by turns, and of few cases float32 in one format and another type in the
-    other. A GPU runs all."""
+    """On the CPU not every case is of every type and memory format. The compiled library runs each case in each type,
+    formats taking turns, and Triton's interpreter, which takes seconds for each, the last case so, where the emulator
+    runs the others. Otherwise it, and plain PyTorch, run where there are many cases one type and format of each, by
+    turns, and of few cases float32 in one format and another type in the other. A GPU runs all."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if not {"case", "dtype", "memory_format"} <= parameters.keys() or parameters["target"][1] != "cpu":
         return False
-    turn = item.cls.cases.index(parameters["case"])
+    backend, cases = parameters["target"][0], item.cls.cases
+    turn = cases.index(parameters["case"])
     formats = list(FORMATS.values())
     every = list(itertools.product(DTYPES, formats))
-    if parameters["target"][0] == "cpp":
-        mine = [(dtype, formats[(turn + i) % 2]) for i, dtype in enumerate(DTYPES)]
-    elif len(item.cls.cases) > len(every):
+    is_emulated = backend == "triton" and item.cls.emulated
+    if backend == "cpp" or is_emulated:
+        is_here = backend == "cpp" or turn == len(cases) - 1
+        mine = [(dtype, formats[(turn + i) % 2]) for i, dtype in enumerate(DTYPES) if is_here]
+    elif len(cases) > len(every):
         mine = [every[3 * turn % len(every)]]
     else:
         others = [dtype for dtype in DTYPES if dtype != torch.float32]
@@ -101,13 +104,15 @@ def gradients(function: Callable[..., list[Tensor]], maps: list[Tensor], options
 class Battery:
     """Subclasses set `op`, `cases`, and `tiny`, a case small enough for numerical gradients.
 
-    derivatives: options to check numerically; by default those of all cases.
+    derivatives: options to check numerically; by default those of all cases. emulated: whether the emulator runs the
+    cases on Triton's kernels, too, as a test_emulated_*.py says.
     """
 
     op: Op
     cases: list[Case]
     tiny: Case
     derivatives: tuple[dict[str, Any], ...] = ()
+    emulated: bool = False
 
     @pytest.fixture(autouse=True)
     def _backend(self, target):
