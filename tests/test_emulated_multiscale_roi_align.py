@@ -209,7 +209,7 @@ class TestMultiScaleRoIAlign(EmulatedBattery):
     )
     triton = (
         *runs(("random", "bad", "one_pixel", "one_line"), FORMATS),
-        *runs(("bad_adaptive", "given_levels", "many_samples", "no_images", "no_rois")),
+        *runs(("bad_adaptive", "five_levels", "given_levels", "many_samples", "no_images", "no_rois")),
         *runs(("seven", "adaptive", "sixteen_channels"), ["channels_last"], ["bfloat16"]),
     )
     far = tuple(runs(["sixteen_channels"], FORMATS))
