@@ -6,9 +6,10 @@
 
 A table stands between ``<!-- table: NAME [WORD ...] -->`` and ``<!-- /table -->``. NAME is a family of
 ``fpn_fast bench``, or ``detectors`` (benchmarks/detectors.py), ``step_budget`` (benchmarks/step_budget.py),
-``ablation`` or ``ablation_float64`` (examples/ablation.py), or ``summary`` or ``session``, which are the README's. With
-WORDs, a family's table has the cases whose name holds all of them, and that of step_budget the parts of steps in that
-mode. Times are of the CPU that was measured last.
+``ablation`` or ``ablation_float64`` (examples/ablation.py), ``gpu_model`` (benchmarks/gpu_model.py), or ``summary`` or
+``session``, which are the README's. With WORDs, a family's table has the cases whose name holds all of them, that of
+step_budget the parts of steps in that mode, and that of gpu_model a family's figures or the constants. Times are of
+the CPU that was measured last.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import detectors, step_budget  # noqa: E402
+from benchmarks import detectors, gpu_model, step_budget  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.__main__ import ends_with_its_reader  # noqa: E402
 from fpn_fast.bench.cases import FAMILIES  # noqa: E402
@@ -145,6 +146,8 @@ def table(name: str, words: tuple[str, ...] = ()) -> str:
     """Markdown of one table."""
     if name in ("summary", "session"):
         return {"summary": summary, "session": session}[name](measured_last())
+    if name == "gpu_model":
+        return gpu_model.table(words)
     if name == "step_budget":
         return step_budget.table(load(RESULTS / "step_budget.json"), words)
     if name.startswith("ablation"):

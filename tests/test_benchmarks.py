@@ -510,6 +510,26 @@ def test_nvidia_mapping_pools_what_the_reference_pools(
         assert "differs from the reference" in expected(moved)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "name", ["resnet50_fpn_800x1344-n1-bfloat16-channels_last", "800x1333-n1-float32-channels_first"]
+)
+def test_per_level_merge_merges_what_the_reference_merges(name: str, direction: str) -> None:
+    """Of maps that halve, and of others."""
+    merge = pytest.importorskip("benchmarks.per_level_merge", exc_type=ImportError)
+    device = _triton_device()
+    case = next(case for case in cases.FAMILIES["top_down"]("cuda") if f"{name}-{direction}" in str(case))
+    case = replace(cases.tiny(case), batch=2, channels=5)
+    inputs = providers.op_of(case).inputs(device)
+    function = merge.rivals(case)["inductor"]
+    grads = providers.output_grads(case, inputs)
+    expected = providers.expectation(case, inputs, grads)
+    with torch.set_grad_enabled(direction == "backward"):
+        assert expected(providers.bind(case, function, inputs, grads)()) is None
+        moved = providers.bind(case, lambda maps: [each.roll(1, 3) for each in function(maps)], inputs, grads)()
+        assert "differs from the reference" in expected(moved)
+
+
 def test_l2_kernel_reads_everything_every_turn() -> None:
     pytest.importorskip("triton")
     from benchmarks.ceiling_kernels import l2_read_kernel

@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     """What a program prints; None where it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -61,8 +61,8 @@ def commit() -> str | None:
         # An installation: a repository around it is another project's.
         return None
     git = "git", "-C", str(ROOT)
-    head = _output(*git, "rev-parse", "--short=12", "HEAD")
-    changes = _output(*git, "status", "--porcelain", "--", "fpn_fast", "csrc", "setup.py")
+    head = output(*git, "rev-parse", "--short=12", "HEAD")
+    changes = output(*git, "status", "--porcelain", "--", "fpn_fast", "csrc", "setup.py")
     return None if head is None else head + ("+changes" if changes else "")
 
 
@@ -78,7 +78,7 @@ def clocks() -> dict[str, str] | None:
     """The GPU's clocks, power limit, temperature and driver as nvidia-smi reads them; None without it."""
     uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
     device = torch.cuda.current_device() if uuid is None else f"GPU-{uuid}"
-    answer = _output("nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id={device}")
+    answer = output("nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id={device}")
     return None if answer is None else dict(zip(_CLOCKS.split(","), answer.split(", "), strict=False))
 
 

@@ -51,17 +51,17 @@ class Row:
     refused: str | None = None
 
 
-def _short(value: Any) -> Any:
+def four_digits(value: Any) -> Any:
     """Floats to four digits: more is noise, and makes the file hard to read."""
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: four_digits(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def as_dict(row: Row) -> dict[str, Any]:
     """`row` as JSON holds it: the case's fields, then the row's, without those that are None."""
     fields = asdict(row)
-    return {key: _short(value) for key, value in (fields.pop("case") | fields).items() if value is not None}
+    return {key: four_digits(value) for key, value in (fields.pop("case") | fields).items() if value is not None}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,10 +72,10 @@ def write_text(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def write_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes a JSON object: the fields of `head`, then ``rows``, one a line."""
+def write_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], name: str = "rows") -> None:
+    """Writes a JSON object: the fields of `head`, then `rows`, one a line."""
     lines = ",\n".join(map(json.dumps, rows))
-    write_text(path, f'{json.dumps(head, indent=1)[:-2]},\n"rows": [\n{lines}\n]}}\n')
+    write_text(path, f'{json.dumps(head, indent=1)[:-2]},\n"{name}": [\n{lines}\n]}}\n')
 
 
 class Results:

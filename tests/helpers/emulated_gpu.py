@@ -32,7 +32,7 @@ class Fault(Exception):
     """A kernel did what it may not, or its op raised: the worker's text."""
 
 
-def _need(backend: str) -> None:
+def need(backend: str) -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is built without CUDA, which the compiled CUDA library needs")
     if not _library.path("_C_cuda").exists():
@@ -79,7 +79,7 @@ def call(
     Raises:
         Fault: also where a result is not written whole, or differs between `orders` of the blocks.
     """
-    _need(backend)
+    need(backend)
     found, launches = _worker().ask((NAMESPACES[backend], op, list(arguments), tuple(orders), far, options))
     if isinstance(found, Exception):
         raise Fault(str(found)) from None
@@ -88,5 +88,5 @@ def call(
 
 def kernels() -> set[str]:
     """The mangled names of all kernels of the compiled library."""
-    _need("cpp")
+    need("cpp")
     return set(code.texts(code.LIBRARY))
