@@ -19,7 +19,7 @@ from benchmarks import gpu_model  # noqa: E402
 #: Sectors that launches ask for.
 SECTORS = ("load_sectors", "store_sectors", "atomic_sectors")
 #: Of a case's launches: with more it would take too long here.
-MOST_INSTRUCTIONS = 25e6
+MOST_INSTRUCTIONS = 18e6
 
 
 def held(providers: tuple[str, ...]) -> dict[tuple[str, str], list[dict]]:
