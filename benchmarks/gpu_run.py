@@ -357,6 +357,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {*options.only.split(","), "environment"}
     if unknown := chosen - set(CHOICES):
         parser.error(f"--only takes {', '.join(CHOICES)}, not {', '.join(sorted(unknown))}")
+    # A background job of a shell ignores interrupts, and so would the programs that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(options, Path(folder))
         for section in SECTIONS:

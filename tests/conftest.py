@@ -2,10 +2,14 @@
 import dataclasses
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# A background job of a shell ignores interrupts, and so would what tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Of the processes that tests start, xdist's workers among them: threads that wait for each other by spinning take the
 # cores from the others.
