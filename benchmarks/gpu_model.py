@@ -5,9 +5,10 @@
     python -m benchmarks.gpu_model --family top_down --only bfloat16 --providers cpp,triton
     python -m benchmarks.gpu_model --sensitivity        what each constant of the model moves
 
-The cases are fpn-fast bench's, with its inputs; results are compared with the reference as there. Each launch executes
-its machine code for sm_90 on tools/gpu_emulator, once to count what it does and once by the cycle model. A large launch
-whose blocks are alike is modelled by a share of the blocks on that share of the GPU. Floors are the least times of an
+The cases are fpn-fast bench's, with its inputs. Results are compared with the reference as there, except for --counts
+and --sensitivity. Each launch executes its machine code for sm_90 on tools/gpu_emulator, once to count what it does and
+once by the cycle model. A large launch whose blocks are alike is modelled by a share of the blocks on that share of the
+GPU. Floors are the least times of an
 H200 for what was counted: to issue the instructions, to move sectors from DRAM, and from L2 those that the block's
 first-level cache does not have, and to pass through the banks of shared memory. Each launch begins with cold caches.
 What is reported is the largest of the floors and the cycle model.
@@ -286,7 +287,7 @@ def run(options: argparse.Namespace) -> None:
     for k, (family, case, provider) in enumerate(work, 1):
         begin = time.monotonic()
         if prepared is None or prepared.case != case:
-            prepared = Prepared.of(case, not (options.counts or options.unchecked))
+            prepared = Prepared.of(case, not options.counts)
         place = {"family": family, "case": str(case), "provider": provider.name}
         rows = found.setdefault(family, [])
         try:
@@ -351,7 +352,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="INSTRUCTIONS",
                         help="model a larger launch by a share of its blocks (default: %(default).0f)")  # fmt: skip
     parser.add_argument("--counts", action="store_true", help="counts and floors alone: no model, and no comparison")
-    parser.add_argument("--unchecked", action="store_true", help="do not compare results with the reference")
     parser.add_argument("--sensitivity", action="store_true", help="write what each constant moves instead")
     options = parser.parse_args(arguments)
     if not preloaded():

@@ -19,7 +19,7 @@ from benchmarks import gpu_model  # noqa: E402
 #: Sectors that launches ask for.
 SECTORS = ("load_sectors", "store_sectors", "atomic_sectors")
 #: Of a case's launches: with more it would take too long here.
-MOST_INSTRUCTIONS = 18e6
+MOST_INSTRUCTIONS = 4.5e6
 
 
 def held(providers: tuple[str, ...]) -> dict[tuple[str, str], list[dict]]:
@@ -38,20 +38,28 @@ def held(providers: tuple[str, ...]) -> dict[tuple[str, str], list[dict]]:
     return chosen
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(case, provider) -> what one process counts here."""
+    emulated_gpu.need("cpp")
+    folder = tmp_path_factory.mktemp("rows")
+    names = ",".join(f"{case} {provider}" for case, provider in held(tuple(gpu_model.PROVIDERS)))
+    command = [sys.executable, "-m", "benchmarks.gpu_model", "--counts", "--only", names, "--output", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return gpu_model.by_provider([row for path in folder.iterdir() for row in json.loads(path.read_text())["rows"]])
+
+
 @pytest.mark.parametrize(("compiler", "providers"), [("nvcc", ("cpp",)), ("triton", ("triton", "inductor", "nvidia"))])
-def test_kernels_execute_what_is_committed(compiler, providers, tmp_path):
+def test_kernels_execute_what_is_committed(compiler, providers, found):
     """Instructions and sectors, within 2 %."""
     emulated_gpu.need("cpp" if compiler == "nvcc" else "triton")
     committed, here = gpu_model.load("top_down")["versions"][compiler], gpu_model.versions()[compiler]
     if committed != here:
         pytest.skip(f"the committed counts are of {compiler} {committed}, and here is {here}")
     expected = held(providers)
-    names = ",".join(f"{case} {provider}" for case, provider in expected)
-    command = [sys.executable, "-m", "benchmarks.gpu_model", "--counts", "--only", names, "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = gpu_model.by_provider([row for path in tmp_path.iterdir() for row in json.loads(path.read_text())["rows"]])
-    assert set(found) == set(expected)
+    assert expected
+    assert set(expected) == {(case, provider) for case, provider in found if provider in providers}
     for key, rows in expected.items():
         assert [row["kernel"] for row in found[key]] == [row["kernel"] for row in rows]
         for row, own in zip(found[key], rows, strict=True):
