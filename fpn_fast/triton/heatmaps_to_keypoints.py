@@ -98,9 +98,10 @@ def heatmaps_to_keypoints_kernel(
     for begin in range(0, columns, BLOCK):
         x = begin + tl.arange(0, BLOCK)
         across, wa, wb, wc, wd = cubic_taps(tl.minimum(x, columns - 1), scale_x, width, ACC)
-        # Taps above the map read its first row.
+        # Taps above the map read its first row. One value under three names before a loop is one in it too: Triton takes
+        # a name for constant in the loop if what it is given there is what it had.
         d = read_row(heatmap, 0, across, wa, wb, wc, wd, width, ACC)
-        b, c = d, d
+        b, c = d * 1.0, d * 1.0
         y = tl.minimum(columns, 0)
         down, va, vb, vc, vd = cubic_taps(y, scale_y, height, ACC)
         for first in range(-2, height - 1):
