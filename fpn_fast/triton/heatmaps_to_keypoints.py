@@ -98,8 +98,8 @@ def heatmaps_to_keypoints_kernel(
     for begin in range(0, columns, BLOCK):
         x = begin + tl.arange(0, BLOCK)
         across, wa, wb, wc, wd = cubic_taps(tl.minimum(x, columns - 1), scale_x, width, ACC)
-        # Taps above the map read its first row. One value under three names before a loop is one in it too: Triton takes
-        # a name for constant in the loop if what it is given there is what it had.
+        # Taps above the map read its first row. Three names of one value would keep it:
+        # for Triton a name is constant in a loop if what it is given there is what it had before.
         d = read_row(heatmap, 0, across, wa, wb, wc, wd, width, ACC)
         b, c = d * 1.0, d * 1.0
         y = tl.minimum(columns, 0)
