@@ -837,6 +837,8 @@ def _run(folder: Path, **options: object) -> gpu_run.Run:
 def _small_tests(folder: Path, conftest_text: str, tests: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests in a folder that stands for the checkout."""
     (folder / "tests").mkdir()
+    # The root of its tests, or pytest takes one that this checkout shares with it.
+    (folder / "tests" / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     # What writes failures, without what skips tests marked gpu here.
     hooks = (conftest._gpu_is_lost, conftest.pytest_runtest_logreport)
     hook = "\n\n".join(map(inspect.getsource, hooks))
