@@ -80,3 +80,12 @@ def compiled_package(program: torch.export.ExportedProgram, path: str, options: 
 
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
     return torch._inductor.aoti_load_package(path)
+
+
+def register_pytree(kind: type, flatten: Callable[[Any], Any], unflatten: Callable[..., Any]) -> None:
+    """Lets torch take instances of a class apart into tensors: (tensors, context), and the reverse.
+
+    Without it nothing happens: torch.export.register_dataclass would import the compiler, and torch.compile needs none.
+    """
+    if (pytree := getattr(torch.utils, "_pytree", None)) is not None:
+        pytree.register_pytree_node(kind, flatten, unflatten)

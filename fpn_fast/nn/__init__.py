@@ -10,6 +10,7 @@ from fpn_fast.nn import detectron2, mmdet
 from fpn_fast.nn.feature_pyramid import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 from fpn_fast.nn.folding import fold_frozen_batch_norm
 from fpn_fast.nn.roi_align import MultiScaleRoIAlign, RoIAlign
+from fpn_fast.nn.static_targets import StaticTargets, pack_targets
 
 __all__ = [
     "ExtraFPNBlock",
@@ -18,9 +19,11 @@ __all__ = [
     "LastLevelP6P7",
     "MultiScaleRoIAlign",
     "RoIAlign",
+    "StaticTargets",
     "detectron2",
     "fold_frozen_batch_norm",
     "mmdet",
+    "pack_targets",
 ]
 
 # These subclass torchvision's classes. An ImportError of another cause must reach the user.
