@@ -22,8 +22,8 @@ from fpn_fast import backends, ops, reference
 EVERYTHING = (*calls.RECIPES, *calls.VARIANTS)
 # Those with results whose number the values decide, and those that the battery tests as much.
 OF_ANY_LENGTH = (calls.nms, calls.batched_nms)
-IN_THE_BATTERY = (calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align, calls.assign_levels,
-                  calls.frozen_batch_norm)  # fmt: skip
+IN_THE_BATTERY = (calls.top_down, calls.upsample_add, calls.fuse_maps, calls.resize_cat, calls.multiscale_roi_align,
+                  calls.roi_align, calls.assign_levels, calls.frozen_batch_norm)  # fmt: skip
 PADDED = [recipe for recipe in EVERYTHING if recipe not in OF_ANY_LENGTH]
 OTHERS = [recipe for recipe in PADDED if recipe not in IN_THE_BATTERY]
 # Whose values are differentiable: torch's operators make them again from what was selected.
@@ -253,8 +253,9 @@ def test_what_is_not_selected_keeps_its_nan_out_of_gradients(recipe):
     assert any(each.any() for each in grads)
 
 
-# The loss is a number, and shared anchors and the vectors of a norm have no images.
-WITHOUT_IMAGES = (calls.sigmoid_focal_loss, calls.match_anchors, calls.frozen_batch_norm, *calls.VARIANTS[:1])
+# The loss is a number, and shared anchors, the vectors of a norm and the weights of maps have no images.
+WITHOUT_IMAGES = (calls.sigmoid_focal_loss, calls.match_anchors, calls.frozen_batch_norm, calls.fuse_maps,
+                  *calls.VARIANTS[:1])  # fmt: skip
 
 
 @devices.not_interpreted

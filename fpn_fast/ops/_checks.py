@@ -87,10 +87,10 @@ def check_integers(
     return tensor.long().contiguous()
 
 
-def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:
+def check_maps(maps: list[Tensor], name: str, *, any_channels: bool = False) -> list[Tensor]:
     """Return `maps` [N, C, H_l, W_l]; under autocast, promoted to the widest dtype among them.
 
-    name: the argument's name, for errors.
+    name: the argument's name, for errors; any_channels: whether C may differ.
 
     Raises:
         TypeError: a map is not a tensor or has a dtype outside DTYPES, or the dtypes differ outside autocast.
@@ -109,8 +109,9 @@ def check_maps(maps: list[Tensor], name: str) -> list[Tensor]:
             raise ValueError(f"{name} must be [N, C, H, W], got {tuple(shape)} at {i}")
         if i == 0:
             batch, channels, dtype, device = shape[0], shape[1], each.dtype, each.device
-        elif shape[0] != batch or shape[1] != channels:
-            raise ValueError(f"{name} must share N and C, {(batch, channels)}, got {tuple(shape)} at {i}")
+        elif shape[0] != batch or (shape[1] != channels and not any_channels):
+            shared = f"N, {batch}" if any_channels else f"N and C, {(batch, channels)}"
+            raise ValueError(f"{name} must share {shared}, got {tuple(shape)} at {i}")
         if shape[2] < 1 or shape[3] < 1:
             raise ValueError(f"{name} must have at least 1 x 1 pixel, got {tuple(shape)} at {i}")
         if each.device != device:

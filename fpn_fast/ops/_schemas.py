@@ -5,6 +5,8 @@
 FOCAL_TILE = 4096
 #: Positions per partial sum of frozen_batch_norm_sums; csrc/common/frozen_batch_norm.h.
 NORM_PART = 2048
+#: Rows per partial sum of resample_sums.
+SUM_ROWS = 16
 #: The rules of frozen_batch_norm, in the order of csrc/common/frozen_batch_norm.h: NormRule.
 NORM_RULES = ("torchvision", "detectron2", "batch_norm")
 

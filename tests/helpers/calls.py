@@ -74,6 +74,23 @@ def upsample_add(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
     return Call(ops.upsample_add, arguments, kinds, sums=16, finite=("lateral", "top"))
 
 
+def fuse_maps(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
+    fine, coarse = _sizes(g, size)
+    half = ((fine[0] + 1) // 2, (fine[1] + 1) // 2)
+    maps = _maps(g, dtype, 3, [half, coarse, fine])
+    arguments = {"maps": maps, "size": half, "resample": ["identity", "nearest", "max_pool_same"],
+                 "weights": _normal(g, torch.float32, 3), "weight_rule": "fast", "gate": None, "rounding": "once",
+                 "divide": 1, "activation": "relu6"}  # fmt: skip
+    kinds = {"size": "list", "resample": "list", "weight_rule": "word", "rounding": "word", "divide": "size",
+             "activation": "word", "gate": "word"}  # fmt: skip
+    return Call(ops.fuse_maps, arguments, kinds, sums=16, finite=("maps", "weights"))
+
+
+def resize_cat(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
+    arguments = {"maps": _maps(g, dtype, 3, _sizes(g, size)), "size": (5 * size, 7 * size), "mode": "bilinear"}
+    return Call(ops.resize_cat, arguments, {"size": "list", "mode": "word"}, sums=16, finite=("maps",))
+
+
 def multiscale_roi_align(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
     rois = _rois(g, dtype, size)
     arguments = {"features": _maps(g, dtype, 3, _sizes(g, size)), "rois": rois, "output_size": 3,
@@ -219,9 +236,9 @@ def frozen_batch_norm(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> 
     return Call(ops.frozen_batch_norm, arguments, kinds, sums=16)
 
 
-RECIPES = (top_down, upsample_add, multiscale_roi_align, roi_align, assign_levels, generate_proposals,
-           select_detections, select_box_detections, segmented_nms, nms, batched_nms, match_anchors, paste_masks,
-           heatmaps_to_keypoints, sigmoid_focal_loss, frozen_batch_norm)  # fmt: skip
+RECIPES = (top_down, upsample_add, fuse_maps, resize_cat, multiscale_roi_align, roi_align, assign_levels,
+           generate_proposals, select_detections, select_box_detections, segmented_nms, nms, batched_nms, match_anchors,
+           paste_masks, heatmaps_to_keypoints, sigmoid_focal_loss, frozen_batch_norm)  # fmt: skip
 
 
 def match_anchors_of_a_grid(g: torch.Generator, dtype: torch.dtype, size: int = 1) -> Call:
