@@ -59,6 +59,15 @@ set_deterministic_algorithms: Callable[..., None] = getattr(
 )
 
 
+def take_any_strides(op: Any) -> None:
+    """Let Inductor pass maps to `op` as they lie. Otherwise it copies them to the strides that they had in eager mode.
+
+    A library for torch 2.11 cannot give the tag with the schema. Without the tag, results are the same.
+    """
+    if isinstance(tags := op.tags, list):
+        tags.append(torch.Tag.flexible_layout)
+
+
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs hooks that calling its steps would not run. The fallback says yes."""
     return bool(getattr(module, "_forward_hooks", True) or getattr(module, "_forward_pre_hooks", True))

@@ -154,6 +154,40 @@ def test_autocast_promotes_to_the_widest():
         assert ops.top_down(half)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["evaluation", "training"])
+def test_what_a_compiler_gets(grad):
+    """Plain additions, which Inductor fuses, and with gradients the op, on maps as the convolutions leave them."""
+    laterals = [torch.randn(1, 8, s, s, requires_grad=grad) for s in (8, 4)]
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    found = torch.compile(ops.top_down, fullgraph=True, backend=compiler)(laterals)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any("top_down" in target for target in targets) is grad
+    tolerances.assert_exact(found[0], ops.top_down(laterals)[0])
+
+
+def test_inductor_copies_no_map_for_the_op():
+    """Its convolutions on a CPU give channels_last maps, and the op takes any strides."""
+    conv = torch.nn.Conv2d(16, 16, 3, padding=1)
+
+    def merge(a, b):
+        return conv(ops.top_down([conv(a), conv(b)])[0])
+
+    maps = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 4, 4)
+    torch._dynamo.reset()
+    without_cache = torch._inductor.config.patch(force_disable_caches=True)
+    with backends.use("cpp"), torch.no_grad(), without_cache:
+        found, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(merge, fullgraph=True), *maps)
+    # The checks of the op's outputs in the code name their strides.
+    assert "(1024, 1, 128, 16), torch.float32, 'torch.ops.fpn_fast.top_down.default'" in code
+    torch.testing.assert_close(found, merge(*maps))
+
+
 def maps(*sizes, channels=2, dtype=torch.float32):
     return [torch.zeros(1, channels, *size, dtype=dtype) for size in sizes]
 

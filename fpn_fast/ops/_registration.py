@@ -81,6 +81,7 @@ def register_op(
             continue
         torch.library.register_fake(qualified, fake)
         op = getattr(getattr(torch.ops, namespace), name).default
+        _torch_private.take_any_strides(op)
         torch.library.register_vmap(qualified, functools.partial(call_each_sample, op))
         if backward is not None:
             torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context)

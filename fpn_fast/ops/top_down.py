@@ -45,7 +45,8 @@ def top_down(
     Returns:
         L maps with the shapes, dtype and memory formats of their laterals. The last is ``laterals[-1]`` itself. Every
         level is computed in float32 (float64 for float64) and rounded once to the storage type. ``"nearest"`` equals
-        ``lateral + F.interpolate(top, size)`` bit for bit. Twice differentiable.
+        ``lateral + F.interpolate(top, size)`` bit for bit. Twice differentiable. ``torch.compile`` gets that sequence
+        where no gradient is recorded, and fuses it.
 
     Raises:
         TypeError: a lateral is not a tensor or has an unsupported dtype, or the dtypes differ.
@@ -102,6 +103,7 @@ def _merge(laterals: list[Tensor], mode: str, align_corners: bool, scale_factor:
         if scale_factor is not None:
             _check_scale_factor(laterals, scale_factor)
     average = fuse == "avg"
+    plain = plain or _left_to_a_compiler(laterals, code)
     backend = "reference" if plain else backends.choose_for(laterals[0], "top_down")
     if backend == "reference":
         return reference.top_down(laterals, mode, align_corners=align_corners, average=average)
@@ -110,6 +112,21 @@ def _merge(laterals: list[Tensor], mode: str, align_corners: bool, scale_factor:
     else:
         merged = call_kernel(_FORWARD[backend], laterals, code, average)
     return [*merged, laterals[-1]]
+
+
+def _left_to_a_compiler(laterals: list[Tensor], code: int) -> bool:
+    """Whether the merge goes to a compiler as plain additions, which it fuses with what is around them.
+
+    The values are equal. With gradients the op stays: what Inductor makes of upsampling's gradient scatters. So it does
+    where F.interpolate would round (bilinear) or would read a source in Python (the float64 reference).
+    """
+    return (
+        torch.compiler.is_compiling()
+        and backends.requested() == "auto"
+        and code == _NEAREST
+        and laterals[0].dtype != torch.float64
+        and not records_gradient(laterals)
+    )
 
 
 def _check_options(mode: str, align_corners: bool, fuse: str) -> int:
