@@ -37,10 +37,9 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
       "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, int padding, float? threshold) -> Tensor");
   library.def("heatmaps_to_keypoints(Tensor heatmaps, Tensor boxes) -> (Tensor, Tensor)");
   library.def(
-      "select_detections(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] "
-      "strides, "
-      "Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt max_detections, float[] "
-      "weights, float scale_clamp, bool distances) -> (Tensor, Tensor, Tensor, Tensor)");
+      "select_detections(Tensor[] logits, Tensor[] deltas, Tensor[]? centerness, float[] cell_anchors, SymInt[] "
+      "strides, Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt "
+      "max_detections, float[] weights, float scale_clamp, bool distances) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "select_box_detections(Tensor logits, Tensor deltas, Tensor boxes, Tensor? counts, Tensor image_sizes, float "
       "score_thresh, float min_size, SymInt? class_top_n, float nms_thresh, SymInt max_detections, float[] weights, "

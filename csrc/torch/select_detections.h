@@ -38,7 +38,7 @@ inline void check_weights(const std::vector<double>& weights, const char* op) {
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_detections(
-    std::vector<Tensor> logits, std::vector<Tensor> deltas, std::vector<Tensor> centerness,
+    std::vector<Tensor> logits, std::vector<Tensor> deltas, std::optional<std::vector<Tensor>> centerness,
     std::vector<double> cell_anchors, std::vector<int64_t> strides, Tensor image_sizes, double score_thresh,
     int64_t pre_nms_top_n, double nms_thresh, int64_t max_detections, std::vector<double> weights, double scale_clamp,
     bool distances) {
@@ -50,22 +50,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_detections(
                   " takes logits [N, A * classes, H, W] and A cell anchors for each level, got ", channels,
                   " channels and ", cell_anchors.size() / 4, " cell anchors for ", levels, " levels");
   check_like(deltas, 4 * anchors, "deltas", logits, kOp);
-  if (!centerness.empty()) check_like(centerness, anchors, "centerness", logits, kOp);
+  // None, and no empty list, which AOTInductor could not hand over.
+  if (centerness) check_like(*centerness, anchors, "centerness", logits, kOp);
   check_weights(weights, kOp);
   const Detections detections(image_sizes, max_detections);
   dispatch_floating(logits[0].scalar_type(), kOp, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc_t = acc_type<T>;
     DenseHeads<T> heads{};
-    heads.logits = to_feature_maps<const T>(logits), heads.centerness = to_feature_maps<const T>(centerness);
+    heads.logits = to_feature_maps<const T>(logits);
+    if (centerness) heads.centerness = to_feature_maps<const T>(*centerness);
     heads.cells = cell_boxes<acc_t>(cell_anchors);
     heads.head = head_decoding<T>(deltas, strides, image_sizes, plain_box_coding<acc_t>(weights, scale_clamp));
     heads.head.distances = distances;
     heads.classes = channels / anchors, heads.pre_nms_top_n = pre_nms_top_n;
     heads.max_detections = max_detections, heads.nms_thresh = nms_thresh;
     const acc_t threshold = static_cast<acc_t>(score_thresh);
-    heads.lowest = centerness.empty() ? lowest_passing_logit(threshold)
-                                      : std::nextafter(threshold, std::numeric_limits<acc_t>::infinity());
+    heads.lowest = centerness ? std::nextafter(threshold, std::numeric_limits<acc_t>::infinity())
+                              : lowest_passing_logit(threshold);
     Device::run(heads, detections);
   });
   return {detections.boxes, detections.scores, detections.labels, detections.counts};

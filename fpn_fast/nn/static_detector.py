@@ -212,8 +212,6 @@ class StaticDetector(nn.Module):
 
         Raises:
             ValueError: the model is in training mode.
-            NotImplementedError: the model is a RetinaNet. AOTInductor cannot give an op an empty list of tensors, which
-                stands for a head without centerness; ``torch.compile`` can.
 
         Weights that you change afterwards, also in place, count once you compile again. Moving the model or changing
         its dtype drops the packages; compiling drops captured CUDA graphs. Boxes differ from
@@ -221,10 +219,6 @@ class StaticDetector(nn.Module):
         """
         if self.model.training:
             raise ValueError("the model must be in evaluation mode, call .eval()")
-        if isinstance(self.model, RetinaNet):
-            raise NotImplementedError(
-                "AOTInductor cannot give an op an empty list of tensors, as RetinaNet does: use torch.compile(detector)"
-            )
         self._captured.clear()
         self._compiled.clear()
         parameter, packages = next(self.model.parameters()), {}

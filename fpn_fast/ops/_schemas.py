@@ -52,7 +52,7 @@ SCHEMAS = {
     ),
     "heatmaps_to_keypoints": "(Tensor heatmaps, Tensor boxes) -> (Tensor, Tensor)",
     "select_detections": (
-        "(Tensor[] logits, Tensor[] deltas, Tensor[] centerness, float[] cell_anchors, SymInt[] strides, "
+        "(Tensor[] logits, Tensor[] deltas, Tensor[]? centerness, float[] cell_anchors, SymInt[] strides, "
         "Tensor image_sizes, float score_thresh, SymInt pre_nms_top_n, float nms_thresh, SymInt max_detections, "
         "float[] weights, float scale_clamp, bool distances) -> (Tensor, Tensor, Tensor, Tensor)"
     ),

@@ -96,7 +96,7 @@ def select_detections(
     if anchors == 0 or logits[0].size(1) % anchors:
         raise ValueError(f"logits must be [N, A * classes, H, W] for {anchors} anchors, got {tuple(logits[0].shape)}")
     check_channels("deltas", "[N, 4A, H, W]", deltas, 4 * anchors, logits)
-    centers = others[0] if others else []
+    centers = others[0] if others else None
     if centers:
         check_channels("centerness", "[N, A, H, W]", centers, anchors, logits)
     pre_nms_top_n, max_detections = check_sizes(pre_nms_top_n=pre_nms_top_n, max_detections=max_detections)
@@ -120,9 +120,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _reference(
-    logits: list[Tensor], deltas: list[Tensor], centerness: list[Tensor], *arguments: Any
+    logits: list[Tensor], deltas: list[Tensor], centerness: list[Tensor] | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run_reference(reference.select_detections, [logits, deltas, centerness], *arguments)
+    return run_reference(reference.select_detections, [logits, deltas, centerness or []], *arguments)
 
 
 _FORWARD = register_op("select_detections", fake=_fake, reference=_reference)

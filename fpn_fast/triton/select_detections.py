@@ -15,7 +15,7 @@ from fpn_fast.triton._head_decoding import best_of_levels, coding_of
 def select_detections(
     logits: list[Tensor],
     deltas: list[Tensor],
-    centerness: list[Tensor],
+    centerness: list[Tensor] | None,
     cell_anchors: list[float],
     strides: list[int],
     image_sizes: Tensor,
@@ -29,8 +29,8 @@ def select_detections(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coding = coding_of(weights, [0.0] * 4, [1.0] * 4, scale_clamp, math.inf, 0.0, image_sizes.dtype)
     found = best_of_levels(
-        logits, centerness, deltas, cell_anchors, strides, image_sizes, pre_nms_top_n, coding, score_thresh, -math.inf,
-        distances=distances,
+        logits, centerness or [], deltas, cell_anchors, strides, image_sizes, pre_nms_top_n, coding, score_thresh,
+        -math.inf, distances=distances,
     )  # fmt: skip
     boxes, scores, labels = found.boxes.flatten(1, 2), found.scores.flatten(1), found.labels.flatten(1)
     classes = logits[0].size(1) * 4 // deltas[0].size(1)
