@@ -58,6 +58,12 @@ def _as_maps(tables: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises RuntimeError unless labels are 0 to `classes` - 1; on a GPU it is an assertion of the device."""
+    known = (labels == labels.clamp(0, classes - 1)).all()
+    assert_async(known, f"labels must be classes, 0 to {classes - 1}; a ground truth has another one")
+
+
 def classification_loss(logits: Tensor, matches: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """The focal loss of all anchors, divided by each image's number of matched anchors and averaged over images.
 
@@ -80,9 +86,7 @@ def classification_loss(logits: Tensor, matches: Sequence[Tensor], labels: Seque
     """
     matched = torch.stack(list(matches))
     positive = matched >= 0
-    all_labels = torch.cat(list(labels))
-    known = (all_labels == all_labels.clamp(0, logits.shape[-1] - 1)).all()
-    assert_async(known, f"labels must be classes, 0 to {logits.shape[-1] - 1}; a ground truth has another one")
+    check_labels(torch.cat(list(labels)), logits.shape[-1])
     share = (positive.sum(1, keepdim=True).clamp(min=1) * len(matches)).to(logits.dtype).reciprocal()
     weights = torch.where(matched == Matcher.BETWEEN_THRESHOLDS, 0, share)
     # Indexing needs a row also where an image has no ground truth.

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of torchvision's one-stage detectors in fixed shapes. Needs torchvision.
+
+torchvision looks up the foreground of each image, and so reads its length from the device. Here losses are computed for
+all anchors and masked. No shape depends on a value: a step synchronises with nothing, compiles as one graph, and can be
+captured in a CUDA graph. Masked entries read harmless numbers, because a gradient of 0 times a NaN would be a NaN.
+
+Boxes and losses are float32 (float64 for float64 heads), also under autocast, where torchvision rounds anchors and
+decoded boxes to the head's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder, Matcher
+
+from fpn_fast import ops
+from fpn_fast.nn.dense_detectors import check_labels
+from fpn_fast.nn.static_targets import StaticTargets
+
+__all__ = ["fcos_losses", "retinanet_losses", "ssd_losses"]
+
+#: Losses of boxes that torchvision's RetinaNet may have, of those whose gradient needs no decoded box.
+_BOX_LOSSES = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+def retinanet_losses(
+    head_outputs: Mapping[str, Tensor], anchors: Tensor, targets: StaticTargets, model: Any
+) -> dict[str, Tensor]:
+    """The losses of a RetinaNet: torchvision's up to rounding.
+
+    Args:
+        head_outputs: "cls_logits" [N, M, classes] and "bbox_regression" [N, M, 4].
+        anchors: [M, 4], in pixels of the canvas.
+        targets: of N images, in pixels of the canvas.
+        model: a RetinaNet, whose matcher and box coder are used.
+
+    Returns:
+        "classification" and "bbox_regression", scalars.
+
+    Raises:
+        ValueError: the model's box loss is neither l1, torchvision's default, nor smooth_l1.
+        RuntimeError: a label is no class; on a GPU an assertion of the device.
+    """
+    head = model.head.regression_head
+    if head._loss_type not in _BOX_LOSSES:
+        raise ValueError(f"a RetinaNet's box loss must be {' or '.join(_BOX_LOSSES)}, got {head._loss_type}")
+    matcher, logits = model.proposal_matcher, head_outputs["cls_logits"]
+    check_labels(targets.labels, logits.shape[-1])
+    matches, _ = ops.match_anchors(
+        targets.boxes,
+        targets.counts,
+        anchors,
+        high_threshold=matcher.high_threshold,
+        low_threshold=matcher.low_threshold,
+        allow_low_quality_matches=matcher.allow_low_quality_matches,
+    )
+    foreground, codes = matches >= 0, _wide(head_outputs["bbox_regression"])
+    # Of each image the mean over its foreground, and the mean of the images.
+    share = (foreground.sum(1, keepdim=True).clamp(min=1) * len(matches)).to(codes.dtype).reciprocal()
+    weights = torch.where(matches == Matcher.BETWEEN_THRESHOLDS, 0, share)
+    labels = _own(targets.labels, matches).where(foreground, -1)
+    found, goals = _codes(head.box_coder, codes, anchors, targets, matches)
+    box_losses = _BOX_LOSSES[head._loss_type](found, goals, reduction="none")
+    return {
+        "classification": ops.sigmoid_focal_loss(logits.flatten(0, 1), labels.flatten(), weights.flatten()),
+        "bbox_regression": (box_losses.sum((1, 2)) * share[:, 0]).sum(),
+    }
+
+
+def fcos_losses(
+    head_outputs: Mapping[str, Tensor],
+    anchors: Tensor,
+    targets: StaticTargets,
+    model: Any,
+    anchors_per_level: Sequence[int],
+) -> dict[str, Tensor]:
+    """The losses of an FCOS: torchvision's up to rounding. See :func:`retinanet_losses`.
+
+    Args:
+        head_outputs: "cls_logits" [N, M, classes], "bbox_regression" [N, M, 4] and "bbox_ctrness" [N, M, 1].
+        anchors_per_level: finest first; their sum is M.
+
+    Returns:
+        "classification", "bbox_regression" and "bbox_ctrness", scalars.
+    """
+    logits = head_outputs["cls_logits"]
+    check_labels(targets.labels, logits.shape[-1])
+    matches = _fcos_matches(anchors, anchors_per_level, targets, model.center_sampling_radius)
+    foreground = matches >= 0
+    count = foreground.sum().clamp(min=1)
+    labels = _own(targets.labels, matches).where(foreground, -1)
+    own = _own(targets.boxes, matches).where(foreground[..., None], anchors)
+    reach = _wide(head_outputs["bbox_regression"])
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    if model.head.box_coder.normalize_by_size:
+        reach = reach * (anchors[:, 2:] - anchors[:, :2]).repeat(1, 2)
+    found = torch.cat([centers - reach[..., :2], centers + reach[..., 2:]], -1).where(foreground[..., None], anchors)
+    before, after = centers - own[..., :2], own[..., 2:] - centers
+    # The foreground is inside its box, and an anchor's centre is inside the anchor.
+    centerness = (torch.minimum(before, after) / torch.maximum(before, after)).prod(-1).sqrt()
+    heights = _wide(head_outputs["bbox_ctrness"])[..., 0].where(foreground, 0)
+    losses = {
+        "bbox_regression": _giou_losses(found, own),
+        "bbox_ctrness": F.binary_cross_entropy_with_logits(heights, centerness.to(heights.dtype), reduction="none"),
+    }
+    return {
+        "classification": ops.sigmoid_focal_loss(logits.flatten(0, 1), labels.flatten()) / count,
+        **{name: each.where(foreground, 0).sum() / count for name, each in losses.items()},
+    }
+
+
+def ssd_losses(
+    head_outputs: Mapping[str, Tensor], anchors: Tensor, targets: StaticTargets, model: Any
+) -> dict[str, Tensor]:
+    """The losses of an SSD: torchvision's up to rounding. See :func:`retinanet_losses`.
+
+    Args:
+        anchors: [M, 4], the default boxes, in pixels of the canvas.
+
+    Returns:
+        "bbox_regression" and "classification", scalars. Labels count from 1. Among negatives of equal loss the first
+        anchors are taken.
+    """
+    matches = _ssd_matches(anchors, targets, model.proposal_matcher)
+    foreground, codes = matches >= 0, _wide(head_outputs["bbox_regression"])
+    count = foreground.sum().clamp(min=1)
+    found, goals = _codes(model.box_coder, codes, anchors, targets, matches)
+    labels = _own(targets.labels, matches).where(foreground, 0)
+    logits = _wide(head_outputs["cls_logits"])
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    positive = labels > 0
+    wanted = model.neg_to_pos_ratio * positive.sum(1, keepdim=True)
+    hardest = losses.detach().masked_fill(positive, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    # Where an image has too few negatives, positives count twice, as in torchvision.
+    mined = hardest.argsort(1) < wanted
+    return {
+        "bbox_regression": F.smooth_l1_loss(found, goals, reduction="sum") / count,
+        "classification": (losses.where(positive, 0).sum() + losses.where(mined, 0).sum()) / count,
+    }
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _own(table: Tensor, matches: Tensor) -> Tensor:
+    """table [N, G, ...] of ground truths -> [N, M, ...], the row of each anchor's match, any row where it has none."""
+    image = torch.arange(len(table), device=table.device)[:, None]
+    return table[image, matches.clamp(min=0)]
+
+
+def _codes(
+    coder: BoxCoder, codes: Tensor, anchors: Tensor, targets: StaticTargets, matches: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The head's codes [N, M, 4] and those of the matched boxes, zeros for anchors without a match.
+
+    ``coder.encode_single`` of torchvision uploads its weights in each call.
+    """
+    matched = (matches >= 0)[..., None]
+    own = _own(targets.boxes, matches).where(matched, anchors)
+    sizes, own_sizes = (each[..., 2:] - each[..., :2] for each in (anchors, own))
+    shifts = (own[..., :2] + 0.5 * own_sizes) - (anchors[..., :2] + 0.5 * sizes)
+    wx, wy, ww, wh = coder.weights
+    scales = torch.log(own_sizes / sizes)
+    (width, height), (dx, dy), (dw, dh) = (each.unbind(-1) for each in (sizes, shifts, scales))
+    goals = torch.stack([wx * dx / width, wy * dy / height, ww * dw, wh * dh], -1)
+    return codes.where(matched, 0), goals.to(codes.dtype)
+
+
+def _fcos_matches(anchors: Tensor, anchors_per_level: Sequence[int], targets: StaticTargets, radius: float) -> Tensor:
+    """[N, M]: per anchor the smallest ground truth around its centre, of those of its level's range, -1 for none.
+
+    torchvision's decisions, bit for bit: FCOS.compute_loss in torchvision/models/detection/fcos.py.
+    """
+    sides, finest, coarsest = anchors[:, 2] - anchors[:, 0], anchors_per_level[0], anchors_per_level[-1]
+    # The finest level takes all that is small, the coarsest all that is large.
+    lower = torch.cat([sides.new_zeros(finest), 4 * sides[finest:]])
+    upper = torch.cat([8 * sides[: len(sides) - coarsest], sides.new_full((coarsest,), torch.inf)])
+    # [M, 1] and [N, 1, G]
+    x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2)[:, None].unbind(-1)
+    x1, y1, x2, y2 = targets.boxes[:, None].unbind(-1)
+    left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y
+    nearest = torch.minimum(torch.minimum(left, top), torch.minimum(right, bottom))
+    furthest = torch.maximum(torch.maximum(left, top), torch.maximum(right, bottom))
+    off = torch.maximum((x - (x1 + x2) / 2).abs(), (y - (y1 + y2) / 2).abs())
+    matched = (off < radius * sides[:, None]) & (nearest > 0) & targets.real()[:, None]
+    matched &= (furthest > lower[:, None]) & (furthest < upper[:, None])
+    # The float32 difference decides, and not the area alone: of areas that round alike the first counts.
+    ranks = (1e8 - (x2 - x1) * (y2 - y1)).where(matched, 0)
+    best, owners = ranks.max(2)
+    return owners.where(best >= 1e-5, -1)
+
+
+def _ssd_matches(anchors: Tensor, targets: StaticTargets, matcher: Matcher) -> Tensor:
+    """[N, M]: the ground truth of each default box, -1 for none: torchvision's SSDMatcher.
+
+    A ground truth also gets the default box of highest IoU, whatever that is; of two that want one, the last gets it.
+    """
+    matches, _ = ops.match_anchors(
+        targets.boxes,
+        targets.counts,
+        anchors,
+        high_threshold=matcher.high_threshold,
+        low_threshold=matcher.low_threshold,
+        allow_low_quality_matches=False,
+    )
+    # With the roles exchanged, and every IoU a match.
+    best, _ = ops.match_anchors(
+        anchors.expand(len(matches), -1, -1),
+        None,
+        targets.boxes,
+        high_threshold=0.0,
+        low_threshold=0.0,
+        allow_low_quality_matches=False,
+        anchor_counts=targets.counts,
+    )
+    places, slots = (torch.arange(n, device=matches.device) for n in (matches.size(1), best.size(1)))
+    taken = slots[:, None].where(best[..., None] == places, -1).amax(1)
+    return taken.where(taken >= 0, matches)
+
+
+def _giou_losses(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
+    """[..., 4] and [..., 4] -> [...]: torchvision's ``generalized_box_iou_loss``, which selects boxes that overlap."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    u1, v1, u2, v2 = others.unbind(-1)
+    width, height = torch.minimum(x2, u2) - torch.maximum(x1, u1), torch.minimum(y2, v2) - torch.maximum(y1, v1)
+    common = (width * height).where((width > 0) & (height > 0), 0)
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+    hull = (torch.maximum(x2, u2) - torch.minimum(x1, u1)) * (torch.maximum(y2, v2) - torch.minimum(y1, v1))
+    return 1 - (common / (union + eps) - (hull - union) / (hull + eps))
