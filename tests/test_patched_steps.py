@@ -396,6 +396,7 @@ def test_static_sampling_refuses_a_sampler_that_is_changed(monkeypatch):
         *(("mask", path) for path in ("transform.normalize", "transform.resize", "rpn.anchor_generator.grid_anchors")),
         *(("retinanet", path) for path in ("postprocess_detections", "box_coder.decode_single", "transform.forward")),
         *(("fcos", path) for path in ("postprocess_detections", "box_coder.decode", "anchor_generator.forward")),
+        *(("ssd", path) for path in ("postprocess_detections", "box_coder.decode_single", "anchor_generator.forward")),
     ],
 )  # fmt: skip
 def test_a_static_detector_refuses_what_it_would_not_call(kind, path):

@@ -283,19 +283,40 @@ class SSD(ssd.SSD):
         known = _SSD_DETECTIONS.are_own(self) and BOX_CODER.are_own(self.box_coder)
         if backends.falls_back(self, logits, "select_box_detections", known=known):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
-        found = ops.select_box_detections(
-            logits,
+        sizes = sizes_beside([logits], image_shapes)
+        return lists_of(named(self.detections_of_head(head_outputs, torch.stack(image_anchors), sizes)))
+
+    def detections_of_head(
+        self,
+        head_outputs: dict[str, Tensor],
+        default_boxes: Tensor,
+        image_sizes: Tensor,
+        *,
+        max_detections: int | None = None,
+    ) -> Padded:
+        """:meth:`postprocess_detections` as padded tensors, without synchronising.
+
+        Args:
+            default_boxes: [N, M, 4] in pixels.
+            image_sizes: [N, 2], (height, width) in pixels.
+            max_detections: per image. Default: ``detections_per_img``.
+
+        Returns:
+            (boxes [N, D, 4], scores [N, D], labels [N, D], counts [N]), with D = max_detections. Entries after an
+            image's last detection are zero.
+        """
+        return ops.select_box_detections(
+            head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
-            torch.stack(image_anchors),
+            default_boxes,
             None,
-            sizes_beside([logits], image_shapes),
+            image_sizes,
             score_thresh=self.score_thresh,
             nms_thresh=self.nms_thresh,
-            max_detections=self.detections_per_img,
+            max_detections=self.detections_per_img if max_detections is None else max_detections,
             class_top_n=self.topk_candidates,
             # torchvision keeps small boxes here.
             min_size=0.0,
             weights=self.box_coder.weights,
             scale_clamp=self.box_coder.bbox_xform_clip,
         )
-        return lists_of(named(found))

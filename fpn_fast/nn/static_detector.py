@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from torchvision.models.detection import roi_heads as _roi_heads
 from torchvision.models.detection import rpn as _rpn
+from torchvision.models.detection import ssd as _ssd
 from torchvision.models.detection import transform as _transform
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from fpn_fast import _torch_private, backends, ops
-from fpn_fast.nn._own import Steps
-from fpn_fast.nn.dense_detectors import FCOS, LINEAR_CODER, RetinaNet, lists_of, named
+from fpn_fast.nn._own import Part, Steps
+from fpn_fast.nn.dense_detectors import FCOS, LINEAR_CODER, SSD, RetinaNet, lists_of, named
 from fpn_fast.nn.region_proposal import ANCHORS, BOX_CODER, PROPOSALS, AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
 from fpn_fast.ops._checks import as_integer, as_pair
@@ -36,6 +38,8 @@ _TRANSFORM = Steps(
 )
 _RPN = Steps(_rpn.RegionProposalNetwork, "forward", fused=RegionProposalNetwork)
 _HEADS = Steps(_roi_heads.RoIHeads, "forward", "postprocess_detections", fused=RoIHeads)
+_SSD = Steps(_ssd.SSD, "postprocess_detections", "eager_outputs", replaced="forward", fused=SSD)
+_DEFAULT_BOXES = Part(DefaultBoxGenerator)
 
 
 class StaticDetector(nn.Module):
@@ -44,15 +48,17 @@ class StaticDetector(nn.Module):
     Its outputs have fixed shapes too. You can compile it as one graph, export it, or capture it in a CUDA graph.
 
     Args:
-        model: a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision after :func:`fpn_fast.accelerate`, in
-            evaluation mode. It is shared, not copied.
+        model: a Faster, Mask or Keypoint R-CNN, RetinaNet, FCOS or SSD of torchvision after
+            :func:`fpn_fast.accelerate`, in evaluation mode. It is shared, not copied.
         image_size: (height, width) of the images in pixels, one number for both, or a list of several pairs.
         batch_size: images per batch.
-        max_detections: per image. Default: the model's own limit.
+        max_detections: per image. Default: the model's own limit. So many masks are pasted.
+        mask_threshold: of a Mask R-CNN: masks are bool, whether a probability is above it, in a quarter of the memory.
+            Default: probabilities, as torchvision's.
 
     Raises:
         TypeError: the model is of another class, or one of its parts is not accelerated.
-        ValueError: a size is not positive.
+        ValueError: a size is not positive; the model has no masks for `mask_threshold`.
 
     Note:
         Detections equal the model's own for a list of `batch_size` images of `image_size`. A smaller image is padded to
@@ -78,6 +84,7 @@ class StaticDetector(nn.Module):
         batch_size: int,
         *,
         max_detections: int | None = None,
+        mask_threshold: float | None = None,
     ) -> None:
         super().__init__()
         _check_model(model)
@@ -86,14 +93,20 @@ class StaticDetector(nn.Module):
             raise ValueError(f"sizes must be positive, got images of {sizes} in batches of {batch_size}")
         if max_detections is not None and max_detections < 0:
             raise ValueError(f"max_detections must be 0 or more, got {max_detections}")
+        if mask_threshold is not None and not (isinstance(model, FasterRCNN) and model.roi_heads.has_mask()):
+            raise ValueError(f"mask_threshold is for a Mask R-CNN, got {mask_threshold} for a {type(model).__name__}")
         self.model = model
+        # Of the model alone it decides what runs.
+        self.training = model.training
         self.batch_size = batch_size
         self.max_detections = max_detections
+        self.mask_threshold = mask_threshold
         self._shapes = {size: _Shapes(self.model.transform, size) for size in sizes}
         self._captured: dict[Size, _Captured] = {}
         self._compiled: dict[Size, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {}
-        # Computed here once and kept, because a compiler cannot trace it.
-        _anchor_generator(model).cell_numbers()
+        if not isinstance(model, SSD):
+            # Computed here once and kept, because a compiler cannot trace it.
+            _anchor_generator(model).cell_numbers()
         # Constants go to the device now: a CUDA graph cannot capture a copy from the host.
         moments = {"mean": self.model.transform.image_mean, "std": self.model.transform.image_std}
         constants = {name: torch.tensor(values, device="cpu")[:, None, None] for name, values in moments.items()}
@@ -103,6 +116,8 @@ class StaticDetector(nn.Module):
                 torch.tensor(shapes.resized, device="cpu"),
                 shapes.back(),
             )
+            if isinstance(model, SSD):
+                constants[f"default_boxes_{i}"] = _default_boxes(model, shapes.padded)
         for name, values in constants.items():
             self.register_buffer(f"_{name}", values, persistent=False)
         self.to(next(model.parameters()).device)
@@ -123,7 +138,8 @@ class StaticDetector(nn.Module):
         Returns:
             "boxes" [N, D, 4] in image pixels, "scores" [N, D], "labels" [N, D] and "counts" [N]. A Mask R-CNN adds
             "masks" [N, D, 1, H, W]; a Keypoint R-CNN adds "keypoints" [N, D, K, 3] and "keypoints_scores" [N, D, K].
-            Entries after an image's last detection are zero.
+            Entries after an image's last detection are zero. After :meth:`capture` these tensors are the graph's: the
+            next call, of any size, overwrites them.
 
         Raises:
             ValueError: the shape, dtype or device differs from the model's; the model is in training mode.
@@ -182,7 +198,9 @@ class StaticDetector(nn.Module):
     def capture(self) -> StaticDetector:
         """Captures one CUDA graph per image size, which later calls replay. Returns self.
 
-        You may change weights in place afterwards. Moving the model or changing its dtype drops the graphs.
+        All graphs share one pool of memory, and nothing is copied out of it: a call's outputs last until the next call.
+        Clone what you keep longer; :meth:`detect` and :meth:`unpad` do. You may change weights in place afterwards.
+        Moving the model or changing its dtype drops the graphs.
 
         Raises:
             RuntimeError: the model is not on a GPU.
@@ -191,11 +209,14 @@ class StaticDetector(nn.Module):
         if device.type != "cuda":
             raise RuntimeError(f"a CUDA graph is captured on a GPU; the model is on {device}")
         dtype = next(self.model.parameters()).dtype
+        self._captured.clear()
+        pool = torch.cuda.graph_pool_handle()
         # A tensor of inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            for i, size in enumerate(self._shapes):
+            # The largest first, so that the memory of its intermediate results serves the others.
+            for i, size in reversed([*enumerate(self._shapes)]):
                 images = torch.zeros(self.batch_size, len(self._mean), *size, dtype=dtype, device=device)
-                self._captured[size] = _Captured(self._detect, images, getattr(self, f"_sizes_{i}").clone())
+                self._captured[size] = _Captured(self._detect, images, getattr(self, f"_sizes_{i}").clone(), pool)
         return self
 
     def compile(self, folder: str | Path | None = None) -> StaticDetector:  # type: ignore[override]
@@ -295,7 +316,14 @@ class StaticDetector(nn.Module):
         back = getattr(self, f"_back_{i}")
         if isinstance(self.model, FasterRCNN):
             return self._two_stages(batch, resized, back, shapes)
-        found = named(self.model.detections(ImageList(batch, resized), max_detections=self.max_detections))
+        if isinstance(self.model, SSD):
+            maps = self.model.backbone(batch)
+            outputs = self.model.head([maps] if isinstance(maps, Tensor) else list(maps.values()))
+            boxes = getattr(self, f"_default_boxes_{i}").expand(len(batch), -1, -1)
+            padded = self.model.detections_of_head(outputs, boxes, resized, max_detections=self.max_detections)
+        else:
+            padded = self.model.detections(ImageList(batch, resized), max_detections=self.max_detections)
+        found = named(padded)
         return found | {"boxes": found["boxes"] * back}
 
     def _transform(self, images: Tensor, sizes: Tensor, shapes: _Shapes) -> Tensor:
@@ -325,7 +353,9 @@ class StaticDetector(nn.Module):
             logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, list(boxes), resized)))
             of_label = logits[torch.arange(len(logits), device=logits.device), found["labels"].flatten()]
             masks = of_label.sigmoid().where(there.flatten()[:, None, None], 0)
-            pasted = ops.paste_masks(masks[:, None], found["boxes"].flatten(0, 1), shapes.original)
+            pasted = ops.paste_masks(
+                masks[:, None], found["boxes"].flatten(0, 1), shapes.original, threshold=self.mask_threshold
+            )
             found["masks"] = pasted.unflatten(0, there.shape)
         if heads.has_keypoint():
             maps = heads.keypoint_predictor(
@@ -358,9 +388,9 @@ class _Shapes:
 
 
 class _Captured:
-    """The captured graph of a function of (images, sizes)."""
+    """The captured graph of a function of (images, sizes), with memory of `pool`."""
 
-    def __init__(self, function: Any, images: Tensor, sizes: Tensor) -> None:
+    def __init__(self, function: Any, images: Tensor, sizes: Tensor, pool: Any) -> None:
         self.images, self.sizes = images, sizes
         stream = torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
@@ -370,15 +400,14 @@ class _Captured:
                 function(images, sizes)
         torch.cuda.current_stream(images.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.outputs = function(images, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         self.images.copy_(images)
         self.sizes.copy_(sizes)
         self.graph.replay()
-        # The next replay overwrites the outputs.
-        return {name: each.clone() for name, each in self.outputs.items()}
+        return dict(self.outputs)
 
 
 def _sorted_sizes(image_size: Any) -> list[Size]:
@@ -389,16 +418,17 @@ def _sorted_sizes(image_size: Any) -> list[Size]:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, (RetinaNet, FCOS, FasterRCNN)):
+    if not isinstance(model, (RetinaNet, FCOS, SSD, FasterRCNN)):
         raise TypeError(
-            "model must be a Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS of torchvision after "
+            "model must be a Faster, Mask or Keypoint R-CNN, RetinaNet, FCOS or SSD of torchvision after "
             f"fpn_fast.accelerate(model), got {type(model).__name__}"
         )
     transforms = _transform.GeneralizedRCNNTransform, GeneralizedRCNNTransform
     parts: list[tuple[str, Any, tuple[type, ...]]] = [("transform", model.transform, transforms)]
     if isinstance(model, FasterRCNN):
         parts += [("rpn", model.rpn, (RegionProposalNetwork,)), ("roi_heads", model.roi_heads, (RoIHeads,))]
-    for name, part, kinds in [*parts, ("anchor_generator", _anchor_generator(model), (AnchorGenerator,))]:
+    anchors = DefaultBoxGenerator if isinstance(model, SSD) else AnchorGenerator
+    for name, part, kinds in [*parts, ("anchor_generator", _anchor_generator(model), (anchors,))]:
         if type(part) not in kinds:
             expected = f"{kinds[-1].__name__} after fpn_fast.accelerate(model)"
             raise TypeError(f"the model's {name} must be {expected}, got {type(part).__name__}")
@@ -409,13 +439,40 @@ def _check_model(model: nn.Module) -> None:
 
 def _left_out(model: Any) -> list[tuple[str, Any, Steps]]:
     """The parts whose steps are not called, by name."""
-    parts = [("transform", model.transform, _TRANSFORM), ("anchor_generator", _anchor_generator(model), ANCHORS)]
+    anchors = _DEFAULT_BOXES if isinstance(model, SSD) else ANCHORS
+    parts = [("transform", model.transform, _TRANSFORM), ("anchor_generator", _anchor_generator(model), anchors)]
     if isinstance(model, FasterRCNN):
         parts += [("rpn", model.rpn, steps) for steps in (_RPN, PROPOSALS)]
         parts += [(f"{name}.box_coder", getattr(model, name).box_coder, BOX_CODER) for name in ("rpn", "roi_heads")]
         return [*parts, ("roi_heads", model.roi_heads, _HEADS)]
-    coder = BOX_CODER if isinstance(model, RetinaNet) else LINEAR_CODER
-    return [*parts, ("box_coder", model.box_coder, coder), (type(model).__name__, model, model._evaluation)]
+    coder = LINEAR_CODER if isinstance(model, FCOS) else BOX_CODER
+    evaluation = _SSD if isinstance(model, SSD) else model._evaluation
+    return [*parts, ("box_coder", model.box_coder, coder), (type(model).__name__, model, evaluation)]
+
+
+def _default_boxes(model: Any, size: Size) -> Tensor:
+    """[M, 4] on the CPU: the default boxes of an SSD for batches of `size`, by torchvision's own code."""
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    maps = [torch.empty(1, 1, *each, dtype=dtype, device="cpu") for each in map_sizes(model, size)]
+    # Of the images only the size is read.
+    batch = ImageList(torch.empty(1, 1, *size, device="meta"), [size])
+    with torch.device("cpu"):
+        (boxes,) = model.anchor_generator(batch, maps)
+    return boxes
+
+
+def map_sizes(model: Any, size: Size) -> list[Size]:
+    """(height, width) of the maps that a model's backbone makes of batches of `size`, from shapes alone."""
+    backbone = model.backbone
+    tensors = {
+        name: torch.empty_like(each, device="meta")
+        for name, each in (*backbone.named_parameters(), *backbone.named_buffers())
+    }
+    channels = len(model.transform.image_mean)
+    images = torch.empty(1, channels, *size, dtype=next(backbone.parameters()).dtype, device="meta")
+    with torch.no_grad():
+        maps = torch.func.functional_call(backbone, tensors, (images,))
+    return [(each.shape[2], each.shape[3]) for each in ([maps] if isinstance(maps, Tensor) else maps.values())]
 
 
 def _anchor_generator(model: Any) -> Any:
