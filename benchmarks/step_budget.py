@@ -38,7 +38,10 @@ VARIANTS: dict[str, Callable[[Any], object]] = {
     "torchvision": lambda model: None,
     "accelerated": fpn_fast.accelerate,
     "accelerated, static sampling": lambda model: (fpn_fast.accelerate(model), use_static_sampling(model)),
+    "StaticDetector": fpn_fast.accelerate,
 }
+#: The mode of a variant that has only one.
+MODES = {"accelerated, static sampling": "training", "StaticDetector": "evaluation"}
 
 
 def targets(name: str, size: tuple[int, int]) -> list[dict[str, Tensor]]:
@@ -55,7 +58,8 @@ def cases(models: list[str]) -> Iterator[tuple[str, str, str]]:
     for name in models:
         for mode in ("training", "evaluation"):
             for variant in VARIANTS:
-                if "static" not in variant or (mode == "training" and name != "RetinaNet"):
+                samples = variant != "accelerated, static sampling" or name != "RetinaNet"
+                if MODES.get(variant, mode) == mode and samples:
                     yield name, mode, variant
 
 
@@ -64,6 +68,8 @@ def count_case(name: str, mode: str, variant: str, size: tuple[int, int] = SIZE)
     VARIANTS[variant](model)
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(3, *size, generator=generator)]
+    if variant == "StaticDetector":
+        return budget(fpn_fast.StaticDetector(model, size, 1), torch.stack(images))
     return budget(model, images, targets(name, size) if mode == "training" else None)
 
 

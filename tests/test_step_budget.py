@@ -163,7 +163,7 @@ def test_the_command_counts_what_it_writes(tmp_path: Path, capsys: pytest.Captur
         == 0
     )
     rows = json.loads(files["json"].read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert ET.parse(files["plot"]).getroot().get("viewBox")
     printed = capsys.readouterr().out
     for row in rows:
