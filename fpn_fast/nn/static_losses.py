@@ -95,13 +95,15 @@ def fcos_losses(
     foreground = matches >= 0
     count = foreground.sum().clamp(min=1)
     labels = _own(targets.labels, matches).where(foreground, -1)
-    own = _own(targets.boxes, matches).where(foreground[..., None], anchors)
-    reach = _wide(head_outputs["bbox_regression"])
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    # As pairs of corners, (x1, y1) and (x2, y2).
+    (start, end), matched = _corners(anchors), foreground[..., None]
+    own = _corners(_own(targets.boxes, matches).where(matched, anchors))
+    centers = (start + end) / 2
+    left, right = _corners(_wide(head_outputs["bbox_regression"]))
     if model.head.box_coder.normalize_by_size:
-        reach = reach * (anchors[:, 2:] - anchors[:, :2]).repeat(1, 2)
-    found = torch.cat([centers - reach[..., :2], centers + reach[..., 2:]], -1).where(foreground[..., None], anchors)
-    before, after = centers - own[..., :2], own[..., 2:] - centers
+        left, right = (each * (end - start) for each in (left, right))
+    found = (centers - left).where(matched, start), (centers + right).where(matched, end)
+    before, after = centers - own[0], own[1] - centers
     # The foreground is inside its box, and an anchor's centre is inside the anchor.
     centerness = (torch.minimum(before, after) / torch.maximum(before, after)).prod(-1).sqrt()
     heights = _wide(head_outputs["bbox_ctrness"])[..., 0].where(foreground, 0)
@@ -225,12 +227,23 @@ def _ssd_matches(anchors: Tensor, targets: StaticTargets, matcher: Matcher) -> T
     return taken.where(taken >= 0, matches)
 
 
-def _giou_losses(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
-    """[..., 4] and [..., 4] -> [...]: torchvision's ``generalized_box_iou_loss``, which selects boxes that overlap."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    u1, v1, u2, v2 = others.unbind(-1)
-    width, height = torch.minimum(x2, u2) - torch.maximum(x1, u1), torch.minimum(y2, v2) - torch.maximum(y1, v1)
-    common = (width * height).where((width > 0) & (height > 0), 0)
-    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
-    hull = (torch.maximum(x2, u2) - torch.minimum(x1, u1)) * (torch.maximum(y2, v2) - torch.minimum(y1, v1))
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 4] -> (x1, y1) and (x2, y2), [..., 2] each."""
+    first, last = boxes.unflatten(-1, (2, 2)).unbind(-2)
+    return first, last
+
+
+def _area(sides: Tensor) -> Tensor:
+    # The gradient of a product over a dimension would read on the host whether there are zeros.
+    width, height = sides.unbind(-1)
+    return width * height
+
+
+def _giou_losses(boxes: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], eps: float = 1e-7) -> Tensor:
+    """Of boxes as corners -> [...]: torchvision's ``generalized_box_iou_loss``, which selects those that overlap."""
+    (first, last), (other_first, other_last) = boxes, others
+    overlap = torch.minimum(last, other_last) - torch.maximum(first, other_first)
+    common = _area(overlap).where((overlap > 0).all(-1), 0)
+    union = _area(last - first) + _area(other_last - other_first) - common
+    hull = _area(torch.maximum(last, other_last) - torch.minimum(first, other_first))
     return 1 - (common / (union + eps) - (hull - union) / (hull + eps))
