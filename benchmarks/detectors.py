@@ -213,7 +213,7 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
         calls = {"static": static()}
         if device.type == "cuda":
             calls["static, capture()"] = static().capture()
-        elif compiled and case.model != "retinanet":
+        elif compiled:
             calls["static, compile()"] = static().compile()
         found |= {name: Provider(lambda c=call: c(stacked), call, call.unpad) for name, call in calls.items()}
     return found
