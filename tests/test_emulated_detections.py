@@ -76,7 +76,7 @@ class Maps:
             self.distances,
         )  # fmt: skip
         turns = itertools.cycle(layouts)
-        placed = [[place(each, next(turns)) for each in part] for part in maps]
+        placed = [[place(each, next(turns)) for each in part] or None for part in maps]
         numbers = self.cells.flatten().tolist(), self.strides.flatten().tolist()
         rule = self.weights, SCALE_CLAMP, self.distances
         return Call("select_detections", [*placed, *numbers, sizes, *limits, *rule], check_selected(expected, dtype))
