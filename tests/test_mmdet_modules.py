@@ -229,8 +229,8 @@ def test_weights_are_drawn_as_mmdetection_draws_them():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "NASFPN"}, "type must be one of FPN, PAFPN, got 'NASFPN'"),
-        ({"type": None}, "type must be one of FPN, PAFPN, got None"),
+        ({"type": "HRFPN"}, "type must be one of FPN, PAFPN, NASFPN.*, got 'HRFPN'"),
+        ({"type": None}, "type must be one of FPN, PAFPN.*, got None"),
         ({"num_out": 3, "stem": 1}, "FPN has no argument num_out, stem; it has in_channels, out_channels, num_outs"),
         ({"type": "PAFPN", "upsample_cfg": {}}, "PAFPN has no argument upsample_cfg"),
         ({"add_extra_convs": "on_top"}, "add_extra_convs must be one of .*, got 'on_top'"),

@@ -9,6 +9,8 @@ from fpn_fast.nn.detectron2.proposals import (
     find_top_rpn_proposals,
     proposals_of_images,
 )
+from fpn_fast.nn.detectron2.semantic_seg import SemSegFPNHead
+from fpn_fast.nn.detectron2.simple_feature_pyramid import SimpleFeaturePyramid
 
 __all__ = [
     "FPN",
@@ -17,7 +19,9 @@ __all__ = [
     "LastLevelMaxPool",
     "LastLevelP6P7",
     "ROIPooler",
+    "SemSegFPNHead",
     "ShapeSpec",
+    "SimpleFeaturePyramid",
     "find_top_rpn_proposals",
     "proposals_of_images",
 ]

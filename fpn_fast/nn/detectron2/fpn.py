@@ -34,21 +34,29 @@ class ShapeSpec(NamedTuple):
 
 
 class ConvWithNorm(nn.Conv2d):
-    """A convolution and its normalisation, with the keys of detectron2's Conv2d: `weight`, `norm.weight`."""
+    """A convolution, its normalisation and ReLU if `relu`, with detectron2's keys: `weight`, `bias`, `norm.weight`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, norm: str | Callable[[int], nn.Module] | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        norm: str | Callable[[int], nn.Module] | None,
+        relu: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm == "")
-        self.norm = None if norm is None or norm == "" else _norm_maker(norm)(out_channels)
+        self.norm = None if norm is None or norm == "" else norm_maker(norm)(out_channels)
+        self.relu = relu
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]"""
         convolved = super().forward(input)
-        return convolved if self.norm is None else self.norm(convolved)
+        normed = convolved if self.norm is None else self.norm(convolved)
+        return F.relu(normed) if self.relu else normed
 
 
-def _norm_maker(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+def norm_maker(norm: str | Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    """`norm` as a function of a number of channels; raises ValueError for an unknown name."""
     if not isinstance(norm, str):
         return norm
     if norm not in _NORMS:
@@ -183,7 +191,7 @@ class FPN(FPNForward, nn.Module):
             raise ValueError(f"fuse_type must be 'sum' or 'avg', got {fuse_type!r}")
         shapes: Any = bottom_up.output_shape()  # type: ignore[operator]
         strides = [shapes[name].stride for name in in_features]
-        levels = _levels_of(strides)
+        levels = levels_of(strides)
         laterals, outputs = [], []
         for level, name in zip(levels, in_features, strict=True):
             laterals.append(ConvWithNorm(shapes[name].channels, out_channels, 1, norm))
@@ -222,7 +230,8 @@ class FPN(FPNForward, nn.Module):
         }
 
 
-def _levels_of(strides: Sequence[int]) -> list[int]:
+def levels_of(strides: Sequence[int]) -> list[int]:
+    """The levels of strides that are powers of two, each twice the last; raises ValueError for others."""
     levels = [math.log2(stride) for stride in strides]
     halving = all(coarser == finer + 1 for finer, coarser in itertools.pairwise(levels))
     if not levels or not halving or not levels[0].is_integer():

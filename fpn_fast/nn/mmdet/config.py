@@ -9,8 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from fpn_fast.nn.mmdet.bfp import BFP
+from fpn_fast.nn.mmdet.bifpn import BiFPN
+from fpn_fast.nn.mmdet.fpn_carafe import FPN_CARAFE
+from fpn_fast.nn.mmdet.nas_fpn import NASFPN
 from fpn_fast.nn.mmdet.necks import FPN, PAFPN
 from fpn_fast.nn.mmdet.roi_extractors import GenericRoIExtractor, SingleRoIExtractor
+from fpn_fast.nn.mmdet.yolox_pafpn import YOLOXPAFPN
 
 __all__ = ["build_neck", "build_roi_extractor"]
 
@@ -19,7 +24,8 @@ def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
     """Builds a neck from the dict of an mmdetection configuration.
 
     Args:
-        cfg: ``type``, "FPN" or "PAFPN", and the arguments of that class.
+        cfg: ``type``, "FPN", "PAFPN", "NASFPN", "BFP", "YOLOXPAFPN", "FPN_CARAFE" or "BiFPN", and the arguments of that
+            class.
 
     Raises:
         ValueError: the type is unknown, a key is unknown or missing; others: the module's.
@@ -28,7 +34,7 @@ def build_neck(cfg: Mapping[str, Any]) -> nn.Module:
     >>> neck.num_outs
     3
     """
-    return _build(cfg, FPN, PAFPN)
+    return _build(cfg, FPN, PAFPN, NASFPN, BFP, YOLOXPAFPN, FPN_CARAFE, BiFPN)
 
 
 def build_roi_extractor(cfg: Mapping[str, Any]) -> nn.Module:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_fast.nn._shared import merge_pyramid
+from fpn_fast.nn.mmdet._neck import XAVIER, Neck, stages_of
 from fpn_fast.nn.mmdet.conv_module import ConvModule
 
 __all__ = ["FPN", "PAFPN"]
 
-#: mmdetection's default. None, the only other choice, keeps mmcv's initialisation.
-_XAVIER = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}
 _EXTRA_CONVS = (False, True, "on_input", "on_lateral", "on_output")
 
 
@@ -42,7 +41,7 @@ def merge_options(upsample_cfg: Mapping[str, Any]) -> dict[str, Any]:
 class FPNForward:
     """The forward pass of FPN, for our module and for mmdetection's, which have the same attributes."""
 
-    in_channels: Sequence[int]
+    in_channels: list[int]
     num_outs: int
     start_level: int
     backbone_end_level: int
@@ -62,12 +61,10 @@ class FPNForward:
         return self._extend(inputs, merged, outs)
 
     def _pyramid(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if len(inputs) != len(self.in_channels):
-            raise ValueError(f"inputs must be a map for each of the {len(self.in_channels)} stages, got {len(inputs)}")
-        used = inputs[self.start_level : self.backbone_end_level]
+        stages = stages_of(self, inputs)
         # The others make the extra levels.
         output_convs = list(self.fpn_convs)[: len(self.lateral_convs)]
-        return merge_pyramid(used, self.lateral_convs, output_convs, **merge_options(self.upsample_cfg))
+        return merge_pyramid(stages, self.lateral_convs, output_convs, **merge_options(self.upsample_cfg))
 
     def _extend(self, inputs: Sequence[Tensor], merged: list[Tensor], outs: list[Tensor]) -> tuple[Tensor, ...]:
         """Appends coarser levels to `outs`, up to num_outs."""
@@ -84,7 +81,7 @@ class FPNForward:
         return tuple(outs)
 
 
-class FPN(FPNForward, nn.Module):
+class FPN(FPNForward, Neck):
     """Feature Pyramid Network (Lin et al., 2017): drop-in for mmdetection's ``FPN`` neck.
 
     Constructor, ``state_dict`` keys and outputs are mmdetection's. One call of :func:`fpn_fast.ops.top_down` merges all
@@ -132,64 +129,25 @@ class FPN(FPNForward, nn.Module):
         norm_cfg: Mapping[str, Any] | None = None,
         act_cfg: Mapping[str, Any] | None = None,
         upsample_cfg: Mapping[str, Any] | None = None,
-        init_cfg: Mapping[str, Any] | None = _XAVIER,
+        init_cfg: Mapping[str, Any] | None = XAVIER,
     ) -> None:
-        super().__init__()
         if add_extra_convs not in _EXTRA_CONVS:
             raise ValueError(f"add_extra_convs must be one of {_EXTRA_CONVS}, got {add_extra_convs!r}")
-        if init_cfg is not None and dict(init_cfg) != _XAVIER:
-            raise ValueError(f"init_cfg must be None or {_XAVIER}, got {init_cfg}")
-        self.in_channels = list(in_channels)
-        self.out_channels = out_channels
-        self.num_ins = len(self.in_channels)
-        self.num_outs = num_outs
-        self.start_level, self.end_level = start_level, end_level
-        self.backbone_end_level = _end_of(end_level, start_level, num_outs, self.num_ins)
+        layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
+        lateral_layers = {**layers, "norm_cfg": None} if no_norm_on_lateral else layers
+        super().__init__(in_channels, out_channels, num_outs, start_level, end_level, init_cfg, XAVIER, lateral_layers)
         self.add_extra_convs = "on_input" if add_extra_convs is True else add_extra_convs
         self.relu_before_extra_convs = relu_before_extra_convs
         self.no_norm_on_lateral = no_norm_on_lateral
         self.upsample_cfg = {"mode": "nearest"} if upsample_cfg is None else dict(upsample_cfg)
         merge_options(self.upsample_cfg)
-        self.init_cfg = init_cfg
-        layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
-        lateral_layers = {**layers, "norm_cfg": None} if no_norm_on_lateral else layers
-        self.lateral_convs, self.fpn_convs = nn.ModuleList(), nn.ModuleList()
-        for channels in self.in_channels[start_level : self.backbone_end_level]:
-            self.lateral_convs.append(ConvModule(channels, out_channels, 1, **lateral_layers))
-            self.fpn_convs.append(ConvModule(out_channels, out_channels, 3, **layers))
+        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3, **layers) for _ in self.lateral_convs)
         if self.add_extra_convs:
             for i in range(num_outs - len(self.lateral_convs)):
                 of_input = i == 0 and self.add_extra_convs == "on_input"
                 channels = self.in_channels[self.backbone_end_level - 1] if of_input else out_channels
                 self.fpn_convs.append(ConvModule(channels, out_channels, 3, stride=2, **layers))
-        self._draw_weights()
-
-    def init_weights(self) -> None:
-        """Draws new weights by init_cfg, which the constructor has done already; none where it is None."""
-        self._draw_weights()
-
-    def _draw_weights(self) -> None:
-        if self.init_cfg is None:
-            return
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.xavier_uniform_(layer.weight)
-
-
-def _end_of(end_level: int, start_level: int, num_outs: int, stages: int) -> int:
-    """One past the last stage that is used; checks the rules that mmdetection asserts."""
-    if not 0 <= start_level < stages:
-        raise ValueError(f"start_level must be one of the {stages} stages, got {start_level}")
-    if end_level in (-1, stages - 1):
-        if num_outs < stages - start_level:
-            raise ValueError(f"num_outs must be at least {stages - start_level}, one for each stage, got {num_outs}")
-        return stages
-    if not start_level <= end_level < stages:
-        raise ValueError(f"end_level must be -1 or a stage from {start_level} to {stages - 1}, got {end_level}")
-    if num_outs != end_level - start_level + 1:
-        raise ValueError(f"num_outs must be {end_level - start_level + 1} for an end_level before the last stage's, "
-                         f"where there are no extra levels, got {num_outs}")  # fmt: skip
-    return end_level + 1
+        self.init_weights()
 
 
 class PAFPNForward(FPNForward):
@@ -229,7 +187,7 @@ class PAFPN(PAFPNForward, FPN):
         conv_cfg: Mapping[str, Any] | None = None,
         norm_cfg: Mapping[str, Any] | None = None,
         act_cfg: Mapping[str, Any] | None = None,
-        init_cfg: Mapping[str, Any] | None = _XAVIER,
+        init_cfg: Mapping[str, Any] | None = XAVIER,
     ) -> None:
         super().__init__(
             in_channels, out_channels, num_outs, start_level, end_level, add_extra_convs, relu_before_extra_convs,
@@ -240,4 +198,4 @@ class PAFPN(PAFPNForward, FPN):
         for _ in range(len(self.lateral_convs) - 1):
             self.downsample_convs.append(ConvModule(out_channels, out_channels, 3, stride=2, **layers))
             self.pafpn_convs.append(ConvModule(out_channels, out_channels, 3, **layers))
-        self._draw_weights()
+        self.init_weights()
