@@ -10,7 +10,7 @@ PYTHON_FILES := fpn_fast pytest_fpn_fast.py tests benchmarks examples tools setu
 CPP_FILES := $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize wheel test-wheel test-mmdet test-oldest build bench docs lint format clean
+.PHONY: help demo test fuzz sanitize wheel test-wheel test-mmdet test-family test-oldest build bench docs lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ test-wheel: $(VENV)/.installed  ## the same, under every Python from 3.10 on tha
 test-mmdet: build $(VENV)-mmdet/.installed  ## our modules beside mmdetection's own, in an environment that has it
 	$(VENV)-mmdet/bin/python -m pytest tests/against_mmdet.py $(PYTEST_ARGS)
 
+test-family: build $(VENV)-family/.installed  ## our pyramids beside the originals, in an environment that has them
+	$(VENV)-family/bin/python -m pytest tests/against_family.py $(PYTEST_ARGS)
+
 test-oldest: build $(VENV)-oldest/.installed  ## all tests with the oldest torch that the library serves, as built with ours
 	$(VENV)-oldest/bin/python -m pytest tests -n auto --dist worksteal $(PYTEST_ARGS)
 
@@ -79,4 +82,4 @@ format: $(VENV)/.installed  ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-mmdet $(VENV)-oldest build dist output *.egg-info fpn_fast/*.so
+	rm -rf $(VENV) $(VENV)-mmdet $(VENV)-family $(VENV)-oldest build dist output *.egg-info fpn_fast/*.so
