@@ -6,7 +6,8 @@
 
 A table stands between ``<!-- table: NAME [WORD ...] -->`` and ``<!-- /table -->``. NAME is a family of
 ``fpn_fast bench``, or ``detectors`` (benchmarks/detectors.py), ``step_budget`` (benchmarks/step_budget.py),
-``ablation`` or ``ablation_float64`` (examples/ablation.py), ``gpu_model`` (benchmarks/gpu_model.py), or ``summary`` or
+``ablation`` or ``ablation_float64`` (examples/ablation.py), ``gpu_model`` (benchmarks/gpu_model.py), ``family``
+(benchmarks/family.py), or ``summary`` or
 ``session``, which are the README's. With WORDs, a family's table has the cases whose name holds all of them, that of
 step_budget the parts of steps in that mode, and that of gpu_model a family's figures or the constants. Times are of
 the CPU that was measured last.
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import detectors, gpu_model, step_budget  # noqa: E402
+from benchmarks import detectors, family_drawings, gpu_model, step_budget  # noqa: E402
+from benchmarks import family as family_counts  # noqa: E402
 from examples import ablation  # noqa: E402
 from fpn_fast.__main__ import ends_with_its_reader  # noqa: E402
 from fpn_fast.bench.cases import FAMILIES  # noqa: E402
@@ -148,6 +150,8 @@ def table(name: str, words: tuple[str, ...] = ()) -> str:
         return {"summary": summary, "session": session}[name](measured_last())
     if name == "gpu_model":
         return gpu_model.table(words)
+    if name == "family":
+        return family_counts.table(load(RESULTS / "family.json"))
     if name == "step_budget":
         return step_budget.table(load(RESULTS / "step_budget.json"), words)
     if name.startswith("ablation"):
@@ -163,7 +167,7 @@ def table(name: str, words: tuple[str, ...] = ()) -> str:
 def pages() -> dict[Path, str]:
     """Every file that holds figures, as it must be: README.md and the docs with tables, and the plots."""
     budgets = load(RESULTS / "step_budget.json")
-    found = {PLOT: plot(measured_last()), BUDGET_PLOT: step_budget.plot(budgets)}
+    found = {PLOT: plot(measured_last()), BUDGET_PLOT: step_budget.plot(budgets), **family_drawings.pages()}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         if _TABLE.search(text):

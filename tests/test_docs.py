@@ -98,7 +98,8 @@ def test_the_readme_fits_on_three_screens():
 
 
 def test_drawings_are_there_and_well_formed():
-    used = re.findall(r"\]\(img/([\w-]+\.svg)\)", (ROOT / "docs" / "kernels.md").read_text())
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("kernels.md", "family.md"))
+    used = re.findall(r"\]\(img/([\w-]+\.svg)\)", pages)
     used += ["speedup.svg", "step-budget.svg"]
     assert sorted(used) == sorted(path.name for path in (ROOT / "docs" / "img").iterdir())
     for name in used:
