@@ -25,7 +25,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 ONE_STAGE = ("retinanet", "fcos")
 NORMS = ("group", "frozen", "batch", "sync")
-PYRAMIDS = ("fpn", "no-top-down", "c4")
+# Those of fpn_fast.nn.
+FAMILY = ("pafpn", "bifpn", "nasfpn", "vitdet")
+PYRAMIDS = ("fpn", *FAMILY, "no-top-down", "c4")
 HEADS = ("tiny", "small", "torchvision")
 # A backbone of our own, for training from random weights on CPUs: the channels of its stem and of its four stages.
 SLIM, SLIM_CHANNELS = "slim_resnet", (16, 32, 64, 96, 128)
@@ -45,6 +47,35 @@ class NoTopDownPyramid(FeaturePyramidNetwork):
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, inputs, names)
         return OrderedDict(zip(names, results, strict=True))
+
+
+class FamilyPyramid(nn.Module):
+    """A pyramid of fpn_fast.nn behind torchvision's interface: maps by name in, maps by name out."""
+
+    def __init__(self, member: nn.Module) -> None:
+        super().__init__()
+        self.member = member
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = self.member(list(maps.values()))
+        levels = found.values() if isinstance(found, dict) else found
+        return OrderedDict((str(i), each) for i, each in enumerate(levels))
+
+
+class FirstMap(nn.Module):
+    """What ViTDet's pyramid takes for a backbone: the one map that it is given, C4."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def output_shape(self) -> dict[str, Any]:
+        from fpn_fast.nn.detectron2 import ShapeSpec
+
+        return {"c4": ShapeSpec(channels=self.channels, stride=16)}
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        return {"c4": maps[0]}
 
 
 def build_detector(
@@ -120,17 +151,42 @@ def build_backbone(
     for child_name in frozen:
         trunk.get_submodule(child_name).requires_grad_(False)
     _replace_batch_norms(trunk, names, norm)
-    wanted = (4,) if pyramid == "c4" else (2, 3, 4, 5) if two_stage else (3, 4, 5)
+    wanted = (4,) if pyramid in ("c4", "vitdet") else (2, 3, 4, 5) if two_stage else (3, 4, 5)
     body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
-    kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
-    extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
-    # From random weights, a sum over levels of different scale learns more slowly.
-    norms = _group_norm if norm == "group" else None
-    fpn = kind([ends[level][1] for level in wanted], channels, None if pyramid == "c4" else extra, norms)
+    fpn = _pyramid(pyramid, [ends[level][1] for level in wanted], channels, two_stage, norm)
     backbone = nn.Sequential(OrderedDict(body=body, fpn=fpn))
     # torchvision's detectors read it.
     backbone.out_channels = channels
     return backbone
+
+
+def _pyramid(pyramid: str, widths: list[int], channels: int, two_stage: bool, norm: str) -> nn.Module:
+    """A pyramid of five levels, or one of C4 alone, over maps of these channels."""
+    if pyramid in FAMILY:
+        return FamilyPyramid(_member(pyramid, widths, channels, two_stage, norm))
+    kind = NoTopDownPyramid if pyramid == "no-top-down" else FeaturePyramidNetwork
+    extra = LastLevelMaxPool() if two_stage else LastLevelP6P7(channels, channels)
+    # From random weights, a sum over levels of different scale learns more slowly.
+    norms = _group_norm if norm == "group" else None
+    return kind(widths, channels, None if pyramid == "c4" else extra, norms)
+
+
+def _member(pyramid: str, widths: list[int], channels: int, two_stage: bool, norm: str) -> nn.Module:
+    from fpn_fast.nn import detectron2, effdet, mmdet
+
+    groups = {"type": "GN", "num_groups": _group_norm(channels).num_groups} if norm == "group" else None
+    if pyramid == "pafpn":
+        extra = False if two_stage else "on_output"
+        return mmdet.PAFPN(widths, channels, 5, add_extra_convs=extra, norm_cfg=groups)
+    if pyramid == "nasfpn":
+        return mmdet.NASFPN(widths, channels, 5, stack_times=3, norm_cfg=groups)
+    if pyramid == "bifpn":
+        layers = {} if norm != "group" else {"norm_layer": _group_norm, "norm_kwargs": {}}
+        config = effdet.BiFpnConfig(fpn_channels=channels, **layers)
+        return effdet.BiFpn(config, [{"num_chs": width} for width in widths])
+    top = detectron2.LastLevelMaxPool() if two_stage else detectron2.LastLevelP6P7(channels, channels, "p5")
+    scales = [4.0, 2.0, 1.0, 0.5][0 if two_stage else 1 :]
+    return detectron2.SimpleFeaturePyramid(FirstMap(widths[0]), "c4", channels, scales, top)
 
 
 def _trunk(name: str, pretrained: bool) -> nn.Module:

@@ -27,7 +27,7 @@ from coco_data import DetectionData, StepBatches, collate, load_coco, split_coco
 from coco_files import DataError
 from detector_checkpoints import load_checkpoint, save_checkpoint
 from detector_evaluation import Logs, evaluate
-from detector_models import HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE
+from detector_models import FAMILY, HEADS, NORMS, ONE_STAGE, PYRAMIDS, SLIM, TWO_STAGE
 from detector_report import report
 from detector_training import Settings, Track, TrainingError, be_deterministic, flipped, interrupts, new_tracks
 from digits_on_photographs import MIN_SIDE, DigitsOnPhotographs
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     option(model, "--norm", "group", text, choices=NORMS)
     text = "anchors, proposals and heads; torchvision: for images of 800 pixels; small: of 250; tiny: of 100"
     option(model, "--heads", "small", text, choices=HEADS)
-    text = "fpn, fpn without its top-down pathway, or the single map C4"
+    text = "fpn; others of its family; fpn without its top-down pathway; or the single map C4"
     option(model, "--pyramid", "fpn", text, choices=PYRAMIDS)
     option(model, "--channels", 256, "channels of every pyramid level")
     option(model, "--backend", "auto", "fpn_fast's backend; eager: torchvision's own model", choices=BACKENDS)
@@ -129,12 +129,14 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
     args = parser.parse_args(argv, namespace=Settings())
     low, high = args.multi_scale or (args.image_size, args.image_size)
     digit, two_stage = args.smallest_digit, args.model in TWO_STAGE
-    static = two_stage and args.backend != "eager" and not args.compare
+    eager = args.backend == "eager" or args.compare
+    static = two_stage and not eager
     fcos = args.model == "fcos" and args.channels % 32 != 0
     names = " and ".join(TWO_STAGE)
     for wrong, message in (
         (args.compare and args.backend == "eager", "--compare needs --backend auto, cpp, triton or reference"),
         (args.pyramid == "c4" and not two_stage, f"--pyramid c4 is for {names}, got --model {args.model}"),
+        (args.pyramid in FAMILY and eager, f"--pyramid {args.pyramid} takes neither --backend eager nor --compare"),
         (fcos, f"--channels must be a multiple of 32 for fcos, whose heads have 32 groups, got {args.channels}"),
         (args.static_sampling and not static, f"--static-sampling is for fpn_fast's {names}, without --compare"),
         (args.float64 and args.amp, "--float64 and --amp exclude each other"),

@@ -558,6 +558,7 @@ def test_a_backend_that_cannot_serve_is_one_clear_line(refused, monkeypatch):
         ("--steps", "0"),
         ("--lr", "nan"),
         ("--compare", "--backend", "eager"),
+        ("--pyramid", "bifpn", "--compare"),
         ("--float64", "--amp"),
         ("--image-size", "8"),
         ("--channels", "48", "--model", "fcos"),
@@ -620,6 +621,17 @@ def test_weights_have_torchvisions_names(pyramid):
     assert {name for name in names if not name.startswith("backbone.body.layer4")} <= expected
     if pyramid == "fpn":
         assert set(ours.state_dict()) == set(theirs.state_dict())
+
+
+@pytest.mark.parametrize("two_stage", [True, False])
+@pytest.mark.parametrize("pyramid", detector_models.FAMILY)
+def test_every_member_of_the_family_makes_five_levels_that_train(pyramid, two_stage):
+    body = detector_models.build_backbone("slim_resnet", two_stage, "group", 0, False, pyramid, 16)
+    maps = body(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1)))
+    first = 4 if two_stage else 8
+    assert [each.shape[1:] for each in maps.values()] == [(16, s, s) for s in (128 // first >> i for i in range(5))]
+    sum(each.square().sum() for each in maps.values()).backward()
+    assert all(parameter.grad is not None for parameter in body.fpn.parameters())
 
 
 def test_the_pyramid_without_a_top_down_pathway_takes_nothing_from_above():
