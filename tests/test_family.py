@@ -106,7 +106,7 @@ MEMBERS = {
     "panoptic": (lambda: mmdet.PanopticFPNHead(2, 3, 6, 32, norm_cfg=GROUPS), of_maps(EVEN, [6] * 4),
                  plain.panoptic_fpn_head, False),
     "vitdet": (lambda: detectron2.SimpleFeaturePyramid(OneMap(), "last", 6, [4.0, 2.0, 1.0, 0.5]), [(8, (6, 8))],
-               lambda module, x: plain.simple_feature_pyramid(module, x[0]), True),
+               lambda module, x: plain.simple_feature_pyramid(module, x[0]), False),
     "upernet": (lambda: transformers.UperNetHead(UPERNET, CHANNELS), of_maps([*ODD, (2, 3)]), plain.upernet, False),
     "maskformer": (lambda: transformers.MaskFormerFPNModel(10, CHANNELS[:2], 32), of_maps(ODD), plain.maskformer, True),
     "smp_fpn": (lambda: smp.FPNDecoder([3, 4, *CHANNELS], pyramid_channels=8, segmentation_channels=32).eval(),

@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fpn_fast.reference.top_down import resample
 
@@ -223,7 +224,14 @@ def panoptic_fpn_head(module, x):
 
 def simple_feature_pyramid(module, x):
     """detectron2's SimpleFeaturePyramid of one map."""
-    return [stage(x) for stage in module.stages]
+    outs = []
+    for stage in module.stages:
+        out = x
+        for layer in stage:
+            deconvolved = isinstance(layer, nn.ConvTranspose2d)
+            out = F.conv_transpose2d(out, layer.weight, layer.bias, 2) if deconvolved else layer(out)
+        outs.append(out)
+    return outs
 
 
 def channel_norm(layer, x):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fpn_fast.nn._pyramid import ChannelNorm
+from fpn_fast.nn._pyramid import ChannelNorm, Deconvolution
 from fpn_fast.nn.detectron2.fpn import ConvWithNorm, ShapeSpec, levels_of, norm_maker
 
 __all__ = ["SimpleFeaturePyramid"]
@@ -126,10 +126,10 @@ def _resampling(scale: float, channels: int, norm: NormChoice) -> tuple[list[nn.
         # Without a norm detectron2 has nothing in this place, where its forward pass fails; the numbers stay.
         between = nn.Identity() if norm == "" else norm_maker(norm)(half)
         return [
-            nn.ConvTranspose2d(channels, half, 2, 2), between, nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2),
+            Deconvolution(channels, half), between, nn.GELU(), Deconvolution(half, quarter),
         ], quarter  # fmt: skip
     if scale == 2.0:
-        return [nn.ConvTranspose2d(channels, channels // 2, 2, 2)], channels // 2
+        return [Deconvolution(channels, channels // 2)], channels // 2
     if scale == 1.0:
         return [], channels
     if scale == 0.5:

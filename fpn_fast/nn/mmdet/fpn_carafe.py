@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpn_fast import ops
-from fpn_fast.nn._pyramid import add_blocks, add_deconvolved, crop_to, size_of
+from fpn_fast.nn._pyramid import add_blocks, blocks_of, crop_to, size_of
 from fpn_fast.nn.mmdet._neck import XAVIER, Neck, stages_of
 from fpn_fast.nn.mmdet.conv_module import ConvModule
 
@@ -118,9 +118,10 @@ class FPN_CARAFE(Neck):
                              f"above {h} x {w}")  # fmt: skip
         if isinstance(layer, _PixelShuffle):
             return add_blocks(lateral, layer(top))
-        if isinstance(layer, nn.ConvTranspose2d):
-            return add_deconvolved(lateral, top, layer)
-        if (height, width) == (factor * h, factor * w):
+        blocks = blocks_of(top, layer) if isinstance(layer, nn.ConvTranspose2d) else None
+        if blocks is not None:
+            return add_blocks(lateral, blocks)
+        if self.upsample != "deconv" and (height, width) == (factor * h, factor * w):
             return ops.upsample_add(lateral, top, self.upsample or "nearest")
         return lateral + crop_to(layer(top), lateral)
 
