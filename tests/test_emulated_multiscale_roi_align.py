@@ -153,6 +153,9 @@ BAD_ROIS: Boxes = [
     (1, 3, 2, 7, 50),
 ]
 
+#: RoIs of the same few pixels.
+CROWD: Boxes = [(0, i % 11 - 1, i % 7 - 1, i % 11 + 4, i % 7 + 3) for i in range(1100)]
+
 CASES = {
     "random": Case(random_rois(7), channels=9),
     "seven": Case(random_rois(3), output_size=(7, 7), channels=16),
@@ -178,18 +181,21 @@ CASES = {
     # Several blocks along the channels, and more channels than a block has lanes for.
     "many_channels": Case(random_rois(1), channels=304, output_size=(2, 2), sizes=((4, 9),)),
     # More RoIs on one tile than a block lists at once.
-    "crowded": Case(
-        [(0, i % 11 - 1, i % 7 - 1, i % 11 + 4, i % 7 + 3) for i in range(1100)],
-        output_size=(1, 2),
-        batch=1,
-        channels=1,
-        sizes=((2, 3),),
-    ),
+    "crowded": Case(CROWD, output_size=(1, 2), batch=1, channels=1, sizes=((2, 3),)),
 }
 
 
+# Channels that are 16-byte accesses: tiles of many RoIs in parts, and RoIs of more bins on a tile than one round has.
+WIDE = {
+    "crowded_parts": replace(CASES["crowded"], channels=8, rois=CROWD[::12], sizes=((2, 9),)),
+    "crowded_rounds": replace(CASES["crowded"], channels=8),
+    "many_bins_together": replace(CASES["many_bins"], channels=8),
+    "many_lanes": Case(random_rois(20), output_size=(2, 2), channels=304, sizes=((4, 9),)),
+    "bad_together": replace(CASES["bad"], channels=8),
+    "bad_adaptive_together": replace(CASES["bad_adaptive"], channels=8),
+}
 SIXTEEN = replace(CASES["random"], rois=random_rois(3), channels=16)
-CASES |= {
+CASES |= WIDE | {
     "sixteen_channels": SIXTEEN,
     # What a map that is no small one has; most of its tiles have no RoI.
     "tiles_of_several_lines": Case(random_rois(3, largest=200), batch=2, channels=4, sizes=((70, 66),)),
@@ -202,8 +208,9 @@ class TestMultiScaleRoIAlign(EmulatedBattery):
     cases = CASES
     # Every case in both memory formats; the rarer types on the two plainest; any strides, slower at most.
     cpp = (
-        *runs(CASES, ["channels_first"]),
+        *runs([name for name in CASES if name not in WIDE], ["channels_first"]),
         *runs(CASES, ["channels_last"], ["bfloat16"]),
+        *runs(["crowded_parts"], ["channels_last"], ["float32", "float64"]),
         *runs(("random", "seven"), ["channels_last"], ["float32", "float64"]),
         *runs(["sixteen_channels"], [*LAYOUTS, "mixed"], ["float16"]),
     )
@@ -213,8 +220,15 @@ class TestMultiScaleRoIAlign(EmulatedBattery):
         *runs(("seven", "adaptive", "sixteen_channels"), ["channels_last"], ["bfloat16"]),
     )
     far = tuple(runs(["sixteen_channels"], FORMATS))
-    kernels = ("multiscale_roi_align_kernel", "multiscale_roi_align_backward_kernel", "roi_lists_kernel")
-    every_kernel = tuple(runs(["few_blocks"], FORMATS, TYPES))
+    kernels = (
+        "multiscale_roi_align_kernel", "multiscale_roi_align_backward_kernel",
+        "multiscale_roi_align_backward_strided_kernel", "roi_lists_kernel", "roi_tiles_kernel", "roi_plan_kernel",
+        "roi_parts_kernel",
+    )  # fmt: skip
+    every_kernel = (
+        *runs(["few_blocks"], ["channels_first"], TYPES),
+        *runs(["crowded_parts"], ["channels_last"], TYPES),
+    )
 
     def calls(self, case, dtype, layouts):
         yield case.forward(dtype, layouts)

@@ -23,8 +23,8 @@ struct Cuda {
     STD_TORCH_CHECK(arguments.count <= 1 << 30, "multiscale_roi_align_backward takes at most 2^30 RoIs on a GPU, got ",
                     arguments.count);
     run_planned(
-        like, [&](Scratch& scratch) { return plan_roi_lists(scratch, arguments); },
-        [&](const auto& lists, const auto& launch) { gather_in_launches<T>(arguments, grad, sums, lists, launch); });
+        like, [&](Scratch& scratch) { return plan_gather<T>(scratch, arguments, grad, sums); },
+        [&](const auto& gather, const auto& launch) { gather_in_launches<T>(arguments, gather, launch); });
   }
 };
 
@@ -34,13 +34,16 @@ const RegisterKernels kernels([](KernelTable& table) {
               kRoiAlignThreads);
     table.add("multiscale_roi_align_kernel<" + type + ", channels_last>", &multiscale_roi_align_kernel<T, true>,
               kRoiAlignThreads);
-    table.add("multiscale_roi_align_backward_kernel<" + type + ", channels_first>",
-              &multiscale_roi_align_backward_kernel<T, false>, kGatherThreads);
-    table.add("multiscale_roi_align_backward_kernel<" + type + ", channels_last>",
-              &multiscale_roi_align_backward_kernel<T, true>, kGatherThreads);
+    table.add("multiscale_roi_align_backward_kernel<" + type + ">", &multiscale_roi_align_backward_kernel<T>,
+              kRoiReaders);
+    table.add("multiscale_roi_align_backward_strided_kernel<" + type + ">",
+              &multiscale_roi_align_backward_strided_kernel<T>, kRoiReaders);
+    table.add("roi_parts_kernel<" + type + ">", &roi_parts_kernel<T>, kRoiReaders);
   });
   for_box_types([&]<class T>(const std::string& type) {
     table.add("roi_lists_kernel<" + type + ">", &roi_lists_kernel<T>, kRoiListThreads);
+    table.add("roi_tiles_kernel<" + type + ">", &roi_tiles_kernel<T>, kRoiReaders);
+    table.add("roi_plan_kernel<" + type + ">", &roi_plan_kernel<T>, kPlanThreads);
   });
 });
 

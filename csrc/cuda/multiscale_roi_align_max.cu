@@ -23,8 +23,8 @@ struct Cuda {
   static void gather(const RoiAlignArguments<acc_type<T>>& arguments, const FeatureMap<const T>& grad,
                      const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& sums, bool channels_last,
                      const Tensor& like) {
-    STD_TORCH_CHECK(arguments.count <= INT32_MAX,
-                    "multiscale_roi_align_max_backward takes at most 2^31 - 1 RoIs on a GPU, got ", arguments.count);
+    STD_TORCH_CHECK(arguments.count <= 1 << 30,
+                    "multiscale_roi_align_max_backward takes at most 2^30 RoIs on a GPU, got ", arguments.count);
     run_planned(
         like, [&](Scratch& scratch) { return plan_roi_lists(scratch, arguments); },
         [&](const auto& lists, const auto& launch) {
@@ -38,7 +38,7 @@ const RegisterKernels kernels([](KernelTable& table) {
     table.add("multiscale_roi_align_max_kernel<" + type + ">", &multiscale_roi_align_max_kernel<T>,
               kRoiAlignMaxThreads);
     table.add("multiscale_roi_align_max_backward_kernel<" + type + ">", &multiscale_roi_align_max_backward_kernel<T>,
-              kRoiAlignMaxThreads);
+              kRoiReaders);
   });
 });
 

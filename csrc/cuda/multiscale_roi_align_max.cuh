@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Multi-level RoIAlign in max mode, and its gradient: Note [Winners] in common/roi_align_max.h. The mode is rare, so
-// the kernels are simple: a thread owns one element of the output. In the gradient this is a pixel of one channel,
-// which gathers from the RoIs on its map's list (roi_lists.cuh), in order, the bins that can read it.
+// the kernels are simple: a thread owns elements of the output. In the gradient these are pixels of one channel, which
+// gather from the RoIs that read their tile (roi_lists.cuh), in order, the bins that can read them.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include "../common/scalar.h"
 #include "launch.h"
 #include "roi_lists.cuh"
+#include "roi_tiles.cuh"
 
 namespace fpn_fast {
 
@@ -73,57 +74,88 @@ __global__ void __launch_bounds__(kRoiAlignMaxThreads, kRoiAlignMaxBlocks<T>)
   *pooling.winners.at(element.n, element.c, element.y, element.x) = largest.winner;
 }
 
-// Map `level` has the blocks from first_block[level] on. The coarsest map has the last ones.
+// Elements of a thread in the gradient: a block has 16 channels of a tile.
+constexpr int kRoiAlignMaxElements = 4;
+constexpr int kRoiAlignMaxChannels = kRoiAlignMaxElements * kRoiReaders / (kRoiTile * kRoiTile);
+
 template <class T>
 struct RoiAlignMaxGathering {
-  RoiLists<acc_type<T>> lists;
+  RoiTiles<acc_type<T>> tiles;
   FeatureMap<const T> grad;  // [count, channels, pooled_height, pooled_width]
   FeatureMap<const int> winners;
   FeatureMap<T> sum[kMaxRoiLevels];
-  int64_t first_block[kMaxRoiLevels];
-  int levels;
+  unsigned channel_groups;  // blocks along the channels
   bool channels_last;
 };
 
 template <class T>
-__device__ __forceinline__ void add_bins_of(const RoiAlignMaxGathering<T>& gathering, const ListedRoi<acc_type<T>>& roi,
-                                            const MapElement& pixel, acc_type<T>& sum) {
+__device__ __forceinline__ void add_bins_of(const RoiAlignMaxGathering<T>& gathering, int k, const MapElement& pixel,
+                                            acc_type<T>& sum) {
   using acc_t = acc_type<T>;
+  const ListedRoi<acc_t>& roi = gathering.tiles.lists.rois[k];
   const Range row_bins = bins_near_pixel(roi.rows, gathering.grad.height, pixel.y);
   const Range col_bins = bins_near_pixel(roi.cols, gathering.grad.width, pixel.x);
 #pragma unroll 1
   for (int ph = row_bins.begin; ph < row_bins.end; ++ph) {
 #pragma unroll 1
     for (int pw = col_bins.begin; pw < col_bins.end; ++pw) {
-      const int winner = *gathering.winners.at(roi.roi, pixel.c, ph, pw);
+      const int winner = *gathering.winners.at(k, pixel.c, ph, pw);
       if (winner < 0) continue;
       const acc_t row_weight = winner_weight(roi.rows, ph, winner >> 16, pixel.y);
       if (row_weight == 0) continue;
       const acc_t weight = row_weight * winner_weight(roi.cols, pw, winner, pixel.x);
       // Only the pixels that a bin reads receive its NaN.
-      if (weight != 0) sum += weight * to_acc(*gathering.grad.at(roi.roi, pixel.c, ph, pw));
+      if (weight != 0) sum += weight * to_acc(*gathering.grad.at(k, pixel.c, ph, pw));
     }
   }
 }
 
+// Element `i` of a thread. Neighbouring threads have neighbouring channels (channels_last) or columns.
 template <class T>
-__global__ void __launch_bounds__(kRoiAlignMaxThreads, kRoiAlignMaxBlocks<T>)
+__device__ __forceinline__ MapElement element_of(const RoiAlignMaxGathering<T>& gathering, const RoiTile& tile,
+                                                 int64_t first_channel, int i) {
+  constexpr int kPixels = kRoiTile * kRoiTile;
+  const int index = i * kRoiReaders + threadIdx.x;
+  const int channel = gathering.channels_last ? index % kRoiAlignMaxChannels : index / kPixels;
+  const int pixel = gathering.channels_last ? index / kRoiAlignMaxChannels : index % kPixels;
+  return {tile.image, first_channel + channel, tile.top + pixel / kRoiTile, tile.left + pixel % kRoiTile};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRoiReaders, kRoiAlignMaxBlocks<T>)
     multiscale_roi_align_max_backward_kernel(const __grid_constant__ RoiAlignMaxGathering<T> gathering) {
-  int level = 0;
-  while (level + 1 < gathering.levels && blockIdx.x >= gathering.first_block[level + 1]) ++level;
-  const FeatureMap<T>& map = gathering.sum[level];
-  const int64_t index = (blockIdx.x - gathering.first_block[level]) * kRoiAlignMaxThreads + threadIdx.x;
-  if (index >= elements_of(map)) return;
-  const MapElement pixel = element_at(map, gathering.channels_last, index);
-  const Range list = gathering.lists.ranges[pixel.n * gathering.levels + level];
-  acc_type<T> sum = 0;
+  __shared__ unsigned votes[32];
+  __shared__ uint16_t hits[kRoiRound];
+  const RoiLists<acc_type<T>>& lists = gathering.tiles.lists;
+  const RoiTile tile = locate_tile(gathering.tiles, blockIdx.x / gathering.channel_groups);
+  const int64_t first_channel = int64_t{blockIdx.x % gathering.channel_groups} * kRoiAlignMaxChannels;
+  const FeatureMap<T>& map = gathering.sum[tile.level];
+  acc_type<T> sum[kRoiAlignMaxElements] = {};
 #pragma unroll 1
-  for (int i = list.begin; i < list.end; ++i) {
-    const PixelBox box = gathering.lists.boxes[i];
-    if (pixel.y < box.top || pixel.y >= box.bottom || pixel.x < box.left || pixel.x >= box.right) continue;
-    add_bins_of(gathering, gathering.lists.rois[i], pixel, sum);
+  for (int first = 0; first < lists.count; first += kRoiRound) {
+    vote(lists, first, area_of(gathering.tiles, tile), votes);
+    const int listed = list_hits(votes, 0, 0, kRoiRound, hits);
+#pragma unroll 1
+    for (int hit = 0; hit < listed; ++hit) {
+      const int k = first + hits[hit];
+      const PixelBox box = lists.boxes[k];
+#pragma unroll
+      for (int i = 0; i < kRoiAlignMaxElements; ++i) {
+        const MapElement pixel = element_of(gathering, tile, first_channel, i);
+        if (pixel.c >= map.channels || pixel.y < box.top || pixel.y >= box.bottom || pixel.x < box.left ||
+            pixel.x >= box.right) {
+          continue;
+        }
+        add_bins_of(gathering, k, pixel, sum[i]);
+      }
+    }
   }
-  *map.at(pixel.n, pixel.c, pixel.y, pixel.x) = Rounded<T>::from(sum);
+#pragma unroll
+  for (int i = 0; i < kRoiAlignMaxElements; ++i) {
+    const MapElement pixel = element_of(gathering, tile, first_channel, i);
+    if (pixel.c >= map.channels || pixel.y >= map.height || pixel.x >= map.width) continue;
+    *map.at(pixel.n, pixel.c, pixel.y, pixel.x) = Rounded<T>::from(sum[i]);
+  }
 }
 
 template <class T, class Launch>
@@ -140,16 +172,12 @@ template <class T, class Launch, class acc_t = acc_type<T>>
 void gather_max_in_launches(const RoiAlignArguments<acc_t>& arguments, const FeatureMap<const T>& grad,
                             const FeatureMap<const int>& winners, const std::vector<FeatureMap<T>>& sums,
                             bool channels_last, const RoiLists<acc_t>& lists, const Launch& launch) {
-  RoiAlignMaxGathering<T> gathering{};
-  gathering.lists = lists, gathering.grad = grad, gathering.winners = winners;
-  gathering.levels = arguments.rule.levels, gathering.channels_last = channels_last;
-  int64_t blocks = 0;
-  for (int level = 0; level < gathering.levels; ++level) {
-    gathering.sum[level] = sums[level], gathering.first_block[level] = blocks;
-    blocks += ceil_div(elements_of(sums[level]), kRoiAlignMaxThreads);
-  }
   list_in_launch(arguments, sums, lists, launch);
-  launch(multiscale_roi_align_max_backward_kernel<T>, LaunchConfig{blocks, kRoiAlignMaxThreads}, gathering);
+  RoiAlignMaxGathering<T> gathering{make_roi_tiles(sums, lists, RoiPlan{}), grad, winners, {}, 0, channels_last};
+  std::copy(sums.begin(), sums.end(), gathering.sum);
+  gathering.channel_groups = static_cast<unsigned>(ceil_div(arguments.channels, kRoiAlignMaxChannels));
+  launch(multiscale_roi_align_max_backward_kernel<T>,
+         LaunchConfig{gathering.tiles.count * gathering.channel_groups, kRoiReaders}, gathering);
 }
 
 }  // namespace fpn_fast

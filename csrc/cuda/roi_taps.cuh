@@ -104,16 +104,6 @@ struct StridedChannels {
   }
 };
 
-// How a kernel accesses channels. `kVectorised`: every run of kVec<T> channels is one aligned access.
-template <class T, bool kVectorised, int kInFlight>
-__device__ __forceinline__ auto channel_access(int64_t source_stride, int64_t target_stride, int count) {
-  if constexpr (kVectorised) {
-    return VectorChannels<T, kInFlight>{};
-  } else {
-    return StridedChannels<T>{source_stride, target_stride, count};
-  }
-}
-
 // Marks the maps that can be accessed 16 bytes of channels at a time. Returns whether all can.
 template <class T>
 bool mark_vectorised(std::vector<FeatureMap<const T>>& sources, std::vector<FeatureMap<T>>& targets) {

@@ -3,14 +3,14 @@
 #pragma once
 
 #include "../common/roi_align.h"
+#include "roi_lists.cuh"
 
 namespace fpn_fast {
 
-// Pixels of a thread. Twice as many would save loads and take twice the registers.
+// Pixels of a tile whose weights are one access. A thread of the strided kernel has so many along an axis.
 constexpr int kRoiRun = 4;
 constexpr int kRoiRuns = 2;
-// Pixels of a tile along the runs, and the most across them.
-constexpr int kRoiTile = kRoiRun * kRoiRuns;
+static_assert(kRoiTile == kRoiRun * kRoiRuns);
 // One thread for each of 16 bins of 8 RoIs along both axes, enough for 14 by 14 bins.
 constexpr int kRoiBatch = 8;
 constexpr int kRoiBatchBins = 16;
@@ -32,22 +32,24 @@ __device__ __forceinline__ Range bins_between(const RoiAxis<acc_t>& axis, int po
   return {clamped((lo - margin - axis.start) / axis.bin - 1), clamped((hi + margin - axis.start) / axis.bin + 1)};
 }
 
+// Returns the pixels that have a weight other than zero, a bit for each.
 template <class acc_t>
-__device__ __forceinline__ void weigh_pixels(const RoiAxis<acc_t>& axis, int bin, int first, acc_t scale,
-                                             acc_t (&weights)[kRoiTile]) {
+__device__ __forceinline__ unsigned weigh_pixels(const RoiAxis<acc_t>& axis, int bin, int first, acc_t scale,
+                                                 acc_t (&weights)[kRoiTile]) {
+  unsigned reads = 0;
 #pragma unroll
   for (int i = 0; i < kRoiTile; ++i) weights[i] = 0;
+  const auto add = [&](unsigned pixel, acc_t weight) {
+    if (pixel < kRoiTile && weight != 0) weights[pixel] += weight * scale, reads |= 1u << pixel;
+  };
   const Range samples = samples_between(axis, bin, first - 1, first + kRoiTile);
 #pragma unroll 1
   for (int sample = samples.begin; sample < samples.end; ++sample) {
     Taps<acc_t> taps;
     if (!sample_taps(axis, bin, sample, taps)) continue;
-    const unsigned lo = taps.lo - first, hi = taps.hi - first;
-    if (lo < kRoiTile) weights[lo] += taps.weight_lo;
-    if (hi < kRoiTile) weights[hi] += taps.weight_hi;
+    add(taps.lo - first, taps.weight_lo), add(taps.hi - first, taps.weight_hi);
   }
-#pragma unroll
-  for (int i = 0; i < kRoiTile; ++i) weights[i] *= scale;
+  return reads;
 }
 
 // The bins of one round that have a weight other than zero on kPixels pixels from `first` on.

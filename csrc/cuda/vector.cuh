@@ -41,15 +41,31 @@ __device__ __forceinline__ void load(const T* source, int64_t stride, int count,
   }
 }
 
+// Rounds two values at once: alone each takes a conversion on a pipe of an eighth of the rate.
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    memcpy(&pair, &both, sizeof pair);
+  } else {
+    const __half2 both = __floats2half2_rn(low, high);
+    memcpy(&pair, &both, sizeof pair);
+  }
+  return pair;
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool vectorised,
                                       const acc_type<T> (&values)[kVec<T>]) {
   if (vectorised) {
-    T elements[kVec<T>];
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) elements[i] = Rounded<T>::from(values[i]);
     uint4 raw;
-    memcpy(&raw, elements, sizeof raw);
+    if constexpr (sizeof(T) == 2) {
+      raw = {rounded_pair<T>(values[0], values[1]), rounded_pair<T>(values[2], values[3]),
+             rounded_pair<T>(values[4], values[5]), rounded_pair<T>(values[6], values[7])};
+    } else {
+      memcpy(&raw, values, sizeof raw);
+    }
     // The compiler would merge a plain assignment with the scalar branch below, into scalar stores.
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(raw.x), "r"(raw.y), "r"(raw.z),
                  "r"(raw.w)

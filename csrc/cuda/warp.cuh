@@ -22,4 +22,17 @@ __device__ __forceinline__ T warp_maximum(T value) {
   return warp_reduce(value, [](T a, T b) { return b > a ? b : a; });
 }
 
+// Sets `before` to the sum of the values of lower lanes. Returns the sum of all.
+__device__ __forceinline__ int warp_prefix(int value, int& before) {
+  const unsigned lane = threadIdx.x % 32;
+  int sum = value;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, delta);
+    if (lane >= delta) sum += other;
+  }
+  before = sum - value;
+  return __shfl_sync(~0u, sum, 31);
+}
+
 }  // namespace fpn_fast
