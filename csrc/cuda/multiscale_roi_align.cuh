@@ -7,6 +7,8 @@
 // bytes of channels. It walks along the line. Each pixel on the way is summed across the line first and then weighted
 // into the bin. The last of these sums is kept, because a bin begins where the previous one ends. A bin that reads more
 // pixels along an axis than its table holds is summed sample by sample.
+// Where a line reads at most kRoiAlignAcross pixels of a column, the walk of all bins is one list of columns, and the
+// next column's loads are in flight while one is summed.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +18,7 @@
 #include "../common/roi_align_arguments.h"
 #include "launch.h"
 #include "roi_taps.cuh"
+#include "warp.cuh"
 
 namespace fpn_fast {
 
@@ -32,9 +35,9 @@ constexpr uint32_t kNoOffset = UINT32_MAX;
 
 // 7 lines by 32 lanes, the most common block.
 constexpr int kRoiAlignThreads = 224;
-// Allows 72 registers: 28 warps on a multiprocessor. float64 needs more and spills even at 80.
+// Allows 96 registers: 21 warps on a multiprocessor.
 template <class T>
-constexpr int kRoiAlignBlocks = sizeof(T) == 8 ? 2 : 4;
+constexpr int kRoiAlignBlocks = sizeof(T) == 8 ? 2 : 3;
 // 16-byte loads in flight per thread: two samples read at most four pixels.
 constexpr int kRoiAlignLoads = 4;
 // Bins of a block along each axis. 14 or 28 bins take one block.
@@ -42,6 +45,11 @@ constexpr int kRoiAlignBins = 32;
 // Pixels that the bins of a block read along an axis: a RoI as wide as a map of 1000 pixels, in 16 KB for both axes.
 template <class acc_t>
 constexpr int kRoiAlignTaps = 8192 / static_cast<int>(sizeof(RoiTap<acc_t>));
+// Columns on a block's list, and how many of a thread are loaded or summed at a time.
+constexpr int kRoiAlignColumns = 256;
+constexpr int kRoiAlignAhead = 2;
+// Pixels of a column that are loaded together.
+constexpr int kRoiAlignAcross = 4;
 // Fewer blocks leave multiprocessors idle: two for each of an H100's 132.
 constexpr int64_t kRoiAlignSpread = 264;
 
@@ -100,10 +108,22 @@ struct RoiTable {
   RoiTap<acc_t> taps[kRoiAlignTaps<acc_t>];
 };
 
+// A column of pixels on the walk.
+template <class acc_t>
+struct alignas(16) RoiColumn {
+  uint32_t offset;
+  uint32_t ends;  // whether it is the last of its bin
+  acc_t weight;   // in its bin
+  acc_t next;     // in the next bin, which may begin where this one ends
+};
+
 // Shared by the threads of a block. At level -1 its tables are empty.
 template <class acc_t>
 struct RoiBlock {
   RoiTable<acc_t> lines, walk;
+  // The walk of all bins of a line. Empty if a bin is not listed or reads nothing, or if they are too many.
+  RoiColumn<acc_t> columns[kRoiAlignColumns + kRoiAlignAhead];
+  int columns_listed;
   int64_t image;
   int level;
 
@@ -144,6 +164,92 @@ __device__ __forceinline__ void collect_taps(const RoiAxis<acc_t>& axis, int64_t
     }
   }
   table.counts[bin] = count;
+}
+
+// Lists the columns of all bins. A warp calls it.
+template <class acc_t>
+__device__ __forceinline__ void list_columns(RoiBlock<acc_t>& block, int bins) {
+  const int bin = threadIdx.x;
+  const RoiTable<acc_t>& walk = block.walk;
+  const RoiTap<acc_t>* taps = walk.taps + bin * walk.room;
+  const int count = bin < bins ? walk.counts[bin] : 0;
+  const bool listed = __all_sync(~0u, bin >= bins || count > 0);
+  // Whether the first pixel is the last one of the bin before. A bin has at least one column of its own.
+  const bool joins =
+      listed && bin > 0 && count > 1 && taps[0].offset == (taps - walk.room)[walk.counts[bin - 1] - 1].offset;
+  const acc_t next = __shfl_down_sync(~0u, joins ? taps[0].weight : acc_t(0), 1);
+  int at = 0;
+  const int total = warp_prefix(count - joins, at);
+  const bool fits = listed && total <= kRoiAlignColumns;
+  if (bin == 0) block.columns_listed = fits ? total : 0;
+  if (!fits || bin >= bins) return;
+#pragma unroll 1
+  for (int i = joins; i < count; ++i, ++at) {
+    const bool ends = i == count - 1;
+    block.columns[at] = {taps[i].offset, ends, taps[i].weight, ends && bin + 1 < bins ? next : acc_t(0)};
+  }
+  if (bin + 1 < bins) return;
+  // Loaded in advance, and of no bin.
+#pragma unroll
+  for (int i = 0; i < kRoiAlignAhead; ++i) block.columns[at + i] = {taps[count - 1].offset, 0, 0, 0};
+}
+
+// Writes the bins of a line which reads kAcross pixels of each column. The next columns are loaded before this one is
+// summed.
+template <class T, int kAcross>
+__device__ __forceinline__ void walk_columns(const RoiBlock<acc_type<T>>& block, int line, acc_type<T> scale,
+                                             const T* source, T* target, int64_t step) {
+  using acc_t = acc_type<T>;
+  constexpr int kAhead = kRoiAlignAhead;
+  const RoiTap<acc_t>* across = block.lines.taps + line * block.lines.room;
+  uint32_t offsets[kAcross];
+  acc_t weights[kAcross];
+#pragma unroll
+  for (int t = 0; t < kAcross; ++t) offsets[t] = across[t].offset, weights[t] = across[t].weight * scale;
+  uint4 raw[kAhead][kAcross];
+  const auto load_column = [&](int slot, int i) {
+    const uint32_t offset = block.columns[i].offset;
+#pragma unroll
+    for (int t = 0; t < kAcross; ++t) raw[slot][t] = *reinterpret_cast<const uint4*>(source + (offset + offsets[t]));
+  };
+#pragma unroll
+  for (int a = 0; a < kAhead - 1; ++a) load_column(a, a);
+  acc_t sum[kVec<T>] = {};
+#pragma unroll 1
+  for (int first = 0; first < block.columns_listed; first += kAhead) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      load_column((a + kAhead - 1) % kAhead, first + a + kAhead - 1);
+      const RoiColumn<acc_t> column = block.columns[first + a];
+      acc_t pixels[kVec<T>] = {};
+#pragma unroll
+      for (int t = 0; t < kAcross; ++t) {
+        acc_t values[kVec<T>];
+        widen<T>(raw[a][t], values);
+        add_weighted(weights[t], values, pixels);
+      }
+      add_weighted(column.weight, pixels, sum);
+      if (column.ends == 0) continue;
+      store(target, 1, kVec<T>, true, sum);
+      target += step;
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) sum[j] = column.next * pixels[j];
+    }
+  }
+}
+
+// Calls walk_columns for the line's number of pixels. False if the line or the walk is not listed.
+template <class T, int kAcross = kRoiAlignAcross, class... Arguments>
+__device__ __forceinline__ bool walk_listed(const RoiBlock<acc_type<T>>& block, int line,
+                                            const Arguments&... arguments) {
+  if constexpr (kAcross == 0) {
+    return false;
+  } else {
+    if (block.lines.counts[line] != kAcross) return walk_listed<T, kAcross - 1>(block, line, arguments...);
+    if (block.columns_listed == 0) return false;
+    walk_columns<T, kAcross>(block, line, arguments...);
+    return true;
+  }
 }
 
 // Writes the listed bins [0, bins) of a line, `step` apart and multiplied by `scale`: Note [Lines and walks].
@@ -255,6 +361,10 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
                  kRoiAlignTaps<acc_t> / (is_line ? line_bins : walk_bins), bin, table);
   }
   __syncthreads();
+  if constexpr (kChannelsLast) {
+    if (threadIdx.x < 32) list_columns(block, walk_bins);
+    __syncthreads();
+  }
 
   const int line = kChannelsLast ? threadIdx.x / pooling.lanes : threadIdx.x % line_bins;
   const unsigned lane = kChannelsLast ? threadIdx.x % pooling.lanes : threadIdx.x / line_bins;
@@ -276,7 +386,7 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
     };
     // Other levels are fast where one is not aligned.
     if (kChannelsLast && map.vectorised && pooled.vectorised) {
-      walk(VectorChannels<T, kRoiAlignLoads>{});
+      if (!walk_listed<T>(block, line, scale, source, target, step)) walk(VectorChannels<T, kRoiAlignLoads>{});
     } else {
       walk(StridedChannels<T>{map.stride_c, pooled.stride_c, count});
     }
