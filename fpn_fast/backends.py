@@ -125,12 +125,16 @@ def choose(device_type: str, op: str | None = None) -> str:
         BackendUnavailableError: a backend was asked for by name and cannot serve this device.
     """
     key = (_requested, device_type, op)
+    if torch.compiler.is_compiling():
+        return _choose(*key)
     return _chosen.get(key) or _choose(*key)
 
 
 def choose_for(tensor: Tensor, op: str) -> str:
     """:func:`choose` for the device of `tensor`. The first call writes a line to the log."""
     device_type = _device_type(tensor)
+    if torch.compiler.is_compiling():
+        return _choose(_requested, device_type, op)
     return _chosen.get((_requested, device_type, op)) or _serve(tensor, device_type, op)
 
 
@@ -210,12 +214,17 @@ def falls_back(module: object, tensor: Tensor, op: str, *, known: bool = True) -
     if known and has_kernel(tensor, op):
         return False
     kind, device_type = type(module), tensor.device.type
+    if device_type == "meta":
+        # Nothing is computed, only shapes.
+        return True
     reason = f"no backend here has a kernel of {op}" if known else f"{op} does not know its settings or dtypes"
     text = "%s runs its original library's code on %s tensors: %s"
     _log.once(logging.WARNING, (kind, op, device_type, known), text, kind.__name__, device_type, reason)
     return True
 
 
+# A compiler calls it without reading _chosen: its guard on that would compile anew after the next eager call.
+@torch.compiler.assume_constant_result
 def _choose(name: str, device_type: str, op: str | None) -> str:
     if name == "auto":
         # The interpreter is for testing kernels, never the faster choice.
