@@ -28,6 +28,7 @@ from fpn_fast.bench import report
 from fpn_fast.bench.machine import commit
 from fpn_fast.bench.rows import write_rows
 from fpn_fast.bench.svg import bars
+from fpn_fast.nn import pack_targets
 from fpn_fast.nn.static_sampling import use_static_sampling
 from fpn_fast.profile import Budget, budget, measured_rates
 
@@ -38,10 +39,11 @@ VARIANTS: dict[str, Callable[[Any], object]] = {
     "torchvision": lambda model: None,
     "accelerated": fpn_fast.accelerate,
     "accelerated, static sampling": lambda model: (fpn_fast.accelerate(model), use_static_sampling(model)),
+    "StaticTraining": fpn_fast.accelerate,
     "StaticDetector": fpn_fast.accelerate,
 }
 #: The mode of a variant that has only one.
-MODES = {"accelerated, static sampling": "training", "StaticDetector": "evaluation"}
+MODES = {"accelerated, static sampling": "training", "StaticTraining": "training", "StaticDetector": "evaluation"}
 
 
 def targets(name: str, size: tuple[int, int]) -> list[dict[str, Tensor]]:
@@ -70,6 +72,9 @@ def count_case(name: str, mode: str, variant: str, size: tuple[int, int] = SIZE)
     images = [torch.rand(3, *size, generator=generator)]
     if variant == "StaticDetector":
         return budget(fpn_fast.StaticDetector(model, size, 1), torch.stack(images))
+    if variant == "StaticTraining":
+        training = fpn_fast.StaticTraining(model, size, 1, max_targets=TARGETS)
+        return budget(training, torch.stack(images), pack_targets(targets(name, size), TARGETS, canvas=size))
     return budget(model, images, targets(name, size) if mode == "training" else None)
 
 

@@ -15,6 +15,7 @@ from fpn_fast.integrations import Report, accelerate, restore
 __all__ = [
     "Report",
     "StaticDetector",
+    "StaticTraining",
     "__version__",
     "accelerate",
     "backends",
@@ -26,11 +27,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StaticDetector":
-        # Not imported above, because it needs torchvision.
-        from fpn_fast.nn.static_detector import StaticDetector
-
-        return StaticDetector
+    if name in ("StaticDetector", "StaticTraining"):
+        # Not imported above, because they need torchvision.
+        module = "static_detector" if name == "StaticDetector" else "static_training"
+        return getattr(importlib.import_module(f"fpn_fast.nn.{module}"), name)
     if name == "profile":
         # Nor this one.
         return importlib.import_module("fpn_fast.profile")

@@ -53,17 +53,18 @@ class Budget:
     could_swap: list[Entry]
 
     def as_dict(self) -> dict[str, Any]:
-        """{"parts": {part: {"operators", "bytes", "flops", "syncs"}, ..., "total": ...}, "could_swap": [name, ...]}"""
+        """{"parts": {part: {"operators", "bytes", ...}, ..., "total": {...}}, "could_swap": [name, ...]}"""
         parts = {part: _row(count) for part, count in self.parts.items()}
-        total = {what: sum(row[what] for row in parts.values()) for what in ("operators", "bytes", "flops", "syncs")}
+        total = {what: sum(row[what] for row in parts.values()) for what in _ROW}
         return {"parts": {**parts, "total": total}, "could_swap": [entry.name for entry in self.could_swap]}
 
     def table(self, rates: Rates | None = None) -> str:
         """Markdown: a line for each part. `rates`: GB/s and TFLOP/s, which add the time of a roofline model."""
-        lines = [["part", "operators", "GB", "GFLOP", "host synchronisations"]]
+        lines = [["part", "operators", "GB", "GFLOP", "host synchronisations", "uploads"]]
         lines[0] += ["ms, modelled"] if rates else []
         for part, row in self.as_dict()["parts"].items():
-            cells = [str(row["operators"]), f"{row['bytes'] / 1e9:.2f}", f"{row['flops'] / 1e9:.1f}", str(row["syncs"])]
+            cells = [str(row["operators"]), f"{row['bytes'] / 1e9:.2f}", f"{row['flops'] / 1e9:.1f}"]
+            cells += [str(row["syncs"]), str(row["uploads"])]
             lines.append([part, *cells, *([f"{self._seconds(part, rates) * 1e3:.2f}"] if rates else [])])
         found = table(lines, left=1)
         if rates:
@@ -91,13 +92,12 @@ class Budget:
         return self.table()
 
 
+_ROW = ("operators", "bytes", "flops", "syncs", "uploads")
+
+
 def _row(count: Count) -> dict[str, int]:
-    return {
-        "operators": count.operations,
-        "bytes": count.bytes.total(),
-        "flops": count.flops.total(),
-        "syncs": count.syncs.total(),
-    }
+    values = count.operations, count.bytes.total(), count.flops.total(), count.syncs.total(), count.uploads
+    return dict(zip(_ROW, values, strict=True))
 
 
 def budget(model: nn.Module, images: Any, targets: Any = None) -> Budget:

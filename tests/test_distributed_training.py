@@ -47,6 +47,12 @@ def test_gradients_of_two_processes_are_those_of_the_joined_batch(found):
         assert of_rank["detector"]["parameters"] > 80
 
 
+def test_a_compiled_static_step_exchanges_its_gradients(found):
+    for of_rank in found:
+        assert of_rank["static"]["difference"] < 1e6 * torch.finfo(torch.float64).eps
+        assert of_rank["static"]["parameters"] > 20
+
+
 def test_a_level_without_rois_on_one_process_neither_hangs_nor_changes_gradients(found):
     for of_rank in found:
         # The level between has no RoI on either: zeros there, as in one process.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import small_detectors
 from torch import Tensor, nn
-from torchvision.models.detection import fcos_resnet50_fpn, keypointrcnn_resnet50_fpn
+from torchvision.models.detection import fcos_resnet50_fpn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 import fpn_fast
@@ -74,11 +74,14 @@ def test_every_subset_is_as_likely_as_any_other(kind: int) -> None:
     assert ((included[1:] * included[:-1]).sum(1).mean() - size * share).abs() < DEVIATIONS / math.sqrt(DRAWS) * size
 
 
-def detector(masks: bool, boxes_per_image: int = 512) -> Any:
+KEYPOINTS = 4
+
+
+def detector(kind: str, boxes_per_image: int = 512) -> Any:
     # Everything there is, so that nothing is left to chance.
     everything = {"rpn_batch_size_per_image": 4096, "box_batch_size_per_image": boxes_per_image}
     shares = {"box_positive_fraction": 0.5, "rpn_post_nms_top_n_train": 200}
-    return small_detectors.detector("mask" if masks else "faster", **everything, **shares).float().train()
+    return small_detectors.detector(kind, **everything, **shares).float().train()
 
 
 def batch_of(counts: list[int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -90,14 +93,17 @@ def batch_of(counts: list[int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         sizes = 10 + torch.rand(boxes, 2, generator=generator) * 24
         masks = (torch.rand(boxes, 64, 80, generator=generator) < 0.5).to(torch.uint8)
         labels = torch.randint(1, 3, (boxes,), generator=generator)
-        targets.append({"boxes": torch.cat([corners, corners + sizes], 1), "labels": labels, "masks": masks})
+        inside = torch.rand(boxes, KEYPOINTS, 2, generator=generator)
+        points = torch.cat([corners[:, None] + inside * sizes[:, None], torch.ones(boxes, KEYPOINTS, 1)], 2)
+        target = {"boxes": torch.cat([corners, corners + sizes], 1), "labels": labels}
+        targets.append({**target, "masks": masks, "keypoints": points})
     return images, targets
 
 
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("kind", ["faster", "mask", "keypoint"])
 @pytest.mark.parametrize("counts", [[3, 1], [2, 0], [0, 0]])
-def test_losses_and_gradients_are_torchvisions_where_everything_is_sampled(masks: bool, counts: list[int]) -> None:
-    eager = detector(masks)
+def test_losses_and_gradients_are_torchvisions_where_everything_is_sampled(kind: str, counts: list[int]) -> None:
+    eager = detector(kind)
     static = copy.deepcopy(eager)
     use_static_sampling(static)
     gradients, found = [], []
@@ -114,9 +120,9 @@ def test_losses_and_gradients_are_torchvisions_where_everything_is_sampled(masks
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_neither_stage_waits(masks: bool) -> None:
-    model = detector(masks, boxes_per_image=64)
+@pytest.mark.parametrize("kind", ["faster", "mask", "keypoint"])
+def test_neither_stage_waits(kind: str) -> None:
+    model = detector(kind, boxes_per_image=64)
     fpn_fast.accelerate(model)
     use_static_sampling(model)
     images, targets = batch_of([3, 1])
@@ -138,7 +144,7 @@ def test_a_whole_step_waits_for_what_torchvision_checks_alone() -> None:
     """Uploads of means and sizes, and a check of each image's boxes, are before the sampling."""
 
     def waits_of(prepare: Callable[[nn.Module], object]) -> int:
-        model = detector(False)
+        model = detector("faster")
         prepare(model)
         batch = batch_of([3])
 
@@ -158,7 +164,7 @@ def test_a_whole_step_waits_for_what_torchvision_checks_alone() -> None:
 
 
 def test_evaluation_and_weights_stay_as_they_are() -> None:
-    model = detector(True).eval()
+    model = detector("mask").eval()
     keys, images = list(model.state_dict()), batch_of([1, 1])[0]
     before = model(images)
     use_static_sampling(model)
@@ -172,9 +178,7 @@ def test_evaluation_and_weights_stay_as_they_are() -> None:
 def test_it_says_what_it_cannot_serve() -> None:
     with pytest.raises(TypeError, match="must have an rpn and roi_heads"):
         use_static_sampling(fcos_resnet50_fpn(weights=None, weights_backbone=None))
-    with pytest.raises(TypeError, match="keypoints"):
-        use_static_sampling(keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None))
-    model = detector(False)
+    model = detector("faster")
 
     class Own(BalancedPositiveNegativeSampler):
         pass

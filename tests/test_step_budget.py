@@ -114,7 +114,7 @@ def test_a_roofline_is_a_model_by_the_slower_of_both(monkeypatch: pytest.MonkeyP
     for rates, seconds in (((1e-9, 1.0), moved), ((1.0, 1e-12), flops)):
         text = found.table(rates)
         assert "model, not measured" in text
-        assert f"| total | 1 | 0.00 | 0.0 | 0 | {seconds * 1e3:.2f} |" in text
+        assert f"| total | 1 | 0.00 | 0.0 | 0 | 0 | {seconds * 1e3:.2f} |" in text
     assert "model" not in found.table()
 
     class Clock:
@@ -163,12 +163,12 @@ def test_the_command_counts_what_it_writes(tmp_path: Path, capsys: pytest.Captur
         == 0
     )
     rows = json.loads(files["json"].read_text())["rows"]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert ET.parse(files["plot"]).getroot().get("viewBox")
     printed = capsys.readouterr().out
     for row in rows:
         assert f"| total | {row['parts']['total']['operators']} |" in printed
-    eager = rows[3]["parts"]
-    assert (rows[3]["mode"], rows[3]["variant"], eager["RPN"]["syncs"]) == ("evaluation", "torchvision", 6)
+    eager = rows[4]["parts"]
+    assert (rows[4]["mode"], rows[4]["variant"], eager["RPN"]["syncs"]) == ("evaluation", "torchvision", 6)
     with pytest.raises(SystemExit):
         step_budget.main(["--bandwidth", "1"])

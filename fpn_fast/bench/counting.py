@@ -9,6 +9,8 @@
 - Host synchronisations: the host reads a value that the GPU has yet to compute, such as the length of what ``nonzero``
   finds, or uploads a value from pageable memory, such as ``torch.tensor(0.5, device="cuda")``. Nothing of the sort
   happens on a CPU: the sites are known from the libraries' sources, and visits to them are counted.
+- Uploads: all from pageable memory. Those with ``non_blocking=True`` do not synchronise, but a CUDA graph cannot
+  capture them either.
 """
 
 from __future__ import annotations
@@ -49,13 +51,15 @@ COORDINATES_OF_ONE_NMS_ON_A_GPU = 100_000
 
 @dataclass
 class Count:
-    """What a call did: operators, their bytes and FLOPs by name, how many operations, synchronisations by cause."""
+    """What a call did: operators, their bytes and FLOPs by name, how many operations, synchronisations by cause, and
+    how many uploads."""
 
     operators: Counter[str] = field(default_factory=Counter)
     operations: int = 0
     syncs: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
+    uploads: int = 0
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -116,10 +120,12 @@ class _Called(TorchFunctionMode):
                 self.on_host[id(result)] = result
             else:
                 self.of().syncs["upload"] += 1
+                self.of().uploads += 1
         elif func is Tensor.view and id(args[0]) in self.on_host:
             self.on_host[id(result)] = result
         elif func is Tensor.to and id(args[0]) in self.on_host:
             self.of().syncs["upload"] += not kwargs.get("non_blocking", False)
+            self.of().uploads += 1
         elif func is Tensor.tolist and id(args[0]) not in self.on_host:
             self.of().syncs["tolist"] += 1
         return result

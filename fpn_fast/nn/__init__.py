@@ -39,6 +39,7 @@ if importlib.util.find_spec("torchvision") is not None:
     from fpn_fast.nn.region_proposal import AnchorGenerator, RegionProposalNetwork
     from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
     from fpn_fast.nn.static_detector import StaticDetector
+    from fpn_fast.nn.static_training import StaticTraining
 
     __all__ += ["FCOS", "SSD", "AnchorGenerator", "GeneralizedRCNNTransform", "RegionProposalNetwork"]
-    __all__ += ["FrozenBatchNorm2d", "RetinaNet", "RoIHeads", "StaticDetector"]
+    __all__ += ["FrozenBatchNorm2d", "RetinaNet", "RoIHeads", "StaticDetector", "StaticTraining"]

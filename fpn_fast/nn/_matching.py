@@ -16,7 +16,7 @@ from fpn_fast.nn._own import Part
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
-_MATCHER = Part(Matcher, calls=(box_iou,))
+MATCHER = Part(Matcher, calls=(box_iou,))
 
 
 def check_targets(targets: Sequence[dict[str, Tensor]], images: int, *names: str) -> None:
@@ -62,7 +62,7 @@ def match_images(
 
 
 def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes: Tensor) -> bool:
-    known = _MATCHER.are_own(matcher) and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
+    known = MATCHER.are_own(matcher) and similarity is box_iou and _same_arithmetic(gt_boxes, boxes)
     return not backends.falls_back(matcher, boxes, "match_anchors", known=known)
 
 

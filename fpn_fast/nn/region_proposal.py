@@ -123,7 +123,12 @@ class RegionProposalNetwork(_RegionProposalBase):
                 "proposals() needs an AnchorGenerator and a BoxCoder of torchvision or fpn_fast, got "
                 f"{type(self.anchor_generator).__name__} and {type(self.box_coder).__name__}; no step may be replaced"
             )
-        return self.proposals_of_head(images, *self.head(list(features.values())))
+        return self.proposals_of_head(images, *self.head_maps(features))
+
+    def head_maps(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's maps of objectness, [N, A, H_l, W_l], and of deltas, [N, 4A, H_l, W_l]."""
+        objectness, deltas = self.head(list(features.values()))
+        return objectness, deltas
 
     def proposals_of_head(
         self, images: ImageList, objectness: Sequence[Tensor], deltas: Sequence[Tensor]
@@ -216,3 +221,45 @@ def cell_numbers(generator: _AnchorGeneratorBase) -> list[list[list[float]]]:
     if isinstance(generator, AnchorGenerator):
         return generator.cell_numbers()
     return [table.tolist() for table in generator.cell_anchors]
+
+
+def anchor_grid(
+    generator: _AnchorGeneratorBase, image_size: Sequence[int], map_sizes: Sequence[Sequence[int]]
+) -> ops.AnchorGrid:
+    """The anchors that `generator` has for a padded image, both (height, width), and its maps, as a rule."""
+    sizes = [(height, width) for height, width in map_sizes]
+    # torchvision's strides are quotients of the padded size.
+    strides = [(image_size[0] // height, image_size[1] // width) for height, width in sizes]
+    return ops.AnchorGrid(cell_numbers(generator), sizes, strides)
+
+
+def anchor_tables(grid: ops.AnchorGrid) -> Tensor:
+    """What :func:`anchors_at` reads, a float64 tensor on the CPU: 6 numbers for each level, then all cell anchors."""
+    levels: list[int] = []
+    cells: list[float] = []
+    first = 0
+    for anchors, (height, width), strides in zip(grid.cell_anchors, grid.sizes, grid.strides, strict=True):
+        levels += [first, len(anchors), width, *strides, len(cells) // 4]
+        cells += [x for anchor in anchors for x in anchor]
+        first += len(anchors) * height * width
+    return torch.tensor([*levels, *cells], dtype=torch.float64, device="cpu")
+
+
+def anchors_at(tables: Tensor, levels: int, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """The anchors of a grid with offset 0, of which no other is made.
+
+    Args:
+        tables: :func:`anchor_tables` of the grid, on the device of `places`.
+        levels: how many the grid has.
+        places: [...] int64, the anchors' places in the order of :class:`ops.AnchorGrid`.
+
+    Returns:
+        [..., 4] (x1, y1, x2, y2), for float32 and float64 equal to the grid's bit for bit.
+    """
+    rows, cells = tables[: 6 * levels].long().view(levels, 6), tables[6 * levels :].to(dtype).view(-1, 4)
+    level = torch.bucketize(places.contiguous(), rows[:, 0].contiguous(), right=True) - 1
+    first, anchors, width, down, right, own_cells = rows[level].unbind(-1)
+    place = places - first
+    cell, anchor = place // anchors, place % anchors
+    x, y = (cell % width) * right, (cell // width) * down
+    return cells[own_cells + anchor] + torch.stack([x, y, x, y], -1).to(dtype)

@@ -25,6 +25,7 @@ _FORWARD = Steps(roi_heads.RoIHeads, replaced="forward")
 _CHECKING = Steps(roi_heads.RoIHeads, replaced="check_targets")
 _ASSIGNING = Steps(roi_heads.RoIHeads, replaced="assign_targets_to_proposals")
 _DETECTIONS = Steps(roi_heads.RoIHeads, replaced="postprocess_detections")
+_RESIZE = Steps(transform.GeneralizedRCNNTransform, replaced="resize")
 _NORMALIZE = Steps(transform.GeneralizedRCNNTransform, replaced="normalize")
 _POSTPROCESS = Steps(transform.GeneralizedRCNNTransform, replaced="postprocess")
 
@@ -177,6 +178,22 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
         mean, std = moments.to(image.device, non_blocking=True).split(lengths)
         return (image - mean) / std
 
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Resizes an image [C, H, W], and changes the boxes, masks and keypoints of its target, without uploads."""
+        if target is None or not _RESIZE.are_own(self) or backends.jit_traced():
+            return super().resize(image, target)
+        if self.training and self._skip_resize:
+            return image, target
+        side = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        resized, _ = transform._resize_image_and_masks(image, side, self.max_size, target, self.fixed_size)
+        # torchvision uploads what it scales boxes and keypoints by.
+        y, x = _scales(image.shape[-2:], resized.shape[-2:])
+        target["boxes"] = torch.stack([each * (x, y)[i % 2] for i, each in enumerate(target["boxes"].unbind(1))], 1)
+        if "keypoints" in target:
+            columns, rows, visible = target["keypoints"].unbind(-1)
+            target["keypoints"] = torch.stack([columns * x, rows * y, visible], -1)
+        return resized, target
+
     def postprocess(
         self,
         result: list[dict[str, Tensor]],
@@ -194,8 +211,7 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
         if backends.jit_traced():
             return super().postprocess(result, image_shapes, original_image_sizes)
         for prediction, size, original in zip(result, image_shapes, original_image_sizes, strict=False):
-            # torchvision divides in float32; for image sizes, rounding twice changes nothing.
-            y, x = (ctypes.c_float(new / old).value for new, old in zip(original, size, strict=True))
+            y, x = _scales(size, original)
             boxes = torch.stack([each * (x, y)[i % 2] for i, each in enumerate(prediction["boxes"].unbind(1))], 1)
             prediction["boxes"] = boxes
             if "masks" in prediction:
@@ -207,3 +223,9 @@ class GeneralizedRCNNTransform(transform.GeneralizedRCNNTransform):
                 columns, rows, visible = prediction["keypoints"].unbind(-1)
                 prediction["keypoints"] = torch.stack([columns * x, rows * y, visible], -1)
         return result
+
+
+def _scales(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[float, float]:
+    """new / old of (height, width). torchvision divides in float32; for image sizes, rounding twice changes nothing."""
+    y, x = (ctypes.c_float(b / a).value for a, b in zip(old, new, strict=True))
+    return y, x

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fpn_fast.nn._own import Part, Steps
 from fpn_fast.nn.dense_detectors import FCOS, LINEAR_CODER, SSD, RetinaNet, lists_of, named
 from fpn_fast.nn.region_proposal import ANCHORS, BOX_CODER, PROPOSALS, AnchorGenerator, RegionProposalNetwork
 from fpn_fast.nn.roi_heads import GeneralizedRCNNTransform, RoIHeads
-from fpn_fast.ops._checks import as_integer, as_pair
+from fpn_fast.ops._checks import as_integer, as_sizes
 
 __all__ = ["StaticDetector"]
 
@@ -39,7 +39,7 @@ _TRANSFORM = Steps(
 _RPN = Steps(_rpn.RegionProposalNetwork, "forward", fused=RegionProposalNetwork)
 _HEADS = Steps(_roi_heads.RoIHeads, "forward", "postprocess_detections", fused=RoIHeads)
 _SSD = Steps(_ssd.SSD, "postprocess_detections", "eager_outputs", replaced="forward", fused=SSD)
-_DEFAULT_BOXES = Part(DefaultBoxGenerator)
+DEFAULT_BOXES = Part(DefaultBoxGenerator)
 
 
 class StaticDetector(nn.Module):
@@ -88,7 +88,7 @@ class StaticDetector(nn.Module):
     ) -> None:
         super().__init__()
         _check_model(model)
-        sizes, batch_size = _sorted_sizes(image_size), as_integer("batch_size", batch_size)
+        sizes, batch_size = as_sizes("image_size", image_size), as_integer("batch_size", batch_size)
         if batch_size < 1 or min(min(size) for size in sizes) < 1:
             raise ValueError(f"sizes must be positive, got images of {sizes} in batches of {batch_size}")
         if max_detections is not None and max_detections < 0:
@@ -106,7 +106,7 @@ class StaticDetector(nn.Module):
         self._compiled: dict[Size, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {}
         if not isinstance(model, SSD):
             # Computed here once and kept, because a compiler cannot trace it.
-            _anchor_generator(model).cell_numbers()
+            anchor_generator(model).cell_numbers()
         # Constants go to the device now: a CUDA graph cannot capture a copy from the host.
         moments = {"mean": self.model.transform.image_mean, "std": self.model.transform.image_std}
         constants = {name: torch.tensor(values, device="cpu")[:, None, None] for name, values in moments.items()}
@@ -117,7 +117,7 @@ class StaticDetector(nn.Module):
                 shapes.back(),
             )
             if isinstance(model, SSD):
-                constants[f"default_boxes_{i}"] = _default_boxes(model, shapes.padded)
+                constants[f"default_boxes_{i}"] = default_boxes(model, shapes.padded)
         for name, values in constants.items():
             self.register_buffer(f"_{name}", values, persistent=False)
         self.to(next(model.parameters()).device)
@@ -410,13 +410,6 @@ class _Captured:
         return dict(self.outputs)
 
 
-def _sorted_sizes(image_size: Any) -> list[Size]:
-    """One size or several -> the distinct sizes, smallest first."""
-    pairs = isinstance(image_size, Iterable) and all(isinstance(size, Iterable) for size in image_size)
-    sizes = {as_pair("image_size", size) for size in (image_size if pairs else [image_size])}
-    return sorted(sizes, key=lambda size: (size[0] * size[1], size))
-
-
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, (RetinaNet, FCOS, SSD, FasterRCNN)):
         raise TypeError(
@@ -428,7 +421,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, FasterRCNN):
         parts += [("rpn", model.rpn, (RegionProposalNetwork,)), ("roi_heads", model.roi_heads, (RoIHeads,))]
     anchors = DefaultBoxGenerator if isinstance(model, SSD) else AnchorGenerator
-    for name, part, kinds in [*parts, ("anchor_generator", _anchor_generator(model), (anchors,))]:
+    for name, part, kinds in [*parts, ("anchor_generator", anchor_generator(model), (anchors,))]:
         if type(part) not in kinds:
             expected = f"{kinds[-1].__name__} after fpn_fast.accelerate(model)"
             raise TypeError(f"the model's {name} must be {expected}, got {type(part).__name__}")
@@ -439,8 +432,8 @@ def _check_model(model: nn.Module) -> None:
 
 def _left_out(model: Any) -> list[tuple[str, Any, Steps]]:
     """The parts whose steps are not called, by name."""
-    anchors = _DEFAULT_BOXES if isinstance(model, SSD) else ANCHORS
-    parts = [("transform", model.transform, _TRANSFORM), ("anchor_generator", _anchor_generator(model), anchors)]
+    anchors = DEFAULT_BOXES if isinstance(model, SSD) else ANCHORS
+    parts = [("transform", model.transform, _TRANSFORM), ("anchor_generator", anchor_generator(model), anchors)]
     if isinstance(model, FasterRCNN):
         parts += [("rpn", model.rpn, steps) for steps in (_RPN, PROPOSALS)]
         parts += [(f"{name}.box_coder", getattr(model, name).box_coder, BOX_CODER) for name in ("rpn", "roi_heads")]
@@ -450,7 +443,7 @@ def _left_out(model: Any) -> list[tuple[str, Any, Steps]]:
     return [*parts, ("box_coder", model.box_coder, coder), (type(model).__name__, model, evaluation)]
 
 
-def _default_boxes(model: Any, size: Size) -> Tensor:
+def default_boxes(model: Any, size: Size) -> Tensor:
     """[M, 4] on the CPU: the default boxes of an SSD for batches of `size`, by torchvision's own code."""
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     maps = [torch.empty(1, 1, *each, dtype=dtype, device="cpu") for each in map_sizes(model, size)]
@@ -463,6 +456,11 @@ def _default_boxes(model: Any, size: Size) -> Tensor:
 
 def map_sizes(model: Any, size: Size) -> list[Size]:
     """(height, width) of the maps that a model's backbone makes of batches of `size`, from shapes alone."""
+    return [(each.shape[2], each.shape[3]) for each in meta_maps(model, size).values()]
+
+
+def meta_maps(model: Any, size: Size) -> dict[str, Tensor]:
+    """The maps that a model's backbone makes of an image of `size`, by name, without memory."""
     backbone = model.backbone
     tensors = {
         name: torch.empty_like(each, device="meta")
@@ -472,8 +470,8 @@ def map_sizes(model: Any, size: Size) -> list[Size]:
     images = torch.empty(1, channels, *size, dtype=next(backbone.parameters()).dtype, device="meta")
     with torch.no_grad():
         maps = torch.func.functional_call(backbone, tensors, (images,))
-    return [(each.shape[2], each.shape[3]) for each in ([maps] if isinstance(maps, Tensor) else maps.values())]
+    return {"0": maps} if isinstance(maps, Tensor) else maps
 
 
-def _anchor_generator(model: Any) -> Any:
+def anchor_generator(model: Any) -> Any:
     return (model.rpn if isinstance(model, FasterRCNN) else model).anchor_generator

@@ -9,11 +9,13 @@ distribution, and another random stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import roi_heads
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator as _AnchorGenerator
@@ -31,7 +33,7 @@ from fpn_fast.nn.roi_heads import RoIHeads
 __all__ = ["FixedSizeSampler", "StaticRegionProposalNetwork", "StaticRoIHeads", "use_static_sampling"]
 
 _TORCHVISIONS_SAMPLER = Part(BalancedPositiveNegativeSampler)
-_ROI_TRAINING = Steps(
+ROI_TRAINING = Steps(
     roi_heads.RoIHeads,
     *("select_training_samples", "add_gt_proposals", "assign_targets_to_proposals", "subsample"),
     replaced="forward",
@@ -140,28 +142,46 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
         maps = list(features.values())
         objectness, deltas = self.head(maps)
         boxes, _, _ = self.proposals_of_head(images, objectness, deltas)
-        loss, box_loss = self._sampled_losses(images, maps, objectness, deltas, targets)
-        return list(boxes.unbind()), {"loss_objectness": loss, "loss_rpn_box_reg": box_loss}
-
-    def _sampled_losses(
-        self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
-    ) -> tuple[Tensor, Tensor]:
-        """torchvision's losses: a mean over the sample, and a sum over positives divided by the sample's size."""
         anchors, matches, gt_boxes = self._matched(images, maps, targets)
-        places, kinds = self.fg_bg_sampler.sample(_matching.labels_of(matches))
-        count = (kinds >= 0).sum().clamp(min=1)
-        scores, box_deltas = concat_box_prediction_layers(objectness, deltas)
-        sampled = scores.view(matches.shape).gather(1, places)
-        losses = F.binary_cross_entropy_with_logits(sampled, (kinds > 0).to(sampled.dtype), reduction="none")
-        loss = losses.masked_fill(kinds < 0, 0).sum() / count
-        # Positives come first.
-        few = self.fg_bg_sampler.max_positives
-        places, is_positive = places[:, :few], kinds[:, :few] > 0
-        # One row more, because gather needs a row also where an image has no ground truth.
-        own = _rows(F.pad(gt_boxes, (0, 0, 0, 1)), matches.gather(1, places).clamp(min=0))
-        goals = _encoded(self.box_coder, own, anchors[places], is_positive)
-        found = _rows(box_deltas.view(*matches.shape, 4), places)
-        return loss, _box_loss(found, goals, is_positive) / count
+        # One row more, because gather needs a row also where no image has a ground truth.
+        gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
+        sampler = self.fg_bg_sampler
+        losses = proposal_losses(self, sampler, objectness, deltas, matches, gt_boxes, anchors.__getitem__)
+        return list(boxes.unbind()), losses
+
+
+def proposal_losses(
+    rpn: _RegionProposalNetwork,
+    sampler: FixedSizeSampler,
+    objectness: list[Tensor],
+    deltas: list[Tensor],
+    matches: Tensor,
+    gt_boxes: Tensor,
+    anchors_at: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """torchvision's losses of a sample of anchors: a mean over it, and a sum over positives divided by its size.
+
+    Args:
+        rpn: for its box coder.
+        sampler: draws the sample.
+        objectness, deltas: the head's maps, [N, A, H_l, W_l] and [N, 4A, H_l, W_l].
+        matches: [N, M] int64, as of :func:`ops.match_anchors`.
+        gt_boxes: [N, G, 4], with G at least 1.
+        anchors_at: [N, S] int64, places in 0..M-1 -> anchors [N, S, 4].
+    """
+    places, kinds = sampler.sample(_matching.labels_of(matches))
+    count = (kinds >= 0).sum().clamp(min=1)
+    scores, box_deltas = concat_box_prediction_layers(objectness, deltas)
+    sampled = scores.view(matches.shape).gather(1, places)
+    losses = F.binary_cross_entropy_with_logits(sampled, (kinds > 0).to(sampled.dtype), reduction="none")
+    loss = losses.masked_fill(kinds < 0, 0).sum() / count
+    # Positives come first.
+    few = sampler.max_positives
+    places, is_positive = places[:, :few], kinds[:, :few] > 0
+    own = _rows(gt_boxes, matches.gather(1, places).clamp(min=0))
+    goals = _encoded(rpn.box_coder, own, anchors_at(places), is_positive)
+    found = _rows(box_deltas.view(*matches.shape, 4), places)
+    return {"loss_objectness": loss, "loss_rpn_box_reg": _box_loss(found, goals, is_positive) / count}
 
 
 def _box_loss(found: Tensor, goals: Tensor, counted: Tensor) -> Tensor:
@@ -173,7 +193,7 @@ def _box_loss(found: Tensor, goals: Tensor, counted: Tensor) -> Tensor:
 class StaticRoIHeads(RoIHeads):
     """:class:`RoIHeads` that train without host synchronisation, on samples of a fixed size.
 
-    Proposals without an area are ignored. Keypoints are not supported. Evaluation is unchanged.
+    Proposals without an area are ignored. Evaluation is unchanged.
     """
 
     fg_bg_sampler: FixedSizeSampler
@@ -188,7 +208,7 @@ class StaticRoIHeads(RoIHeads):
         """See :class:`RoIHeads`."""
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
-        own = _ROI_TRAINING.are_own(self) and BOX_CODER.are_own(self.box_coder)
+        own = ROI_TRAINING.are_own(self) and BOX_CODER.are_own(self.box_coder)
         if not own or not _SAMPLER.are_own(self.fg_bg_sampler):
             # torchvision would sample the padding as background.
             found = [boxes[boxes[:, 2] > boxes[:, 0]] for boxes in proposals]
@@ -196,75 +216,137 @@ class StaticRoIHeads(RoIHeads):
         if targets is None:
             raise ValueError("targets must have the boxes and labels of each image in training, got None")
         self.check_targets(targets)
-        boxes, kinds, owners, labels, gt_boxes = self._sample(proposals, targets)
+        padded, _ = ops.pad_boxes(proposals)
+        gt_boxes, _ = ops.pad_boxes([target["boxes"].to(padded.dtype) for target in targets])
+        classes = [target["labels"] for target in targets]
+        # One row more, because gather needs a row also where no image has a ground truth.
+        gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
+        boxes = torch.cat([padded, gt_boxes], 1)
+        assigned = self.assign_targets_to_proposals(
+            list(boxes.unbind()), [target["boxes"].to(padded.dtype) for target in targets], classes
+        )
+        owners, labels = map(torch.stack, assigned)
+        keypoints = None
+        if self.has_keypoint():
+            # An image without ground truths has an empty tensor of any shape.
+            points = [target["keypoints"] for target in targets]
+            shape = next((each.shape[1:] for each in points if each.numel()), (1, 3))
+            keypoints = pad_sequence([each.reshape(-1, *shape) for each in points], batch_first=True)
+            keypoints = F.pad(keypoints, (0, 0, 0, 0, 0, 1))
+        masks = [target["masks"] for target in targets] if self.has_mask() else None
+        sampled = (boxes, owners, labels, gt_boxes, masks, keypoints)
+        return [], StaticRoIHeads.train_on_sample(self, self.fg_bg_sampler, features, image_shapes, *sampled)
+
+    def train_on_sample(
+        self: RoIHeads,
+        sampler: FixedSizeSampler,
+        features: dict[str, Tensor],
+        image_shapes: list[tuple[int, int]],
+        boxes: Tensor,
+        owners: Tensor,
+        labels: Tensor,
+        gt_boxes: Tensor,
+        masks: Iterable[Tensor] | None,
+        keypoints: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """torchvision's losses of all heads, of a sample of boxes.
+
+        Args:
+                sampler: draws the sample.
+            features: maps by name.
+            image_shapes: (height, width) per image.
+            boxes: [N, M, 4], proposals and ground truths. One without an area is ignored.
+            owners: [N, M] int64, the index of each box's ground truth, any for none.
+            labels: [N, M] int64, its label; 0 for background, -1 for a box to be ignored.
+            gt_boxes: [N, G, 4], with G at least 1.
+            masks: per image [G_n, H, W], where there is a mask head.
+            keypoints: [N, G, K, 3], where there is a keypoint head.
+        """
+        labels = labels.masked_fill(boxes[..., 2] <= boxes[..., 0], -1)
+        places, kinds = sampler.sample(labels)
+        labels = labels.gather(1, places).masked_fill(kinds < 0, -1)
+        boxes, owners = _rows(boxes, places), owners.gather(1, places)
         pooled = self.box_roi_pool(features, list(boxes.unbind()), image_shapes)
         logits, deltas = self.box_predictor(self.box_head(pooled))
         count = (kinds >= 0).sum().clamp(min=1)
         class_loss = F.cross_entropy(logits, labels.flatten(), ignore_index=-1, reduction="sum") / count
         # Positives come first.
-        few = self.fg_bg_sampler.max_positives
+        few = sampler.max_positives
         is_positive, classes = kinds[:, :few] > 0, labels[:, :few].clamp(min=0)
-        owners, few_boxes = owners[:, :few], boxes[:, :few]
-        goals = _encoded(self.box_coder, _rows(gt_boxes, owners), few_boxes, is_positive)
+        owners, boxes = owners[:, :few], boxes[:, :few]
+        goals = _encoded(self.box_coder, _rows(gt_boxes, owners), boxes, is_positive)
         of_classes = deltas.view(*labels.shape, -1, 4)[:, :few]
-        own_class = classes[..., None, None].expand(-1, -1, 1, 4)
-        found = of_classes.gather(2, own_class).squeeze(2)
+        found = of_classes.gather(2, classes[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
         losses = {"loss_classifier": class_loss, "loss_box_reg": _box_loss(found, goals, is_positive) / count}
         if self.has_mask():
-            pooled = self.mask_roi_pool(features, list(few_boxes.unbind()), image_shapes)
+            if masks is None:
+                raise ValueError("targets must have masks for a mask head, got none")
+            pooled = self.mask_roi_pool(features, list(boxes.unbind()), image_shapes)
             mask_logits = self.mask_predictor(self.mask_head(pooled))
-            losses["loss_mask"] = _mask_loss(mask_logits, few_boxes, targets, owners, classes, is_positive)
-        return [], losses
-
-    def _sample(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
-        """Boxes [N, S, 4], kinds, ground-truth indices and labels [N, S] of a sample, and all ground truths [N, G, 4].
-
-        Labels are class indices: 0 for background, -1 for an empty entry.
-        """
-        gt_list = [target["boxes"].to(proposals[0].dtype) for target in targets]
-        gt_boxes, _ = ops.pad_boxes(gt_list)
-        # One row more, because gather needs a row also where no image has a ground truth.
-        gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
-        padded, _ = ops.pad_boxes(proposals)
-        boxes = torch.cat([padded, gt_boxes], 1)
-        classes = [target["labels"] for target in targets]
-        owners, labels = map(torch.stack, self.assign_targets_to_proposals(list(boxes.unbind()), gt_list, classes))
-        labels = labels.masked_fill(boxes[..., 2] <= boxes[..., 0], -1)
-        places, kinds = self.fg_bg_sampler.sample(labels)
-        labels = labels.gather(1, places).masked_fill(kinds < 0, -1)
-        return _rows(boxes, places), kinds, owners.gather(1, places), labels, gt_boxes
+            losses["loss_mask"] = _mask_loss(mask_logits, boxes, masks, owners, classes, is_positive)
+        if self.has_keypoint():
+            if keypoints is None:
+                raise ValueError("targets must have keypoints for a keypoint head, got none")
+            pooled = self.keypoint_roi_pool(features, list(boxes.unbind()), image_shapes)
+            heatmaps = self.keypoint_predictor(self.keypoint_head(pooled))
+            # [N, P, K, 3] of the ground truth of each box.
+            own_points = keypoints.gather(1, owners[..., None, None].expand(-1, -1, *keypoints.shape[2:]))
+            # Without any ground truth, K may be unknown.
+            own_points = own_points.expand(-1, -1, heatmaps.shape[1], -1)
+            losses["loss_keypoint"] = _keypoint_loss(heatmaps, boxes, own_points, is_positive)
+        return losses
 
 
 def _mask_loss(
-    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], owners: Tensor, classes: Tensor, counted: Tensor
+    logits: Tensor, boxes: Tensor, masks: Iterable[Tensor], owners: Tensor, classes: Tensor, counted: Tensor
 ) -> Tensor:
     """torchvision's mask loss: the mean over the pixels of the counted [N, P] positives."""
     side = logits.shape[-1]
     # An infinite box, which is never a positive, has no number of samples.
     boxes = boxes.masked_fill(~counted[..., None], 0)
     goals = []
-    for own_boxes, own, target in zip(boxes, owners, targets, strict=True):
-        masks = target["masks"]
-        if len(masks) == 0:
+    # Image after image: masks as large as the canvas are made of floats for one image at a time.
+    for own_boxes, own, own_masks in zip(boxes, owners, masks, strict=True):
+        if len(own_masks) == 0:
             goals.append(logits.new_zeros(len(own), side, side))
             continue
         rois = torch.cat([own[:, None].to(own_boxes.dtype), own_boxes], 1)
-        goals.append(roi_align(masks[:, None].to(own_boxes.dtype), rois, (side, side), 1.0)[:, 0])
+        goals.append(roi_align(own_masks[:, None].to(own_boxes.dtype), rois, (side, side), 1.0)[:, 0])
     chosen = logits.gather(1, classes.view(-1, 1, 1, 1).expand(-1, 1, side, side)).squeeze(1)
     losses = F.binary_cross_entropy_with_logits(chosen, torch.cat(goals).to(chosen.dtype), reduction="none")
     kept = losses.masked_fill(~counted.view(-1, 1, 1), 0)
     return kept.sum() / (counted.sum() * side * side).clamp(min=1)
 
 
+def _keypoint_loss(heatmaps: Tensor, boxes: Tensor, keypoints: Tensor, counted: Tensor) -> Tensor:
+    """torchvision's keypoint loss: the mean over the visible keypoints inside their box, of the counted [N, P] boxes.
+
+    heatmaps: [N * P, K, S, S]; boxes: [N, P, 4]; keypoints: [N, P, K, 3].
+    """
+    side = heatmaps.shape[-1]
+    starts, ends = boxes[:, :, None, :2], boxes[:, :, None, 2:]
+    points, visible = keypoints[..., :2], keypoints[..., 2] > 0
+    cells = ((points - starts) * (side / (ends - starts))).floor()
+    # A keypoint on the right or lower edge belongs to the last cell.
+    cells = torch.where(points == ends, side - 1, cells)
+    inside = ((cells >= 0) & (cells < side)).all(-1)
+    valid = inside & visible & counted[:, :, None]
+    # What is not valid may be no number at all.
+    columns, rows = torch.where(valid[..., None], cells, 0).long().unbind(-1)
+    goals = torch.where(valid, rows * side + columns, -1)
+    losses = F.cross_entropy(heatmaps.flatten(2).flatten(0, 1), goals.flatten(), ignore_index=-1, reduction="sum")
+    return losses / valid.sum().clamp(min=1)
+
+
 def use_static_sampling(model: nn.Module) -> None:
-    """Makes a torchvision Faster or Mask R-CNN train without host synchronisation, in place.
+    """Makes a torchvision Faster, Mask or Keypoint R-CNN train without host synchronisation, in place.
 
     It replaces the samplers of both stages by :class:`FixedSizeSampler`. The model may be accelerated before. Weights,
     ``state_dict`` keys and evaluation are unchanged. Losses keep their distribution; the random numbers differ.
 
     Raises:
-        TypeError: the model lacks one of the two stages or has keypoints; or its anchor generator, box coder, sampler
-            or stage is a class of your own.
+        TypeError: the model lacks one of the stages, or its anchor generator, box coder, sampler or stage is a class
+            of your own.
     """
     rpn: Any = getattr(model, "rpn", None)
     heads: Any = getattr(model, "roi_heads", None)
@@ -286,8 +368,6 @@ def use_static_sampling(model: nn.Module) -> None:
             raise TypeError(f"the model's {known[0].__name__} must be torchvision's, got {type(part).__name__}")
     if not _TORCHVISIONS_SAMPLER.are_own(rpn.fg_bg_sampler):
         raise TypeError("BalancedPositiveNegativeSampler must be torchvision's own: static sampling replaces it")
-    if heads.has_keypoint():
-        raise TypeError("static sampling does not support keypoints, got a model with a keypoint head")
     rpn.__class__, heads.__class__ = StaticRegionProposalNetwork, StaticRoIHeads
     for stage in (rpn, heads):
         old = stage.fg_bg_sampler

@@ -28,7 +28,8 @@ class StaticTargets:
         boxes: [N, G, 4] float32 or float64, (x1, y1, x2, y2) in pixels of the canvas.
         labels: [N, G] int64.
         counts: [N] int64, how many are real.
-        masks: [N, G, H, W] uint8 on the canvas, or None.
+        masks: [N, G, H, W] uint8 on the canvas, or None. Below and right of an image smaller than the canvas its last
+            row and column are repeated once: RoIAlign then samples the edge as it does in the image alone.
         keypoints: [N, G, K, 3] float32, (x, y, visibility), or None.
     """
 
@@ -115,6 +116,8 @@ def pack_targets(
         if canvas is None:
             raise ValueError("canvas must be (height, width), the size of the padded masks, got None")
         tables["masks"] = _padded(rows, "masks", (room, *as_pair("canvas", canvas)), torch.uint8)
+        for own, each in zip(tables["masks"], rows, strict=True):
+            _repeat_edges(own, each["masks"].shape)
     if "keypoints" in names:
         shapes = {tuple(each["keypoints"].shape[1:]) for each in rows if each["keypoints"].dim() == 3}
         if len(shapes) != 1 or next(iter(shapes))[1] != 3:
@@ -174,3 +177,11 @@ def _padded(rows: list[dict[str, Tensor]], name: str, shape: tuple[int, ...], dt
             raise ValueError(f"{name} must fit into {shape}, got {tuple(table.shape)} for image {i}")
         own[tuple(slice(length) for length in table.shape)] = table
     return found
+
+
+def _repeat_edges(padded: Tensor, shape: tuple[int, ...]) -> None:
+    """Repeats the last row and column of masks of `shape` [L, h, w] in the padded ones, where there is room."""
+    if len(shape) == 3 and 0 not in shape:
+        count, height, width = shape
+        padded[:count, height : height + 1] = padded[:count, height - 1 : height]
+        padded[:count, :, width : width + 1] = padded[:count, :, width - 1 : width]

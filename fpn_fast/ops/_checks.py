@@ -40,6 +40,13 @@ def as_pair(name: str, value: Any) -> tuple[int, int]:
     return found
 
 
+def as_sizes(name: str, value: Any) -> list[tuple[int, int]]:
+    """Return one pair or several, see :func:`as_pair`, as the distinct pairs, smallest area first."""
+    pairs = isinstance(value, Iterable) and all(isinstance(size, Iterable) for size in value)
+    sizes = {as_pair(name, size) for size in (value if pairs else [value])}
+    return sorted(sizes, key=lambda size: (size[0] * size[1], size))
+
+
 def check_sizes(**sizes: Any) -> list[int]:
     """Return `sizes` as integers of Python; raise TypeError for other numbers, ValueError for negative ones."""
     found = [as_integer(name, value) for name, value in sizes.items()]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fpn_fast
+from helpers import small_detectors
 
 
 class FirstOnes:
@@ -45,10 +46,11 @@ def detector():
     return model
 
 
-def batch_of(indices):
+def batch_of(indices, classes=10):
     data = DigitsOnPhotographs("train", 8, 64)
     images, targets = zip(*(data[index] for index in indices), strict=True)
-    return [image.double() for image in images], [{**t, "boxes": t["boxes"].double()} for t in targets]
+    changed = [{"boxes": t["boxes"].double(), "labels": (t["labels"] - 1) % classes + 1} for t in targets]
+    return [image.double() for image in images], [t | new for t, new in zip(targets, changed, strict=True)]
 
 
 def largest_difference(ours, joined):
@@ -97,11 +99,26 @@ def empty_level_gradients(rank):
     return {"difference": largest_difference(model, joined), "unused": unused}
 
 
+def static_gradients(rank):
+    """A compiled StaticTraining inside, beside the mean of both images' gradients."""
+    everything = {"rpn_batch_size_per_image": 4096, "box_batch_size_per_image": 512, "box_positive_fraction": 0.5}
+    model = small_detectors.detector("faster", **everything).train()
+    fpn_fast.accelerate(model)
+    training = fpn_fast.StaticTraining(model, (64, 64), 1, max_targets=8)
+    alone = copy.deepcopy(training)
+    copied = DistributedDataParallel(training.compile(backend="aot_eager"))
+    batches = [training.pack(*batch_of([index], classes=2)) for index in range(2)]
+    sum(copied(*batches[rank]).values()).backward()
+    (sum(sum(alone(*batch).values()) for batch in batches) / 2).backward()
+    return {"difference": largest_difference(training, alone), "parameters": len(list(training.parameters()))}
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.set_num_threads(1)
     found = {"detector": detector_gradients(rank), "level": empty_level_gradients(rank)}
+    found["static"] = static_gradients(rank)
     runs = {"copied": "--steps 2 --tensorboard", "sharded": "--steps 2 --fsdp", "not_finite": "--steps 9 --lr 1e30"}
     for name, arguments in runs.items():
         found[name] = {"code": train(folder / name, "--eval-images", 3, *arguments.split())}
