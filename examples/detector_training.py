@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from detector_models import build_detector
 from processes import Processes, distributed, gradients_exchanged, shard_in_place, whole
+from static_batches import MAX_TARGETS, StaticBatches, canvases_of, flat
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as F
@@ -34,7 +35,7 @@ CONSTANT_STEPS = 1000
 # seven of eight trials, and over thousands it removes the effect of the last few images.
 AVERAGED_STEPS = 1000
 # What a random stream is for: with one of these in the seed, two streams of one step differ.
-LOSS_STREAM, FLIP_STREAM = 0, 1
+LOSS_STREAM, FLIP_STREAM, CANVAS_STREAM = 0, 1, 2
 
 
 class TrainingError(Exception):
@@ -47,13 +48,17 @@ class Settings(argparse.Namespace):
     # Options that a resumed run may change: its losses do not depend on them, or only on what they lead to.
     CHANGEABLE = (
         *("steps", "time_budget", "checkpoint_every", "evaluate_every", "eval_images", "coco_test", "workers"),
-        *("backend", "compare", "deterministic", "device", "threads", "fsdp", "accumulate"),
+        *("backend", "compare", "deterministic", "device", "threads", "fsdp", "accumulate", "compile"),
         *("output", "resume", "tensorboard"),
     )
 
-    def complete(self, processes: Processes, class_names: tuple[str, ...]) -> Settings:
-        """Add what the command line does not say; return self."""
+    def complete(
+        self, processes: Processes, class_names: tuple[str, ...], sizes: Sequence[tuple[int, int]] = ()
+    ) -> Settings:
+        """Add what the command line does not say; return self. sizes: (height, width) of each training image."""
         self.torch_device, self.class_names = processes.device, class_names
+        if self.static:
+            self.canvases = canvases_of(sizes, self.image_size, self.multi_scale)
         # Batches of batch_size per optimiser step, over all processes and accumulations.
         self.batches_per_step = self.accumulate * processes.world
         return self
@@ -122,7 +127,9 @@ def flipped(batch: Batch, step: int, place: int, settings: Settings) -> Batch:
     return images, targets
 
 
-def losses_of(model: nn.Module, batch: Batch, step: int, settings: Settings, place: int = 0) -> dict[str, Tensor]:
+def losses_of(
+    model: nn.Module, batch: tuple[Any, ...], step: int, settings: Settings, place: int = 0
+) -> dict[str, Tensor]:
     # Anchors and proposals are sampled at random: one stream per batch.
     torch.manual_seed(settings.random_stream(LOSS_STREAM, step, place))
     with settings.autocast():
@@ -143,6 +150,8 @@ class Track:
     processes: Processes
     # accelerate()'s report; None for eager.
     swapped: Any = None
+    # With --static.
+    packed: StaticBatches | None = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     # Seconds per image of the last evaluation.
@@ -158,15 +167,21 @@ class Track:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        on_device = [to_device(batch, settings) for batch in batches]
+        places = [i * self.processes.world + self.processes.rank for i in range(len(batches))]
+        on_device: list[Any] = [
+            to_device(batch, settings)
+            if self.packed is None
+            else self.packed(batch, settings.random_stream(CANVAS_STREAM, step, place))
+            for place, batch in zip(places, batches, strict=True)
+        ]
         settings.synchronize()
         started = time.perf_counter()
         self.optimizer.zero_grad()
         names: list[str] = []
         values: list[Tensor] = []
-        for i, batch in enumerate(on_device):
-            with gradients_exchanged(self.called, i + 1 == len(batches)):
-                parts = losses_of(self.called, batch, step, settings, i * self.processes.world + self.processes.rank)
+        for place, batch in zip(places, on_device, strict=True):
+            with gradients_exchanged(self.called, place == places[-1]):
+                parts = losses_of(self.called, batch, step, settings, place)
                 names, stacked = list(parts), torch.stack([part.float() for part in parts.values()])
                 self.scaler.scale(stacked.sum() / len(batches)).backward()
             values.append(stacked.detach())
@@ -211,7 +226,7 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes) -> li
         model = copy.deepcopy(initial).to(settings.torch_device, settings.dtype).train()
         if settings.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        swapped = None
+        swapped = packed = None
         if name == "fused":
             import fpn_fast
 
@@ -221,7 +236,14 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes) -> li
 
                 use_static_sampling(model)
         average = AveragedModel(model, use_buffers=True).requires_grad_(False).eval()
-        called = distributed(model, processes, settings.fsdp)
+        trainee = model
+        if settings.static:
+            options = {"max_targets": MAX_TARGETS, "too_many": "largest"}
+            trainee = fpn_fast.StaticTraining(model, flat(settings.canvases), settings.batch_size, **options)
+            packed = StaticBatches(trainee.pack, settings)
+            if settings.compile:
+                trainee.compile()
+        called = distributed(trainee, processes, settings.fsdp)
         if settings.fsdp:
             shard_in_place(average.module, processes)
         # One pass over the weights instead of eight: 0.02 s per step instead of 0.11 on two CPU cores.
@@ -230,7 +252,7 @@ def new_tracks(names: list[str], settings: Settings, processes: Processes) -> li
         # Only float16 needs scaled gradients.
         device = settings.torch_device.type
         scaler = torch.amp.GradScaler(device, enabled=settings.amp and device == "cuda")
-        tracks.append(Track(name, model, called, average, optimizer, scaler, processes, swapped))
+        tracks.append(Track(name, model, called, average, optimizer, scaler, processes, swapped, packed=packed))
     return tracks
 
 

@@ -32,6 +32,7 @@ from detector_report import report
 from detector_training import Settings, Track, TrainingError, be_deterministic, flipped, interrupts, new_tracks
 from digits_on_photographs import MIN_SIDE, DigitsOnPhotographs
 from processes import Processes, Progress, UsageError, ignore_interrupts, joined
+from static_batches import BucketBatches, bucket_of, sizes_of
 from torch.utils.data import DataLoader
 
 BACKENDS = ("eager", "auto", "cpp", "triton", "reference")
@@ -90,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     option(model, "--channels", 256, "channels of every pyramid level")
     option(model, "--backend", "auto", "fpn_fast's backend; eager: torchvision's own model", choices=BACKENDS)
     flag(model, "--static-sampling", "sample anchors and proposals on the device, in fixed sizes")
+    flag(model, "--static", "train on fixed shapes, without host synchronisation in the losses and gradients")
+    flag(model, "--compile", "with --static: compile losses and gradients, one graph for each canvas")
     flag(model, "--compare", "also train torchvision's own model, and compare")
 
     training = parser.add_argument_group("training")
@@ -139,6 +142,12 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
         (args.pyramid in FAMILY and eager, f"--pyramid {args.pyramid} takes neither --backend eager nor --compare"),
         (fcos, f"--channels must be a multiple of 32 for fcos, whose heads have 32 groups, got {args.channels}"),
         (args.static_sampling and not static, f"--static-sampling is for fpn_fast's {names}, without --compare"),
+        (
+            args.static and (args.backend == "eager" or args.compare or args.fsdp),
+            "--static is for fpn_fast's models, without --compare and --fsdp",
+        ),
+        (args.static and args.static_sampling, "--static samples in fixed sizes already: leave --static-sampling out"),
+        (args.compile and not args.static, "--compile needs --static"),
         (args.float64 and args.amp, "--float64 and --amp exclude each other"),
         (args.coco_test is not None and args.coco is None, "--coco-test needs --coco"),
         (min(low, args.image_size) < 64, "--image-size and --multi-scale must be at least 64"),
@@ -195,7 +204,12 @@ def train(tracks: list[Track], data: DetectionData, test: DetectionData, args: S
     """Train every track up to --steps; return why it ended: "steps", "time budget" or "interrupted"."""
     first, last, processes = len(tracks[0].losses), args.steps, tracks[0].processes
     share = (args.accumulate, processes.rank, processes.world)
-    batches = StepBatches(len(data), args.batch_size, args.seed, range(first, last), *share)
+    order: tuple[Any, ...] = (args.batch_size, args.seed, range(first, last), *share)
+    if args.static:
+        buckets = [bucket_of(size) for size in sizes_of(data, args.image_size)]
+        batches: StepBatches = BucketBatches(buckets, *order)
+    else:
+        batches = StepBatches(len(data), *order)
     how: dict[str, Any] = {"num_workers": args.workers, "collate_fn": collate, "worker_init_fn": ignore_interrupts}
     arriving = iter(DataLoader(data, batch_sampler=batches, **how))
     started, ended = time.monotonic(), "steps"
@@ -234,7 +248,7 @@ def run(args: Settings, processes: Processes) -> int:
     if args.deterministic:
         be_deterministic()
     train_data, test_data = load_data(args, processes)
-    args.complete(processes, train_data.class_names)
+    args.complete(processes, train_data.class_names, sizes_of(train_data, args.image_size))
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -25,6 +25,7 @@ import detector_training
 import digits_on_photographs as digits
 import numpy as np
 import pytest
+import static_batches
 import torch
 import torchvision
 import train_detector
@@ -219,6 +220,52 @@ def test_batches_depend_on_the_step_alone():
     assert whole != list(coco_data.StepBatches(7, 3, 2, range(9)))
     seen = [index for batch in whole for index in batch]
     assert sorted(seen[:7]) == sorted(seen[7:14]) == list(range(7))
+
+
+def test_batches_of_buckets_have_one_bucket_each_and_every_image():
+    buckets = [0, 1, 0, 0, 1, 0, 0]
+    whole = list(static_batches.BucketBatches(buckets, 2, 1, range(8)))
+    assert whole[3:] == list(static_batches.BucketBatches(buckets, 2, 1, range(3, 8)))
+    assert all(len({buckets[index] for index in batch}) == 1 for batch in whole)
+    # Three batches of the first bucket, one of the second.
+    for epoch in (whole[:4], whole[4:]):
+        assert {index for batch in epoch for index in batch} == set(range(7))
+    assert whole[:4] != whole[4:]
+
+
+def test_a_canvas_holds_every_image_of_its_bucket():
+    sizes = [(60, 100), (70, 70), (100, 90), (100, 20)]
+    assert static_batches.canvases_of(sizes, 100, None) == [[(128, 192)], [(192, 128)]]
+    several = static_batches.canvases_of(sizes[:2], 100, (64, 128))
+    assert several == [[(64, 128), (96, 160), (128, 224)], []]
+
+
+def test_a_static_run_repeats_resumes_and_draws_canvases(coco, images, annotations, output):
+    """On images of both kinds: two are cut to half their width, and have no boxes."""
+    folder = annotations.with_suffix("")
+    folder.mkdir()
+    for i, entry in enumerate(coco["images"]):
+        entry["width"] //= 2 if i < 2 else 1
+        with Image.open(images / entry["file_name"]) as picture:
+            picture.crop((0, 0, entry["width"], entry["height"])).save(folder / entry["file_name"])
+    cut = {entry["id"] for entry in coco["images"][:2]}
+    coco["annotations"] = [each for each in coco["annotations"] if each["image_id"] not in cut]
+    annotations.write_text(json.dumps(coco))
+    arguments = ("--coco", annotations, folder, "--static", "--multi-scale", 64, 96, "--batch-size", 2, "--flip")
+    parts = output.with_name("parts")
+    assert train(output, *arguments, "--steps", 3) == 0
+    assert train(parts, *arguments, "--steps", 1) == 0
+    assert train(parts, *arguments, "--steps", 3, "--resume") == 0
+    assert figures_of(parts)["fused"]["losses"] == figures_of(output)["fused"]["losses"]
+    assert_same_weights(saved_in(output)[0], saved_in(parts)[0])
+
+
+def test_static_excludes_what_it_cannot_do():
+    for wrong in (("--backend", "eager"), ("--compare",), ("--static-sampling",)):
+        with pytest.raises(SystemExit):
+            train_detector.parse_arguments(("--static", *wrong))
+    with pytest.raises(SystemExit):
+        train_detector.parse_arguments(("--compile",))
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(output):
