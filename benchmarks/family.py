@@ -215,8 +215,8 @@ def timed(name: str, rounds: int) -> dict[str, float]:
     return found
 
 
-def originals() -> Iterator[tuple[str, nn.Module, nn.Module, Callable[[], Any]]]:
-    """(case, ours, the package's, its inputs), with equal weights."""
+def originals() -> Iterator[tuple[str, nn.Module, nn.Module, Callable[[int], Any]]]:
+    """(case, ours, the package's, its inputs for so many images)."""
     import effdet as effdets
     from effdet.efficientdet import BiFpn, EfficientDet
     from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
@@ -224,10 +224,10 @@ def originals() -> Iterator[tuple[str, nn.Module, nn.Module, Callable[[], Any]]]
     from transformers import UperNetConfig
     from transformers.models.upernet.modeling_upernet import UperNetHead
 
-    def random(channels: tuple[int, ...], side: int, first: int) -> Callable[[], list[Tensor]]:
-        def make() -> list[Tensor]:
+    def random(channels: tuple[int, ...], side: int, first: int) -> Callable[[int], list[Tensor]]:
+        def make(images: int) -> list[Tensor]:
             sides = [side >> first + i for i in range(len(channels))]
-            return [torch.randn(1, c, n, n).requires_grad_() for c, n in zip(channels, sides, strict=True)]
+            return [torch.randn(images, c, n, n).requires_grad_() for c, n in zip(channels, sides, strict=True)]
 
         return make
 
@@ -241,7 +241,7 @@ def originals() -> Iterator[tuple[str, nn.Module, nn.Module, Callable[[], Any]]]
     theirs = EfficientDet(config, pretrained_backbone=False)
     ours = copy.deepcopy(theirs)
     ours.fpn = effdet.BiFpn(config, [{"num_chs": c, "reduction": 8 << i} for i, c in enumerate((40, 112, 320))])
-    yield "EfficientDet D0, 512", ours, theirs, lambda: torch.rand(1, 3, 512, 512)
+    yield "EfficientDet D0, 512", ours, theirs, lambda images: torch.rand(images, 3, 512, 512)
     widths = (96, 192, 384, 768)
     upernet = UperNetConfig(hidden_size=512, num_labels=150, pool_scales=[1, 2, 3, 6])
     yield ("UPerNet of transformers, Swin-T's widths, 256", transformers.UperNetHead(upernet, widths),
@@ -262,7 +262,7 @@ def beside(rounds: int) -> Iterator[dict[str, Any]]:
             ours.train(training)
             theirs.train(training)
             runs = {"fpn_fast": ours, "package": theirs, "compiled": torch.compile(theirs)}
-            maps = make()
+            maps = make(TRAINED if training else 1)
             times: dict[str, list[float]] = {name: [] for name in runs}
             for i in range(rounds + 2):
                 for name, module in runs.items():
