@@ -18,6 +18,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.models.resnet import BasicBlock
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -76,6 +78,42 @@ class FirstMap(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
         return {"c4": maps[0]}
+
+
+class ChannelsLastTrunk(nn.Sequential):
+    """Swin's stages, whose maps are [N, H, W, C]."""
+
+
+class ChannelsFirstLayerGetter(IntermediateLayerGetter):
+    """The maps of a ChannelsLastTrunk as [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return OrderedDict((name, each.permute(0, 3, 1, 2)) for name, each in super().forward(x).items())
+
+
+class PlainTrunk(nn.Sequential):
+    """A plain vision transformer, which has one map."""
+
+
+class PlainVisionTransformer(nn.Module):
+    """The last map of torchvision's VisionTransformer, for images of any multiple of the patch's size.
+
+    As in ViTDet, the class token is left out, and the position embedding is resampled to the image.
+    """
+
+    def __init__(self, network: VisionTransformer) -> None:
+        super().__init__()
+        self.conv_proj, self.encoder = network.conv_proj, network.encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_proj(x)
+        n, channels, height, width = x.shape
+        position = self.encoder.pos_embedding[:, 1:]
+        side = math.isqrt(position.shape[1])
+        grid = position.transpose(1, 2).reshape(1, channels, side, side)
+        x = x + nn.functional.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+        tokens = self.encoder.ln(self.encoder.layers(self.encoder.dropout(x.flatten(2).transpose(1, 2))))
+        return tokens.transpose(1, 2).reshape(n, channels, height, width)
 
 
 def build_detector(
@@ -143,7 +181,10 @@ def build_backbone(
     The checkpoint keys are those of torchvision's BackboneWithFPN.
     """
     trunk = _trunk(name, pretrained)
-    ends = _stage_ends(trunk, name)
+    wanted = (4,) if pyramid in ("c4", "vitdet") else (2, 3, 4, 5) if two_stage else (3, 4, 5)
+    ends = _stage_ends(trunk, name, wanted if isinstance(trunk, PlainTrunk) else (2, 3, 4, 5))
+    if frozen_stages and frozen_stages not in ends:
+        raise UsageError(f"--frozen-stages {frozen_stages}: {name} has no stage of stride {2**frozen_stages}")
     names = [child_name for child_name, _ in trunk.named_children()]
     frozen = names[: ends[frozen_stages][0] + 1] if frozen_stages else []
     # Running statistics of a frozen stage stay as they are.
@@ -151,8 +192,8 @@ def build_backbone(
     for child_name in frozen:
         trunk.get_submodule(child_name).requires_grad_(False)
     _replace_batch_norms(trunk, names, norm)
-    wanted = (4,) if pyramid in ("c4", "vitdet") else (2, 3, 4, 5) if two_stage else (3, 4, 5)
-    body = IntermediateLayerGetter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
+    getter = ChannelsFirstLayerGetter if isinstance(trunk, ChannelsLastTrunk) else IntermediateLayerGetter
+    body = getter(trunk, {names[ends[level][0]]: str(i) for i, level in enumerate(wanted)})
     fpn = _pyramid(pyramid, [ends[level][1] for level in wanted], channels, two_stage, norm)
     backbone = nn.Sequential(OrderedDict(body=body, fpn=fpn))
     # torchvision's detectors read it.
@@ -197,6 +238,10 @@ def _trunk(name: str, pretrained: bool) -> nn.Module:
         network = get_model(name, weights="DEFAULT" if pretrained else None)
     except (KeyError, ValueError) as error:
         raise UsageError(f"torchvision has no model {name!r}") from error
+    if isinstance(network, SwinTransformer):
+        return ChannelsLastTrunk(OrderedDict(network.features.named_children()))
+    if isinstance(network, VisionTransformer):
+        return PlainTrunk(OrderedDict(vit=PlainVisionTransformer(network)))
     if isinstance(getattr(network, "features", None), nn.Sequential):
         return network.features
     if hasattr(network, "trunk_output"):
@@ -213,7 +258,7 @@ def _slim_resnet() -> nn.Sequential:
     return nn.Sequential(OrderedDict(stages))
 
 
-def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
+def _stage_ends(trunk: nn.Module, name: str, wanted: tuple[int, ...]) -> dict[int, tuple[int, int]]:
     """For each level l, the last child whose map has stride 2^l: (index of the child, channels)."""
     # Where the stem goes to stride 4 at once, there is nothing to freeze before it.
     ends = {1: (-1, 3)}
@@ -225,14 +270,17 @@ def _stage_ends(trunk: nn.Module, name: str) -> dict[int, tuple[int, int]]:
                 maps = child(maps)
             except (AssertionError, RuntimeError, TypeError):
                 break
-            if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[2] != maps.shape[3]:
+            if not isinstance(maps, Tensor) or maps.dim() != 4:
                 break
-            level = math.log2(PROBE_SIZE / maps.shape[2])
+            shape = maps.movedim(3, 1).shape if isinstance(trunk, ChannelsLastTrunk) else maps.shape
+            if shape[2] != shape[3]:
+                break
+            level = math.log2(PROBE_SIZE / shape[2])
             # A pool after the last stage belongs to the classifier.
             if level.is_integer() and level <= 5:
-                ends[int(level)] = (index, maps.shape[1])
+                ends[int(level)] = (index, shape[1])
     trunk.train(was_training)
-    for level in (2, 3, 4, 5):
+    for level in wanted:
         if level not in ends:
             raise UsageError(f"--backbone {name} has no stage with maps of stride {2**level} in a simple sequence")
     return ends

@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     option(model, "--model", "faster_rcnn", "detector", choices=TWO_STAGE + ONE_STAGE)
-    option(model, "--backbone", "resnet18", f"a torchvision classifier by its name, or {SLIM}, small enough for CPUs")
+    text = f"a torchvision classifier by its name (a ViT: with --pyramid vitdet), or {SLIM}, small enough for CPUs"
+    option(model, "--backbone", "resnet18", text)
     flag(model, "--pretrained", "download ImageNet weights for the backbone")
     text = "backbone stages that do not train, counted from the image"
     option(model, "--frozen-stages", 0, text, choices=range(6), type=int)

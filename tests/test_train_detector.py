@@ -639,7 +639,13 @@ def test_threads_that_wait_do_not_spin():
 
 @pytest.mark.parametrize(
     ("backbone", "two_stage", "channels"),
-    [("resnet50", True, 4), ("efficientnet_b0", False, 3), ("convnext_tiny", True, 4), ("regnet_y_400mf", False, 3)],
+    [
+        ("resnet50", True, 4),
+        ("efficientnet_b0", False, 3),
+        ("convnext_tiny", True, 4),
+        ("regnet_y_400mf", False, 3),
+        ("swin_t", False, 3),
+    ],
 )
 def test_a_backbone_gives_the_levels_that_its_strides_say(backbone, two_stage, channels):
     body = detector_models.build_backbone(backbone, two_stage, "group", 0, False, "fpn").eval()
@@ -648,6 +654,16 @@ def test_a_backbone_gives_the_levels_that_its_strides_say(backbone, two_stage, c
     first = 4 if two_stage else 8
     assert [each.shape[1:] for each in maps.values()] == [(256, s, s) for s in (128 // first >> i for i in range(5))]
     assert len(body.fpn.inner_blocks) == channels
+
+
+def test_a_plain_vision_transformer_takes_images_of_other_sizes():
+    torch.manual_seed(1)
+    network = torchvision.models.VisionTransformer(64, 16, 1, 2, 8, 16).eval().double()
+    trunk, image = detector_models.PlainVisionTransformer(network), torch.rand(1, 3, 64, 64).double()
+    tokens = network._process_input(image) + network.encoder.pos_embedding[:, 1:]
+    expected = network.encoder.ln(network.encoder.layers(tokens)).transpose(1, 2).view(1, 8, 4, 4)
+    torch.testing.assert_close(trunk(image), expected, rtol=1e-12, atol=1e-12)
+    assert trunk(torch.rand(2, 3, 48, 96).double()).shape == (2, 8, 3, 6)
 
 
 @pytest.mark.parametrize("backbone", ["alexnet", "vit_b_16", "nothing"])
