@@ -21,6 +21,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from fpn_fast import ops
 from fpn_fast.nn.dense_detectors import check_labels
+from fpn_fast.nn.static_sampling import encoded
 from fpn_fast.nn.static_targets import StaticTargets
 
 __all__ = ["fcos_losses", "retinanet_losses", "ssd_losses"]
@@ -160,19 +161,10 @@ def _own(table: Tensor, matches: Tensor) -> Tensor:
 def _codes(
     coder: BoxCoder, codes: Tensor, anchors: Tensor, targets: StaticTargets, matches: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The head's codes [N, M, 4] and those of the matched boxes, zeros for anchors without a match.
-
-    ``coder.encode_single`` of torchvision uploads its weights in each call.
-    """
-    matched = (matches >= 0)[..., None]
-    own = _own(targets.boxes, matches).where(matched, anchors)
-    sizes, own_sizes = (each[..., 2:] - each[..., :2] for each in (anchors, own))
-    shifts = (own[..., :2] + 0.5 * own_sizes) - (anchors[..., :2] + 0.5 * sizes)
-    wx, wy, ww, wh = coder.weights
-    scales = torch.log(own_sizes / sizes)
-    (width, height), (dx, dy), (dw, dh) = (each.unbind(-1) for each in (sizes, shifts, scales))
-    goals = torch.stack([wx * dx / width, wy * dy / height, ww * dw, wh * dh], -1)
-    return codes.where(matched, 0), goals.to(codes.dtype)
+    """The head's codes [N, M, 4] and those of the matched boxes, both zeros for anchors without a match."""
+    matched = matches >= 0
+    goals = encoded(coder, _own(targets.boxes, matches), anchors, matched)
+    return codes.where(matched[..., None], 0), goals.to(codes.dtype)
 
 
 def _fcos_matches(anchors: Tensor, anchors_per_level: Sequence[int], targets: StaticTargets, radius: float) -> Tensor:

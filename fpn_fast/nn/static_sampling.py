@@ -107,8 +107,8 @@ def _rows(table: Tensor, places: Tensor) -> Tensor:
     return table.gather(1, places[..., None].expand(-1, -1, 4))
 
 
-def _encoded(coder: BoxCoder, boxes: Tensor, anchors: Tensor, counted: Tensor) -> Tensor:
-    """coder.encode_single of boxes and anchors [N, S, 4] where counted [N, S], finite values elsewhere.
+def encoded(coder: BoxCoder, boxes: Tensor, anchors: Tensor, counted: Tensor) -> Tensor:
+    """coder.encode_single of boxes and anchors [N, S, 4] where counted [N, S], zeros elsewhere.
 
     torchvision copies the weights to the GPU for every call, which synchronises.
     """
@@ -118,6 +118,8 @@ def _encoded(coder: BoxCoder, boxes: Tensor, anchors: Tensor, counted: Tensor) -
     sizes, own_sizes = (each[..., 2:] - each[..., :2] for each in (anchors, boxes))
     shifts = (boxes[..., :2] + 0.5 * own_sizes) - (anchors[..., :2] + 0.5 * sizes)
     parts = torch.cat([shifts / sizes, torch.log(own_sizes / sizes)], -1)
+    if tuple(coder.weights) == (1, 1, 1, 1):
+        return parts
     return torch.stack([part * weight for part, weight in zip(parts.unbind(-1), coder.weights, strict=True)], -1)
 
 
@@ -179,7 +181,7 @@ def proposal_losses(
     few = sampler.max_positives
     places, is_positive = places[:, :few], kinds[:, :few] > 0
     own = _rows(gt_boxes, matches.gather(1, places).clamp(min=0))
-    goals = _encoded(rpn.box_coder, own, anchors_at(places), is_positive)
+    goals = encoded(rpn.box_coder, own, anchors_at(places), is_positive)
     found = _rows(box_deltas.view(*matches.shape, 4), places)
     return {"loss_objectness": loss, "loss_rpn_box_reg": _box_loss(found, goals, is_positive) / count}
 
@@ -274,7 +276,7 @@ class StaticRoIHeads(RoIHeads):
         few = sampler.max_positives
         is_positive, classes = kinds[:, :few] > 0, labels[:, :few].clamp(min=0)
         owners, boxes = owners[:, :few], boxes[:, :few]
-        goals = _encoded(self.box_coder, _rows(gt_boxes, owners), boxes, is_positive)
+        goals = encoded(self.box_coder, _rows(gt_boxes, owners), boxes, is_positive)
         of_classes = deltas.view(*labels.shape, -1, 4)[:, :few]
         found = of_classes.gather(2, classes[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
         losses = {"loss_classifier": class_loss, "loss_box_reg": _box_loss(found, goals, is_positive) / count}
