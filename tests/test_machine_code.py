@@ -62,6 +62,10 @@ class Kernel:
     integer_atomics: bool = False
     # How many of its maps are wide at once.
     most_wide: int = 2
+    # How many levels of a pathway its last template argument may say; none: it has no such argument.
+    levels: tuple[int, ...] = ()
+    # It loads 16 bytes and stores the sums of neighbours, 8.
+    halves: bool = False
     # Most KiB of shared memory a block may take: two blocks on a Turing multiprocessor, eight on an H100.
     shared: int = 28
 
@@ -73,8 +77,9 @@ class Kernel:
         if arch is not None:
             types = [each for each in types if each != "Half"]
             types = types[(ARCHITECTURES.index(arch) + KERNELS.index(self)) % len(types) :][:1]
-        for type_, *on in itertools.product(types, *[(False, True)] * len(self.switches)):
-            instance = Instance(self, type_, tuple(on))
+        switches = [(False, True)] * len(self.switches)
+        for type_, levels, *on in itertools.product(types, self.levels or (None,), *switches):
+            instance = Instance(self, type_, tuple(on), levels)
             wide = [name for name in instance.switched_on if name.startswith("wide_")]
             if not wide or (type_ not in WIDE and len(wide) <= self.most_wide):
                 found.append(instance)
@@ -86,10 +91,11 @@ class Instance:
     kernel: Kernel
     type: str
     on: tuple[bool, ...]
+    levels: int | None = None
 
     @property
     def declaration(self) -> str:
-        switches = "".join(f", {str(on).lower()}" for on in self.on)
+        switches = "".join(f", {str(on).lower()}" for on in self.on) + (f", {self.levels}" if self.levels else "")
         argument = f"const __grid_constant__ {self.kernel.argument}<{self.type}>"
         return f"template __global__ void {self.kernel.name}_kernel<{self.type}{switches}>({argument});"
 
@@ -97,6 +103,7 @@ class Instance:
     def symbol(self) -> str:
         """How the mangled name begins."""
         name, switches = f"{self.kernel.name}_kernel", "".join(f"Lb{int(on)}E" for on in self.on)
+        switches += f"Li{self.levels}E" if self.levels else ""
         return f"_ZN8fpn_fast{len(name)}{name}I{(TYPES | INTEGERS)[self.type]}{switches}E"
 
     @property
@@ -104,7 +111,8 @@ class Instance:
         return [name for name, on in zip(self.kernel.switches, self.on, strict=True) if on]
 
     def __str__(self) -> str:
-        return f"{self.kernel.name}_kernel<{', '.join([self.type, *self.switched_on])}>"
+        levels = [f"{self.levels} levels"] if self.levels else []
+        return f"{self.kernel.name}_kernel<{', '.join([self.type, *self.switched_on, *levels])}>"
 
 
 KERNELS = [
@@ -112,6 +120,11 @@ KERNELS = [
     # Along W every pixel gathers from a range of its own.
     Kernel("top_down_backward", "top_down_backward", "GradientPathway", ("channels_last", "bilinear"),
            scalar=frozenset({"bilinear"}), reads_own_writes=True, contracts=True),
+    # Turing halves bfloat16 in float32.
+    Kernel("top_down_trees", "top_down_trees", "HalvingPathway", scalar=None, levels=(2, 3, 4), contracts=True),
+    Kernel("top_down_trees", "top_down_trees_backward", "HalvingGradients", scalar=None, levels=(2, 3, 4)),
+    Kernel("top_down_strips", "top_down_strips", "HalvingPathway", ("wide",), levels=(2, 3, 4), contracts=True),
+    Kernel("top_down_strips", "top_down_strips_backward", "HalvingGradients", ("wide",), levels=(2, 3, 4), halves=True),
     Kernel("multiscale_roi_align", "multiscale_roi_align", "RoiAlignPooling", ("channels_last",), contracts=True),
     Kernel("multiscale_roi_align_backward", "multiscale_roi_align_backward", "RoiAlignGathering", scalar=None,
            contracts=True, shared=48),
@@ -194,7 +207,7 @@ class Code:
             "local memory": self.count("LDL", "STL") > 0,
             "atomics": self.atomics(integers_allowed=kernel.integer_atomics) > 0,
             "no 16-byte loads": vectorised and not kernel.gathers and self.count("LDG.E.128") == 0,
-            "no 16-byte stores": vectorised and self.count("STG.E.128") == 0,
+            "no 16-byte stores": vectorised and not kernel.halves and self.count("STG.E.128") == 0,
             "contraction to fused multiply-adds": self.contractible > 0 and not kernel.contracts,
             "loads of single bytes": self.count("LDG.E.U8", "LDG.E.S8") > 0,
             "reads its own writes through the constant cache": kernel.reads_own_writes

@@ -49,20 +49,6 @@ struct RawVector {
   }
 };
 
-// Rounds two values at once: alone each takes a conversion on a pipe of an eighth of the rate.
-template <class M>
-__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<M, BFloat16>) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    memcpy(&pair, &both, sizeof pair);
-  } else {
-    const __half2 both = __floats2half2_rn(low, high);
-    memcpy(&pair, &both, sizeof pair);
-  }
-  return pair;
-}
-
 template <class T, class M>
 __device__ __forceinline__ void store_vector(void* map, int64_t offset, const acc_type<T> (&values)[kVec<T>]) {
   uint4* target = reinterpret_cast<uint4*>(static_cast<M*>(map) + offset);

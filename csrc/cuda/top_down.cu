@@ -6,6 +6,8 @@
 #include "kernel_table.h"
 #include "top_down.cuh"
 #include "top_down_backward.cuh"
+#include "top_down_strips.cuh"
+#include "top_down_trees.cuh"
 
 namespace fpn_fast {
 namespace {
@@ -23,11 +25,8 @@ struct Cuda {
   static void merge(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
                     Resample mode, bool average, const Tensor& first) {
     run_on(first, [&](const auto& launch) {
-      const bool last = is_channels_last(first);
-      const auto sources = marked(laterals, last);
-      const auto targets = marked(merged, last);
-      last ? merge_in_launches<T, true>(sources, targets, mode, average, launch)
-           : merge_in_launches<T, false>(sources, targets, mode, average, launch);
+      is_channels_last(first) ? merge<T, true>(laterals, merged, mode, average, launch)
+                              : merge<T, false>(laterals, merged, mode, average, launch);
     });
   }
 
@@ -35,12 +34,38 @@ struct Cuda {
   static void gather(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
                      Resample mode, bool average, const Tensor& first) {
     run_on(first, [&](const auto& launch) {
-      const bool last = is_channels_last(first);
-      const auto sources = marked(grads, last);
-      const auto targets = marked(sums, last);
-      last ? gather_in_launches<T, true>(sources, targets, mode, average, launch)
-           : gather_in_launches<T, false>(sources, targets, mode, average, launch);
+      is_channels_last(first) ? gather<T, true>(grads, sums, mode, average, launch)
+                              : gather<T, false>(grads, sums, mode, average, launch);
     });
+  }
+
+ private:
+  template <class T, bool kChannelsLast, class Launch>
+  static void merge(const std::vector<FeatureMap<const T>>& laterals, const std::vector<FeatureMap<T>>& merged,
+                    Resample mode, bool average, const Launch& launch) {
+    if (mode == Resample::kNearest) {
+      if constexpr (kChannelsLast) {
+        if (merge_trees_in_launch(laterals, merged, average, launch)) return;
+      } else {
+        if (merge_strips_in_launch(laterals, merged, average, launch)) return;
+      }
+    }
+    merge_in_launches<T, kChannelsLast>(marked(laterals, kChannelsLast), marked(merged, kChannelsLast), mode, average,
+                                        launch);
+  }
+
+  template <class T, bool kChannelsLast, class Launch>
+  static void gather(const std::vector<FeatureMap<const T>>& grads, const std::vector<FeatureMap<T>>& sums,
+                     Resample mode, bool average, const Launch& launch) {
+    if (mode == Resample::kNearest) {
+      if constexpr (kChannelsLast) {
+        if (gather_trees_in_launch(grads, sums, average, launch)) return;
+      } else {
+        if (gather_strips_in_launch(grads, sums, average, launch)) return;
+      }
+    }
+    gather_in_launches<T, kChannelsLast>(marked(grads, kChannelsLast), marked(sums, kChannelsLast), mode, average,
+                                         launch);
   }
 };
 
@@ -53,10 +78,27 @@ void add_kernels(KernelTable& table, const std::string& type) {
             kTopDownThreads);
 }
 
+template <class T, int kLevels>
+void add_halving_kernels(KernelTable& table, const std::string& type) {
+  const std::string suffix = ", " + std::to_string(kLevels) + " levels>";
+  table.add("top_down_trees_kernel<" + type + suffix, &top_down_trees_kernel<T, kLevels>, kTreeThreads);
+  table.add("top_down_trees_backward_kernel<" + type + suffix, &top_down_trees_backward_kernel<T, kLevels>,
+            kTreeThreads);
+  const auto add = [&](const std::string& name, const std::string& strip, auto kernel) {
+    table.add(name + "<" + type + strip + suffix, kernel, kStripThreads);
+  };
+  add("top_down_strips_kernel", ", wide", &top_down_strips_kernel<T, true, kLevels>);
+  add("top_down_strips_kernel", ", any", &top_down_strips_kernel<T, false, kLevels>);
+  add("top_down_strips_backward_kernel", ", wide", &top_down_strips_backward_kernel<T, true, kLevels>);
+  add("top_down_strips_backward_kernel", ", any", &top_down_strips_backward_kernel<T, false, kLevels>);
+}
+
 const RegisterKernels kernels([](KernelTable& table) {
   for_map_types([&]<class T>(const std::string& type) {
     add_kernels<T, false, false>(table, type), add_kernels<T, true, false>(table, type);
     add_kernels<T, false, true>(table, type), add_kernels<T, true, true>(table, type);
+    add_halving_kernels<T, 2>(table, type), add_halving_kernels<T, 3>(table, type);
+    add_halving_kernels<T, 4>(table, type);
   });
 });
 

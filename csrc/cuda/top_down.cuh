@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The top-down merge in one launch for the whole pathway. Memory bandwidth limits it: each lateral is read once and
-// each merged map is written once.
+// The top-down merge of maps of any sizes and strides, and bilinear, in one launch for the whole pathway. Where sizes
+// halve and maps are dense, top_down_trees.cuh and top_down_strips.cuh take a fraction of its instructions. These limit
+// it: for the benchmark's channels_first pathway in bfloat16 a GPU issues them three times as long as it moves the
+// bytes.
 //
 // Note [Recomputed chain]
 // The merged map of level l needs that of level l + 1, which other blocks write. Instead of synchronising, a thread
@@ -41,7 +43,8 @@ struct Pathway {
   TopDownTiling tiling[kMaxLevels - 1];
 };
 
-// 8 warps: at full occupancy four 16-byte loads per thread cover the latency of HBM.
+// 8 warps. Half and BFloat16 are widened in the branch that loads them, so that a warp has one of their loads in
+// flight.
 constexpr int kTopDownThreads = 256;
 // Allows 80 registers: 24 warps on a multiprocessor. With 2 the compiler takes up to 124; without a bound it spills at
 // 64.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient of the top-down merge in one launch for the whole pathway. It is gathered, without atomics or zero fill.
+// Gradient of the top-down merge of maps of any sizes and strides, and bilinear, in one launch for the whole pathway:
+// see top_down.cuh. It is gathered, without atomics or zero fill.
 //
 // Note [Tiles of the coarsest map]
 // With nearest sources every pixel has one parent, so the pixels under a tile of the coarsest map belong to no other
@@ -77,7 +78,7 @@ __device__ __forceinline__ void gather_channels(const GradientPathway<T>& pathwa
   const Range rows = targets<kBilinear>(pathway.rows[level - 1], y);
   const Range cols = targets<kBilinear>(pathway.cols[level - 1], x);
   if (!kBilinear && rows.end - rows.begin == 2 && cols.end - cols.begin == 2) {
-    // A ratio of two: all four loads are in flight at once.
+    // A ratio of two, for which Float's four loads are in flight at once.
     acc_type<T> values[4][kVec<T>];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
