@@ -36,9 +36,12 @@ __device__ __forceinline__ Run<T, kCount> load_run(const T* source) {
 template <class T, int kCount>
 __device__ __forceinline__ void store_run(T* target, const Run<T, kCount>& run) {
   if constexpr (Run<T, kCount>::kBytes == 16) {
-    *reinterpret_cast<uint4*>(target) = {run.word[0], run.word[1], run.word[2], run.word[3]};
+    // The compiler would take a plain vector apart where a branch made its words, and store these one by one.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(run.word[0]), "r"(run.word[1]),
+                 "r"(run.word[2]), "r"(run.word[3])
+                 : "memory");
   } else if constexpr (Run<T, kCount>::kBytes == 8) {
-    *reinterpret_cast<uint2*>(target) = {run.word[0], run.word[1]};
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(target), "r"(run.word[0]), "r"(run.word[1]) : "memory");
   } else if constexpr (Run<T, kCount>::kBytes == 4) {
     *reinterpret_cast<uint32_t*>(target) = run.word[0];
   } else {
@@ -127,28 +130,37 @@ __device__ __forceinline__ uint32_t packed_half(Half, uint32_t a) {
   return of_pairs<__half2>(a, 0x38003800u, [](auto x, auto half) { return __hmul2_rn(x, half); });
 }
 
+template <class T, int kCount>
+__device__ __forceinline__ Run<T, kCount> halved(Run<T, kCount> run) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < (kCount + 1) / 2; ++i) run.word[i] = packed_half(T{}, run.word[i]);
+    return run;
+  } else {
+    T values[kCount];
+    widen_run(run, values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = multiply(values[i], T(0.5));
+    return round_to_run<T>(values);
+  }
+}
+
 // lateral + top, rounded, and then halved if `average`, rounded again.
 template <class T, int kCount>
 __device__ __forceinline__ Run<T, kCount> fused(const Run<T, kCount>& lateral, const Run<T, kCount>& top,
                                                 bool average) {
-  Run<T, kCount> out;
+  Run<T, kCount> sum;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < (kCount + 1) / 2; ++i) {
-      const uint32_t sum = packed_add(T{}, lateral.word[i], top.word[i]);
-      out.word[i] = average ? packed_half(T{}, sum) : sum;
-    }
+    for (int i = 0; i < (kCount + 1) / 2; ++i) sum.word[i] = packed_add(T{}, lateral.word[i], top.word[i]);
   } else {
     T left[kCount], right[kCount];
     widen_run(lateral, left), widen_run(top, right);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const T sum = add(left[i], right[i]);
-      left[i] = average ? multiply(sum, T(0.5)) : sum;
-    }
-    out = round_to_run<T>(left);
+    for (int i = 0; i < kCount; ++i) left[i] = add(left[i], right[i]);
+    sum = round_to_run<T>(left);
   }
-  return out;
+  return average ? halved(sum) : sum;
 }
 
 }  // namespace fpn_fast

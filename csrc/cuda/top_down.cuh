@@ -17,6 +17,7 @@
 
 #include "../common/resample.h"
 #include "launch.h"
+#include "runs.cuh"
 #include "vector.cuh"
 
 namespace fpn_fast {
@@ -49,6 +50,8 @@ constexpr int kTopDownThreads = 256;
 // Allows 80 registers: 24 warps on a multiprocessor. With 2 the compiler takes up to 124; without a bound it spills at
 // 64.
 constexpr int kTopDownBlocks = 3;
+// Bilinear has ten 16-byte loads in flight, so that fewer warps do.
+constexpr int kBilinearBlocks = 2;
 
 template <class T, bool kChannelsLast>
 LaunchConfig top_down_launch(Pathway<T>& pathway) {
@@ -152,11 +155,58 @@ __device__ __forceinline__ void merge_pixels(const Pathway<T>& pathway, int leve
   }
 }
 
-// The same with four taps per pixel, one pixel after the other: all at once would take four times the registers.
+// Two pixels of a row, bilinear, of vectorised maps: their ten loads are issued before the first value is used.
+template <class T>
+__device__ __forceinline__ void blend_two_pixels(const Pathway<T>& pathway, int64_t n, int64_t c, int y, int x0) {
+  const FeatureMap<const T>&lateral = pathway.lateral[0], &top = pathway.lateral[1];
+  const FeatureMap<T>& merged = pathway.merged[0];
+  const auto rows = bilinear_source(pathway.rows[0], y);
+  const T *above = top.at(n, c, rows.lo, 0), *below = top.at(n, c, rows.hi, 0);
+  const T* own = lateral.at(n, c, y, x0);
+  const bool two = x0 + 1 < merged.width;
+  Taps<acc_type<T>> cols[2];
+  Run<T, kVec<T>> laterals[2], taps[2][4];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    // The last pixel again where there is no second one.
+    const int step = two ? j : 0;
+    cols[j] = bilinear_source(pathway.cols[0], x0 + step);
+    const int64_t lo = cols[j].lo * top.stride_w, hi = cols[j].hi * top.stride_w;
+    laterals[j] = load_run<kVec<T>>(own + step * lateral.stride_w);
+    taps[j][0] = load_run<kVec<T>>(above + lo), taps[j][1] = load_run<kVec<T>>(above + hi);
+    taps[j][2] = load_run<kVec<T>>(below + lo), taps[j][3] = load_run<kVec<T>>(below + hi);
+  }
+  T* target = merged.at(n, c, y, x0);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    acc_type<T> values[4][kVec<T>], blend[kVec<T>];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) widen_run(taps[j][k], values[k]);
+#pragma unroll
+    for (int k = 0; k < kVec<T>; ++k) {
+      const acc_type<T> upper = cols[j].weight_lo * values[0][k] + cols[j].weight_hi * values[1][k];
+      const acc_type<T> lower = cols[j].weight_lo * values[2][k] + cols[j].weight_hi * values[3][k];
+      blend[k] = rows.weight_lo * upper + rows.weight_hi * lower;
+    }
+    widen_run(laterals[j], values[0]);
+#pragma unroll
+    for (int k = 0; k < kVec<T>; ++k) blend[k] += values[0][k];
+    auto sum = round_to_run<T>(blend);
+    if (pathway.average) sum = halved(sum);
+    if (j == 0 || two) store_run(target + j * merged.stride_w, sum);
+  }
+}
+
+// The same with four taps per pixel.
 template <class T>
 __device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0, int x0) {
   const FeatureMap<const T>&lateral = pathway.lateral[0], &top = pathway.lateral[1];
   const FeatureMap<T>& merged = pathway.merged[0];
+  if (lateral.vectorised && top.vectorised && merged.vectorised) {
+#pragma unroll 1
+    for (int y = y0; y < y0 + 2 && y < merged.height; ++y) blend_two_pixels(pathway, n, c, y, x0);
+    return;
+  }
   const int64_t left = merged.channels - c;
   const int count = left < kVec<T> ? static_cast<int>(left) : kVec<T>;
 #pragma unroll 1
@@ -169,7 +219,7 @@ __device__ __forceinline__ void merge_pixels_bilinear(const Pathway<T>& pathway,
     load(lateral.at(n, c, y, x), lateral.stride_c, count, lateral.vectorised, values);
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) blend[j] = 0;
-    // One row after the other, also to save registers.
+    // One row after the other, to save registers.
 #pragma unroll 1
     for (int row = 0; row < 2; ++row) {
       const int tap_y = row ? rows.hi : rows.lo;
@@ -228,7 +278,8 @@ __device__ __forceinline__ void merge_columns(const Pathway<T>& pathway, int lev
   }
 }
 
-// The same with four taps per pixel, one row after the other: both at once would take twice the registers.
+// The same with four taps per pixel, one row after the other: both at once would take twice the registers. All taps of
+// a row are loaded before the first is used.
 template <class T>
 __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0,
                                                        int x0) {
@@ -238,17 +289,25 @@ __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway
   const int count = left < kVec<T> ? left : kVec<T>;
 #pragma unroll 1
   for (int y = y0; y < y0 + 2 && y < merged.height; ++y) {
-    acc_type<T> values[kVec<T>];
-    load(lateral.at(n, c, y, x0), lateral.stride_w, count, lateral.vectorised, values);
     const auto rows = bilinear_source(pathway.rows[0], y);
     const T *above = top.at(n, c, rows.lo, 0), *below = top.at(n, c, rows.hi, 0);
+    T taps[kVec<T>][4];
+    acc_type<T> weights[kVec<T>];
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) {
-      if (j >= count) continue;
-      const auto cols = bilinear_source(pathway.cols[0], x0 + j);
+      // The last column again beyond it.
+      const auto cols = bilinear_source(pathway.cols[0], x0 + (j < count ? j : count - 1));
       const int64_t lo = cols.lo * top.stride_w, hi = cols.hi * top.stride_w;
-      const acc_type<T> upper = cols.weight_lo * to_acc(above[lo]) + cols.weight_hi * to_acc(above[hi]);
-      const acc_type<T> lower = cols.weight_lo * to_acc(below[lo]) + cols.weight_hi * to_acc(below[hi]);
+      taps[j][0] = above[lo], taps[j][1] = above[hi], taps[j][2] = below[lo], taps[j][3] = below[hi];
+      weights[j] = cols.weight_hi;
+    }
+    acc_type<T> values[kVec<T>];
+    load(lateral.at(n, c, y, x0), lateral.stride_w, count, lateral.vectorised, values);
+#pragma unroll
+    for (int j = 0; j < kVec<T>; ++j) {
+      const acc_type<T> weight_lo = 1 - weights[j];
+      const acc_type<T> upper = weight_lo * to_acc(taps[j][0]) + weights[j] * to_acc(taps[j][1]);
+      const acc_type<T> lower = weight_lo * to_acc(taps[j][2]) + weights[j] * to_acc(taps[j][3]);
       values[j] = fuse<T>(values[j], rows.weight_lo * upper + rows.weight_hi * lower, pathway.average);
     }
     store(merged.at(n, c, y, x0), merged.stride_w, count, merged.vectorised, values);
@@ -256,7 +315,7 @@ __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway
 }
 
 template <class T, bool kChannelsLast, bool kBilinear>
-__global__ void __launch_bounds__(kTopDownThreads, kTopDownBlocks)
+__global__ void __launch_bounds__(kTopDownThreads, kBilinear ? kBilinearBlocks : kTopDownBlocks)
     top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
   int level = 0;
   while (level + 2 < pathway.levels && blockIdx.x >= pathway.tiling[level + 1].first_block) ++level;

@@ -70,12 +70,66 @@ struct Weights {
   }
 };
 
+// The gradient of a source with bilinear weights, of `kCount` adjacent elements: two rows by four columns of the pixels
+// that read it are loaded before the first is used.
+template <class T, int kCount>
+__device__ __forceinline__ void gather_weighted(const Axis<acc_type<T>>& row_axis, const Axis<acc_type<T>>& col_axis,
+                                                const T* fine, int64_t stride_h, int64_t stride_w, Range rows, int y,
+                                                int x, acc_type<T> (&sum)[kCount]) {
+  constexpr int kRows = 2, kCols = 4;
+  const Range cols = targets<true>(col_axis, x);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) sum[k] = 0;
+#pragma unroll 1
+  for (int fine_x = cols.begin; fine_x < cols.end; fine_x += kCols) {
+    acc_type<T> col_weights[kCols];
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      col_weights[j] = fine_x + j < cols.end ? bilinear_weight(col_axis, fine_x + j, x) : 0;
+    }
+#pragma unroll 1
+    for (int fine_y = rows.begin; fine_y < rows.end; fine_y += kRows) {
+      Run<T, kCount> raw[kRows][kCols] = {};
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const T* row = fine + (fine_y + i) * stride_h;
+#pragma unroll
+        for (int j = 0; j < kCols; ++j) {
+          const bool reads = fine_y + i < rows.end && fine_x + j < cols.end;
+          if (reads) raw[i][j] = load_run<kCount>(row + (fine_x + j) * stride_w);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const acc_type<T> row_weight = fine_y + i < rows.end ? bilinear_weight(row_axis, fine_y + i, y) : 0;
+        acc_type<T> line[kCount] = {};
+#pragma unroll
+        for (int j = 0; j < kCols; ++j) {
+          acc_type<T> values[kCount];
+          widen_run(raw[i][j], values);
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) line[k] += col_weights[j] * values[k];
+        }
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) sum[k] += row_weight * line[k];
+      }
+    }
+  }
+}
+
 // The gradient of one source pixel by 16 bytes of channels.
 template <class T, bool kBilinear>
 __device__ __forceinline__ void gather_channels(const GradientPathway<T>& pathway, int level,
                                                 const FeatureMap<const T>& fine, int64_t n, int64_t c, int count, int y,
                                                 int x, acc_type<T> (&sum)[kVec<T>]) {
   const Range rows = targets<kBilinear>(pathway.rows[level - 1], y);
+  if constexpr (kBilinear) {
+    if (fine.vectorised) {
+      gather_weighted(pathway.rows[level - 1], pathway.cols[level - 1], fine.at(n, c, 0, 0), fine.stride_h,
+                      fine.stride_w, rows, y, x, sum);
+      return;
+    }
+  }
   const Range cols = targets<kBilinear>(pathway.cols[level - 1], x);
   if (!kBilinear && rows.end - rows.begin == 2 && cols.end - cols.begin == 2) {
     // A ratio of two, for which Float's four loads are in flight at once.
@@ -124,29 +178,30 @@ __device__ __forceinline__ void finish(const GradientPathway<T>& pathway, int le
   store(out.at(n, c, y, x), sum_stride, count, out.vectorised, sum);
 }
 
-// The gradient of one source pixel and channel, for maps whose columns cannot be read 16 bytes at a time.
+// The gradient of one source pixel and channel, for maps whose columns cannot be read 16 bytes at a time. `rows` read
+// it.
 template <class T, bool kBilinear>
 __device__ __forceinline__ void gather_pixel(const GradientPathway<T>& pathway, int level,
-                                             const FeatureMap<const T>& fine, int64_t n, int64_t c, int y, int x) {
+                                             const FeatureMap<const T>& fine, int64_t n, int64_t c, Range rows, int y,
+                                             int x) {
   const auto &row_axis = pathway.rows[level - 1], &col_axis = pathway.cols[level - 1];
-  const Range rows = targets<kBilinear>(row_axis, y);
-  const Range cols = targets<kBilinear>(col_axis, x);
-  const Weights<T, kBilinear> row_weight{row_axis, y}, col_weight{col_axis, x};
-  acc_type<T> sum = 0;
+  acc_type<T> sum[1] = {0};
+  if constexpr (kBilinear) {
+    gather_weighted(row_axis, col_axis, fine.at(n, c, 0, 0), fine.stride_h, fine.stride_w, rows, y, x, sum);
+  } else {
+    const Range cols = targets<kBilinear>(col_axis, x);
 #pragma unroll 1
-  for (int fine_y = rows.begin; fine_y < rows.end; ++fine_y) {
-    const T* row = fine.at(n, c, fine_y, 0);
-    const acc_type<T> weight_y = row_weight(fine_y);
+    for (int fine_y = rows.begin; fine_y < rows.end; ++fine_y) {
+      const T* row = fine.at(n, c, fine_y, 0);
 #pragma unroll 1
-    for (int fine_x = cols.begin; fine_x < cols.end; ++fine_x) {
-      sum += weight_y * col_weight(fine_x) * to_acc(row[fine_x * fine.stride_w]);
+      for (int fine_x = cols.begin; fine_x < cols.end; ++fine_x) sum[0] += to_acc(row[fine_x * fine.stride_w]);
     }
   }
   if (level < pathway.grads) {
-    sum += to_acc(*pathway.grad[level].at(n, c, y, x));
-    if (pathway.average) sum *= acc_type<T>(0.5);
+    sum[0] += to_acc(*pathway.grad[level].at(n, c, y, x));
+    if (pathway.average) sum[0] *= acc_type<T>(0.5);
   }
-  *pathway.sum[level].at(n, c, y, x) = Rounded<T>::from(sum);
+  *pathway.sum[level].at(n, c, y, x) = Rounded<T>::from(sum[0]);
 }
 
 // The gradients of 16 bytes of columns of one source row.
@@ -175,9 +230,10 @@ __device__ __forceinline__ void gather_columns(const GradientPathway<T>& pathway
     finish(pathway, level, n, c, y, x0, level < pathway.grads ? pathway.grad[level].stride_w : 0, 1, kVec<T>, sum);
     return;
   }
+  const Range rows = targets<kBilinear>(row_axis, y);
 #pragma unroll 1
   for (int x = x0; x < x0 + kVec<T> && x < out.width; ++x) {
-    gather_pixel<T, kBilinear>(pathway, level, fine, n, c, y, x);
+    gather_pixel<T, kBilinear>(pathway, level, fine, n, c, rows, y, x);
   }
 }
 
@@ -193,7 +249,7 @@ __device__ __forceinline__ Range region(const Axis<T>* axes, int coarsest, int l
 }
 
 template <class T, bool kChannelsLast, bool kBilinear>
-__global__ void __launch_bounds__(kTopDownThreads, kTopDownBlocks)
+__global__ void __launch_bounds__(kTopDownThreads, kBilinear ? kBilinearBlocks : kTopDownBlocks)
     top_down_backward_kernel(const __grid_constant__ GradientPathway<T> pathway) {
   const int coarsest = kBilinear ? 1 : pathway.levels - 1;
   const FeatureMap<T>& coarsest_map = pathway.sum[coarsest];

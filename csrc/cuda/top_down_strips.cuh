@@ -37,31 +37,39 @@ struct Strip {
   __device__ __forceinline__ unsigned first_column(int level) const {
     return (column * columns(level)) >> sharing(level);
   }
-  __device__ __forceinline__ bool has(int level, int i) const {
-    return kWide ||
-           (y * rows(level) + i < unsigned(sizes.height[level]) && first_column(level) < unsigned(sizes.width[level]));
+  // Of the rows of a level, those that the map has.
+  __device__ __forceinline__ int height(int level) const {
+    if constexpr (kWide) return rows(level);
+    const bool inside = first_column(level) < static_cast<unsigned>(sizes.width[level]);
+    return inside ? sizes.height[level] - static_cast<int>(y) * rows(level) : 0;
   }
-  __device__ __forceinline__ int64_t offset(int level, int i) const {
-    const int64_t first = kWide ? int64_t{row} * rows(level) : int64_t{plane} * sizes.height[level] + y * rows(level);
-    return (first + i) * sizes.width[level] + first_column(level);
+  // Of the first row. The next ones follow at 32-bit distances.
+  __device__ __forceinline__ int64_t offset(int level) const {
+    const int64_t first =
+        kWide ? int64_t{row} * rows(level) : int64_t{plane} * sizes.height[level] + int64_t{y} * rows(level);
+    return first * sizes.width[level] + first_column(level);
   }
 
   // Zero where there is no row or column.
   template <int kLevel>
   __device__ __forceinline__ Rows<kLevel> load(const T* map) const {
+    const T* first = map + offset(kLevel);
+    const int count = height(kLevel);
     Rows<kLevel> values{};
 #pragma unroll
     for (int i = 0; i < rows(kLevel); ++i) {
-      if (has(kLevel, i)) values.row[i] = load_run<columns(kLevel)>(map + offset(kLevel, i));
+      if (i < count) values.row[i] = load_run<columns(kLevel)>(first + i * sizes.width[kLevel]);
     }
     return values;
   }
   template <int kLevel>
   __device__ __forceinline__ void store(T* map, const Rows<kLevel>& values) const {
     if (column % (1u << sharing(kLevel)) != 0) return;
+    T* first = map + offset(kLevel);
+    const int count = height(kLevel);
 #pragma unroll
     for (int i = 0; i < rows(kLevel); ++i) {
-      if (has(kLevel, i)) store_run(map + offset(kLevel, i), values.row[i]);
+      if (i < count) store_run(first + i * sizes.width[kLevel], values.row[i]);
     }
   }
 };
