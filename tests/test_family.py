@@ -297,6 +297,16 @@ def test_every_backend_serves_a_member(backend):
             assert torch.equal(ours, theirs)
 
 
+def test_compiles_in_one_graph_and_keeps_channels_last():
+    name = "bfp"
+    module = build(name).eval().to(memory_format=torch.channels_last)
+    x = [each.detach().to(memory_format=torch.channels_last) for each in inputs(name)]
+    compiled = torch.compile(lambda *x: run(name, module, list(x)), fullgraph=True, backend="aot_eager")
+    for ours, traced in zip(run(name, module, x), compiled(*x), strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(traced, ours, rtol=1e-4, atol=1e-4)
+
+
 def test_the_callers_list_and_feature_info_stay():
     info, x = [{"num_chs": c, "reduction": 8 << i} for i, c in enumerate(CHANNELS[:3])], inputs("bifpn")
     module = effdet.BiFpn(effdet.BiFpnConfig(fpn_channels=8, fpn_cell_repeats=1), info)

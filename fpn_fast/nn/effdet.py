@@ -154,7 +154,7 @@ class _Node(nn.Module):
     def forward(self, x: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         fused = fused_activation(self.after_combine[0])
         summed = self.combine(x, size, fused)
-        return self.after_combine[1:](summed) if fused else self.after_combine(summed)
+        return self.after_combine.conv(summed) if fused else self.after_combine(summed)  # type: ignore[operator]
 
 
 class _Cell(nn.Module):
@@ -181,7 +181,8 @@ class BiFpn(nn.Module):
 
     Note:
         Images need not have the configured size, where effdet fails: each map has half the size of the one before,
-        rounded up. The list of maps and `feature_info` stay as they are, to which effdet appends.
+        rounded up. The list of maps and `feature_info` stay as they are, to which effdet appends. Under CUDA's autocast
+        effdet's sums are float32; ours have the dtype of their maps.
 
     Args:
         config: a configuration of effdet, or :class:`BiFpnConfig`. It is read for ``fpn_name`` or the nodes of
@@ -208,7 +209,7 @@ class BiFpn(nn.Module):
             raise ValueError(f"act_type must be one of {', '.join(ACTIVATIONS)}, got {config.act_type!r}")
         self.config = config
         levels, channels = config.num_levels, [int(info["num_chs"]) for info in feature_info]
-        self.num_inputs = len(channels)
+        self.num_levels, self.num_inputs = levels, len(channels)
         norm: Norm = functools.partial(config.norm_layer or nn.BatchNorm2d, **(config.norm_kwargs or {}))
         # Maps beyond the backbone's have a projection where channels differ, and half the size.
         self.resample = nn.Sequential()
