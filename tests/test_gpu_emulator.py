@@ -246,6 +246,7 @@ INTEGER = [
     ("PRMT R12, R4, R6, R8", lambda x: bytes_of(x, x.b)),
     ("SHF.L.U32 R12, R4, R6, RZ", lambda x: shifted(x, x.b, True, False, False, 32)),
     ("SHF.L.U64.HI R12, R4, R6, R8", lambda x: shifted(x, x.b, True, True, False, 64)),
+    ("SHF.L.W.U32.HI R12, R4, R6, R8", lambda x: shifted(x, x.b % 32, True, True, False, 32)),
     ("SHF.R.U32.HI R12, RZ, R6, R8", lambda x: shifted(x, x.b, False, True, False, 32)),
     ("SHF.R.S32.HI R12, RZ, R6, R8", lambda x: shifted(x, x.b, False, True, True, 32)),
     ("SHF.R.U64 R12, R4, R6, R8", lambda x: shifted(x, x.b, False, False, False, 64)),

@@ -559,8 +559,10 @@ void Executor::compute(const Instruction& ins) {
     case Opcode::kSHF: {
       const bool left = ins.has(M::kL), upper = ins.has(M::kHI), wide = ins.has(M::kU64) || ins.has(M::kS64);
       const bool is_signed = ins.has(M::kS32) || ins.has(M::kS64);
+      // With .W the amount wraps around; otherwise larger ones shift everything out.
+      const uint32_t mask = !ins.has(M::kW) ? ~0u : wide ? 63 : 31;
       return map<3>(ins, [=](uint32_t low, uint32_t by, uint32_t high) {
-        return funnel_shift(low, high, by, left, upper, is_signed, wide);
+        return funnel_shift(low, high, by & mask, left, upper, is_signed, wide);
       });
     }
     case Opcode::kSGXT:

@@ -112,7 +112,7 @@ const Entry kTable[] = {
     OP(S2UR, kUniform, kValue, kInteger, ""),
     OP(SEL, kAlu, kValue, kInteger, ""),
     OP(SGXT, kAlu, kValue, kInteger, "U32"),
-    OP(SHF, kAlu, kValue, kInteger, "L R HI U32 S32 U64 S64"),
+    OP(SHF, kAlu, kValue, kInteger, "L R W HI U32 S32 U64 S64"),
     OP(SHFL, kLsu, kValue, kInteger, "BFLY IDX UP DOWN"),
     OP(STG, kLsu, kNothing, kInteger, kMemory),
     OP(STL, kLsu, kNothing, kInteger, kMemory),
