@@ -197,7 +197,11 @@ class TestDetections(EmulatedBattery):
         "count_scores_kernel", "select_scores_kernel", "decode_candidates_kernel", "gather_detections_kernel",
         "box_probabilities_kernel", "decode_boxes_kernel", "keep_boxes_kernel", "box_detections_kernel",
     )  # fmt: skip
-    every_kernel = (*runs(["three_maps"], types=TYPES), *runs(["boxes-some"], types=("float32", "float64")))
+    # Only without a threshold are scores counted.
+    every_kernel = (
+        *runs(["three_maps", "centered_all"], types=TYPES),
+        *runs(["boxes-some"], types=("float32", "float64")),
+    )
 
     def calls(self, case, dtype, layouts):
         yield case.call(dtype, layouts)

@@ -39,7 +39,8 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Logits of `kinds` different values, or units apart; every tenth value of the maps bad where `bad`."""
+    """Logits of `kinds` different values, or units apart; or the first `high` 1 and the others 0; every tenth value of the
+    maps bad where `bad`."""
 
     sizes: tuple[tuple[int, int], ...] = ((9, 14), (5, 7), (1, 2))
     pre_nms_top_n: int = 60
@@ -47,6 +48,7 @@ class Case:
     batch: int = 2
     anchors: int = 3
     kinds: int = 0
+    high: int = 0
     bad: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -73,6 +75,8 @@ class Case:
             count = math.prod(shape)
             logits = torch.randperm(count, generator=generator).double()
             logits = logits % self.kinds - self.kinds // 2 if self.kinds else logits / count * 16 - 9
+            if self.high:
+                logits = (torch.arange(count) < self.high).double()
             codes = torch.randn(self.batch, 4 * self.anchors, height, width, generator=generator).double() * 0.3
             if self.bad:
                 for i, value in enumerate((NAN, INF, -INF)):
@@ -106,7 +110,8 @@ CASES = {
 CASES |= {
     # A level of two runs.
     "two_spans": Case(((56, 52), (5, 7)), batch=1, pre_nms_top_n=70),
-    # More logits in one bin than a block has room for.
+    # Spans of 4096 logits; more of them in one bin than a block has room for.
+    "long_spans": Case(((425, 426),), batch=1, high=5000, pre_nms_top_n=90),
     "many_ties": Case(((40, 41),), batch=1, kinds=2, pre_nms_top_n=900, post_nms_top_n=300),
     # More boxes of a level than one block suppresses, of spans that are not cut, some with bad deltas.
     "many_boxes": Case(((40, 41),), batch=1, kinds=700, bad=True, pre_nms_top_n=1500, post_nms_top_n=1500),

@@ -71,28 +71,31 @@ CASES = {
     "bad_numbers_offset": Case(200, groups=(1, 2), bad=True, convention="torchvision_offset"),
     "no_output": Case(70, max_output=0),
 }
-# A region of 2048 boxes and what follows it; a large group that begins within a chunk, among small ones.
+# One block per list; boxes of several chunks, in lists and groups; a group that reaches from the first region of 8192
+# boxes into the second.
 CASES |= {
-    "a_region": Case(1200, threshold=0.3),
-    "two_regions": Case(2100, side=900.0, threshold=0.3),
+    "many_images": Case(140, batch=64, counts=(140, 65, *[0] * 61, 3), threshold=0.3),
+    "many_chunks": Case(1200, threshold=0.3),
+    "many_windows": Case(2100, side=900.0, threshold=0.3),
     "many_groups": Case(1700, groups=(*[1] * 8, 2, 0), side=500.0, threshold=0.3),
+    "two_regions": Case(8320, groups=tuple(range(20)), side=400.0, threshold=0.3),
 }
-# More runs of 2048 than one merge takes.
-MANY_RUNS = Case(32 * 2048 + 70, side=2000.0, scores=900, sparse=60)
+# So much room that regions have 2048 boxes.
+SMALL_REGIONS = Case(2944, batch=63, counts=(2200, *[0] * 62), side=900.0, threshold=0.3)
 
 
 class TestSegmentedNms(EmulatedBattery):
-    cases: ClassVar = {**CASES, "many_runs": MANY_RUNS}
+    cases: ClassVar = {**CASES, "small_regions": SMALL_REGIONS}
     cpp = runs(CASES) + runs(("ties", "groups", "offset"), types=("float64",))
     triton = (
-        *runs(("one", "a_chunk_and_one", "everything_overlaps", "groups_and_counts", "mmcv", "offset", "a_region")),
+        *runs(("one", "a_chunk_and_one", "everything_overlaps", "groups_and_counts", "mmcv", "offset", "many_chunks")),
         "groups/channels_first/float64",
     )
     kernels = (
         "nms_scores_kernel", "nms_order_kernel", "nms_groups_kernel", "nms_candidates_kernel", "greedy_nms_kernel",
-        "nms_pairs_kernel", "nms_region_kernel", "nms_output_kernel",
+        "nms_pairs_kernel", "nms_suppress_kernel", "nms_decide_kernel", "nms_output_kernel",
     )  # fmt: skip
-    every_kernel = (*runs(["many_groups"], types=("float64", "float32")), "many_runs")
+    every_kernel = runs(["many_images", "groups", "small_regions"], types=("float64", "float32"))
 
     def calls(self, case, dtype, layouts):
         boxes, scores, groups, counts = case.inputs(dtype)

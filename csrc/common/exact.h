@@ -21,6 +21,11 @@ HOST_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 HOST_DEVICE double divide(double a, double b) { return __ddiv_rn(a, b); }
 HOST_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 HOST_DEVICE double square_root(double a) { return __dsqrt_rn(a); }
+// The second where the first is NaN. Of zeros of two signs they may return either.
+HOST_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+HOST_DEVICE double larger(double a, double b) { return fmax(a, b); }
+HOST_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+HOST_DEVICE double smaller(double a, double b) { return fmin(a, b); }
 #else
 HOST_DEVICE float multiply(float a, float b) { return a * b; }
 HOST_DEVICE double multiply(double a, double b) { return a * b; }
@@ -32,6 +37,10 @@ HOST_DEVICE float divide(float a, float b) { return a / b; }
 HOST_DEVICE double divide(double a, double b) { return a / b; }
 HOST_DEVICE float square_root(float a) { return std::sqrt(a); }
 HOST_DEVICE double square_root(double a) { return std::sqrt(a); }
+HOST_DEVICE float larger(float a, float b) { return a > b ? a : b; }
+HOST_DEVICE double larger(double a, double b) { return a > b ? a : b; }
+HOST_DEVICE float smaller(float a, float b) { return a < b ? a : b; }
+HOST_DEVICE double smaller(double a, double b) { return a < b ? a : b; }
 #endif
 
 }  // namespace fpn_fast

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts up to 2048 integers in shared memory. Each thread sorts eight of them, and then sorted runs are merged
-// pairwise. In a merge each thread writes eight results.
+// Sorts up to 2048 integers in shared memory by a bitonic sort (K. E. Batcher, "Sorting networks and their
+// applications", 1968). Each thread has eight neighbouring keys. Keys of a thread are compared in registers, those of a
+// warp by shuffles, and the rest through shared memory.
 #pragma once
+
+#include <cstdint>
 
 #include "../common/host_device.h"
 
@@ -9,76 +12,89 @@ namespace fpn_fast {
 
 // Eight warps. Shared memory (16 or 32 KB) then allows enough blocks to fill a multiprocessor.
 constexpr int kSortThreads = 256;
-// With fewer keys per thread a merge is mostly search. With more, sorting them costs more than the merges it saves.
 constexpr int kSortOwn = 8;
 constexpr int kSortItems = kSortThreads * kSortOwn;
 
-// Odd-even transposition, largest first.
 template <class Key>
-__device__ __forceinline__ void sort_own(Key (&items)[kSortOwn]) {
-#pragma unroll
-  for (int round = 0; round < kSortOwn; ++round) {
-#pragma unroll
-    for (int i = round % 2; i + 1 < kSortOwn; i += 2) {
-      const Key a = items[i], b = items[i + 1];
-      items[i] = a < b ? b : a;
-      items[i + 1] = a < b ? a : b;
-    }
+__device__ __forceinline__ Key exchanged(Key key, int lanes) {
+  if constexpr (sizeof(Key) == sizeof(uint64_t)) {
+    return __shfl_xor_sync(~0u, static_cast<unsigned long long>(key), lanes);
+  } else {
+    const auto high = static_cast<uint64_t>(key >> 64), low = static_cast<uint64_t>(key);
+    return Key{exchanged(high, lanes)} << 64 | exchanged(low, lanes);
   }
 }
 
-// Results [place, place + kSortOwn) of merging a[0, a_count) with b[0, b_count), all with the largest first.
-template <class Key>
-__device__ __forceinline__ void merge_own(const Key* a, int a_count, const Key* b, int b_count, int place,
-                                          Key (&items)[kSortOwn]) {
-  // Find how many of the first `place` results come from `a`.
-  int low = max(0, place - b_count), high = min(place, a_count);
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (a[middle] < b[place - 1 - middle]) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  int i = low, j = place - low;
+// One step of the sort within a thread. Key `k` is ordered with key `k + stride`, the larger one first if `descending`.
+template <int kStride, class Key, class Descending>
+__device__ __forceinline__ void order_own(Key (&items)[kSortOwn], const Descending& descending) {
 #pragma unroll
   for (int k = 0; k < kSortOwn; ++k) {
-    if (i + j >= a_count + b_count) break;
-    const bool from_b = i >= a_count || (j < b_count && a[i] < b[j]);
-    items[k] = from_b ? b[j] : a[i];
-    from_b ? ++j : ++i;
+    if ((k & kStride) != 0) continue;
+    const Key a = items[k], b = items[k + kStride];
+    const bool swaps = (a < b) == descending(k);
+    items[k] = swaps ? b : a, items[k + kStride] = swaps ? a : b;
   }
 }
 
 // Sorts keys[0, count), largest first. All threads of the block call it. It begins and ends with a barrier.
 template <class Key>
 __device__ __forceinline__ void sort_block(Key (&keys)[kSortItems], int count) {
-  const int first = threadIdx.x * kSortOwn;
+  const int thread = static_cast<int>(threadIdx.x), first = thread * kSortOwn;
+  // Keys past the end are zero, the smallest, and fill up to a power of two.
+  const int padded = count > kSortOwn ? 1 << (32 - __clz(count - 1)) : kSortOwn;
+  const int threads = padded / kSortOwn;
+  const bool idle = thread / 32 * 32 >= threads;
   Key items[kSortOwn] = {};
-  const auto store = [&] {
-#pragma unroll
-    for (int k = 0; k < kSortOwn; ++k) {
-      if (first + k < count) keys[first + k] = items[k];
-    }
-  };
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < kSortOwn; ++k) {
-    if (first + k < count) items[k] = keys[first + k];
+    // In any order, so that neighbouring threads read neighbouring keys.
+    const int i = k * threads + thread;
+    if (thread < threads && i < count) items[k] = keys[i];
   }
-  // Keys past the end are zero, the smallest.
-  sort_own(items);
-  store();
+  if (!idle) {
+    order_own<1>(items, [](int k) { return (k & 2) == 0; });
+    order_own<2>(items, [](int k) { return (k & 4) == 0; });
+    order_own<1>(items, [](int k) { return (k & 4) == 0; });
+    const auto of_thread = [&](int) { return (first & kSortOwn) == 0; };
+    order_own<4>(items, of_thread), order_own<2>(items, of_thread), order_own<1>(items, of_thread);
+  }
 #pragma unroll 1
-  for (int width = kSortOwn; width < count; width *= 2) {
-    __syncthreads();
-    const int begin = first & -(2 * width), middle = min(begin + width, count), end = min(begin + 2 * width, count);
-    if (first < count) {
-      merge_own(keys + begin, middle - begin, keys + middle, end - middle, first - begin, items);
+  for (int width = 2 * kSortOwn; width <= padded; width *= 2) {
+    // Bitonic halves become sorted runs of `width` keys, every other one with the smallest first.
+    const bool descending = (first & width) == 0;
+#pragma unroll 1
+    for (int stride = width / 2; stride >= kSortOwn; stride /= 2) {
+      const bool larger = ((first & stride) == 0) == descending;
+      const int lanes = stride / kSortOwn;
+      if (lanes < 32) {
+        if (idle) continue;
+#pragma unroll
+        for (int k = 0; k < kSortOwn; ++k) {
+          const Key other = exchanged(items[k], lanes);
+          if ((items[k] < other) == larger) items[k] = other;
+        }
+        continue;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kSortOwn; ++k) keys[k * kSortThreads + thread] = items[k];
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kSortOwn; ++k) {
+        const Key other = keys[k * kSortThreads + (thread ^ lanes)];
+        if ((items[k] < other) == larger) items[k] = other;
+      }
     }
-    __syncthreads();
-    store();
+    if (idle) continue;
+    const auto of_thread = [&](int) { return descending; };
+    order_own<4>(items, of_thread), order_own<2>(items, of_thread), order_own<1>(items, of_thread);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kSortOwn; ++k) {
+    if (first + k < count) keys[first + k] = items[k];
   }
   __syncthreads();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Region proposals: the highest logits of each level, their boxes, suppression per level, and the best of all levels.
-// This takes six launches for up to 1024 boxes per level. top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when
+// This takes seven launches for up to 8192 boxes per level. top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when
 // there are more.
 #pragma once
 
@@ -46,26 +46,25 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   using acc_t = acc_type<T>;
   const Candidates<acc_t>& candidates = decoding.candidates;
   const SortedRuns<RankKey<acc_t>>& runs = decoding.runs;
-  const RunElement element = run_element(runs);
-  const int64_t list = element.image * runs.lists + element.list, first = list * candidates.room;
-  const int64_t threads = (element.end - element.begin) * blocks_of_run(runs) * kMergeThreads;
-  const int64_t thread = (element.run - element.begin) * blocks_of_run(runs) * kMergeThreads + element.i;
-  for (int64_t place = thread; place < candidates.room; place += threads) prepare_place(candidates, list, place);
-  if (thread == 0) candidates.counts[list] = merged_count(runs, element);
-  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+  const MergeBlock block = merge_block(runs);
+  const int64_t list = block.image * runs.lists + block.list, first = list * candidates.room;
+  for (int place = block.thread(); place < candidates.room; place += block.threads()) {
+    prepare_place(candidates, list, place);
+  }
+  const int count = place_in_order(runs, block, [&](int rank, const RankKey<acc_t>& key) {
     const acc_t logit = number_of_key<acc_t>(key), probability = logistic(logit);
-    Box<acc_t> box = decoded_box(decoding.head, element.image, element.list, index_of_key(key));
+    Box<acc_t> box = decoded_box(decoding.head, block.image, block.list, index_of_key(key));
     const bool large = is_large_enough(box, decoding.min_size, decoding.strict_size);
     if (!large || !(probability >= decoding.score_thresh)) box.x1 = std::numeric_limits<acc_t>::quiet_NaN();
     candidates.boxes[first + rank] = box;
     decoding.scores[first + rank] = decoding.logits_out ? logit : probability;
   });
+  if (block.thread() == 0) candidates.counts[list] = count;
 }
 
 template <class acc_t>
 struct ProposalOutput {
   Candidates<acc_t> candidates;
-  const acc_t* candidate_scores;
   int levels;
   int64_t room;
   Box<acc_t>* boxes;  // [N, room]
@@ -84,16 +83,13 @@ __global__ void __launch_bounds__(kProposalThreads, 3)
   const int64_t image = blockIdx.x / blocks, thread = blockIdx.x % blocks * kProposalThreads + threadIdx.x;
   const int level = static_cast<int>(thread / candidates.room), number = static_cast<int>(thread % candidates.room);
   const int64_t first_list = image * output.levels;
-  const auto score_of = [&](int64_t list, int i) {
-    const int64_t first = list * candidates.room;
-    return output.candidate_scores[first + candidates.kept[first + i]];
-  };
-  int counts[kMaxProposalLevels];
+  const auto score_of = [&](int64_t list, int i) { return candidates.kept_scores[list * candidates.room + i]; };
+  int counts[kMaxProposalLevels], most = 0;
   int64_t total = 0;
 #pragma unroll
   for (int i = 0; i < kMaxProposalLevels; ++i) {
     counts[i] = i < output.levels ? candidates.kept_counts[(first_list + i) * candidates.room] : 0;
-    total += counts[i];
+    total += counts[i], most = max(most, counts[i]);
   }
   total = min(total, output.room);
   if (thread == 0) output.counts[image] = total;
@@ -103,9 +99,11 @@ __global__ void __launch_bounds__(kProposalThreads, 3)
   }
   if (level >= output.levels || number >= candidates.kept_counts[(first_list + level) * candidates.room]) return;
   const acc_t score = score_of(first_list + level, number);
+  const int64_t list = (first_list + level) * candidates.room;
+  const Box<acc_t> box = candidates.boxes[list + candidates.kept[list + number]];
   int found[kMaxProposalLevels] = {};
 #pragma unroll 1
-  for (int step = 1 << (31 - __clz(candidates.room)); step > 0; step /= 2) {
+  for (int step = 1 << (31 - __clz(most)); step > 0; step /= 2) {
 #pragma unroll
     for (int i = 0; i < kMaxProposalLevels; ++i) {
       const int next = found[i] + step;
@@ -118,8 +116,7 @@ __global__ void __launch_bounds__(kProposalThreads, 3)
 #pragma unroll
   for (int i = 0; i < kMaxProposalLevels; ++i) rank += found[i];
   if (rank >= output.room) return;
-  const int64_t list = (first_list + level) * candidates.room;
-  output.boxes[first + rank] = candidates.boxes[list + candidates.kept[list + number]];
+  output.boxes[first + rank] = box;
   output.scores[first + rank] = score;
 }
 
@@ -150,7 +147,8 @@ ProposalPlan<T> plan_proposals(Scratch& scratch, const ProposalArguments<T>& arg
   decoding.strict_size = arguments.strict_size, decoding.logits_out = arguments.logits_out;
   decoding.candidates = plan_candidates<acc_t>(scratch, images * levels, limit, false, false, arguments.rule);
   const int64_t room = decoding.candidates.room;
-  decoding.scores = scratch.take<acc_t>(images * levels * room);
+  decoding.candidates.scores = decoding.scores = scratch.take<acc_t>(images * levels * room);
+  decoding.candidates.kept_scores = scratch.take<acc_t>(images * levels * room);
   decoding.head.cells = plan.cells = scratch.take<Box<acc_t>>(levels * anchors);
   plan.selection = plan_selection<T>(scratch, objectness, limit, room, -std::numeric_limits<acc_t>::infinity(), true);
   decoding.runs = plan.selection.runs;
@@ -167,14 +165,12 @@ void propose_in_launches(const ProposalPlan<T>& plan, const std::vector<Box<acc_
   set_up_in_launches(plan.cells, cells, plan.selection.bins, images * levels * kBins, launch);
   select_in_launches(plan.selection, launch);
   merge_in_launches(plan.merges, images, launch);
-  launch(decode_proposals_kernel<T>, LaunchConfig{blocks_of_runs(plan.decoding.runs, images), kMergeThreads},
-         plan.decoding);
+  launch(decode_proposals_kernel<T>, merge_config(plan.decoding.runs, images), plan.decoding);
   const Candidates<acc_t>& candidates = plan.decoding.candidates;
   suppress_in_launches(candidates, launch);
   launch(merge_proposals_kernel<acc_t>,
          LaunchConfig{images * ceil_div(levels * candidates.room, kProposalThreads), kProposalThreads},
-         ProposalOutput<acc_t>{candidates, plan.decoding.scores, static_cast<int>(levels), plan.post_nms_top_n, boxes,
-                               scores, counts});
+         ProposalOutput<acc_t>{candidates, static_cast<int>(levels), plan.post_nms_top_n, boxes, scores, counts});
 }
 
 }  // namespace fpn_fast

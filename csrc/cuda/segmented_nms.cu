@@ -18,7 +18,10 @@ struct Cuda {
     if (input.batch == 0) return;
     run_planned(
         boxes, [&](Scratch& scratch) { return plan_nms(scratch, input, rule); },
-        [&](const NmsPlan<acc_t>& plan, const auto& launch) { nms_in_launches(plan, max_output, keep, kept, launch); });
+        [&](const NmsPlan<acc_t>& plan, const auto& launch) {
+          const NmsOutput<int64_t> output{nms_in_launches(plan, launch), max_output, keep, kept};
+          launch(nms_output_kernel<int64_t>, LaunchConfig{input.batch, kNmsThreads}, output);
+        });
   }
 };
 
@@ -30,7 +33,8 @@ const RegisterKernels kernels([](KernelTable& table) {
     table.add("nms_candidates_kernel<" + type + ">", &nms_candidates_kernel<T>, kMergeThreads);
     table.add("greedy_nms_kernel<" + type + ">", &greedy_nms_kernel<T>, kNmsThreads);
     table.add("nms_pairs_kernel<" + type + ">", &nms_pairs_kernel<T>, kNmsThreads);
-    table.add("nms_region_kernel<" + type + ">", &nms_region_kernel<T>, kNmsThreads);
+    table.add("nms_suppress_kernel<" + type + ">", &nms_suppress_kernel<T>, kNmsThreads);
+    table.add("nms_decide_kernel<" + type + ">", &nms_decide_kernel<T>, kDecideThreads);
   });
   table.add("merge_runs_kernel<uint64>", &merge_runs_kernel<uint64_t>, kMergeThreads);
   table.add("merge_runs_kernel<uint128>", &merge_runs_kernel<unsigned __int128>, kMergeThreads);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Segmented NMS. Boxes are sorted by score, and then by group if there are groups. They are suppressed, and the kept
-// ones are listed by score. For up to 1024 boxes this takes four launches without groups and six with them.
+// ones are listed by score. For up to 8192 boxes this takes five launches without groups and seven with them.
 // sorted_runs.cuh and greedy_nms.cuh say when there are more.
 #pragma once
 
@@ -81,17 +81,24 @@ __global__ void __launch_bounds__(kSortThreads, 3)
   if (input.counts != nullptr) count = min(max(input.counts[image], int64_t{0}), input.room);
   const int length = static_cast<int>(min(max(count - first, int64_t{0}), int64_t{kSortItems}));
   acc_t largest = -std::numeric_limits<acc_t>::infinity();
+  // All loads before the first store, so that they overlap.
+  RankKey<acc_t> own[kSortOwn];
 #pragma unroll
   for (int k = 0; k < kSortOwn; ++k) {
     const int i = k * kSortThreads + threadIdx.x;
-    if (i >= length) break;
     const int64_t index = image * input.room + first + i;
-    const Box<acc_t> box = input.boxes[index];
-    const acc_t score = input.scores[index];
+    Box<acc_t> box{};
+    acc_t score = std::numeric_limits<acc_t>::quiet_NaN();
+    if (i < length) box = input.boxes[index], score = input.scores[index];
     const bool there = is_finite(box) && is_finite(score);
-    keys[i] = there ? rank_key(score, static_cast<uint32_t>(first + i)) : RankKey<acc_t>{0};
+    own[k] = there ? rank_key(score, static_cast<uint32_t>(first + i)) : RankKey<acc_t>{0};
     if (!there) continue;
     for (const acc_t value : {box.x1, box.y1, box.x2, box.y2}) largest = value > largest ? value : largest;
+  }
+#pragma unroll
+  for (int k = 0; k < kSortOwn; ++k) {
+    const int i = k * kSortThreads + threadIdx.x;
+    if (i < length) keys[i] = own[k];
   }
   if (sorting.largest != nullptr) {
     largest = largest_of_block(largest);
@@ -120,23 +127,21 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   const NmsInput<acc_t>& input = sorting.input;
   const Candidates<acc_t>& candidates = sorting.candidates;
   const SortedRuns<RankKey<acc_t>>& runs = sorting.by_score;
-  const RunElement element = run_element(runs);
-  const int64_t first = element.image * candidates.room;
-  const int64_t threads = runs.first[1] * blocks_of_run(runs) * kMergeThreads;
-  const int64_t thread = element.run * blocks_of_run(runs) * kMergeThreads + element.i;
-  for (int64_t place = thread; place < candidates.room; place += threads) {
-    prepare_place(candidates, element.image, place);
+  const MergeBlock block = merge_block(runs);
+  const int64_t first = block.image * candidates.room, first_box = block.image * input.room;
+  for (int place = block.thread(); place < candidates.room; place += block.threads()) {
+    prepare_place(candidates, block.image, place);
   }
-  if (thread == 0) candidates.counts[element.image] = merged_count(runs, element);
-  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+  const int count = place_in_order(runs, block, [&](int rank, const RankKey<acc_t>& key) {
     const int64_t index = index_of_key(key);
     sorting.order[first + rank] = static_cast<int>(index);
     if (input.labelled()) return;
-    const Box<acc_t> box = input.boxes[element.image * input.room + index];
+    const Box<acc_t> box = input.boxes[first_box + index];
     const bool moves = sorting.largest != nullptr;
     candidates.boxes[first + rank] =
-        moves ? moved_by_group(sorting, element.image, input.groups[element.image * input.room + index], box) : box;
+        moves ? moved_by_group(sorting, block.image, input.groups[first_box + index], box) : box;
   });
+  if (block.thread() == 0) candidates.counts[block.image] = count;
 }
 
 // A block sorts 2048 ranks by group.
@@ -149,8 +154,17 @@ __global__ void __launch_bounds__(kSortThreads, 3)
   const int first = static_cast<int>(blockIdx.x % runs) * kSortItems;
   const int length = min(max(sorting.candidates.counts[image] - first, 0), kSortItems);
   const int* order = sorting.order + image * sorting.candidates.room + first;
-  for (int i = threadIdx.x; i < length; i += kSortThreads) {
-    keys[i] = group_key(sorting.input.groups[image * sorting.input.room + order[i]], static_cast<uint32_t>(first + i));
+  // All loads before the first store, so that they overlap.
+  int64_t groups[kSortOwn];
+#pragma unroll
+  for (int k = 0; k < kSortOwn; ++k) {
+    const int i = k * kSortThreads + threadIdx.x;
+    groups[k] = i < length ? sorting.input.groups[image * sorting.input.room + order[i]] : 0;
+  }
+#pragma unroll
+  for (int k = 0; k < kSortOwn; ++k) {
+    const int i = k * kSortThreads + threadIdx.x;
+    if (i < length) keys[i] = group_key(groups[k], static_cast<uint32_t>(first + i));
   }
   sort_run(sorting.by_group, blockIdx.x, keys, length);
 }
@@ -160,43 +174,44 @@ template <class acc_t>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     nms_candidates_kernel(const __grid_constant__ NmsSorting<acc_t> sorting) {
   const Candidates<acc_t>& candidates = sorting.candidates;
-  const RunElement element = run_element(sorting.by_group);
-  const int64_t first = element.image * candidates.room;
-  place_in_runs(sorting.by_group, element, [&](int place, const GroupKey& key) {
+  const MergeBlock block = merge_block(sorting.by_group);
+  const int64_t first = block.image * candidates.room;
+  place_in_order(sorting.by_group, block, [&](int place, const GroupKey& key) {
     const int rank = static_cast<int>(index_of_key(key));
     candidates.labels[first + place] = group_of_key(key);
     candidates.ranks[first + place] = rank;
     candidates.boxes[first + place] =
-        sorting.input.boxes[element.image * sorting.input.room + sorting.order[first + rank]];
+        sorting.input.boxes[block.image * sorting.input.room + sorting.order[first + rank]];
   });
 }
 
-template <class Index>
-struct NmsOutput {
+// The kept boxes of an image, by score.
+struct KeptRanks {
   const uint8_t* flags;  // [batch, room]
   const int* order;      // [batch, room]
-  int64_t room, max_output;
-  Index *keep, *counts;  // [batch, max_output], [batch]
+  int64_t room;
 };
 
 // Flags of one 16-byte access.
 constexpr int kFlagsOwn = 16;
 
-// A block lists an image's kept boxes by score and writes the padding.
-template <class Index>
-__global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid_constant__ NmsOutput<Index> output) {
-  __shared__ int counts[2][kNmsWarps];
+// Calls `write(i, index)` for the i-th kept box of an image, for i below `limit`. Returns the number of calls. All
+// threads of the block call it.
+template <class Write>
+__device__ __forceinline__ int64_t write_by_score(const KeptRanks& ranks, int64_t image, int64_t limit,
+                                                  const Write& write) {
+  __shared__ int sums[kNmsWarps];
+  __shared__ int places[kNmsThreads * kFlagsOwn];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t image = blockIdx.x;
-  Index* keep = output.keep + image * output.max_output;
+  const uint8_t* all = ranks.flags + image * ranks.room;
+  const int* order = ranks.order + image * ranks.room;
   int64_t found = 0;
-  int turn = 0;
 #pragma unroll 1
-  for (int64_t first = 0; first < output.room && found < output.max_output; first += kNmsThreads * kFlagsOwn) {
-    const int64_t place = first + threadIdx.x * kFlagsOwn;
+  for (int64_t first = 0; first < ranks.room && found < limit; first += kNmsThreads * kFlagsOwn) {
+    const int place = threadIdx.x * kFlagsOwn;
     uint4 flags{0, 0, 0, 0};
     // `room` is a multiple of 64.
-    if (place < output.room) flags = *reinterpret_cast<const uint4*>(output.flags + image * output.room + place);
+    if (first + place < ranks.room) flags = *reinterpret_cast<const uint4*>(all + first + place);
     const int own = __popc(flags.x) + __popc(flags.y) + __popc(flags.z) + __popc(flags.w);
     int before = own;
 #pragma unroll
@@ -204,24 +219,43 @@ __global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid
       const int other = __shfl_up_sync(~0u, before, delta);
       if (lane >= delta) before += other;
     }
-    if (lane == 31) counts[turn][warp] = before;
+    if (lane == 31) sums[warp] = before;
     __syncthreads();
-    int64_t target = found + before - own;
+    int target = before - own, here = 0;
+#pragma unroll
     for (int i = 0; i < kNmsWarps; ++i) {
-      if (i < warp) target += counts[turn][i];
-      found += counts[turn][i];
+      if (i < warp) target += sums[i];
+      here += sums[i];
     }
-    // The two sets alternate, so that one barrier per turn is enough.
-    turn = 1 - turn;
     const unsigned words[4] = {flags.x, flags.y, flags.z, flags.w};
 #pragma unroll
     for (int i = 0; i < kFlagsOwn; ++i) {
-      if ((words[i / 4] >> i % 4 * 8 & 1) == 0) continue;
-      if (target < output.max_output) keep[target] = output.order[image * output.room + place + i];
-      ++target;
+      if ((words[i / 4] >> i % 4 * 8 & 1) != 0) places[target++] = place + i;
     }
+    __syncthreads();
+    // Neighbouring threads write neighbours, and their loads overlap.
+    for (int i = threadIdx.x; i < here && found + i < limit; i += kNmsThreads) {
+      write(found + i, order[first + places[i]]);
+    }
+    found += here;
   }
-  found = min(found, output.max_output);
+  return min(found, limit);
+}
+
+template <class Index>
+struct NmsOutput {
+  KeptRanks ranks;
+  int64_t max_output;
+  Index *keep, *counts;  // [batch, max_output], [batch]
+};
+
+// A block lists an image's kept boxes by score and writes the padding.
+template <class Index>
+__global__ void __launch_bounds__(kNmsThreads, 4) nms_output_kernel(const __grid_constant__ NmsOutput<Index> output) {
+  const int64_t image = blockIdx.x;
+  Index* keep = output.keep + image * output.max_output;
+  const int64_t found =
+      write_by_score(output.ranks, image, output.max_output, [&](int64_t i, int index) { keep[i] = index; });
   for (int64_t i = found + threadIdx.x; i < output.max_output; i += kNmsThreads) keep[i] = -1;
   if (threadIdx.x == 0) output.counts[image] = found;
 }
@@ -263,21 +297,19 @@ void sort_in_launches(const NmsPlan<acc_t>& plan, const Launch& launch) {
   const int64_t batch = first.input.batch;
   launch(nms_scores_kernel<acc_t>, LaunchConfig{batch * first.by_score.first[1], kSortThreads}, first);
   merge_in_launches(plan.score_merges, batch, launch);
-  launch(nms_order_kernel<acc_t>, LaunchConfig{blocks_of_runs(last.by_score, batch), kMergeThreads}, last);
+  launch(nms_order_kernel<acc_t>, merge_config(last.by_score, batch), last);
   if (!first.input.labelled()) return;
   launch(nms_groups_kernel<acc_t>, LaunchConfig{batch * first.by_group.first[1], kSortThreads}, first);
   merge_in_launches(plan.group_merges, batch, launch);
-  launch(nms_candidates_kernel<acc_t>, LaunchConfig{blocks_of_runs(last.by_group, batch), kMergeThreads}, last);
+  launch(nms_candidates_kernel<acc_t>, merge_config(last.by_group, batch), last);
 }
 
 template <class acc_t, class Launch>
-void nms_in_launches(const NmsPlan<acc_t>& plan, int64_t max_output, int64_t* keep, int64_t* counts,
-                     const Launch& launch) {
+KeptRanks nms_in_launches(const NmsPlan<acc_t>& plan, const Launch& launch) {
   const Candidates<acc_t>& candidates = plan.first.candidates;
   sort_in_launches(plan, launch);
   suppress_in_launches(candidates, launch);
-  launch(nms_output_kernel<int64_t>, LaunchConfig{plan.first.input.batch, kNmsThreads},
-         NmsOutput<int64_t>{candidates.flags, plan.first.order, candidates.room, max_output, keep, counts});
+  return {candidates.flags, plan.first.order, candidates.room};
 }
 
 }  // namespace fpn_fast

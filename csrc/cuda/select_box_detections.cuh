@@ -96,22 +96,22 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   const BoxHeads<acc_t>& heads = decoding.heads;
   const Candidates<acc_t>& candidates = decoding.candidates;
   const SortedRuns<RankKey<acc_t>>& runs = decoding.runs;
-  const RunElement element = run_element(runs);
-  const int64_t list = element.image, first = list * candidates.room;
-  const int64_t threads = runs.first[1] * blocks_of_run(runs) * kMergeThreads;
-  const int64_t thread = element.run * blocks_of_run(runs) * kMergeThreads + element.i;
-  for (int64_t place = thread; place < candidates.room; place += threads) prepare_place(candidates, list, place);
-  for (int64_t box = thread; box < heads.room; box += threads) {
+  const MergeBlock block = merge_block(runs);
+  const int64_t list = block.image, first = list * candidates.room;
+  for (int place = block.thread(); place < candidates.room; place += block.threads()) {
+    prepare_place(candidates, list, place);
+  }
+  for (int64_t box = block.thread(); box < heads.room; box += block.threads()) {
     decoding.probabilities[list * heads.room + box] = std::numeric_limits<acc_t>::quiet_NaN();
   }
-  if (thread == 0) candidates.counts[list] = merged_count(runs, element);
   const int64_t image = list / (heads.classes - 1), label = list % (heads.classes - 1) + 1;
-  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+  const int count = place_in_order(runs, block, [&](int rank, const RankKey<acc_t>& key) {
     const int box = static_cast<int>(index_of_key(key));
     candidates.boxes[first + rank] = decoded_box(heads, image, box, label);
     decoding.sources[first + rank] = box;
     decoding.scores[first + rank] = number_of_key<acc_t>(key);
   });
+  if (block.thread() == 0) candidates.counts[list] = count;
 }
 
 template <class acc_t>
@@ -138,20 +138,17 @@ template <class acc_t>
 __global__ void __launch_bounds__(kMergeThreads, 3)
     box_detections_kernel(const __grid_constant__ BoxOutput<acc_t> output) {
   const SortedRuns<RankKey<acc_t>>& runs = output.runs;
-  const RunElement element = run_element(runs);
-  const int64_t threads = runs.first[1] * blocks_of_run(runs) * kMergeThreads;
-  const int64_t thread = element.run * blocks_of_run(runs) * kMergeThreads + element.i;
-  const int count = merged_count(runs, element);
-  for (int64_t place = count + thread; place < output.tables.room; place += threads) {
-    output.tables.clear(element.image, place);
-  }
-  if (thread == 0) output.tables.counts[element.image] = count;
-  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+  const MergeBlock block = merge_block(runs);
+  const int count = place_in_order(runs, block, [&](int rank, const RankKey<acc_t>& key) {
     const int64_t pair = index_of_key(key), classes = output.heads.classes - 1;
     const int64_t box = pair / classes, label = pair % classes + 1;
-    output.tables.write(element.image, rank, decoded_box(output.heads, element.image, box, label),
+    output.tables.write(block.image, rank, decoded_box(output.heads, block.image, box, label),
                         number_of_key<acc_t>(key), label);
   });
+  for (int64_t place = count + block.thread(); place < output.tables.room; place += block.threads()) {
+    output.tables.clear(block.image, place);
+  }
+  if (block.thread() == 0) output.tables.counts[block.image] = count;
 }
 
 template <class acc_t>
@@ -203,14 +200,13 @@ void detect_in_launches(const BoxPlan<acc_t>& plan, const DetectionTables<acc_t>
          LaunchConfig{(heads.batch * heads.room + kBoxWarps - 1) / kBoxWarps, kBoxThreads}, plan.scoring);
   select_in_launches(plan.of_classes, launch);
   merge_in_launches(plan.class_merges, candidates.lists, launch);
-  launch(decode_boxes_kernel<acc_t>, LaunchConfig{blocks_of_runs(plan.decoding.runs, candidates.lists), kMergeThreads},
-         plan.decoding);
+  launch(decode_boxes_kernel<acc_t>, merge_config(plan.decoding.runs, candidates.lists), plan.decoding);
   suppress_in_launches(candidates, launch);
   const int64_t blocks = (candidates.room + kBoxThreads - 1) / kBoxThreads;
   launch(keep_boxes_kernel<acc_t>, LaunchConfig{candidates.lists * blocks, kBoxThreads}, plan.decoding);
   select_in_launches(plan.of_images, launch);
   merge_in_launches(plan.image_merges, heads.batch, launch);
-  launch(box_detections_kernel<acc_t>, LaunchConfig{blocks_of_runs(plan.detections, heads.batch), kMergeThreads},
+  launch(box_detections_kernel<acc_t>, merge_config(plan.detections, heads.batch),
          BoxOutput<acc_t>{heads, plan.detections, tables});
 }
 

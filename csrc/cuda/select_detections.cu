@@ -34,7 +34,7 @@ const RegisterKernels kernels([](KernelTable& table) {
     table.add("decode_candidates_kernel<" + type + ">", &decode_candidates_kernel<T>, kMergeThreads);
   });
   for_box_types([&]<class T>(const std::string& type) {
-    table.add("gather_detections_kernel<" + type + ">", &gather_detections_kernel<T>, kDetectionThreads);
+    table.add("gather_detections_kernel<" + type + ">", &gather_detections_kernel<T>, kNmsThreads);
   });
 });
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Detections of a dense head: the best logits of each level above a threshold, their boxes, class-aware suppression
-// over all levels, and the best of an image. This takes eleven launches for up to 1024 candidates per image.
+// over all levels, and the best of an image. This takes eleven launches for up to 8192 candidates per image.
 // top_logits.cuh, sorted_runs.cuh and greedy_nms.cuh say when there are more.
 #pragma once
 
@@ -26,8 +26,6 @@
 #include "top_logits.cuh"
 
 namespace fpn_fast {
-
-constexpr int kDetectionThreads = 256;
 
 // Logits that are ranked together with the centerness of their position.
 template <class T>
@@ -56,6 +54,8 @@ struct RankedByScore {
     const acc_t score = centered_score(logit, logistic(center));
     return score >= selection.lowest_score ? score : kNone;
   }
+
+  __device__ __forceinline__ acc_t bound(int) const { return selection.logits.lowest; }
 };
 
 template <class T>
@@ -91,22 +91,20 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
     decode_candidates_kernel(const __grid_constant__ CandidateDecoding<T> decoding) {
   using acc_t = acc_type<T>;
   const SortedRuns<RankKey<acc_t>>& runs = decoding.runs;
-  const RunElement element = run_element(runs);
-  const int64_t first = element.image * decoding.first[runs.lists] + decoding.first[element.list];
-  const int room = decoding.first[element.list + 1] - decoding.first[element.list];
-  const int64_t threads = (element.end - element.begin) * blocks_of_run(runs) * kMergeThreads;
-  const int64_t thread = (element.run - element.begin) * blocks_of_run(runs) * kMergeThreads + element.i;
-  for (int64_t place = merged_count(runs, element) + thread; place < room; place += threads) {
-    decoding.boxes[first + place] = {0, 0, 0, 0};
-    decoding.scores[first + place] = std::numeric_limits<acc_t>::quiet_NaN();
-  }
-  place_in_runs(runs, element, [&](int rank, const RankKey<acc_t>& key) {
+  const MergeBlock block = merge_block(runs);
+  const int64_t first = block.image * decoding.first[runs.lists] + decoding.first[block.list];
+  const int room = decoding.first[block.list + 1] - decoding.first[block.list];
+  const int count = place_in_order(runs, block, [&](int rank, const RankKey<acc_t>& key) {
     const uint32_t index = index_of_key(key);
     const acc_t number = number_of_key<acc_t>(key);
-    decoding.boxes[first + rank] = decoded_box(decoding.head, element.image, element.list, index / decoding.classes);
+    decoding.boxes[first + rank] = decoded_box(decoding.head, block.image, block.list, index / decoding.classes);
     decoding.scores[first + rank] = decoding.scored ? number : logistic(number);
     decoding.labels[first + rank] = index % decoding.classes;
   });
+  for (int place = count + block.thread(); place < room; place += block.threads()) {
+    decoding.boxes[first + place] = {0, 0, 0, 0};
+    decoding.scores[first + place] = std::numeric_limits<acc_t>::quiet_NaN();
+  }
 }
 
 template <class acc_t>
@@ -114,21 +112,23 @@ struct DetectionGathering {
   const Box<acc_t>* boxes;  // [images, places]
   const acc_t* scores;
   const int64_t* labels;
-  const int64_t* keep;  // [images, tables.room]
-  int64_t images, places;
+  int64_t places;
+  KeptRanks ranks;
   DetectionTables<acc_t> tables;
 };
 
+// A block writes an image's kept candidates by score, and the padding.
 template <class acc_t>
-__global__ void __launch_bounds__(kDetectionThreads)
+__global__ void __launch_bounds__(kNmsThreads)
     gather_detections_kernel(const __grid_constant__ DetectionGathering<acc_t> gathering) {
   const DetectionTables<acc_t>& tables = gathering.tables;
-  const int64_t thread = int64_t{blockIdx.x} * kDetectionThreads + threadIdx.x;
-  if (thread >= gathering.images * tables.room) return;
-  const int64_t image = thread / tables.room, place = thread % tables.room;
-  const int64_t kept = gathering.keep[thread], source = image * gathering.places + kept;
-  if (kept < 0) return tables.clear(image, place);
-  tables.write(image, place, gathering.boxes[source], gathering.scores[source], gathering.labels[source]);
+  const int64_t image = blockIdx.x;
+  const int64_t found = write_by_score(gathering.ranks, image, tables.room, [&](int64_t place, int index) {
+    const int64_t source = image * gathering.places + index;
+    tables.write(image, place, gathering.boxes[source], gathering.scores[source], gathering.labels[source]);
+  });
+  for (int64_t place = found + threadIdx.x; place < tables.room; place += kNmsThreads) tables.clear(image, place);
+  if (threadIdx.x == 0) tables.counts[image] = found;
 }
 
 template <class T>
@@ -140,7 +140,6 @@ struct DetectionPlan {
   CandidateDecoding<T> decoding;
   NmsPlan<acc_t> nms;
   Box<acc_t>* cells;
-  int64_t* keep;
 };
 
 template <class T>
@@ -167,7 +166,9 @@ DetectionPlan<T> plan_detections(Scratch& scratch, const DenseHeads<T>& heads) {
   // A bound for the highest centerness.
   const acc_t lowest = decoding.scored ? logit_bound(heads.lowest, acc_t(1)) : heads.lowest;
   const int64_t room = (std::max<int64_t>(limit, 1) + kNmsChunk - 1) / kNmsChunk * kNmsChunk;
-  selection.logits = plan_selection<T>(scratch, heads.logits, limit, room, lowest, true);
+  // Few logits pass a threshold, and then counting takes longer than it saves. A probability of 1e-3 is none.
+  const bool counted = !(lowest > acc_t(-7));
+  selection.logits = plan_selection<T>(scratch, heads.logits, limit, room, lowest, counted);
   decoding.runs = selection.logits.runs;
   plan.merges = plan_merges(scratch, images, room, decoding.runs);
 
@@ -176,7 +177,6 @@ DetectionPlan<T> plan_detections(Scratch& scratch, const DenseHeads<T>& heads) {
   decoding.labels = scratch.take<int64_t>(images * all);
   const NmsInput<acc_t> input{decoding.boxes, decoding.scores, decoding.labels, nullptr, images, all, false};
   plan.nms = plan_nms(scratch, input, make_overlap_rule<acc_t>(heads.nms_thresh, NmsConvention::kDivision));
-  plan.keep = scratch.take<int64_t>(images * heads.max_detections);
   return plan;
 }
 
@@ -186,21 +186,20 @@ void detect_in_launches(const DetectionPlan<T>& plan, const std::vector<Box<acc_
   const CandidateDecoding<T>& decoding = plan.decoding;
   const LogitSelection<T>& logits = plan.selection.logits;
   const int64_t images = logits.images, levels = logits.runs.lists;
-  set_up_in_launches(plan.cells, cells, logits.bins, images * levels * kBins, launch);
+  const bool counted = logits.bins != nullptr;
+  set_up_in_launches(plan.cells, cells, logits.bins, counted ? images * levels * kBins : 0, launch);
   if (decoding.scored) {
-    launch(count_scores_kernel<T>, selection_config(logits), plan.selection);
+    if (counted) launch(count_scores_kernel<T>, selection_config(logits), plan.selection);
     launch(select_scores_kernel<T>, selection_config(logits), plan.selection);
   } else {
     select_in_launches(logits, launch);
   }
   merge_in_launches(plan.merges, images, launch);
-  launch(decode_candidates_kernel<T>, LaunchConfig{blocks_of_runs(decoding.runs, images), kMergeThreads}, decoding);
-  nms_in_launches(plan.nms, tables.room, plan.keep, tables.counts, launch);
-  const int64_t places = images * tables.room;
-  launch(gather_detections_kernel<acc_t>,
-         LaunchConfig{(places + kDetectionThreads - 1) / kDetectionThreads, kDetectionThreads},
-         DetectionGathering<acc_t>{decoding.boxes, decoding.scores, decoding.labels, plan.keep, images,
-                                   decoding.first[levels], tables});
+  launch(decode_candidates_kernel<T>, merge_config(decoding.runs, images), decoding);
+  const KeptRanks ranks = nms_in_launches(plan.nms, launch);
+  launch(gather_detections_kernel<acc_t>, LaunchConfig{images, kNmsThreads},
+         DetectionGathering<acc_t>{decoding.boxes, decoding.scores, decoding.labels, decoding.first[levels], ranks,
+                                   tables});
 }
 
 }  // namespace fpn_fast

@@ -29,20 +29,25 @@ constexpr int kLogitThreads = kSortThreads;
 constexpr int kBinBits = 12;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinsOwn = kBins / kLogitThreads;
-// Logits in flight per thread. Half of a block's keys are reserved for them.
-constexpr int kLogitsOwn = 4;
+// Logits in flight per thread.
+constexpr int kLogitsOwn = 8;
 constexpr int kLogitsStep = kLogitThreads * kLogitsOwn;
-// Logits of a block. The finest level of an 800 x 1344 image makes 25 runs, which one merge takes.
+// Of these, logits whose keys a thread adds at a time. Half of a block's keys are reserved for them.
+constexpr int kKeysOwn = 4;
+constexpr int kKeysStep = kLogitThreads * kKeysOwn;
+// The logits of a block are as few as keep all multiprocessors busy, and more only where there are many. Longer spans
+// make fewer runs to merge.
 constexpr int64_t kLogitSpan = 8192;
-// Blocks that fill a GPU more than twice. Beyond this number, longer spans make fewer runs to merge.
-constexpr int64_t kLogitSpans = 1024;
+constexpr int64_t kFewSpans = 264, kLogitSpans = 512;
 
 // The length of a span, for `logits` in all. It exceeds what a block can sort only if the keys can be cut back to
 // `limit`, the number that a list wants.
 inline uint32_t logit_span_of(int64_t limit, int64_t logits) {
-  if (limit > kSortItems - kLogitsStep) return kSortItems;
-  const int64_t longer = (logits + kLogitSpan * kLogitSpans - 1) / (kLogitSpan * kLogitSpans);
-  return static_cast<uint32_t>(std::clamp<int64_t>(kLogitSpan * longer, kLogitSpan, 1 << 30));
+  if (limit > kSortItems - kKeysStep) return kSortItems;
+  const int64_t longer = ceil_div(logits, kLogitSpan * kLogitSpans);
+  if (longer > 1) return static_cast<uint32_t>(std::min<int64_t>(kLogitSpan * longer, 1 << 30));
+  const int64_t steps = ceil_div(logits, kFewSpans * kLogitsStep);
+  return static_cast<uint32_t>(std::clamp<int64_t>(steps * kLogitsStep, kLogitsStep, kLogitSpan));
 }
 
 // A map of logits, read in the order of its memory.
@@ -89,6 +94,15 @@ __device__ __forceinline__ int bin_of(acc_t logit) {
   return static_cast<int>(ordered_bits(logit) >> (8 * sizeof(acc_t) - kBinBits));
 }
 
+// A lower bound of the numbers of a bin.
+template <class acc_t>
+__device__ __forceinline__ acc_t least_of_bin(int bin) {
+  constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
+  if (bin <= bin_of(-kInfinity)) return -kInfinity;
+  if (bin >= bin_of(kInfinity)) return kInfinity;
+  return from_ordered_bits(static_cast<OrderedBits<acc_t>>(bin) << (8 * sizeof(acc_t) - kBinBits));
+}
+
 template <class T>
 struct LogitSelection {
   LogitMap<T> levels[kMaxProposalLevels];
@@ -130,8 +144,8 @@ __device__ __forceinline__ void load_logits(const LogitMap<T>& logits, const Log
 #pragma unroll
   for (int k = 0; k < kLogitsOwn; ++k) {
     const uint32_t i = first + k * kLogitThreads + threadIdx.x;
-    // Infinity is never selected.
-    values[k] = i < span.end ? logit_at(logits, span.image, i) : std::numeric_limits<acc_type<T>>::infinity();
+    // NaN is never selected.
+    values[k] = i < span.end ? logit_at(logits, span.image, i) : std::numeric_limits<acc_type<T>>::quiet_NaN();
   }
 }
 
@@ -143,6 +157,9 @@ struct RankedByLogit {
   __device__ __forceinline__ acc_type<T> operator()(const LogitSpan&, acc_type<T> logit, uint32_t) const {
     return logit >= lowest ? logit : std::numeric_limits<acc_type<T>>::infinity();
   }
+
+  // Lower logits have no value in `bin` or above.
+  __device__ __forceinline__ acc_type<T> bound(int bin) const { return larger(lowest, least_of_bin<acc_type<T>>(bin)); }
 };
 
 // A block counts the values `number(span, logit, place)` of a span's logits.
@@ -222,44 +239,59 @@ __device__ __forceinline__ void select_span(const LogitSelection<T>& selection, 
   const LogitMap<T>& logits = selection.levels[span.level];
   const SortedRuns<Key>& runs = selection.runs;
   if (threadIdx.x == 0) fill = 0;
-  acc_t next[kLogitsOwn];
-  load_logits(logits, span, span.begin, next);
+  acc_t values[kLogitsOwn];
+  load_logits(logits, span, span.begin, values);
   int lowest = runs.limit > 0 ? 0 : kBins;
   if (selection.bins != nullptr) {
     const uint32_t* bins = selection.bins + (span.image * runs.lists + span.level) * kBins;
     lowest = lowest_bin(bins, static_cast<uint32_t>(runs.limit));
   }
-  __syncthreads();
+  const acc_t bound = number.bound(lowest);
   Key lowest_key = 0;
 #pragma unroll 1
   for (uint32_t first = span.begin; first < span.end; first += kLogitsStep) {
-    acc_t values[kLogitsOwn];
+    if (first != span.begin) load_logits(logits, span, first, values);
+    bool any = false;
 #pragma unroll
-    for (int k = 0; k < kLogitsOwn; ++k) values[k] = next[k];
-    load_logits(logits, span, min(first + kLogitsStep, span.end), next);
+    for (int k = 0; k < kLogitsOwn; ++k) any |= values[k] >= bound;
+    // Mostly no logit of a block is high enough.
+    if (!__syncthreads_or(any)) continue;
+#pragma unroll 1
+    for (uint32_t part = first; part < min(first + kLogitsStep, span.end); part += kKeysStep) {
+      Key own[kKeysOwn];
+      unsigned votes[kKeysOwn];
+      int all = 0;
 #pragma unroll
-    for (int k = 0; k < kLogitsOwn; ++k) {
-      const uint32_t place = first + k * kLogitThreads + threadIdx.x;
-      const acc_t ranked = number(span, values[k], place);
-      const bool may = is_finite(ranked) && bin_of(ranked) >= lowest;
-      Key key = 0;
-      if (may) key = rank_key(ranked, logit_index(logits, place));
-      const unsigned votes = __ballot_sync(~0u, key > lowest_key);
-      if (votes == 0) continue;
-      int target = 0;
-      if (threadIdx.x % 32 == 0) target = atomicAdd(&fill, __popc(votes));
-      target = __shfl_sync(~0u, target, 0) + __popc(votes & ((1u << threadIdx.x % 32) - 1));
-      if (key > lowest_key) keys[target] = key;
+      for (int k = 0; k < kKeysOwn; ++k) {
+        const uint32_t place = part + k * kLogitThreads + threadIdx.x;
+        const acc_t ranked = number(span, values[k], place);
+        const bool may = is_finite(ranked) && bin_of(ranked) >= lowest;
+        own[k] = may ? rank_key(ranked, logit_index(logits, place)) : Key{0};
+        votes[k] = __ballot_sync(~0u, own[k] > lowest_key);
+        all += __popc(votes[k]);
+      }
+      if (all != 0) {
+        int target = 0;
+        if (threadIdx.x % 32 == 0) target = atomicAdd(&fill, all);
+        target = __shfl_sync(~0u, target, 0);
+#pragma unroll
+        for (int k = 0; k < kKeysOwn; ++k) {
+          if (own[k] > lowest_key) keys[target + __popc(votes[k] & ((1u << threadIdx.x % 32) - 1))] = own[k];
+          target += __popc(votes[k]);
+        }
+      }
+#pragma unroll
+      for (int k = kKeysOwn; k < kLogitsOwn; ++k) values[k - kKeysOwn] = values[k];
+      __syncthreads();
+      const int filled = fill;
+      __syncthreads();
+      if (filled <= kSortItems - kKeysStep || part + kKeysStep >= span.end) continue;
+      // Cut back to the wanted keys, which makes room for the next ones.
+      sort_block(keys, filled);
+      lowest_key = keys[runs.limit - 1];
+      if (threadIdx.x == 0) fill = runs.limit;
+      __syncthreads();
     }
-    __syncthreads();
-    const int filled = fill;
-    __syncthreads();
-    if (filled <= kSortItems - kLogitsStep || first + kLogitsStep >= span.end) continue;
-    // Cut back to the wanted keys, which makes room for the next step.
-    sort_block(keys, filled);
-    lowest_key = keys[runs.limit - 1];
-    if (threadIdx.x == 0) fill = runs.limit;
-    __syncthreads();
   }
   __syncthreads();
   const int length = fill;
