@@ -6,7 +6,7 @@ from helpers.keypoint_heatmaps import CASES, same
 
 
 class TestHeatmapsToKeypoints(EmulatedBattery):
-    cases, kernels = CASES, ("heatmaps_to_keypoints_kernel",)
+    cases, kernels = CASES, ("heatmaps_to_keypoints_kernel", "write_keypoints_kernel")
     cpp = runs(CASES, types=("float64", "float32"))
     triton = runs(CASES)
     every_kernel = runs(["no_numbers"], types=TYPES)

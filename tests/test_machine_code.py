@@ -150,6 +150,7 @@ KERNELS = [
            contracts=True, most_wide=1),
     # A thread reads single elements of its columns, and one of a block writes a keypoint.
     Kernel("heatmaps_to_keypoints", "heatmaps_to_keypoints", "KeypointSearch", shared=10),
+    Kernel("heatmaps_to_keypoints", "write_keypoints", "KeypointSearch"),
     Kernel("sorted_runs", "merge_runs", "RunMerge", types=("uint64_t", "unsigned __int128")),
     # Sorts 2048 keys in shared memory, of 16 bytes for float64 and for groups.
     Kernel("segmented_nms", "nms_scores", "NmsSorting", types=WIDE, shared=33),
@@ -157,10 +158,11 @@ KERNELS = [
     Kernel("segmented_nms", "nms_order", "NmsSorting", types=WIDE),
     Kernel("segmented_nms", "nms_candidates", "NmsSorting", types=WIDE),
     Kernel("segmented_nms", "nms_output", "NmsOutput", types=("int64_t",)),
-    Kernel("greedy_nms", "greedy_nms", "Candidates", types=WIDE, shared=4),
+    Kernel("greedy_nms", "greedy_nms", "Candidates", types=WIDE, shared=7),
+    Kernel("greedy_nms", "nms_pairs", "Candidates", types=WIDE, shared=4),
     # Blocks unite in a word what kept boxes of earlier regions overlap.
-    Kernel("greedy_nms", "nms_pairs", "NmsRound", types=WIDE, integer_atomics=True, shared=4),
-    Kernel("greedy_nms", "nms_region", "NmsRound", types=WIDE, shared=1),
+    Kernel("greedy_nms", "nms_suppress", "NmsRound", types=WIDE, integer_atomics=True, shared=4),
+    Kernel("greedy_nms", "nms_decide", "NmsRound", types=WIDE, reads_own_writes=True, shared=1),
     # Counts of logits in shared memory, added up in global memory.
     Kernel("top_logits", "count_logits", "LogitSelection", integer_atomics=True, shared=17),
     # A count gives keys their places in shared memory, which are sorted afterwards. Keys of float64 are of 16 bytes.

@@ -18,13 +18,20 @@ struct Cuda {
     search.boxes = heatmaps.size(0), search.keypoints = heatmaps.size(1);
     search.height = static_cast<int>(heatmaps.size(2)), search.width = static_cast<int>(heatmaps.size(3));
     search.points = points, search.scores = scores;
-    run_on(heatmaps, [&](const auto& launch) { search_in_launch(search, launch); });
+    run_planned(
+        heatmaps,
+        [&](Scratch& scratch) {
+          search.peaks = scratch.take<Peak<acc_type<T>>>(search.boxes * search.keypoints * kKeypointSplits);
+          return search;
+        },
+        [](const KeypointSearch<T>& planned, const auto& launch) { search_in_launches(planned, launch); });
   }
 };
 
 const RegisterKernels kernels([](KernelTable& table) {
   for_map_types([&]<class T>(const std::string& type) {
     table.add("heatmaps_to_keypoints_kernel<" + type + ">", &heatmaps_to_keypoints_kernel<T>, kKeypointThreads);
+    table.add("write_keypoints_kernel<" + type + ">", &write_keypoints_kernel<T>, kKeypointThreads);
   });
 });
 

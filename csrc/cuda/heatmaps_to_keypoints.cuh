@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keypoints of heatmaps, one block per heatmap. A thread walks down a piece of a column of the box. It keeps the four
-// resized heatmap rows of that column in registers, so a pixel costs four products. The resized map is never stored.
+// Keypoints of heatmaps. A block has every eighth strip of a heatmap resized to its box, so that a large person keeps
+// several multiprocessors busy; a second launch chooses the highest of the blocks' peaks. A thread walks down a piece
+// of a column of the box. It keeps the four resized heatmap rows of that column in registers, so a pixel costs four
+// products. The resized map is never stored.
 #pragma once
 
 #include "../common/feature_map.h"
@@ -16,6 +18,8 @@ constexpr int kKeypointThreads = 256;
 constexpr int kTapRows = 128;
 // Rows of a piece. At its first row a thread reads four rows of the heatmap, so short pieces cost more.
 constexpr int kPieceRows = 32;
+// Blocks of a heatmap. A strip is kTapRows high, so boxes of up to 1024 rows are shared evenly.
+constexpr int kKeypointSplits = 8;
 
 template <class T>
 struct KeypointSearch {
@@ -24,8 +28,9 @@ struct KeypointSearch {
   bool double_boxes;    // the boxes are double, not float
   int64_t boxes, keypoints;
   int height, width;
-  float* points;  // [boxes, keypoints, 3]
-  float* scores;  // [boxes, keypoints]
+  Peak<acc_type<T>>* peaks;  // [boxes, keypoints, kKeypointSplits]
+  float* points;             // [boxes, keypoints, 3]
+  float* scores;             // [boxes, keypoints]
 };
 
 template <class T, class Body>
@@ -74,7 +79,8 @@ __global__ void __launch_bounds__(kKeypointThreads)
   using acc_t = acc_type<T>;
   __shared__ CubicTaps<acc_t> taps[kTapRows];
   __shared__ Peak<acc_t> peaks[kKeypointThreads];
-  const int64_t map = blockIdx.x;
+  const int64_t map = blockIdx.x / kKeypointSplits;
+  const int split = static_cast<int>(blockIdx.x % kKeypointSplits);
   const int thread = static_cast<int>(threadIdx.x);
   int box_height = 0, box_width = 0;
   with_box(search, map, [&](const auto& box) {
@@ -82,7 +88,8 @@ __global__ void __launch_bounds__(kKeypointThreads)
   });
   const T* heatmap = search.heatmaps + map * search.height * search.width;
   Peak<acc_t> peak = no_peak<acc_t>();
-  for (int top = 0; top < box_height; top += kTapRows) {
+#pragma unroll 1
+  for (int top = split * kTapRows; top < box_height; top += kKeypointSplits * kTapRows) {
     const int rows = min(kTapRows, box_height - top);
     const acc_t scale = divide(static_cast<acc_t>(search.height), static_cast<acc_t>(box_height));
     __syncthreads();
@@ -101,19 +108,38 @@ __global__ void __launch_bounds__(kKeypointThreads)
     __syncthreads();
     if (thread < half && peaks[thread].is_below(peaks[thread + half])) peaks[thread] = peaks[thread + half];
   }
-  if (thread != 0) return;
+  if (thread == 0) search.peaks[blockIdx.x] = peaks[0];
+}
+
+// A thread writes a keypoint.
+template <class T>
+__global__ void __launch_bounds__(kKeypointThreads)
+    write_keypoints_kernel(const __grid_constant__ KeypointSearch<T> search) {
+  using acc_t = acc_type<T>;
+  const int64_t map = int64_t{blockIdx.x} * kKeypointThreads + threadIdx.x;
+  if (map >= search.boxes * search.keypoints) return;
+  Peak<acc_t> peak = search.peaks[map * kKeypointSplits];
+#pragma unroll
+  for (int i = 1; i < kKeypointSplits; ++i) {
+    const Peak<acc_t> other = search.peaks[map * kKeypointSplits + i];
+    if (peak.is_below(other)) peak = other;
+  }
   float point[3] = {};
+  bool empty = true;
   with_box(search, map, [&](const auto& box) {
-    if (box_height > 0) box.keypoint(peaks[0].position, point);
+    empty = box.empty();
+    if (!empty) box.keypoint(peak.position, point);
   });
 #pragma unroll
   for (int i = 0; i < 3; ++i) search.points[map * 3 + i] = point[i];
-  search.scores[map] = box_height > 0 ? static_cast<float>(peaks[0].value) : 0.0f;
+  search.scores[map] = empty ? 0.0f : static_cast<float>(peak.value);
 }
 
 template <class T, class Launch>
-void search_in_launch(const KeypointSearch<T>& search, const Launch& launch) {
-  launch(heatmaps_to_keypoints_kernel<T>, LaunchConfig{search.boxes * search.keypoints, kKeypointThreads}, search);
+void search_in_launches(const KeypointSearch<T>& search, const Launch& launch) {
+  const int64_t maps = search.boxes * search.keypoints;
+  launch(heatmaps_to_keypoints_kernel<T>, LaunchConfig{maps * kKeypointSplits, kKeypointThreads}, search);
+  launch(write_keypoints_kernel<T>, LaunchConfig{ceil_div(maps, kKeypointThreads), kKeypointThreads}, search);
 }
 
 }  // namespace fpn_fast
