@@ -24,6 +24,8 @@ SOURCES = [
     "csrc/build_facts.cpp",
     "csrc/ops.cpp",
     "csrc/cpu/frozen_batch_norm.cpp",
+    "csrc/cpu/fuse_maps.cpp",
+    "csrc/cpu/fuse_maps_backward.cpp",
     "csrc/cpu/generate_proposals.cpp",
     "csrc/cpu/heatmaps_to_keypoints.cpp",
     "csrc/cpu/match_anchors.cpp",

@@ -53,5 +53,14 @@ STABLE_TORCH_LIBRARY(fpn_fast, library) {
   library.def(
       "frozen_batch_norm_backward(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, int "
       "rule, int x_type, int residual_type) -> (Tensor, Tensor)");
+  library.def(
+      "fuse_maps(Tensor[] maps, SymInt height, SymInt width, int[] forms, Tensor? weights, bool fast, Tensor? gate, "
+      "bool "
+      "sequential, int divide, int activation) -> Tensor");
+  library.def("resize_cat(Tensor[] maps, SymInt height, SymInt width, int[] forms) -> Tensor");
+  library.def(
+      "resample_backward(Tensor grad, SymInt[] channels, SymInt[] sizes, int[] forms, Tensor[] pooled, Tensor? "
+      "coefficients, Tensor? gate) -> Tensor[]");
+  library.def("resample_sums(Tensor grad, Tensor[] maps, int[] forms) -> Tensor");
   library.def("frozen_batch_norm_sums(Tensor grad, Tensor? y, Tensor x, Tensor mean) -> Tensor");
 }

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "exact.h"
 #include "host_device.h"
@@ -101,6 +102,42 @@ template <class acc_t>
 HOST_DEVICE acc_t bilinear_weight(const Axis<acc_t>& axis, int dst, int src) {
   const Taps<acc_t> taps = bilinear_source(axis, dst);
   return (taps.lo == src ? taps.weight_lo : 0) + (taps.hi == src ? taps.weight_hi : 0);
+}
+
+// Note [Windows]
+// Max pooling along one axis. Pixel `dst` of the result is the maximum of the pixels of its window, which may reach
+// beyond the map. Both ends of a window never decrease with the destination, so the windows that hold one pixel form a
+// range too. Adaptive windows are PyTorch's: from floor(dst * in / out) to ceil((dst + 1) * in / out).
+struct Windows {
+  int in, out;
+  int size, stride, before;  // size 0: adaptive; before: pixels of padding before the map
+  bool zeros;                // the padding takes part as zeros, otherwise not at all
+};
+
+HOST_DEVICE Range window(const Windows& axis, int dst) {
+  if (axis.size == 0) {
+    const int64_t in = axis.in;
+    return {static_cast<int>(dst * in / axis.out), static_cast<int>(((dst + 1) * in + axis.out - 1) / axis.out)};
+  }
+  const int begin = dst * axis.stride - axis.before;
+  return {begin, begin + axis.size};
+}
+
+// The destinations whose windows hold `src`.
+HOST_DEVICE Range window_targets(const Windows& axis, int src) {
+  if (axis.size == 0) {
+    const int64_t out = axis.out;
+    return {static_cast<int>(src * out / axis.in), static_cast<int>(((src + 1) * out - 1) / axis.in) + 1};
+  }
+  const int padded = src + axis.before;
+  const int first = padded < axis.size ? 0 : (padded - axis.size) / axis.stride + 1;
+  const int end = padded / axis.stride + 1;
+  return {first, end < axis.out ? end : axis.out};
+}
+
+// The widest window.
+HOST_DEVICE int window_size(const Windows& axis) {
+  return axis.size > 0 ? axis.size : (axis.in + axis.out - 1) / axis.out + 1;
 }
 
 }  // namespace fpn_fast

@@ -65,8 +65,8 @@ inline Tensor empty_strided(const Tensor& like, int64_t dimensions, const int64_
   return Tensor(made);
 }
 
-inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int64_t width, bool channels_last) {
-  const int64_t channels = like.size(1);
+inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                         bool channels_last) {
   const int64_t sizes[4] = {batch, channels, height, width};
   const int64_t image = std::max<int64_t>(channels, 1) * height * width;
   const int64_t first[4] = {image, height * width, width, 1};
@@ -74,6 +74,11 @@ inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int6
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty_strided(like, 4, sizes, channels_last ? last : first, dtype);
+}
+
+// With the channels of `like`.
+inline Tensor empty_maps(const Tensor& like, int64_t batch, int64_t height, int64_t width, bool channels_last) {
+  return empty_maps(like, batch, like.size(1), height, width, channels_last);
 }
 
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -109,7 +114,7 @@ std::vector<FeatureMap<T>> to_feature_maps(const std::vector<Tensor>& maps) {
 }
 
 // Python checks first, with better messages. This makes the kernels safe whatever calls them.
-inline void check_maps(const std::vector<Tensor>& maps, const char* op) {
+inline void check_maps(const std::vector<Tensor>& maps, const char* op, bool any_channels = false) {
   STD_TORCH_CHECK(!maps.empty(), op, " takes at least one map");
   const auto read = [](auto getter, const Tensor& map) {
     int32_t value = 0;
@@ -132,8 +137,9 @@ inline void check_maps(const std::vector<Tensor>& maps, const char* op) {
     STD_TORCH_CHECK(
         read(aoti_torch_get_device_type, map) == device_type && read(aoti_torch_get_device_index, map) == device_index,
         op, " takes maps on one device; map ", i, " differs");
-    STD_TORCH_CHECK(sizes[0] == batch && sizes[1] == channels, op, " takes maps of one batch and channel count, (",
-                    batch, ", ", channels, "), got (", sizes[0], ", ", sizes[1], ") at ", i);
+    STD_TORCH_CHECK(sizes[0] == batch && (sizes[1] == channels || any_channels), op,
+                    " takes maps of one batch and channel count, (", batch, ", ", channels, "), got (", sizes[0], ", ",
+                    sizes[1], ") at ", i);
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0 && sizes[2] <= INT32_MAX && sizes[3] <= INT32_MAX, op,
                     " takes maps of at least 1 x 1 pixel, got ", sizes[2], " x ", sizes[3], " at ", i);
   }

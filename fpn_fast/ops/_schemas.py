@@ -5,7 +5,7 @@
 FOCAL_TILE = 4096
 #: Positions per partial sum of frozen_batch_norm_sums; csrc/common/frozen_batch_norm.h.
 NORM_PART = 2048
-#: Rows per partial sum of resample_sums.
+#: Rows per partial sum of resample_sums; csrc/common/fuse_maps.h.
 SUM_ROWS = 16
 #: The rules of frozen_batch_norm, in the order of csrc/common/frozen_batch_norm.h: NormRule.
 NORM_RULES = ("torchvision", "detectron2", "batch_norm")
@@ -72,5 +72,15 @@ SCHEMAS = {
         "(Tensor grad, Tensor? y, Tensor[] norm, float eps, Tensor[] residual_norm, int rule, int x_type, "
         "int residual_type) -> (Tensor, Tensor)"
     ),
+    "fuse_maps": (
+        "(Tensor[] maps, SymInt height, SymInt width, int[] forms, Tensor? weights, bool fast, Tensor? gate, "
+        "bool sequential, int divide, int activation) -> Tensor"
+    ),
+    "resize_cat": "(Tensor[] maps, SymInt height, SymInt width, int[] forms) -> Tensor",
+    "resample_backward": (
+        "(Tensor grad, SymInt[] channels, SymInt[] sizes, int[] forms, Tensor[] pooled, Tensor? coefficients, "
+        "Tensor? gate) -> Tensor[]"
+    ),
+    "resample_sums": "(Tensor grad, Tensor[] maps, int[] forms) -> Tensor",
     "frozen_batch_norm_sums": "(Tensor grad, Tensor? y, Tensor x, Tensor mean) -> Tensor",
 }

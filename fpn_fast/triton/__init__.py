@@ -28,6 +28,7 @@ def register(name: str, function: Callable[..., Any], by_torch: str | None = Non
 
 from fpn_fast.triton import (  # noqa: E402, F401  they register their ops
     frozen_batch_norm,
+    fuse_maps,
     generate_proposals,
     heatmaps_to_keypoints,
     match_anchors,

@@ -90,3 +90,46 @@ def target_range(src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
 def target_weight(dst, src, size_in, size_out, MODE: tl.constexpr, ACC: tl.constexpr):
     lo, hi, weight_hi = bilinear_source(dst, size_in, size_out, MODE, ACC)
     return tl.where(lo == src, 1 - weight_hi, 0.0) + tl.where(hi == src, weight_hi, 0.0)
+
+
+# csrc/common/fuse_maps.h: enum class Form. Resampling's mode is the form of nearest and bilinear sources less one.
+IDENTITY = tl.constexpr(0)
+NEAREST_FORM = tl.constexpr(1)
+MAX_POOL = tl.constexpr(4)
+MAX_POOL_SAME_ZERO = tl.constexpr(6)
+MAX_POOL_2X2 = tl.constexpr(7)
+ADAPTIVE_MAX = tl.constexpr(8)
+
+
+@triton.jit
+def window(dst, size_in, size_out, FORM: tl.constexpr):
+    """Return the window [begin, end) of each destination, which may reach beyond the map: Note [Windows]."""
+    if FORM == ADAPTIVE_MAX:
+        dst = dst.to(tl.int64)
+        begin = (dst * size_in // size_out).to(tl.int32)
+        return begin, (((dst + 1) * size_in + size_out - 1) // size_out).to(tl.int32)
+    elif FORM == MAX_POOL_2X2:
+        return 2 * dst, 2 * dst + 2
+    elif FORM == MAX_POOL:
+        return 2 * dst - 1, 2 * dst + 2
+    else:
+        begin = 2 * dst - size_in % 2
+        return begin, begin + 3
+
+
+@triton.jit
+def window_targets(src, size_in, size_out, FORM: tl.constexpr):
+    """Return the range [begin, end) of destinations whose windows hold `src`."""
+    if FORM == ADAPTIVE_MAX:
+        src = src.to(tl.int64)
+        begin = (src * size_out // size_in).to(tl.int32)
+        return begin, (((src + 1) * size_out - 1) // size_in).to(tl.int32) + 1
+    elif FORM == MAX_POOL_2X2:
+        return src // 2, tl.minimum(src // 2 + 1, size_out)
+    else:
+        if FORM == MAX_POOL:
+            padded = src + 1
+        else:
+            padded = src + size_in % 2
+        begin = tl.where(padded < 3, 0, (padded - 3) // 2 + 1)
+        return begin, tl.minimum(padded // 2 + 1, size_out)

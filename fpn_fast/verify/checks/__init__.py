@@ -64,6 +64,7 @@ from fpn_fast.verify.checks import (  # noqa: E402, F401
     bottom_up,
     detections,
     feature_pyramid,
+    fused_maps,
     heads,
     roi_align,
     selection,
