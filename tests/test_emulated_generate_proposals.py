@@ -39,8 +39,8 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Logits of `kinds` different values, or units apart; or the first `high` 1 and the others 0; every tenth value of the
-    maps bad where `bad`."""
+    """Logits of `kinds` different values, or units apart, or the first `high` 1 and the others 0; every tenth value bad
+    where `bad`."""
 
     sizes: tuple[tuple[int, int], ...] = ((9, 14), (5, 7), (1, 2))
     pre_nms_top_n: int = 60
