@@ -278,8 +278,7 @@ __device__ __forceinline__ void merge_columns(const Pathway<T>& pathway, int lev
   }
 }
 
-// The same with four taps per pixel, one row after the other: both at once would take twice the registers. All taps of
-// a row are loaded before the first is used.
+// The same with four taps per pixel, one row after the other: both at once would take twice the registers.
 template <class T>
 __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway, int64_t n, int64_t c, int y0,
                                                        int x0) {
@@ -289,25 +288,17 @@ __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway
   const int count = left < kVec<T> ? left : kVec<T>;
 #pragma unroll 1
   for (int y = y0; y < y0 + 2 && y < merged.height; ++y) {
-    const auto rows = bilinear_source(pathway.rows[0], y);
-    const T *above = top.at(n, c, rows.lo, 0), *below = top.at(n, c, rows.hi, 0);
-    T taps[kVec<T>][4];
-    acc_type<T> weights[kVec<T>];
-#pragma unroll
-    for (int j = 0; j < kVec<T>; ++j) {
-      // The last column again beyond it.
-      const auto cols = bilinear_source(pathway.cols[0], x0 + (j < count ? j : count - 1));
-      const int64_t lo = cols.lo * top.stride_w, hi = cols.hi * top.stride_w;
-      taps[j][0] = above[lo], taps[j][1] = above[hi], taps[j][2] = below[lo], taps[j][3] = below[hi];
-      weights[j] = cols.weight_hi;
-    }
     acc_type<T> values[kVec<T>];
     load(lateral.at(n, c, y, x0), lateral.stride_w, count, lateral.vectorised, values);
+    const auto rows = bilinear_source(pathway.rows[0], y);
+    const T *above = top.at(n, c, rows.lo, 0), *below = top.at(n, c, rows.hi, 0);
 #pragma unroll
     for (int j = 0; j < kVec<T>; ++j) {
-      const acc_type<T> weight_lo = 1 - weights[j];
-      const acc_type<T> upper = weight_lo * to_acc(taps[j][0]) + weights[j] * to_acc(taps[j][1]);
-      const acc_type<T> lower = weight_lo * to_acc(taps[j][2]) + weights[j] * to_acc(taps[j][3]);
+      if (j >= count) continue;
+      const auto cols = bilinear_source(pathway.cols[0], x0 + j);
+      const int64_t lo = cols.lo * top.stride_w, hi = cols.hi * top.stride_w;
+      const acc_type<T> upper = cols.weight_lo * to_acc(above[lo]) + cols.weight_hi * to_acc(above[hi]);
+      const acc_type<T> lower = cols.weight_lo * to_acc(below[lo]) + cols.weight_hi * to_acc(below[hi]);
       values[j] = fuse<T>(values[j], rows.weight_lo * upper + rows.weight_hi * lower, pathway.average);
     }
     store(merged.at(n, c, y, x0), merged.stride_w, count, merged.vectorised, values);
@@ -315,7 +306,7 @@ __device__ __forceinline__ void merge_columns_bilinear(const Pathway<T>& pathway
 }
 
 template <class T, bool kChannelsLast, bool kBilinear>
-__global__ void __launch_bounds__(kTopDownThreads, kBilinear ? kBilinearBlocks : kTopDownBlocks)
+__global__ void __launch_bounds__(kTopDownThreads, kChannelsLast&& kBilinear ? kBilinearBlocks : kTopDownBlocks)
     top_down_kernel(const __grid_constant__ Pathway<T> pathway) {
   int level = 0;
   while (level + 2 < pathway.levels && blockIdx.x >= pathway.tiling[level + 1].first_block) ++level;
