@@ -181,12 +181,11 @@ def test_outputs_and_gradients_are_the_plain_statements(name):
 
 @pytest.mark.parametrize("name", [name for name, (*_, exact) in MEMBERS.items() if exact])
 def test_bfloat16_is_rounded_where_the_original_rounds(name):
-    module = build(name).eval().bfloat16()
-    x = [each.detach() for each in inputs(name, torch.bfloat16)]
-    with torch.no_grad():
-        for ours, theirs in zip(run(name, module, x), MEMBERS[name][2](module, x), strict=True):
-            assert ours.dtype == torch.bfloat16
-            assert torch.equal(ours, theirs)
+    # With gradients: without them fuse_maps has a SiLU of its own, which is torch's to rounding.
+    module, x = build(name).eval().bfloat16(), inputs(name, torch.bfloat16)
+    for ours, theirs in zip(run(name, module, x), MEMBERS[name][2](module, x), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["semantic", "panoptic"])
@@ -291,7 +290,7 @@ def test_channel_norm():
 
 @pytest.mark.parametrize("backend", backends.available("cpu"))
 def test_every_backend_serves_a_member(backend):
-    module, x = build("bifpn").eval(), inputs("bifpn")
+    module, x = build("bifpn_lite").eval(), inputs("bifpn_lite")
     with backends.use(backend), torch.no_grad():
         for ours, theirs in zip(module(x), plain.bifpn(module, x), strict=True):
             assert torch.equal(ours, theirs)
