@@ -180,14 +180,12 @@ class Gatherer {
     const int inner = plan_.out.inner, width = window_size(cols);
     const Range range = window(rows, y);
     const int first_row = std::max(range.begin, 0) - range.begin;
-    for (int x = readers_.begin; x < readers_.end; ++x) {
-      const int begin = window(cols, x).begin;
-      const acc_t first = cols.zeros ? (first_row > 0 || begin < 0 ? acc_t(-1) : acc_t(0))
-                                     : acc_t(first_row * width + std::max(begin, 0) - begin);
-      const int64_t at = int64_t{x - readers_.begin} * inner;
-      std::fill_n(code + at, inner, first);
-    }
     const int64_t count = plan_.grad.run(readers_.begin, readers_.end);
+    std::fill_n(code, count, cols.zeros && first_row > 0 ? acc_t(-1) : acc_t(first_row * width));
+    for (int x = readers_.begin; x < readers_.end && window(cols, x).begin < 0; ++x) {
+      const acc_t first = cols.zeros ? acc_t(-1) : acc_t(first_row * width - window(cols, x).begin);
+      std::fill_n(code + int64_t{x - readers_.begin} * inner, inner, first);
+    }
     std::fill_n(best, count, -std::numeric_limits<acc_t>::infinity());
     const int left = std::max(window(cols, readers_.begin).begin, 0);
     const int right = std::min(window(cols, readers_.end - 1).end, cols.in);
@@ -285,23 +283,33 @@ class Gatherer {
         const Range range = window(cols, x);
         const int64_t first = int64_t{x - readers_.begin} * inner;
         for (int column = std::max(range.begin, x0_); column < std::min(range.end, x1_); ++column) {
-          const acc_t own = static_cast<acc_t>(at + column - range.begin);
+          const int own = at + column - range.begin;
           acc_t* to = sums + int64_t{column - x0_} * inner;
           FPN_FAST_IVDEP
-          for (int i = 0; i < inner; ++i) to[i] += code[first + i] == own ? grad[first + i] : acc_t(0);
+          for (int i = 0; i < inner; ++i) to[i] += chosen(code[first + i], own, grad[first + i]);
         }
       }
     }
     store(y, sums);
   }
 
+  // `value` is read whether or not it is chosen, so that the choice is no branch.
+  HOST_DEVICE static acc_t chosen(acc_t code, int own, acc_t value) {
+    return code == static_cast<acc_t>(own) ? value : acc_t(0);
+  }
+
   // Adds to the pixels of a plane's row what the windows of a stride of 2 hand on to them.
   HOST_DEVICE void add_maxima(const acc_t* code, const acc_t* grad, int at, acc_t* sums) {
     const Windows& cols = plan_.col_windows;
-    const auto handed = [&](int x, int column) {
-      return code[x] == static_cast<acc_t>(at + column) ? grad[x] : acc_t(0);
-    };
-    const int count = readers_.end, width = plan_.out.map.width;
+    const int windows = readers_.end;
+    acc_t* parts[3] = {buffer(7), buffer(8), buffer(2)};
+    for (int column = 0; column < cols.size; ++column) {
+      acc_t* part = parts[column];
+      FPN_FAST_IVDEP
+      for (int x = 0; x < windows; ++x) part[x] = chosen(code[x], at + column, grad[x]);
+    }
+    const auto handed = [&](int x, int column) { return parts[column][x]; };
+    const int count = windows, width = plan_.out.map.width;
     const int pairs = std::min(count - 1, width / 2 - 1);
     if (cols.size == 2) {
       FPN_FAST_IVDEP
