@@ -44,9 +44,10 @@ def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxe
 
 
 def match_images(
-    matcher: Matcher, similarity: Similarity, gt_boxes: Sequence[Tensor], boxes: Tensor
+    matcher: Matcher, similarity: Similarity, gt_boxes: Sequence[Tensor], boxes: Tensor | ops.AnchorGrid
 ) -> tuple[Tensor, Tensor]:
-    """:func:`match_boxes` for all images in one call: ground truths [G_n, 4] per image, the same boxes [M, 4] for all.
+    """:func:`match_boxes` for all images in one call: ground truths [G_n, 4] per image, the same boxes [M, 4] for all,
+    or a rule for them in the dtype of the ground truths.
 
     Returns:
         Matches [N, M] int64, all -1 in an image without ground truths; and the padded ground truths [N, G, 4], in the
@@ -56,8 +57,11 @@ def match_images(
     types = [torch.float32 if each.numel() == 0 else each.dtype for each in gt_boxes]
     target_type = functools.reduce(torch.promote_types, types, types[0])
     padded, counts = ops.pad_boxes([each.to(target_type) for each in gt_boxes])
-    if all(each == target_type for each in types) and _is_served(matcher, similarity, padded, boxes):
+    like = padded.flatten(0, 1) if isinstance(boxes, ops.AnchorGrid) else boxes
+    if all(each == target_type for each in types) and _is_served(matcher, similarity, padded, like):
         return _matches(matcher, padded, counts, boxes), padded
+    if isinstance(boxes, ops.AnchorGrid):
+        boxes = boxes.boxes(padded.dtype, padded.device)
     return torch.stack([match_boxes(matcher, similarity, each, boxes) for each in gt_boxes]), padded
 
 
@@ -66,7 +70,7 @@ def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes
     return not backends.falls_back(matcher, boxes, "match_anchors", known=known)
 
 
-def _matches(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: Tensor) -> Tensor:
+def _matches(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: Tensor | ops.AnchorGrid) -> Tensor:
     matches, _ = ops.match_anchors(
         gt_boxes,
         counts,

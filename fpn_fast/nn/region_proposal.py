@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -191,22 +191,37 @@ class RegionProposalNetwork(_RegionProposalBase):
         self, images: ImageList, maps: list[Tensor], objectness: list[Tensor], deltas: list[Tensor], targets: Any
     ) -> tuple[Tensor, Tensor]:
         """torchvision's losses, bit for bit. The sampler reads labels alone, so it can run before boxes are encoded."""
-        anchors, matches, gt_boxes = self._matched(images, maps, targets)
+        at, matches, gt_boxes = self._matched(images, maps, targets)
         labels = _matching.labels_of(matches)
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(list(labels)))
         sampled = torch.cat([positive, negative])
         scores, box_deltas = concat_box_prediction_layers(objectness, deltas)
-        image, anchor = positive // len(anchors), positive % len(anchors)
-        goals = self.box_coder.encode_single(gt_boxes[image, matches[image, anchor]], anchors[anchor])
+        image, anchor = positive // matches.size(1), positive % matches.size(1)
+        goals = self.box_coder.encode_single(gt_boxes[image, matches[image, anchor]], at(anchor))
         box_loss = smooth_l1_loss(box_deltas[positive], goals, beta=1 / 9, reduction="sum") / sampled.numel()
         return binary_cross_entropy_with_logits(scores.flatten()[sampled], labels.flatten()[sampled]), box_loss
 
-    def _matched(self, images: ImageList, maps: list[Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The anchors [M, 4], which all images share, their matches [N, M], and padded ground truths [N, G, 4]."""
+    def _matched(
+        self, images: ImageList, maps: list[Tensor], targets: Any
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+        """What makes the anchors [..., 4] of places [...], the matches [N, M], and padded ground truths [N, G, 4].
+
+        All images share the anchors. They are matched by arithmetic, and none but the sampled ones is made.
+        """
         _matching.check_targets(targets, len(maps[0]))
-        (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
-        boxes = [target["boxes"] for target in targets]
-        return anchors, *_matching.match_images(self.proposal_matcher, self.box_similarity, boxes, anchors)
+        boxes, like = [target["boxes"] for target in targets], maps[0]
+        matching = (self.proposal_matcher, self.box_similarity, boxes)
+        # torchvision rounds anchors to the maps' dtype: in others than these, not as arithmetic would.
+        if like.dtype not in (torch.float32, torch.float64) or any(each.dtype != like.dtype for each in boxes):
+            (anchors,) = self.anchor_generator(ImageList(images.tensors, [(0, 0)]), maps)
+            return anchors.__getitem__, *_matching.match_images(*matching, anchors)
+        grid = anchor_grid(self.anchor_generator, images.tensors.shape[-2:], [each.shape[2:] for each in maps])
+        tables = anchor_tables(grid).to(like.device, non_blocking=True)
+
+        def at(places: Tensor) -> Tensor:
+            return anchors_at(tables, len(grid.sizes), places, like.dtype)
+
+        return at, *_matching.match_images(*matching, grid)
 
 
 ANCHORS = Part(_AnchorGeneratorBase, fused=AnchorGenerator)

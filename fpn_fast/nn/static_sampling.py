@@ -144,11 +144,11 @@ class StaticRegionProposalNetwork(RegionProposalNetwork):
         maps = list(features.values())
         objectness, deltas = self.head(maps)
         boxes, _, _ = self.proposals_of_head(images, objectness, deltas)
-        anchors, matches, gt_boxes = self._matched(images, maps, targets)
+        at, matches, gt_boxes = self._matched(images, maps, targets)
         # One row more, because gather needs a row also where no image has a ground truth.
         gt_boxes = F.pad(gt_boxes, (0, 0, 0, 1))
         sampler = self.fg_bg_sampler
-        losses = proposal_losses(self, sampler, objectness, deltas, matches, gt_boxes, anchors.__getitem__)
+        losses = proposal_losses(self, sampler, objectness, deltas, matches, gt_boxes, at)
         return list(boxes.unbind()), losses
 
 
