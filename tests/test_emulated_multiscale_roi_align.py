@@ -223,10 +223,10 @@ class TestMultiScaleRoIAlign(EmulatedBattery):
     kernels = (
         "multiscale_roi_align_kernel", "multiscale_roi_align_backward_kernel",
         "multiscale_roi_align_backward_strided_kernel", "roi_lists_kernel", "roi_tiles_kernel", "roi_plan_kernel",
-        "roi_parts_kernel",
+        "roi_parts_kernel", "transpose_maps_kernel",
     )  # fmt: skip
     every_kernel = (
-        *runs(["few_blocks"], ["channels_first"], TYPES),
+        *runs(["random", "few_blocks"], ["channels_first"], TYPES),
         *runs(["crowded_parts"], ["channels_last"], TYPES),
     )
 

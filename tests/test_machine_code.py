@@ -134,6 +134,8 @@ KERNELS = [
     Kernel("multiscale_roi_align_max", "multiscale_roi_align_max", "RoiAlignMaxPooling"),
     Kernel("multiscale_roi_align_max", "multiscale_roi_align_max_backward", "RoiAlignMaxGathering", contracts=True),
     Kernel("roi_lists", "roi_lists", "RoiListing", types=WIDE, contracts=True),
+    # Planes of an odd number of pixels are copied element by element.
+    Kernel("transposed_maps", "transpose_maps", "MapTransposition", ("to_rows",), scalar=None, shared=34),
     Kernel("roi_tiles", "roi_tiles", "RoiTiles", types=WIDE),
     Kernel("roi_tiles", "roi_plan", "RoiTiles", types=WIDE),
     Kernel("match_anchors", "match_anchors", "AnchorMatching", types=WIDE, integer_atomics=True),

@@ -14,7 +14,9 @@ struct Cuda {
   template <class T>
   static void pool(const RoiAlignArguments<acc_type<T>>& arguments, const std::vector<FeatureMap<const T>>& features,
                    const FeatureMap<T>& pooled, const Tensor& like) {
-    run_on(like, [&](const auto& launch) { pool_in_launch<T>(arguments, features, pooled, launch); });
+    run_planned(
+        like, [&](Scratch& scratch) { return plan_pool<T>(scratch, arguments, features, pooled); },
+        [&](const auto& pool, const auto& launch) { pool_in_launches<T>(arguments, pool, launch); });
   }
 
   template <class T>
@@ -39,6 +41,8 @@ const RegisterKernels kernels([](KernelTable& table) {
     table.add("multiscale_roi_align_backward_strided_kernel<" + type + ">",
               &multiscale_roi_align_backward_strided_kernel<T>, kRoiReaders);
     table.add("roi_parts_kernel<" + type + ">", &roi_parts_kernel<T>, kRoiReaders);
+    table.add("transpose_maps_kernel<" + type + ", to_planes>", &transpose_maps_kernel<T, false>, kTransposeThreads);
+    table.add("transpose_maps_kernel<" + type + ", to_rows>", &transpose_maps_kernel<T, true>, kTransposeThreads);
   });
   for_box_types([&]<class T>(const std::string& type) {
     table.add("roi_lists_kernel<" + type + ">", &roi_lists_kernel<T>, kRoiListThreads);

@@ -18,6 +18,7 @@
 #include "../common/roi_align_arguments.h"
 #include "launch.h"
 #include "roi_taps.cuh"
+#include "transposed_maps.cuh"
 #include "warp.cuh"
 
 namespace fpn_fast {
@@ -405,13 +406,35 @@ __global__ void __launch_bounds__(kRoiAlignThreads, kRoiAlignBlocks<T>)
   }
 }
 
+// What a call pools, and into what: `copies` if these are channels_last copies of the maps that it was given.
+template <class T>
+struct RoiAlignPool {
+  std::vector<FeatureMap<const T>> given, features;
+  FeatureMap<T> target, pooled;
+  bool copies;
+};
+
+template <class T>
+RoiAlignPool<T> plan_pool(Scratch& scratch, const RoiAlignArguments<acc_type<T>>& arguments,
+                          const std::vector<FeatureMap<const T>>& features, const FeatureMap<T>& pooled) {
+  RoiAlignPool<T> pool{features, features, pooled, pooled, false};
+  pool.copies = pays_to_copy(arguments, features) && has_dense_planes(pooled) &&
+                std::all_of(features.begin(), features.end(), [](const auto& map) { return has_dense_planes(map); });
+  if (!pool.copies) return pool;
+  for (auto& map : pool.features) map = copy_in_rows(scratch, map);
+  pool.pooled = copy_in_rows(scratch, pooled);
+  return pool;
+}
+
 template <class T, class Launch>
-void pool_in_launch(const RoiAlignArguments<acc_type<T>>& arguments, std::vector<FeatureMap<const T>> features,
-                    const FeatureMap<T>& pooled, const Launch& launch) {
-  std::vector<FeatureMap<T>> targets{pooled};
+void pool_in_launches(const RoiAlignArguments<acc_type<T>>& arguments, const RoiAlignPool<T>& pool,
+                      const Launch& launch) {
+  if (pool.copies) transpose_in_launch<true>(pool.given, pool.features, launch);
+  std::vector<FeatureMap<const T>> features = pool.features;
+  std::vector<FeatureMap<T>> targets{pool.pooled};
   mark_vectorised(features, targets);
   const auto is_last = [](const auto& map) { return map.stride_c == 1; };
-  const bool channels_last = is_last(pooled) && std::all_of(features.begin(), features.end(), is_last);
+  const bool channels_last = is_last(pool.pooled) && std::all_of(features.begin(), features.end(), is_last);
   RoiAlignPooling<T> pooling{};
   pooling.arguments = arguments;
   std::copy(features.begin(), features.end(), pooling.feature);
@@ -421,6 +444,7 @@ void pool_in_launch(const RoiAlignArguments<acc_type<T>>& arguments, std::vector
     launch(multiscale_roi_align_kernel<T, kChannelsLast>, config, pooling);
   };
   channels_last ? run.template operator()<true>() : run.template operator()<false>();
+  if (pool.copies) transpose_in_launch<false>({pool.target}, targets, launch);
 }
 
 }  // namespace fpn_fast

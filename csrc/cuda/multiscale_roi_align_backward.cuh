@@ -20,6 +20,7 @@
 #include "roi_taps.cuh"
 #include "roi_tiles.cuh"
 #include "roi_weights.cuh"
+#include "transposed_maps.cuh"
 
 namespace fpn_fast {
 
@@ -408,31 +409,42 @@ __global__ void __launch_bounds__(kRoiReaders)
   }
 }
 
-// What a call gathers, and how: `vectorised` if by this file's kernels.
+// What a call gathers, and how: `vectorised` if by this file's kernels, `copies` if from and into channels_last copies
+// of the maps that it was given.
 template <class T>
 struct RoiAlignGather {
+  FeatureMap<const T> grad;
+  std::vector<FeatureMap<T>> sums;
   RoiAlignGathering<T> gathering;
-  bool vectorised;
+  bool vectorised, copies;
 };
 
 template <class T, class acc_t = acc_type<T>>
 RoiAlignGather<T> plan_gather(Scratch& scratch, const RoiAlignArguments<acc_t>& arguments,
-                              const FeatureMap<const T>& grad, std::vector<FeatureMap<T>> sums) {
+                              const FeatureMap<const T>& grad, const std::vector<FeatureMap<T>>& sums) {
+  RoiAlignGather<T> gather{grad, sums, {}, false, false};
+  gather.copies = pays_to_copy(arguments, sums) && has_dense_planes(grad) &&
+                  std::all_of(sums.begin(), sums.end(), [](const auto& map) { return has_dense_planes(map); });
   std::vector<FeatureMap<const T>> sources{grad};
+  std::vector<FeatureMap<T>> targets = sums;
+  if (gather.copies) {
+    sources[0] = copy_in_rows(scratch, grad);
+    for (auto& map : targets) map = copy_in_rows(scratch, map);
+  }
+  const FeatureMap<const T>& source = sources[0];
   const auto end_of = [](int64_t stride, int64_t size) { return stride * (size - 1); };
-  const int64_t end =
-      end_of(grad.stride_n, grad.batch) + end_of(grad.stride_h, grad.height) + end_of(grad.stride_w, grad.width);
-  RoiAlignGather<T> gather{};
-  gather.vectorised = mark_vectorised(sources, sums) && end / kVec<T> <= int64_t{UINT32_MAX};
+  const int64_t end = end_of(source.stride_n, source.batch) + end_of(source.stride_h, source.height) +
+                      end_of(source.stride_w, source.width);
+  gather.vectorised = mark_vectorised(sources, targets) && end / kVec<T> <= int64_t{UINT32_MAX};
   RoiAlignGathering<T>& gathering = gather.gathering;
   const RoiLists<acc_t> lists = plan_roi_lists(scratch, arguments);
-  gathering.grad = grad;
-  std::copy(sums.begin(), sums.end(), gathering.sum);
+  gathering.grad = source;
+  std::copy(targets.begin(), targets.end(), gathering.sum);
   if (!gather.vectorised) {
     gathering.tiles.lists = lists, gathering.tiles.levels = static_cast<int>(sums.size());
     return gather;
   }
-  gathering.tiles = make_roi_tiles(sums, lists, RoiPlan{});
+  gathering.tiles = make_roi_tiles(targets, lists, RoiPlan{});
   // A tile that is divided has more than kGatherBatch RoIs, and parts of more than half as many.
   const int64_t parts =
       arguments.count <= kGatherBatch
@@ -451,16 +463,19 @@ void gather_in_launches(const RoiAlignArguments<acc_t>& arguments, const RoiAlig
   const RoiAlignGathering<T>& gathering = gather.gathering;
   const std::vector<FeatureMap<T>> sums(gathering.sum, gathering.sum + gathering.tiles.levels);
   list_in_launch(arguments, sums, gathering.tiles.lists, launch);
-  if (!gather.vectorised) {
+  if (gather.copies) transpose_in_launch<true>({gather.grad}, std::vector{gathering.grad}, launch);
+  if (gather.vectorised) {
+    plan_in_launches(gathering.tiles, gathering.part_blocks > 0, launch);
+    const int64_t groups = gathering.channel_groups;
+    launch(multiscale_roi_align_backward_kernel<T>,
+           LaunchConfig{(gathering.part_blocks + gathering.tiles.count) * groups, kRoiReaders}, gathering);
+    if (gathering.part_blocks > 0) {
+      launch(roi_parts_kernel<T>, LaunchConfig{gathering.part_blocks * groups, kRoiReaders}, gathering);
+    }
+  } else {
     gather_strided_in_launch(gathering.grad, sums, gathering.tiles.lists, launch);
-    return;
   }
-  plan_in_launches(gathering.tiles, gathering.part_blocks > 0, launch);
-  const int64_t groups = gathering.channel_groups;
-  launch(multiscale_roi_align_backward_kernel<T>,
-         LaunchConfig{(gathering.part_blocks + gathering.tiles.count) * groups, kRoiReaders}, gathering);
-  if (gathering.part_blocks == 0) return;
-  launch(roi_parts_kernel<T>, LaunchConfig{gathering.part_blocks * groups, kRoiReaders}, gathering);
+  if (gather.copies) transpose_in_launch<false>(gather.sums, sums, launch);
 }
 
 }  // namespace fpn_fast

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/roi_align_arguments.h"
 #include "vector.cuh"
 
 namespace fpn_fast {
@@ -111,6 +112,15 @@ bool mark_vectorised(std::vector<FeatureMap<const T>>& sources, std::vector<Feat
   for (auto& map : sources) mark_vectorised(map, true), all &= map.vectorised;
   for (auto& map : targets) mark_vectorised(map, true), all &= map.vectorised;
   return all;
+}
+
+// Whether copying channels_first maps takes less time than channels_last saves: the bins are at least a quarter of the
+// pixels. By the model of an H200, a bin of a channel saves 7 ps and a pixel of a channel costs 1 or 2.
+template <class acc_t, class T>
+bool pays_to_copy(const RoiAlignArguments<acc_t>& arguments, const std::vector<FeatureMap<T>>& maps) {
+  int64_t pixels = 0;
+  for (const auto& map : maps) pixels += map.batch * map.height * map.width;
+  return 4 * arguments.count * arguments.pooled_height * arguments.pooled_width >= pixels;
 }
 
 }  // namespace fpn_fast

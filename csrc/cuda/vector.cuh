@@ -55,6 +55,12 @@ __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
   return pair;
 }
 
+// The compiler would merge a plain assignment with a branch of scalar stores, into scalar stores.
+__device__ __forceinline__ void store_raw(void* target, uint4 raw) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+               : "memory");
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool vectorised,
                                       const acc_type<T> (&values)[kVec<T>]) {
@@ -66,10 +72,7 @@ __device__ __forceinline__ void store(T* target, int64_t stride, int count, bool
     } else {
       memcpy(&raw, values, sizeof raw);
     }
-    // The compiler would merge a plain assignment with the scalar branch below, into scalar stores.
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(raw.x), "r"(raw.y), "r"(raw.z),
-                 "r"(raw.w)
-                 : "memory");
+    store_raw(target, raw);
   } else {
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {

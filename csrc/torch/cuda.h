@@ -43,7 +43,8 @@ template <class MakePlan, class Run>
 void run_planned(const Tensor& tensor, const MakePlan& make_plan, const Run& run) {
   run_on(tensor, [&](const auto& launch) {
     Scratch counting;
-    make_plan(counting);
+    const auto plan = make_plan(counting);
+    if (counting.bytes() == 0) return run(plan, launch);
     const Tensor memory = empty_like(tensor, {counting.bytes()}, ScalarType::Byte);
     Scratch scratch(static_cast<char*>(memory.data_ptr()));
     run(make_plan(scratch), launch);
