@@ -20,6 +20,11 @@
 
 namespace fpn_fast {
 
+// Boxes that a block sorts. 128 such runs are 65,536 boxes, which one launch merges; longer ones keep fewer
+// multiprocessors busy.
+constexpr int kNmsRun = 512;
+constexpr int kNmsRunOwn = kNmsRun / kSortThreads;
+
 // A group and a rank by score as one integer, never zero. The largest comes first.
 using GroupKey = unsigned __int128;
 
@@ -69,22 +74,22 @@ __device__ __forceinline__ acc_t largest_of_block(acc_t value) {
   return value;
 }
 
-// A block sorts 2048 boxes of an image by score.
+// A block sorts a run of an image's boxes by score.
 template <class acc_t>
 __global__ void __launch_bounds__(kSortThreads, 3)
     nms_scores_kernel(const __grid_constant__ NmsSorting<acc_t> sorting) {
   __shared__ RankKey<acc_t> keys[kSortItems];
   const NmsInput<acc_t>& input = sorting.input;
   const int runs = sorting.by_score.first[1];
-  const int64_t image = blockIdx.x / runs, first = int64_t{blockIdx.x % runs} * kSortItems;
+  const int64_t image = blockIdx.x / runs, first = int64_t{blockIdx.x % runs} * kNmsRun;
   int64_t count = input.room;
   if (input.counts != nullptr) count = min(max(input.counts[image], int64_t{0}), input.room);
-  const int length = static_cast<int>(min(max(count - first, int64_t{0}), int64_t{kSortItems}));
+  const int length = static_cast<int>(min(max(count - first, int64_t{0}), int64_t{kNmsRun}));
   acc_t largest = -std::numeric_limits<acc_t>::infinity();
   // All loads before the first store, so that they overlap.
-  RankKey<acc_t> own[kSortOwn];
+  RankKey<acc_t> own[kNmsRunOwn];
 #pragma unroll
-  for (int k = 0; k < kSortOwn; ++k) {
+  for (int k = 0; k < kNmsRunOwn; ++k) {
     const int i = k * kSortThreads + threadIdx.x;
     const int64_t index = image * input.room + first + i;
     Box<acc_t> box{};
@@ -96,7 +101,7 @@ __global__ void __launch_bounds__(kSortThreads, 3)
     for (const acc_t value : {box.x1, box.y1, box.x2, box.y2}) largest = value > largest ? value : largest;
   }
 #pragma unroll
-  for (int k = 0; k < kSortOwn; ++k) {
+  for (int k = 0; k < kNmsRunOwn; ++k) {
     const int i = k * kSortThreads + threadIdx.x;
     if (i < length) keys[i] = own[k];
   }
@@ -144,25 +149,25 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   if (block.thread() == 0) candidates.counts[block.image] = count;
 }
 
-// A block sorts 2048 ranks by group.
+// A block sorts a run of ranks by group.
 template <class acc_t>
 __global__ void __launch_bounds__(kSortThreads, 3)
     nms_groups_kernel(const __grid_constant__ NmsSorting<acc_t> sorting) {
   __shared__ GroupKey keys[kSortItems];
   const int runs = sorting.by_group.first[1];
   const int64_t image = blockIdx.x / runs;
-  const int first = static_cast<int>(blockIdx.x % runs) * kSortItems;
-  const int length = min(max(sorting.candidates.counts[image] - first, 0), kSortItems);
+  const int first = static_cast<int>(blockIdx.x % runs) * kNmsRun;
+  const int length = min(max(sorting.candidates.counts[image] - first, 0), kNmsRun);
   const int* order = sorting.order + image * sorting.candidates.room + first;
   // All loads before the first store, so that they overlap.
-  int64_t groups[kSortOwn];
+  int64_t groups[kNmsRunOwn];
 #pragma unroll
-  for (int k = 0; k < kSortOwn; ++k) {
+  for (int k = 0; k < kNmsRunOwn; ++k) {
     const int i = k * kSortThreads + threadIdx.x;
     groups[k] = i < length ? sorting.input.groups[image * sorting.input.room + order[i]] : 0;
   }
 #pragma unroll
-  for (int k = 0; k < kSortOwn; ++k) {
+  for (int k = 0; k < kNmsRunOwn; ++k) {
     const int i = k * kSortThreads + threadIdx.x;
     if (i < length) keys[i] = group_key(groups[k], static_cast<uint32_t>(first + i));
   }
@@ -274,8 +279,8 @@ NmsPlan<acc_t> plan_nms(Scratch& scratch, const NmsInput<acc_t>& input, const Ov
   NmsSorting<acc_t>& sorting = plan.first;
   sorting.input = input;
   sorting.candidates = plan_candidates<acc_t>(scratch, input.batch, input.room, input.labelled(), true, rule);
-  const int64_t room = sorting.candidates.room, runs = (room + kSortItems - 1) / kSortItems;
-  const int64_t capacity = std::min<int64_t>(room, kSortItems);
+  const int64_t room = sorting.candidates.room, runs = ceil_div(room, kNmsRun);
+  const int64_t capacity = std::min<int64_t>(room, kNmsRun);
   sorting.order = scratch.take<int>(input.batch * room);
   sorting.by_score = plan_runs<RankKey<acc_t>>(scratch, input.batch, {runs}, capacity, input.room);
   if (input.groups != nullptr && input.offset) {
