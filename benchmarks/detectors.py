@@ -7,7 +7,8 @@
 They are as torchvision's pretrained detectors: frozen batch norm, three trainable stages. Weights are random, scaled so
 that a head's outputs are spread as a trained one's: some thousand candidates of a dense head are above its threshold,
 and some hundred pairs of a box and a class. Each provider's detections are compared with torchvision's before it is
-timed; one that differs is refused.
+timed; one that differs is refused. StaticTraining of a Faster R-CNN samples with other random numbers: its losses must
+be within DRAWN_DEVIATIONS of the mean of torchvision's over DRAWS seeds.
 
 Stages are timed in further runs with clocks around modules, each stage without the stages inside it. A part of a model
 without a module of its own counts to the module around it: what follows RetinaNet's head is the detector's own.
@@ -68,6 +69,10 @@ DEVIATIONS = {"cls_logits": 1.0, "cls_score": 3.0, "bbox_pred": 0.3, "bbox_reg":
 #: The share of a dense head's logits above its threshold.
 DENSE_SHARE = 2e-4
 TARGETS_PER_IMAGE = 7
+#: A mean of 8 draws and one more differ by 6 deviations, estimated from the 8, once in some 2,000 comparisons.
+DRAWS, DRAWN_DEVIATIONS = 8, 6.0
+#: Backbones halve images five times.
+DIVISOR = 32
 LARGE, SMALL, TINY = (800, 1344), (320, 544), (64, 96)
 
 
@@ -165,11 +170,15 @@ def spread(model: Any, batch: Sequence[Tensor]) -> None:
 
 @dataclass
 class Provider:
-    """How a case is computed: `step` is timed; `lists` gives its result as torchvision would."""
+    """How a case is computed: `step` is timed; `lists` gives its result as torchvision would.
 
-    step: Callable[[], Any]
+    draws: whether it samples with random numbers of its own.
+    """
+
+    step: Callable[..., Any]
     model: nn.Module
     lists: Callable[[Any], Any] = lambda result: result
+    draws: bool = False
 
 
 def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Provider]:
@@ -189,8 +198,8 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
             return Provider(torch.no_grad()(lambda: call(batch)), model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
-        def step() -> Any:
-            torch.manual_seed(3)
+        def step(seed: int = 3) -> Any:
+            torch.manual_seed(seed)
             optimizer.zero_grad(set_to_none=True)
             losses = call(batch, own_targets)
             sum(losses.values()).backward()
@@ -204,7 +213,13 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
         found |= {
             f"{name} + torch.compile": make(torch.compile(models[name]), models[name]) for name in ("eager", "fpn_fast")
         }
-    if not case.training:
+    if case.training:
+        steps = training_steps(case, models["fpn_fast"], compiled)
+        for name, each in steps.items():
+            packed = each.pack(batch, own_targets)
+            found[name] = make(lambda *_, s=each, p=packed: s(*p), each)
+            found[name].draws = case.model != "retinanet"
+    else:
         stacked = torch.stack(batch)
 
         def static() -> fpn_fast.StaticDetector:
@@ -217,6 +232,16 @@ def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Pro
             calls["static, compile()"] = static().compile()
         found |= {name: Provider(lambda c=call: c(stacked), call, call.unpad) for name, call in calls.items()}
     return found
+
+
+def training_steps(case: Case, model: nn.Module, compiled: bool) -> dict[str, Any]:
+    """StaticTrainings of copies of an accelerated model, by the provider's name."""
+    canvas = (-(-case.size[0] // DIVISOR) * DIVISOR, -(-case.size[1] // DIVISOR) * DIVISOR)
+
+    def static() -> Any:
+        return fpn_fast.StaticTraining(copy.deepcopy(model), canvas, case.batch, max_targets=TARGETS_PER_IMAGE)
+
+    return {"static": static()} | ({"static, compile()": static().compile()} if compiled else {})
 
 
 def problem(found: Any, expected: Any) -> str | None:
@@ -237,6 +262,17 @@ def problem(found: Any, expected: Any) -> str | None:
         same = near & (own["labels"][:, None] == other["labels"])
         if same.any(0).float().mean() < 0.95:
             return f"{(~same.any(0)).sum().item()} boxes of {same.shape[1]} are not there"
+    return None
+
+
+def problem_of_draws(found: dict[str, Tensor], expected: Sequence[dict[str, Tensor]]) -> str | None:
+    """How losses of one sample differ from torchvision's of several; None where chance would explain it."""
+    for name, loss in found.items():
+        drawn = torch.stack([each[name].detach() for each in expected])
+        allowed = DRAWN_DEVIATIONS * drawn.std() * math.sqrt(1 + 1 / len(drawn))
+        # What is sampled whole differs by rounding alone.
+        if not torch.isclose(loss, drawn.mean(), rtol=1e-3, atol=1e-5) and not (loss - drawn.mean()).abs() <= allowed:
+            return f"{name} is {loss.item():.6g}, not {drawn.mean().item():.6g} within {allowed.item():.2g}"
     return None
 
 
@@ -286,7 +322,11 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool) ->
     clock = timing.timer(device.type)
     found = providers(case, device, compiled)
     expected = found["eager"].step()
+    drawn = [found["eager"].step(seed) for seed in range(DRAWS)] if any(each.draws for each in found.values()) else []
     clock.synchronize()
+
+    def compared(provider: Provider, result: Any) -> str | None:
+        return problem_of_draws(result, drawn) if provider.draws else problem(provider.lists(result), expected)
 
     def stages(provider: Provider) -> dict[str, float]:
         times = []
@@ -304,7 +344,7 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool) ->
         print(f"{case}: {name}", file=sys.stderr, flush=True)
         prepared = prepare(
             lambda: [provider.step],
-            lambda result: problem(provider.lists(result), expected),
+            lambda result: compared(provider, result),
             lambda operators: wrong_backend(name, operators),
             clock,
             seen="compile" not in name and "capture" not in name,

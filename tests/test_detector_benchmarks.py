@@ -32,7 +32,8 @@ def test_cases_in_small(tmp_path, capsys, monkeypatch):
     (file,) = tmp_path.glob("*/detectors.json")
     results = json.loads(file.read_text())
     rows = results["rows"]
-    assert len(rows) == 5 + 4 + 5  # StaticDetector is for inference
+    assert len(rows) == 5 + 5 + 5
+    assert {row["provider"]: row["syncs"] for row in rows if row["training"]}["static"] == 0
     backends = {row["provider"]: row["backend"] for row in rows}
     of_both = {f"{name}{memory}": backend for name, backend in (("eager", "torch"), ("fpn_fast", "cpp"))
                for memory in ("", ", channels_last")}  # fmt: skip
@@ -81,6 +82,11 @@ def test_what_differs_is_refused():
     nothing = [{name: each[:0] for name, each in found[0].items()}]
     assert "nothing to compare" in detectors.problem(nothing, nothing)
     assert detectors.problem({"loss": torch.tensor(1.1)}, {"loss": torch.tensor(1.0)}) == "loss is 1.1, not 1"
+    draws = [{"loss": torch.tensor(1.0 + 0.01 * i)} for i in range(detectors.DRAWS)]
+    assert detectors.problem_of_draws({"loss": torch.tensor(1.1)}, draws) is None
+    assert detectors.problem_of_draws({"loss": torch.tensor(1.3)}, draws).startswith(
+        "loss is 1.3, not 1.035 within 0.1"
+    )
 
 
 def results_of(tmp_path, *rows):
@@ -100,6 +106,8 @@ def test_a_refused_detector_is_shown(tmp_path):
 
 def test_an_accelerated_detector_that_ran_by_torch_is_refused(monkeypatch):
     monkeypatch.setattr(detectors.fpn_fast, "accelerate", lambda model: None)
+    # These would not take the model.
+    monkeypatch.setattr(detectors, "training_steps", lambda *_: {})
     monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
     case = detectors.Case("faster_rcnn", (64, 96), 2, training=True)
     rows = detectors.measure(case, torch.device("cpu"), 0.0, False)
