@@ -82,33 +82,62 @@ def top_down(draw: Draw, pair: bool = False) -> Trial:
     )
 
 
+def _convolved(weights: dict[str, Tensor], name: str, x: Tensor, stride: int = 1) -> Tensor:
+    weight = weights[f"{name}.weight"]
+    return F.conv2d(x, weight, weights[f"{name}.bias"], stride, padding=weight.shape[2] // 2)
+
+
+def _pyramid(weights: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
+    merged = reference.top_down([_convolved(weights, f"inner_blocks.{i}.0", x) for i, x in enumerate(maps)])
+    return [_convolved(weights, f"layer_blocks.{i}.0", x) for i, x in enumerate(merged)]
+
+
+def _panet(weights: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
+    """The author's lists of laterals and outputs start at the coarsest level."""
+    coarsest = len(maps) - 1
+    names = [f"topdown_lateral_modules.{coarsest - 1 - i}.conv_lateral" for i in range(coarsest)] + ["conv_top"]
+    merged = reference.top_down([_convolved(weights, name, x) for name, x in zip(names, maps, strict=True)])
+    levels = [_convolved(weights, f"posthoc_modules.{coarsest - i}", x) for i, x in enumerate(merged)]
+    outs = levels[:1]
+    for i, level in enumerate(levels[1:]):
+        below = _convolved(weights, f"panet_buttomup_conv1_modules.{i}", outs[-1], stride=2)
+        outs.append(_convolved(weights, f"panet_buttomup_conv2_modules.{i}", level + below))
+    return outs
+
+
 @register("nn.FeaturePyramidNetwork", ops=("top_down",), keys=_KEYS, dtypes=(torch.float32, torch.bfloat16))
-def feature_pyramid_network(draw: Draw) -> Trial:
+@register("nn.PANet", ops=("top_down",), keys=_KEYS, dtypes=(torch.float32, torch.bfloat16), panet=True)
+def pyramid_network(draw: Draw, panet: bool = False) -> Trial:
     sizes = draw.pyramid(draw.integer(1, 4))
+    if panet:
+        # Its convolutions of stride 2 give these.
+        sizes = [tuple(-(-side // 2**level) for side in sizes[0]) for level in range(len(sizes))]
     batch = draw.size("batch", lambda: draw.integer(1, 2))
     channels, layout = draw.size("channels", lambda: draw.choice((1, 4, 8))), draw.layout("contiguous", "channels_last")
     widths = [draw.integer(1, 9) for _ in sizes]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw.random.getrandbits(60))
-        pyramid = nn.FeaturePyramidNetwork(widths, channels, nn.LastLevelMaxPool() if draw.chance(0.5) else None)
+        extra = draw.chance(0.5)
+        pyramid: torch.nn.Module = (
+            nn.PANet(widths, channels, extra_level=extra)
+            if panet
+            else nn.FeaturePyramidNetwork(widths, channels, nn.LastLevelMaxPool() if extra else None)
+        )
     pyramid = pyramid.to(draw.device, draw.dtype)
     maps = [draw.place(draw.normal(batch, width, *size), layout) for width, size in zip(widths, sizes, strict=True)]
     names = [str(i) for i in range(len(maps))]
     parameters = dict(pyramid.named_parameters())
 
     def call(inputs: list[Tensor]) -> list[Tensor]:
-        features = OrderedDict(zip(names, inputs, strict=False))
+        features = inputs[: len(maps)] if panet else OrderedDict(zip(names, inputs, strict=False))
         weights = dict(zip(parameters, inputs[len(maps) :], strict=True))
-        return list(torch.func.functional_call(pyramid, weights, (features,)).values())
+        found = torch.func.functional_call(pyramid, weights, (features,))
+        return found if panet else list(found.values())
 
     def plain(inputs: list[Tensor]) -> list[Tensor]:
         weights = dict(zip(parameters, inputs[len(maps) :], strict=True))
-        convolve = lambda x, block, i, pad: F.conv2d(  # noqa: E731
-            x, weights[f"{block}.{i}.0.weight"], weights[f"{block}.{i}.0.bias"], padding=pad
-        )
-        merged = reference.top_down([convolve(x, "inner_blocks", i, 0) for i, x in enumerate(inputs[: len(maps)])])
-        results = [convolve(x, "layer_blocks", i, 1) for i, x in enumerate(merged)]
-        return [*results, results[-1][:, :, ::2, ::2]] if pyramid.extra_blocks is not None else results
+        results = (_panet if panet else _pyramid)(weights, inputs[: len(maps)])
+        return [*results, results[-1][:, :, ::2, ::2]] if extra else results
 
     rule = not_worse(max(max(size) for size in sizes))
     inputs = [*maps, *(p.detach() for p in parameters.values())]

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import RetinaNet as PlainRetinaNet
 from torchvision.models.detection import roi_heads, transform
 from torchvision.models.detection.anchor_utils import AnchorGenerator as PlainAnchorGenerator
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign as PlainPooler
 
-from fpn_fast import backends, nn
+from fpn_fast import backends, integrations, nn
+from fpn_fast.ops._schemas import FOCAL_TILE
 from fpn_fast.verify.checks import bottom_up, register
 from fpn_fast.verify.checks.detections import head_maps
 from fpn_fast.verify.checks.roi_align import boxes_in
 from fpn_fast.verify.draw import Draw, padded, text_of
-from fpn_fast.verify.trial import Trial, against_reference, boxes_rule, decision, not_worse
+from fpn_fast.verify.trial import Trial, against_reference, boxes_rule, decision, linear, not_worse
 
 _SINGLE = (torch.float32, torch.float64)
 
@@ -239,3 +241,46 @@ def static_detector(draw: Draw) -> Trial:
         return [*tables, torch.tensor([len(f["labels"]) for f in lists])]
 
     return decision(f"{kind}, {batch} images {size}", call, plain, boxes_rule(draw.dtype))
+
+
+@register("nn.StaticTraining", ops=("match_anchors", "sigmoid_focal_loss"), dtypes=_SINGLE)
+def static_training(draw: Draw) -> Trial:
+    """The losses of a batch of a fixed size, against torchvision's of a list of images."""
+    levels, classes, batch = draw.integer(1, 3), draw.integer(2, 5), draw.integer(1, 2)
+    size = (32 * draw.integer(1, 3), 32 * draw.integer(1, 3))
+    generator = _generators(draw, levels)[0]
+    shape = {"min_size": min(size), "max_size": max(size), "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw.random.getrandbits(60))
+        plain = PlainRetinaNet(_Pyramid(levels), classes, anchor_generator=generator, **shape).train()
+    fast = copy.deepcopy(plain)
+    integrations.accelerate(fast)
+    truths = [boxes_in(draw, draw.integer(0, 6), *size) for _ in range(batch)]
+    # torchvision refuses a box without area.
+    truths = [torch.cat([b[:, :2], torch.maximum(b[:, 2:], b[:, :2] + 1)], 1) for b in truths]
+    labels = [draw.integers(0, classes - 1, len(boxes)) for boxes in truths]
+    names = ("classification", "bbox_regression")
+
+    def targets(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+        return [{"boxes": b.to(dtype), "labels": of} for b, of in zip(truths, labels, strict=True)]
+
+    def call(inputs: list[Tensor]) -> list[Tensor]:
+        own = copy.deepcopy(fast).to(draw.device, draw.dtype)
+        training = nn.StaticTraining(own, size, batch, max_targets=6)
+        placed = [each.to(draw.device) for each in training.pack(list(inputs[0].cpu()), targets(draw.dtype))]
+        losses = training(*placed)
+        return [losses[name] for name in names]
+
+    def losses(inputs: list[Tensor]) -> list[Tensor]:
+        images = inputs[0].cpu()
+        found = copy.deepcopy(plain).to(images.dtype)(list(images), targets(images.dtype))
+        return [found[name] for name in names]
+
+    images = draw.normal(batch, 3, *size)
+    # Codes of boxes are differences of coordinates over the sides of anchors, which are 8 or longer.
+    codes = not_worse(max(size), torch.tensor(max(size) / 8))
+    classification = losses([images.double()])[0].detach()
+    # As in tests/helpers/focal_losses.py: tiles are summed in one order and torchvision sums in another.
+    rules = [linear(classification, terms=30 + FOCAL_TILE + images.numel() // FOCAL_TILE, roundings=3), codes]
+    text = f"RetinaNet, {batch} images {size}, {[len(boxes) for boxes in truths]} ground truths"
+    return Trial(text, [draw.place(images)], call, losses, lambda i: rules[i])
