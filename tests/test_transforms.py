@@ -31,8 +31,8 @@ maximum.__name__ = "multiscale_roi_align_max"
 SELECTING = [calls.select_detections, calls.select_detections_by_distances, calls.select_box_detections,
              calls.heatmaps_to_keypoints]  # fmt: skip
 DIFFERENTIABLE = [calls.top_down, calls.upsample_add, calls.multiscale_roi_align, calls.roi_align,
-                  calls.sigmoid_focal_loss, calls.frozen_batch_norm, calls.paste_masks, maximum,
-                  *SELECTING]  # fmt: skip
+                  calls.sigmoid_focal_loss, calls.frozen_batch_norm, calls.paste_masks, maximum, calls.fuse_maps,
+                  calls.resize_cat, *SELECTING]  # fmt: skip
 DECIDING = [each for each in (*PADDED, *OF_ANY_LENGTH) if each not in DIFFERENTIABLE]
 
 
@@ -64,7 +64,7 @@ def first_of(recipe):
     """(loss of the maps or logits that have a gradient, these, a direction)"""
     op, tensors = call_of(recipe)
     maps = "laterals", "lateral", "top", "features", "input", "logits", "deltas", "centerness", "masks", "heatmaps"
-    names = [name for name in (*maps, "x", "residual") if name in tensors]
+    names = [name for name in (*maps, "maps", "x", "residual") if name in tensors]
     inputs, fixed = {name: tensors[name] for name in names}, {k: v for k, v in tensors.items() if k not in names}
     # Not linear, so that a direction's derivative depends on the place.
     loss = lambda given: sum(each.square().sum() for each in op({**given, **fixed}) if each.is_floating_point())  # noqa: E731

@@ -363,7 +363,7 @@ void gather_maps(const ResampleGradients<T>& pass, bool pixels) {
 }
 
 // Several sums at once, so that an addition does not wait for the one before it.
-constexpr int kSumLanes = 16;
+constexpr int kWeightLanes = 16;
 
 template <class T>
 void sum_strips(const FeatureMap<const T>& grad, const std::vector<FeatureMap<const T>>& maps,
@@ -388,7 +388,7 @@ void sum_strips(const FeatureMap<const T>& grad, const std::vector<FeatureMap<co
         for (int64_t band = first_band; band < last_band; ++band) {
           acc_t* part = parts + (n * bands + band) * count * channels + c;
           if (pixels && x0 == 0) std::fill_n(part, count * channels, acc_t(0));
-          acc_t lanes[kMostFused][kSumLanes] = {};
+          acc_t lanes[kMostFused][kWeightLanes] = {};
           const int last = std::min(static_cast<int>(band + 1) * kSumRows, grad.height);
           for (int y = static_cast<int>(band) * kSumRows; y < last; ++y) {
             const acc_t* g = load_run(own, n, c, y, x0, x1, buffer.data());
@@ -402,18 +402,18 @@ void sum_strips(const FeatureMap<const T>& grad, const std::vector<FeatureMap<co
                 }
               } else {
                 int x = 0;
-                for (; x + kSumLanes <= x1; x += kSumLanes) {
+                for (; x + kWeightLanes <= x1; x += kWeightLanes) {
                   FPN_FAST_IVDEP
-                  for (int lane = 0; lane < kSumLanes; ++lane) lanes[k][lane] += g[x + lane] * run[x + lane];
+                  for (int lane = 0; lane < kWeightLanes; ++lane) lanes[k][lane] += g[x + lane] * run[x + lane];
                 }
-                for (; x < x1; ++x) lanes[k][x % kSumLanes] += g[x] * run[x];
+                for (; x < x1; ++x) lanes[k][x % kWeightLanes] += g[x] * run[x];
               }
             }
           }
           if (!pixels) {
             for (int k = 0; k < count; ++k) {
               acc_t sum = 0;
-              for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[k][lane];
+              for (int lane = 0; lane < kWeightLanes; ++lane) sum += lanes[k][lane];
               part[k * channels] = sum;
             }
           }

@@ -101,8 +101,16 @@ __device__ __forceinline__ void paste_in_row(const MaskPasting<T>& pasting, cons
   }
 }
 
+// Left to itself ptxas takes 48 registers for sm_80 and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kPasteBlocks = 4;
+#else
+constexpr int kPasteBlocks = 0;
+#endif
+
 template <class T, bool kAbove>
-__global__ void __launch_bounds__(kPasteThreads) paste_masks_kernel(const __grid_constant__ MaskPasting<T> pasting) {
+__global__ void __launch_bounds__(kPasteThreads, kPasteBlocks)
+    paste_masks_kernel(const __grid_constant__ MaskPasting<T> pasting) {
   using out_t = std::conditional_t<kAbove, bool, T>;
   constexpr int kRun = kVec<out_t>, kStep = kPasteThreads * kRun;
   out_t* target;

@@ -180,8 +180,13 @@ struct RunMerge {
   SortedRuns<Key> from, to;
 };
 
+// Keys of 128 bits need the registers of a fourth block: sm_100 spills otherwise.
 template <class Key>
-__global__ void __launch_bounds__(kMergeThreads, 4) merge_runs_kernel(const __grid_constant__ RunMerge<Key> merge) {
+constexpr int kMergeBlocksAtOnce = sizeof(Key) > 8 ? 3 : 4;
+
+template <class Key>
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocksAtOnce<Key>)
+    merge_runs_kernel(const __grid_constant__ RunMerge<Key> merge) {
   const MergeBlock block = merge_block(merge.from);
   const int run = merge.to.first[block.list] + (block.begin - merge.from.first[block.list]) / kMergeWays;
   const int64_t target = merge.to.index(block.image, run);

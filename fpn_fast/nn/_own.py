@@ -36,7 +36,7 @@ class Steps:
         base: the class of torchvision.
         methods: the names of its methods that are left out. With "forward", its forward hooks are too.
         replaced: the name of its method that the fused path itself stands for. A subclass may override that one.
-        fused: the class of fpn_fast that replaces `base`, if it overrides some of `methods`.
+        fused: the class of fpn_fast that replaces `base`, or several, if they override some of `methods`.
         calls: more functions that are left out.
     """
 
@@ -45,14 +45,15 @@ class Steps:
         base: type,
         *methods: str,
         replaced: str | None = None,
-        fused: type | None = None,
+        fused: type | tuple[type, ...] | None = None,
         calls: tuple[Callable[..., Any], ...] = (),
     ) -> None:
         self.base = base
         functions = vars(base)
+        kinds = fused if isinstance(fused, tuple) else (fused or base,)
         # Other versions of torchvision, or its stand-ins, may lack a method.
         self._methods = {
-            name: (functions[name], vars(fused or base).get(name, functions[name]))
+            name: (functions[name], *(vars(kind).get(name, functions[name]) for kind in kinds))
             for name in methods
             if name in functions
         }
@@ -81,7 +82,7 @@ class Steps:
         ]
         for name, own in self._methods.items():
             method = getattr(kind, name, own[0])
-            if name in shadows or (method is not own[0] and method is not own[1]):
+            if name in shadows or all(method is not each for each in own):
                 found.append(name)
         if self._has_hooks and isinstance(module, nn.Module) and _torch_private.has_forward_hooks(module):
             found.append("forward hooks")

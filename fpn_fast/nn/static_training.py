@@ -72,11 +72,10 @@ _REGRESSION = Steps(_retinanet.RetinaNetRegressionHead, "compute_loss")
 _FCOS_HEAD = Steps(_fcos.FCOSHead, "compute_loss")
 _SSD_MATCHER = Part(SSDMatcher, calls=(box_iou,))
 # Of ours and those that static sampling makes of them.
-_RPN = {
-    kind: Steps(_rpn.RegionProposalNetwork, "forward", fused=kind)
-    for kind in (RegionProposalNetwork, StaticRegionProposalNetwork)
-}
-_HEADS = {kind: Steps(_roi_heads.RoIHeads, "forward", fused=kind) for kind in (RoIHeads, StaticRoIHeads)}
+_RPN_KINDS = (RegionProposalNetwork, StaticRegionProposalNetwork)
+_HEADS_KINDS = (RoIHeads, StaticRoIHeads)
+_RPN = Steps(_rpn.RegionProposalNetwork, "forward", fused=_RPN_KINDS)
+_HEADS = Steps(_roi_heads.RoIHeads, "forward", fused=_HEADS_KINDS)
 
 
 class StaticTraining(nn.Module):
@@ -484,7 +483,7 @@ def check_training_model(model: nn.Module) -> None:
         ("anchor_generator", anchor_generator(model), (anchors,)),
     ]
     if isinstance(model, FasterRCNN):
-        parts += [("rpn", owner.rpn, tuple(_RPN)), ("roi_heads", owner.roi_heads, tuple(_HEADS))]
+        parts += [("rpn", owner.rpn, _RPN_KINDS), ("roi_heads", owner.roi_heads, _HEADS_KINDS)]
     for name, part, kinds in parts:
         if type(part) not in kinds:
             expected = f"{kinds[0].__name__} after fpn_fast.accelerate(model)"
@@ -511,8 +510,8 @@ def _left_out(model: Any) -> list[tuple[str, Any, Steps]]:
         return parts if isinstance(model, FCOS) else [*parts, ("proposal_matcher", model.proposal_matcher, matcher)]
     rpn, heads = model.rpn, model.roi_heads
     parts += [(type(model).__name__, model, _MODEL), ("anchor_generator", rpn.anchor_generator, ANCHORS)]
-    parts += [("rpn", rpn, steps) for steps in (_RPN[type(rpn)], PROPOSALS, LOSSES)]
-    parts += [("roi_heads", heads, steps) for steps in (_HEADS[type(heads)], ROI_TRAINING)]
+    parts += [("rpn", rpn, steps) for steps in (_RPN, PROPOSALS, LOSSES)]
+    parts += [("roi_heads", heads, steps) for steps in (_HEADS, ROI_TRAINING)]
     for name, stage in (("rpn", rpn), ("roi_heads", heads)):
         parts += [(f"{name}.box_coder", stage.box_coder, BOX_CODER)]
         parts += [(f"{name}.proposal_matcher", stage.proposal_matcher, _matching.MATCHER)]
