@@ -40,7 +40,7 @@ def match_boxes(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxe
         return torch.full(boxes.shape[:1], Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64, device=boxes.device)
     if not _is_served(matcher, similarity, gt_boxes, boxes):
         return matcher(similarity(gt_boxes, boxes))
-    return _matches(matcher, gt_boxes[None], None, boxes)[0]
+    return matches_by_op(matcher, gt_boxes[None], None, boxes)[0]
 
 
 def match_images(
@@ -59,7 +59,7 @@ def match_images(
     padded, counts = ops.pad_boxes([each.to(target_type) for each in gt_boxes])
     like = padded.flatten(0, 1) if isinstance(boxes, ops.AnchorGrid) else boxes
     if all(each == target_type for each in types) and _is_served(matcher, similarity, padded, like):
-        return _matches(matcher, padded, counts, boxes), padded
+        return matches_by_op(matcher, padded, counts, boxes), padded
     if isinstance(boxes, ops.AnchorGrid):
         boxes = boxes.boxes(padded.dtype, padded.device)
     return torch.stack([match_boxes(matcher, similarity, each, boxes) for each in gt_boxes]), padded
@@ -70,7 +70,8 @@ def _is_served(matcher: Matcher, similarity: Similarity, gt_boxes: Tensor, boxes
     return not backends.falls_back(matcher, boxes, "match_anchors", known=known)
 
 
-def _matches(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: Tensor | ops.AnchorGrid) -> Tensor:
+def matches_by_op(matcher: Matcher, gt_boxes: Tensor, counts: Tensor | None, boxes: Tensor | ops.AnchorGrid) -> Tensor:
+    """What `matcher` finds for padded ground truths [N, G, 4]: [N, M], see :func:`ops.match_anchors`."""
     matches, _ = ops.match_anchors(
         gt_boxes,
         counts,

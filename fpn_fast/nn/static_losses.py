@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from fpn_fast import ops
+from fpn_fast.nn._matching import matches_by_op
 from fpn_fast.nn.dense_detectors import check_labels
 from fpn_fast.nn.static_sampling import encoded
 from fpn_fast.nn.static_targets import StaticTargets
@@ -53,14 +54,7 @@ def retinanet_losses(
         raise ValueError(f"a RetinaNet's box loss must be {' or '.join(_BOX_LOSSES)}, got {head._loss_type}")
     matcher, logits = model.proposal_matcher, head_outputs["cls_logits"]
     check_labels(targets.labels, logits.shape[-1])
-    matches, _ = ops.match_anchors(
-        targets.boxes,
-        targets.counts,
-        anchors,
-        high_threshold=matcher.high_threshold,
-        low_threshold=matcher.low_threshold,
-        allow_low_quality_matches=matcher.allow_low_quality_matches,
-    )
+    matches = matches_by_op(matcher, targets.boxes, targets.counts, anchors)
     foreground, codes = matches >= 0, _wide(head_outputs["bbox_regression"])
     # Of each image the mean over its foreground, and the mean of the images.
     share = (foreground.sum(1, keepdim=True).clamp(min=1) * len(matches)).to(codes.dtype).reciprocal()

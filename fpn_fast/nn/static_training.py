@@ -287,10 +287,10 @@ class StaticTraining(nn.Module):
         def anchors(places: Tensor) -> Tensor:
             return anchors_at(self._constant("anchors", size), len(grid.sizes), places, gt_boxes.dtype)
 
-        matches = _matches(rpn, gt_boxes, targets.counts, grid)
+        matches = _matching.matches_by_op(rpn.proposal_matcher, gt_boxes, targets.counts, grid)
         losses = proposal_losses(rpn, _sampler(rpn), objectness, deltas, matches, gt_boxes, anchors)
         boxes = torch.cat([proposals, gt_boxes], 1)
-        matches = _matches(heads, gt_boxes, targets.counts, boxes)
+        matches = _matching.matches_by_op(heads.proposal_matcher, gt_boxes, targets.counts, boxes)
         owners = matches.clamp(min=0)
         labels = torch.where(matches >= 0, targets.labels.gather(1, owners), matches + 1)
         sampled = (boxes, owners, labels, gt_boxes, targets.masks, targets.keypoints)
@@ -440,19 +440,6 @@ class Packing:
             if height <= size[0] and width <= size[1]:
                 return size
         raise ValueError(f"the images of a batch, resized to {sizes}, fit into none of the canvases {self.canvases}")
-
-
-def _matches(stage: Any, gt_boxes: Tensor, counts: Tensor, boxes: Tensor | ops.AnchorGrid) -> Tensor:
-    matcher = stage.proposal_matcher
-    matches, _ = ops.match_anchors(
-        gt_boxes,
-        counts,
-        boxes,
-        high_threshold=matcher.high_threshold,
-        low_threshold=matcher.low_threshold,
-        allow_low_quality_matches=matcher.allow_low_quality_matches,
-    )
-    return matches
 
 
 def _sampler(stage: Any) -> FixedSizeSampler:
