@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_fast import backends, reference
-from fpn_fast._memory_format import memory_format
+from fpn_fast._memory_format import empty_map
 from fpn_fast._torch_private import below_autograd
 from fpn_fast.ops._checks import as_integer, as_pair, check_device, check_maps, check_shape, check_tensor
 from fpn_fast.ops._registration import call_kernel, records_gradient, register_op, traced
@@ -342,16 +342,6 @@ def _fake(
     activation: int,
 ) -> Tensor:
     return empty_map(maps[0], maps[0].size(1), height, width)
-
-
-def empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """An uninitialised map in the dtype, memory format and batch of `like`, for tracers."""
-    return torch.empty(
-        (like.size(0), channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=memory_format(like),
-    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

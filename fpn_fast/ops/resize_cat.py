@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fpn_fast import backends, reference
+from fpn_fast._memory_format import empty_map
 from fpn_fast._torch_private import below_autograd
 from fpn_fast.ops._checks import check_maps
 from fpn_fast.ops._registration import call_kernel, records_gradient, register_op, traced
-from fpn_fast.ops.fuse_maps import BACKWARD, FORMS, checked_size, empty_map
+from fpn_fast.ops.fuse_maps import BACKWARD, FORMS, checked_size
 
 MOST_MAPS = 8
 _IDENTITY = FORMS.index("identity")

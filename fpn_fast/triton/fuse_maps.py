@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpn_fast._memory_format import is_channels_last, memory_format
+from fpn_fast._memory_format import empty_map, is_channels_last
 from fpn_fast.ops._schemas import SUM_ROWS
 from fpn_fast.reference.fuse_maps import FAST_EPS
 from fpn_fast.triton import _resample, register
@@ -367,11 +367,6 @@ def _fuse_into(
         )  # fmt: skip
 
 
-def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    size = (like.size(0), channels, height, width)
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
-
-
 def fuse_maps(
     maps: list[Tensor],
     height: int,
@@ -384,7 +379,7 @@ def fuse_maps(
     divide: int,
     activation: int,
 ) -> Tensor:
-    out = _empty(maps[0], maps[0].size(1), height, width)
+    out = empty_map(maps[0], maps[0].size(1), height, width)
     if out.numel() > 0:
         channels_last = is_channels_last(maps[0])
         _fuse_into(out, channels_last, maps, forms, weights, fast, gate, sequential, divide, activation)
@@ -392,7 +387,7 @@ def fuse_maps(
 
 
 def resize_cat(maps: list[Tensor], height: int, width: int, forms: list[int]) -> Tensor:
-    out = _empty(maps[0], sum(each.size(1) for each in maps), height, width)
+    out = empty_map(maps[0], sum(each.size(1) for each in maps), height, width)
     channel = 0
     for each, form in zip(maps, forms, strict=True):
         part = out.narrow(1, channel, each.size(1))
@@ -415,7 +410,7 @@ def resample_backward(
     for k, form in enumerate(forms):
         first, count = channels[2 * k : 2 * k + 2]
         own = grad.narrow(1, first, count)
-        out = _empty(grad, count, *sizes[2 * k : 2 * k + 2])
+        out = empty_map(grad, count, *sizes[2 * k : 2 * k + 2])
         outs.append(out)
         is_pooled = form >= _resample.MAX_POOL.value
         map = remaining.pop(0) if is_pooled else out

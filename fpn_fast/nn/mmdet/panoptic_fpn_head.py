@@ -24,7 +24,7 @@ class PanopticFPNHead(nn.Module):
     sums in the storage type. The constructor draws the weights that mmdetection draws.
 
     Args:
-        num_things_classes, num_stuff_classes: numbers of classes; the output has one for each stuff class and one for
+        num_things_classes, num_stuff_classes: how many classes; the output has one for each stuff class and one for
             all things, the last.
         in_channels: channels of every map; inner_channels: of the branch.
         start_level, end_level: first map to use, and one past the last.
